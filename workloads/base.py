@@ -1,0 +1,317 @@
+"""The contract between a workload and whoever runs it: what a workload is, and what it is given.
+
+Torch-free at import: the command line reads every workload's entry and settings before a job exists.
+
+A workload is a `WorkloadEntry` in a module: its settings (`config`) and its code (`run`), plus what can be
+said about a run before it starts. `run(config, ctx)` sees the cluster only through its `RunContext`, so the same
+function runs under Slurm, under the local executor, under torchrun, in a notebook and in a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+
+class WorkloadError(Exception):
+    """A user's mistake that a workload found: in its settings, its data or the shape of the job.
+
+    The message is one line: what was given, which rule it broke, what to do.
+    """
+
+
+class NonFiniteError(RuntimeError):
+    """A metric that had to be finite was not; the message names the metric, the step, the ranks and their hosts."""
+
+
+class WorkloadConfig(BaseModel):
+    """Base class of every workload's settings: typed, immutable, unknown keys refused.
+
+    The string under a field is its meaning; `submit.py list WORKLOAD` prints it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads `true` as the number 1; nobody who writes steps=true means one step.
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if annotation is not bool and bool not in get_args(annotation) and annotation is not Any:
+                raise ValueError("true and false are not accepted here")
+        return value
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many hosts a job has, and how many ranks (one per GPU) each holds."""
+
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def __str__(self) -> str:
+        return f"{self.nodes} x {self.gpus_per_node}"
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """The device mesh's dimensions, outermost first; ranks fill it in plain (row-major) order.
+
+    Names are those of the field: `pp`, `dp` (or `dp_replicate`, `dp_shard`), `tp`. The innermost dimension's groups
+    are consecutive ranks, which are numbered host by host: so `tp` lies within a host when it divides gpus_per_node.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.sizes) or not self.names:
+            raise WorkloadError(f"mesh {self.names} x {self.sizes}: give each dimension one name and one size")
+        if len(set(self.names)) != len(self.names):
+            raise WorkloadError(f"mesh {self.names}: a dimension is named twice")
+        if any(size < 1 for size in self.sizes):
+            raise WorkloadError(f"mesh {self}: every size must be at least 1")
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes)
+
+    def coordinate(self, rank: int) -> tuple[int, ...]:
+        """The place of `rank` along each dimension, outermost first."""
+        place = []
+        for size in reversed(self.sizes):
+            rank, index = divmod(rank, size)
+            place.append(index)
+        return tuple(reversed(place))
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in zip(self.names, self.sizes, strict=True))
+
+
+Hook = Callable[..., Any] | str
+"""A function, or where to find it as "package.module:function", imported when it is first needed."""
+
+
+@dataclass(frozen=True)
+class WorkloadEntry:
+    """A workload, as the registry knows it. Everything but `config` may be named as a string and imported late.
+
+    Attributes:
+        name: what the command line calls it.
+        config: its settings; importing it must not import torch.
+        run: `run(config, ctx) -> dict`, the work itself, called on every rank; what rank 0 returns
+            (JSON-able) becomes `result` in result.json.
+        summary: one line for `list`.
+        validate: `validate(config, shape)`, before queueing; raises WorkloadError for what cannot work.
+            Torch-free.
+        mesh: `mesh(config, shape) -> MeshSpec`; default: one dimension `dp` over all ranks. Torch-free.
+        prepare: `prepare(config, directory)`, once, on the submitting machine, before queueing: puts into
+            `directory` (which the ranks see as ctx.paths.data_dir) whatever must not be made by every rank.
+        build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
+        memory_bytes: `memory_bytes(config, shape) -> int`, roughly the peak bytes of one rank. Torch-free.
+        preload: modules that may be imported once before ranks are forked (they must start no thread
+            and touch no device).
+    """
+
+    name: str
+    config: type[WorkloadConfig]
+    run: Hook
+    summary: str = ""
+    validate: Hook | None = None
+    mesh: Hook | None = None
+    prepare: Hook | None = None
+    build: Hook | None = None
+    memory_bytes: Hook | None = None
+    preload: tuple[str, ...] = ()
+
+    def hook(self, name: str) -> Callable[..., Any] | None:
+        """The function behind a field such as `run`, imported now if it was named as a string."""
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            return value
+        module, _, attribute = value.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def mesh_spec(self, config: WorkloadConfig, shape: Shape) -> MeshSpec:
+        """The mesh of a run of this shape.
+
+        Raises:
+            WorkloadError: its size is not the number of ranks, or its `tp` would straddle hosts.
+        """
+        make = self.hook("mesh")
+        spec = make(config, shape) if make else MeshSpec(("dp",), (shape.world_size,))
+        if spec.world_size != shape.world_size:
+            raise WorkloadError(f"mesh {spec} has {spec.world_size} places for {shape.world_size} ranks ({shape})")
+        if "tp" in spec.names:
+            tp = spec.sizes[spec.names.index("tp")]
+            if shape.gpus_per_node % tp or spec.names[-1] != "tp":
+                raise WorkloadError(
+                    f"tp={tp} does not divide gpus_per_node={shape.gpus_per_node}: a tensor-parallel group must "
+                    "lie within a host; use a divisor"
+                )
+        return spec
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run's files go; the names are chosen by whoever made the run directory."""
+
+    run_dir: Path
+    """The whole run's directory."""
+    metrics: Path
+    """One JSON object per line and step, written by rank 0."""
+    data_dir: Path
+    """What `prepare` left for the ranks; may not exist."""
+    export_dir: Path
+    """Final weights."""
+    checkpoint_dir: Path
+    """Checkpoints."""
+    attempt_dir: Path
+    """What this incarnation alone writes."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A metric each rank has its own value of, and how the ranks' values become one."""
+
+    value: float
+    how: str
+    finite: bool = False
+
+
+def mean(value: float, *, finite: bool = False) -> Reduced:
+    """The ranks' mean. With `finite`, a value that is not finite on any rank stops the run."""
+    return Reduced(float(value), "mean", finite)
+
+
+def total(value: float, *, finite: bool = False) -> Reduced:
+    """The ranks' sum."""
+    return Reduced(float(value), "sum", finite)
+
+
+def largest(value: float, *, finite: bool = False) -> Reduced:
+    """The ranks' maximum."""
+    return Reduced(float(value), "max", finite)
+
+
+_REDUCE: dict[str, Callable[[list[float]], float]] = {
+    # fsum is exact before its one rounding, so the order of ranks does not show in the result.
+    "mean": lambda values: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan,
+    "sum": lambda values: math.fsum(values) if all(map(math.isfinite, values)) else math.nan,
+    "max": lambda values: math.nan if any(map(math.isnan, values)) else max(values),
+}
+
+
+@dataclass
+class RunContext:
+    """What a rank is told about its job, and the one call it makes at the end of each step.
+
+    Ranks are numbered host by host, so `rank == node_rank * local_world_size + local_rank`, and `mesh` is in plain
+    order. The default process group exists (also for one rank), on gloo for CPU tensors.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    hosts: tuple[str, ...]
+    """The host of every rank, by rank."""
+    device: torch.device
+    mesh: DeviceMesh
+    paths: RunPaths
+    attempt: int = 0
+    """0 for the first incarnation, one more after each requeue."""
+    stop_requested: bool = False
+    """Set on any rank (from a signal handler, say), it makes end_step return True on all."""
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+    """What the last end_step came to, on every rank."""
+
+    @property
+    def host(self) -> str:
+        return self.hosts[self.rank]
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.world_size // self.local_world_size, self.local_world_size)
+
+    def end_step(self, metrics: Mapping[str, Reduced | float | int | str | None]) -> bool:
+        """Ends a step on every rank together: reduces the metrics, records them, and agrees on stopping.
+
+        One gather over the world carries all of it. Rank 0 appends the reduced metrics as a line of metrics.jsonl;
+        plain values are taken from rank 0, those made by `mean`, `total`, `largest` come from all ranks.
+
+        Args:
+            metrics: by name; the names that are `Reduced` must be the same on every rank. "step" is the number of
+                the step that just ended, and is used in messages.
+
+        Returns:
+            True where some rank was asked to stop: every rank gets the same answer, save and return.
+
+        Raises:
+            NonFiniteError: on every rank, when a metric marked `finite` is not finite on some rank.
+        """
+        reduced = {name: metric for name, metric in metrics.items() if isinstance(metric, Reduced)}
+        mine = [float(self.stop_requested), *(metric.value for metric in reduced.values())]
+        by_rank = self._gather(mine)
+
+        values: dict[str, Any] = {}
+        for name, metric in metrics.items():
+            if isinstance(metric, Reduced):
+                column = 1 + list(reduced).index(name)
+                values[name] = _REDUCE[metric.how]([row[column] for row in by_rank])
+            else:
+                values[name] = metric
+        self.last_metrics = values
+        if self.rank == 0:
+            with self.paths.metrics.open("a") as file:
+                # NaN is not JSON; the error that follows says which it was.
+                file.write(json.dumps({k: _jsonable(v) for k, v in values.items()}, allow_nan=False) + "\n")
+
+        for column, (name, metric) in enumerate(reduced.items(), start=1):
+            bad = [rank for rank, row in enumerate(by_rank) if metric.finite and not math.isfinite(row[column])]
+            if bad:
+                where = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in bad[:8])
+                more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+                raise NonFiniteError(
+                    f"step {metrics.get('step', '?')}: {name} is {by_rank[bad[0]][column]} on {where}{more}; "
+                    "lower lr, raise warmup_steps, or use precision=fp32 to see where it starts"
+                )
+        return any(row[0] for row in by_rank)
+
+    def _gather(self, mine: list[float]) -> list[list[float]]:
+        """Every rank's row, in rank order. Gathered and then reduced by each rank in one order: exact and alike."""
+        if self.world_size == 1:
+            return [mine]
+        import torch
+        import torch.distributed as dist
+
+        row = torch.tensor(mine, dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self.world_size)]
+        dist.all_gather(rows, row)
+        return [r.tolist() for r in rows]
+
+
+def _jsonable(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
