@@ -1,0 +1,56 @@
+"""What a step costs: memory, throughput, and the fraction of the device's arithmetic that is put to use."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+PEAK_BF16_FLOPS: dict[str, float] = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bf16 (V100: fp16) matrix peak in FLOP/s without sparsity, by a part of the device's name; the vendor's data
+sheets. The longest part that fits counts."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in FLOP/s, or None where it is not known; a CPU's never is."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    fitting = [part for part in PEAK_BF16_FLOPS if part in name]
+    return PEAK_BF16_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+def transformer_flops_per_token(
+    parameters: int, embedding_parameters: int, n_layers: int, n_heads: int, head_dim: int, seq_len: int
+) -> float:
+    """FLOP of one token's forward and backward pass: 6 N + 12 L H Q T, as in PaLM's appendix B (arXiv 2204.02311).
+
+    N leaves out the embedding, a look-up; what activation checkpointing computes twice is not counted, nor that a
+    causal mask makes half of the attention needless.
+    """
+    return 6 * (parameters - embedding_parameters) + 12 * n_layers * n_heads * head_dim * seq_len
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: the allocator's on CUDA, otherwise its resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
