@@ -1,0 +1,40 @@
+"""Llama-2-style pretraining on a 2-D mesh: tensor + sequence parallelism within a host, FSDP2 across hosts.
+
+The ranks form a grid `dp x tp`. The ranks of one `tp` group sit on one host and compute one sample together:
+
+- *Tensor parallelism* cuts every matrix product. The projections that widen (wq, wk, wv, w1, w3, the output) are
+  cut by columns, those that narrow again (wo, w2) by rows, so that one attention or feed-forward needs one
+  gather before it and one reduce-scatter after it, and each rank holds its own heads.
+- *Sequence parallelism* keeps what lies between those products (the residual stream and the norms) cut along the
+  sequence, so no activation is held in full between blocks.
+- *Loss parallelism* leaves the logits cut along the vocabulary and computes the cross entropy on them so.
+
+That takes several exchanges a block and wants the links inside a host. Between hosts there is only *FSDP2*: each `dp`
+coordinate works on its own samples, parameters, gradients and optimizer states are sharded over `dp`, each
+block's weights are gathered just before they are used, and gradients are reduce-scattered just after.
+
+The model is initialised from the seed alone and the samples of a step depend on the seed and the step alone,
+so a run means the same on any grid; in fp64 the losses, norms and weights agree with one process to 1e-12.
+
+    torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
+
+`config.py` is what can be set, `model.py` the bare model, `parallelize.py` the plan that cuts it, `init.py` its
+initial weights, `data.py` the corpora and the order of samples, `evaluate.py` what is measured on the held-out part,
+`export.py` the final weights, and `train.py` the loop.
+"""
+
+from workloads.base import WorkloadEntry
+from workloads.tp_fsdp_llama2.config import Config
+
+ENTRY = WorkloadEntry(
+    name="tp_fsdp",
+    summary="Llama-2-style language model: tensor + sequence parallel within a host, FSDP2 across hosts",
+    config=Config,
+    run="workloads.tp_fsdp_llama2.train:run",
+    validate="workloads.tp_fsdp_llama2.config:validate",
+    mesh="workloads.tp_fsdp_llama2.config:mesh",
+    prepare="workloads.tp_fsdp_llama2.data:prepare",
+    build="workloads.tp_fsdp_llama2.parallelize:build",
+    memory_bytes="workloads.tp_fsdp_llama2.config:memory_bytes",
+    preload=("workloads.tp_fsdp_llama2.train",),
+)

@@ -1,0 +1,334 @@
+"""What can be set in a tp_fsdp run, and what can be said about it before it starts. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 384, "vocab_size": None},
+    "160m": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "ffn_dim": 3072, "vocab_size": 32000},
+    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim": 8192, "vocab_size": 32000},
+    "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "ffn_dim": 11008, "vocab_size": 32000},
+    "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "n_kv_heads": 40, "ffn_dim": 13824, "vocab_size": 32000},
+    "70b": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim": 28672, "vocab_size": 32000},
+}
+"""Model sizes by name; 7b, 13b and 70b are Llama-2's (arXiv 2307.09288 and the released params.json files)."""
+
+BYTES_VOCABULARY = 256
+
+
+class ModelConfig(WorkloadConfig):
+    """The transformer's size. `model=7b` means `model.preset=7b`; a preset supplies every field not given."""
+
+    preset: Literal["debug", "160m", "1b", "7b", "13b", "70b"] = "debug"
+    """Where the sizes not given come from; 7b, 13b and 70b are Llama-2's."""
+    dim: int = Field(gt=0)
+    """Width of the residual stream."""
+    n_layers: int = Field(gt=0)
+    """Transformer blocks."""
+    n_heads: int = Field(gt=0)
+    """Query heads; must divide dim, and be divisible by tp."""
+    n_kv_heads: int = Field(gt=0)
+    """Key and value heads, each shared by n_heads / n_kv_heads query heads; must be divisible by tp."""
+    ffn_dim: int = Field(gt=0)
+    """Hidden width of the feed-forward; must be divisible by tp."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the embedding. None: the tokenizer's size, 256 for bytes; to be given for token files."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = Field(default=10000.0, gt=1)
+    """Base of the rotary embedding's wavelengths."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_from_the_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if isinstance(value, dict):
+            preset = value.get("preset", "debug")
+            if isinstance(preset, str) and preset in PRESETS:
+                return {**PRESETS[preset], **value}
+            # The Literal below it says which presets there are; without sizes it would also say six fields are missing.
+            return {**PRESETS["debug"], **value}
+        return value
+
+
+class DataConfig(WorkloadConfig):
+    """What is trained on."""
+
+    path: str | tuple[str, ...] | None = None
+    """A file, a glob, or a list of them, joined in sorted order. `.npy` and `.bin` hold token ids, all else is text,
+    read as bytes (or through `tokenizer`). None: the documentation that ships with Python."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer.json to cut the text with, once, when the job is prepared; None: bytes are tokens."""
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
+    """Type of the ids in `.bin` files, which have no header that says it."""
+    holdout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """The corpus's last part, kept from training and used for evaluation; a fraction of its tokens."""
+
+
+class Config(WorkloadConfig):
+    """Settings of a tp_fsdp run."""
+
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
+    """The transformer's size; `model=7b` takes a preset."""
+    data: DataConfig = DataConfig()
+    """What is trained on."""
+
+    steps: int = Field(default=120, gt=0)
+    """Optimizer steps."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Determines the initial weights, the order of samples and the generated text."""
+    seq_len: int = Field(default=128, gt=0)
+    """Tokens a sample; must be divisible by tp."""
+    global_batch_size: int = Field(default=32, gt=0)
+    """Samples a step, over all ranks; must be divisible by dp."""
+    microbatch_size: int | None = Field(default=None, gt=0)
+    """Samples that one dp coordinate passes through the model at once; gradients are accumulated over
+    global_batch_size / (dp x microbatch_size) such passes. None: its whole share at once."""
+    tp: int | None = Field(default=None, gt=0)
+    """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. None: gpus_per_node."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: computes in bf16, keeps parameters, reduces gradients and steps in fp32. fp64: everything in fp64."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: keeps each block's input only and computes the block again in the backward pass. selective: keeps
+    also the attention's result and every other matrix product's, and computes the rest again."""
+    compile: bool = False
+    """torch.compile; each block for tp=1, the whole model for dp=1. Refused where both are larger than 1."""
+    deterministic: bool = True
+    """On CUDA, only algorithms that give the same bits twice (attention's backward is slower so). CPU always does."""
+
+    lr: float = Field(default=6e-3, gt=0)
+    """AdamW's learning rate at the end of the warm-up."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last step's learning rate as a fraction of `lr`; a half cosine leads there from the warm-up's end."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps over which the learning rate rises linearly to `lr`; at most `steps`."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's decay of the squared gradient's mean."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW's addition to the denominator."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's decoupled weight decay, on all parameters."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest global norm of the gradient; a larger one is scaled down to it. None: the norm is only reported."""
+
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on the held-out part; 0: only after the last step."""
+    eval_windows: int | None = Field(default=512, gt=0)
+    """At most so many samples of the held-out part are used, evenly spread over it; None: all."""
+    sample_tokens: int = Field(default=32, ge=0)
+    """Tokens to generate at the end, after the held-out part's first words; each takes a whole forward pass."""
+    export: bool = False
+    """Gather the final weights to rank 0 and write them as safetensors under plain, unsharded names."""
+
+
+def mesh(config: Config, shape: Shape) -> MeshSpec:
+    """`dp x tp`; consecutive ranks, which share a host, form a tp group.
+
+    Raises:
+        WorkloadError: tp does not divide gpus_per_node.
+    """
+    tp = config.tp or shape.gpus_per_node
+    if shape.gpus_per_node % tp:
+        raise WorkloadError(
+            f"tp={tp} does not divide gpus_per_node={shape.gpus_per_node}: a tensor-parallel group must lie within "
+            f"a host; use tp={_largest_divisor(shape.gpus_per_node, tp)}"
+        )
+    return MeshSpec(("dp", "tp"), (shape.world_size // tp, tp))
+
+
+def vocab_size(config: Config) -> int:
+    """Rows of the embedding: what model.vocab_size says, or else the tokenizer's size or 256 for bytes.
+
+    Raises:
+        WorkloadError: it follows from nothing, or is smaller than what the corpus needs.
+    """
+    from workloads.tp_fsdp_llama2 import data
+
+    given = config.model.vocab_size
+    if config.data.tokenizer is not None:
+        needed, what = data.tokenizer_size(config.data.tokenizer), f"data.tokenizer={config.data.tokenizer}"
+    elif data.is_text(config.data):
+        needed, what = BYTES_VOCABULARY, "text read as bytes"
+    elif given is None:
+        raise WorkloadError(
+            f"data.path={config.data.path} holds token ids: give model.vocab_size, a number above the largest of them"
+        )
+    else:
+        return given
+    if given is not None and given < needed:
+        raise WorkloadError(f"model.vocab_size={given} is too small: {what} has {needed} tokens; use {needed} or more")
+    return given or needed
+
+
+def parameter_count(model: ModelConfig, vocab_size: int | None = None) -> int:
+    """The model's number of parameters, in closed form.
+
+    Args:
+        vocab_size: rows of the embedding, where the model's config leaves it to the corpus.
+    """
+    vocabulary = vocab_size or model.vocab_size or BYTES_VOCABULARY
+    return 2 * vocabulary * model.dim + model.n_layers * block_parameter_count(model) + model.dim
+
+
+def block_parameter_count(model: ModelConfig) -> int:
+    """One transformer block's number of parameters."""
+    kv_dim = model.n_kv_heads * (model.dim // model.n_heads)
+    return 2 * model.dim**2 + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim + 2 * model.dim
+
+
+def accumulation_steps(config: Config, dp: int) -> int:
+    """Forward and backward passes of one rank in one step."""
+    return 1 if config.microbatch_size is None else config.global_batch_size // (dp * config.microbatch_size)
+
+
+def microbatch_size(config: Config, dp: int) -> int:
+    """Samples of one dp coordinate in one forward pass."""
+    return config.microbatch_size or config.global_batch_size // dp
+
+
+def validate(config: Config, shape: Shape) -> None:
+    """Refuses what cannot work, before anything is queued; reads the data's sizes, and small token files in full.
+
+    Raises:
+        WorkloadError: in one line, what was given, which rule it breaks and what to do.
+    """
+    from workloads.tp_fsdp_llama2 import data
+
+    dp, tp = mesh(config, shape).sizes
+    _validate_model(config, tp, shape)
+    _validate_batch(config, dp)
+    _validate_compile(config, dp, tp)
+    vocabulary = vocab_size(config)
+    data.validate(config.data, config.seq_len, config.global_batch_size, vocabulary)
+
+
+def _validate_model(config: Config, tp: int, shape: Shape) -> None:
+    model = config.model
+    if model.dim % model.n_heads:
+        raise WorkloadError(
+            f"model.dim={model.dim} is not divisible by model.n_heads={model.n_heads}: each head takes an equal "
+            f"part of it; use model.dim={_next_multiple(model.dim, model.n_heads)}"
+        )
+    if (model.dim // model.n_heads) % 2:
+        raise WorkloadError(
+            f"model.dim={model.dim} over model.n_heads={model.n_heads} makes heads of odd width "
+            f"{model.dim // model.n_heads}: the rotary embedding turns pairs; "
+            f"use model.dim={_next_multiple(model.dim, 2 * model.n_heads)}"
+        )
+    if model.n_heads % model.n_kv_heads:
+        raise WorkloadError(
+            f"model.n_heads={model.n_heads} is not divisible by model.n_kv_heads={model.n_kv_heads}: each key and "
+            "value head serves equally many query heads; use a divisor"
+        )
+    source = "tp" if config.tp else "tp (gpus_per_node, as none was given)"
+    for name, value in (
+        ("model.n_heads", model.n_heads),
+        ("model.n_kv_heads", model.n_kv_heads),
+        ("model.ffn_dim", model.ffn_dim),
+        ("seq_len", config.seq_len),
+    ):
+        if value % tp:
+            fits = max(d for d in range(1, tp + 1) if shape.gpus_per_node % d == 0 and value % d == 0)
+            raise WorkloadError(
+                f"{name}={value} is not divisible by {source}={tp}: each rank of a tensor-parallel group takes an "
+                f"equal part of it; use {name}={_next_multiple(value, tp)} or tp={fits}"
+            )
+
+
+def _validate_batch(config: Config, dp: int) -> None:
+    batch, micro = config.global_batch_size, config.microbatch_size
+    if batch % dp:
+        raise WorkloadError(
+            f"global_batch_size={batch} is not divisible by dp={dp}: each dp coordinate takes equally many samples; "
+            f"use global_batch_size={_next_multiple(batch, dp)}"
+        )
+    if micro is not None and batch % (dp * micro):
+        raise WorkloadError(
+            f"global_batch_size={batch} is not divisible by dp x microbatch_size = {dp} x {micro}: the passes of a "
+            f"step must be of one size; use global_batch_size={_next_multiple(batch, dp * micro)} or "
+            f"microbatch_size={_largest_divisor(batch // dp, micro)}"
+        )
+    if config.warmup_steps > config.steps:
+        raise WorkloadError(
+            f"warmup_steps={config.warmup_steps} is more than steps={config.steps}: the learning rate would never "
+            f"reach lr; use warmup_steps={config.steps // 10}"
+        )
+
+
+def _validate_compile(config: Config, dp: int, tp: int) -> None:
+    if not config.compile:
+        return
+    if dp > 1 and tp > 1:
+        # torch 2.13: by layer the embedding's gradient comes out wrong without a word, as a whole it raises.
+        raise WorkloadError(
+            f"compile=true with dp={dp} and tp={tp}: torch.compile gives wrong gradients where both are larger than 1; "
+            "use compile=false, tp=1, or as many ranks as tp"
+        )
+    if tp > 1 and config.precision == "bf16":
+        # Compiled as a whole the model goes without FSDP2, which is what casts to bf16.
+        raise WorkloadError(
+            f"compile=true with tp={tp} and precision=bf16: FSDP2, which casts to bf16, cannot be compiled together "
+            "with tensor parallelism; use precision=fp32, tp=1 or compile=false"
+        )
+    if tp > 1 and config.activation_checkpointing != "none":
+        raise WorkloadError(
+            f"compile=true with tp={tp} and activation_checkpointing={config.activation_checkpointing}: the compiled "
+            "whole chooses itself what to keep; use activation_checkpointing=none or compile=false"
+        )
+
+
+def memory_bytes(config: Config, shape: Shape) -> int:
+    """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
+
+    With `e` bytes a parameter (8 in fp64, else 4) and `c` a computed number (2 in bf16, else e), one rank of a
+    dp x tp mesh holds
+
+    - states: 4 e N / (dp tp), for the parameters, gradients and AdamW's two means;
+    - gradients being accumulated: e N / tp, where a step takes more than one pass: only the last reduces them;
+    - gathered weights: c / tp (two blocks, as the next is fetched while one works, and embedding and output);
+    - activations, of B samples of S tokens, width D, F the feed-forward's: c B S per block times
+      (8 D + 4 D_qkv + 4 F) / tp with no checkpointing, half of it with selective; D / tp with full, plus one block
+      in full; on a CPU without a fused kernel attention scores would come on top, but there is one;
+    - gathered inputs of the block at work, 2 c B S D, and logits: 3 x 4 B S V / tp (8 in fp64);
+    - 400 MB for the process: Python, torch, buffers of the collectives.
+    """
+    dp, tp = mesh(config, shape).sizes
+    model = config.model
+    vocabulary = model.vocab_size or vocab_size(config)
+    parameters = parameter_count(model, vocabulary)
+    stored = 8 if config.precision == "fp64" else 4
+    computed = 2 if config.precision == "bf16" else stored
+
+    states = 4 * stored * parameters // (dp * tp)
+    if accumulation_steps(config, dp) > 1:
+        states += stored * parameters // tp
+    gathered = computed * (2 * block_parameter_count(model) + 2 * vocabulary * model.dim) // tp
+    tokens = microbatch_size(config, dp) * config.seq_len
+    qkv_dim = model.dim + 2 * model.n_kv_heads * (model.dim // model.n_heads)
+    block = computed * tokens * (8 * model.dim + 4 * qkv_dim + 4 * model.ffn_dim) // tp
+    if config.activation_checkpointing == "full":
+        activations = model.n_layers * computed * tokens * model.dim // tp + block
+    elif config.activation_checkpointing == "selective":
+        activations = model.n_layers * block // 2 + block
+    else:
+        activations = model.n_layers * block
+    activations += 2 * computed * tokens * model.dim
+    logits = 3 * stored * tokens * math.ceil(vocabulary / tp)
+    return states + gathered + activations + logits + 400 * 10**6
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+def _largest_divisor(value: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if value % d == 0)

@@ -1,0 +1,594 @@
+"""The corpora, their division into training and held-out parts, and the order of samples. Torch-free.
+
+Whatever the source, a corpus is one long row of integers (a virtual concatenation of memory-mapped arrays), so nothing
+below depends on where it came from:
+
+    [ window 0 | window 1 | ... | window n-1 |rest][ held-out windows | rest ]
+
+A sample is a window of seq_len + 1 tokens; neighbours share one, the last target of one being the first input of the
+next. Which window a sample is, is a function of the seed and of the sample's number alone: each epoch visits every
+window once, in an order of its own.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workloads.base import WorkloadError
+from workloads.tp_fsdp_llama2.config import Config, DataConfig
+from workloads.tp_fsdp_llama2.config import vocab_size as vocabulary_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+TOKENS_FILE = "tokens.npy"
+TOKENS_INFO_FILE = "tokens.json"
+
+_SCAN_AT_MOST = 10**8
+"""Token files up to this size are checked in full before the job; larger ones batch by batch as they are read."""
+
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a corpus and where it came from."""
+
+    source: str
+    array: np.ndarray
+
+
+class Corpus:
+    """A long row of tokens.
+
+    Args:
+        parts: 1-D integer arrays, joined in this order.
+        vocab_size: ids must be below it; checked as windows are read.
+        unit: "byte" or "token".
+        decode: ids to text.
+        heldout_bytes_per_token: length of the held-out part's text over its number of tokens, where known.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        vocab_size: int,
+        unit: str,
+        decode: Callable[[list[int]], str],
+        heldout_bytes_per_token: float | None,
+    ) -> None:
+        self.parts = parts
+        self.vocab_size = vocab_size
+        self.unit = unit
+        self.decode = decode
+        self.heldout_bytes_per_token = heldout_bytes_per_token
+        self._starts = [0, *accumulate(len(part.array) for part in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __str__(self) -> str:
+        sources = self.parts[0].source + (f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else "")
+        return f"{sources}: {len(self):,} {self.unit}s"
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens start .. start + length - 1, as int64.
+
+        Raises:
+            WorkloadError: an id is negative or not below vocab_size; names the file and the place in it.
+        """
+        import numpy as np
+
+        pieces = []
+        index = bisect_right(self._starts, start) - 1
+        position, stop = start, start + length
+        while position < stop:
+            offset = position - self._starts[index]
+            piece = self.parts[index].array[offset : offset + stop - position]
+            pieces.append(piece)
+            position += len(piece)
+            index += 1
+        window = np.concatenate(pieces).astype(np.int64)
+        if int(window.max()) >= self.vocab_size or int(window.min()) < 0:
+            bad = start + int(np.flatnonzero((window >= self.vocab_size) | (window < 0))[0])
+            raise WorkloadError(
+                f"token id {window[bad - start]} at {self.where(bad)} is not in 0 .. {self.vocab_size - 1}: raise "
+                "model.vocab_size, or set the data.dtype that the file was written with"
+            )
+        return window
+
+    def where(self, position: int) -> str:
+        """The file and the offset in it, in tokens, of a position."""
+        index = bisect_right(self._starts, position) - 1
+        return f"offset {position - self._starts[index]} of {self.parts[index].source}"
+
+    def unigram_entropy_nats(self, start: int, stop: int) -> float:
+        """Entropy of a part's own token frequencies, in nats: what a model that knows nothing but them would lose."""
+        import numpy as np
+
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for begin in range(start, stop, _CHUNK):
+            window = self.window(begin, min(_CHUNK, stop - begin))
+            counts += np.bincount(window, minlength=self.vocab_size)
+        p = counts[counts > 0] / (stop - start)
+        return float(-(p * np.log(p)).sum())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a corpus is cut: tokens before `heldout_start` are for training, the others for evaluation."""
+
+    tokens: int
+    heldout_start: int
+    seq_len: int
+
+    @property
+    def train_windows(self) -> int:
+        return max(0, (self.heldout_start - 1) // self.seq_len)
+
+    @property
+    def heldout_windows(self) -> int:
+        return max(0, (self.tokens - self.heldout_start - 1) // self.seq_len)
+
+
+def split(tokens: int, holdout_fraction: float, seq_len: int) -> Split:
+    """The last `holdout_fraction` of the tokens is held out."""
+    return Split(tokens, tokens - int(tokens * holdout_fraction), seq_len)
+
+
+class SampleOrder:
+    """Which window each sample of the run is: a permutation of the windows each epoch, in no memory at all.
+
+    A permutation is a Feistel network over the smallest even number of bits that holds the number of windows;
+    a result outside the range is sent through again ("cycle walking"), which ends after fewer than 4 rounds on average.
+    """
+
+    _ROUNDS = 6
+
+    def __init__(self, windows: int, seed: int) -> None:
+        assert windows > 0
+        self.windows = windows
+        self.seed = seed
+        self._half_bits = max(1, math.ceil((windows - 1).bit_length() / 2))
+
+    def __call__(self, sample: int) -> int:
+        """The window of the run's sample number `sample`, counted from 0 over all epochs."""
+        epoch, window = divmod(sample, self.windows)
+        mask = (1 << self._half_bits) - 1
+        while True:
+            left, right = window >> self._half_bits, window & mask
+            for round_number in range(self._ROUNDS):
+                left, right = right, left ^ (self._hash(epoch, round_number, right) & mask)
+            window = left << self._half_bits | right
+            if window < self.windows:
+                return window
+
+    def _hash(self, epoch: int, round_number: int, value: int) -> int:
+        key = b"%d/%d/%d/%d" % (self.seed, epoch, round_number, value)
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+class TrainingSamples:
+    """The samples of each step. Those of all dp coordinates together are the same on any mesh.
+
+    Args:
+        corpus: where they come from.
+        split: which part of it is for training.
+        seed: of the order.
+        global_batch_size: samples a step.
+        dp: how many coordinates share them.
+        dp_rank: whose share this is.
+        microbatch_size: samples a pass.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: Split,
+        *,
+        seed: int,
+        global_batch_size: int,
+        dp: int = 1,
+        dp_rank: int = 0,
+        microbatch_size: int | None = None,
+    ) -> None:
+        self._corpus = corpus
+        self._seq_len = split.seq_len
+        self._order = SampleOrder(split.train_windows, seed)
+        self._batch = global_batch_size
+        self._share = global_batch_size // dp
+        self._first = dp_rank * self._share
+        self._micro = microbatch_size or self._share
+
+    def sample_numbers(self, step: int) -> range:
+        """This coordinate's samples in a step; steps count from 1."""
+        first = (step - 1) * self._batch + self._first
+        return range(first, first + self._share)
+
+    def microbatches(self, step: int) -> Iterator[np.ndarray]:
+        """This coordinate's passes of a step, each int64 of shape (microbatch_size, seq_len + 1).
+
+        Raises:
+            WorkloadError: an id is out of range; names the sample, the file and the place in it.
+        """
+        import numpy as np
+
+        numbers = self.sample_numbers(step)
+        for begin in range(0, self._share, self._micro):
+            yield np.stack([self._window(number) for number in numbers[begin : begin + self._micro]])
+
+    def _window(self, number: int) -> np.ndarray:
+        try:
+            return self._corpus.window(self._order(number) * self._seq_len, self._seq_len + 1)
+        except WorkloadError as error:
+            raise WorkloadError(f"sample {number}: {error}") from None
+
+
+def open_corpus(config: Config, data_dir: Path) -> Corpus:
+    """The corpus that a run's settings name, memory-mapped.
+
+    Args:
+        data_dir: where `prepare` left the tokenised text, if there is a tokenizer.
+
+    Raises:
+        WorkloadError: it cannot be read, or `prepare` has not been here.
+    """
+    import numpy as np
+
+    data = config.data
+    vocab_size = vocabulary_of(config)
+    if data.tokenizer is not None:
+        info = _prepared(config, data_dir)
+        if info is None:
+            raise WorkloadError(
+                f"{data_dir / TOKENS_FILE} is missing, or was made from other settings: prepare the job anew"
+            )
+        array = np.load(data_dir / TOKENS_FILE, mmap_mode="r")
+        tokenizer = _load_tokenizer(data.tokenizer)
+        return Corpus(
+            [Part(str(data_dir / TOKENS_FILE), array)],
+            vocab_size=vocab_size,
+            unit="token",
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+            heldout_bytes_per_token=info["heldout_bytes"] / max(1, info["heldout_tokens"]),
+        )
+    if is_text(data):
+        return Corpus(
+            _text_parts(data),
+            vocab_size=vocab_size,
+            unit="byte",
+            decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
+            heldout_bytes_per_token=1.0,
+        )
+    return Corpus(
+        _token_parts(data),
+        vocab_size=vocab_size,
+        unit="token",
+        decode=lambda ids: " ".join(map(str, ids)),
+        heldout_bytes_per_token=None,
+    )
+
+
+def is_text(data: DataConfig) -> bool:
+    """Whether the corpus is text, not token ids.
+
+    Raises:
+        WorkloadError: data.path names no readable file, or files of different kinds.
+    """
+    return data.path is None or _kind(resolve(data)) == "text"
+
+
+def resolve(data: DataConfig) -> list[Path]:
+    """The files that data.path names, each once, sorted.
+
+    Raises:
+        WorkloadError: a pattern matches none, or one is a directory, empty or unreadable.
+    """
+    patterns = [data.path] if isinstance(data.path, str) else list(data.path or ())
+    found: set[Path] = set()
+    for pattern in patterns:
+        exact = Path(pattern).expanduser()
+        # Path.glob takes no absolute pattern.
+        matches = [exact] if exact.exists() else [Path(m) for m in glob.glob(str(exact), recursive=True)]  # noqa: PTH207
+        if not matches:
+            raise WorkloadError(
+                f"data.path={pattern} matches no file (seen from {Path.cwd()}): give an existing file, or a glob in "
+                "quotes"
+            )
+        # What a glob drags along is passed over; a directory named as such is a mistake.
+        found.update(m for m in matches if len(matches) == 1 or not m.is_dir())
+    if not found:
+        raise WorkloadError(f"data.path={list(patterns)} matches directories only: give files, such as DIRECTORY/*.txt")
+    for path in sorted(found):
+        if path.is_dir():
+            raise WorkloadError(f"data.path={path} is a directory: give its files, such as '{path}/*.txt'")
+        try:
+            with path.open("rb") as file:
+                first = file.read(1)
+        except OSError as error:
+            raise WorkloadError(f"data.path: {path} cannot be read ({error.strerror}): check its permissions") from None
+        if not first:
+            raise WorkloadError(f"data.path: {path} is empty: leave it out or write it anew")
+    return sorted(found)
+
+
+def _kind(paths: list[Path]) -> str:
+    kinds = {path.suffix if path.suffix in (".npy", ".bin") else "text" for path in paths}
+    if len(kinds) > 1:
+        raise WorkloadError(
+            f"data.path mixes {' and '.join(sorted(kinds))} files ({paths[0].name} .. {paths[-1].name}): give files "
+            "of one kind"
+        )
+    return kinds.pop()
+
+
+def _text_parts(data: DataConfig) -> list[Part]:
+    import numpy as np
+
+    if data.path is None:
+        return [Part("the Python documentation (pydoc_data.topics)", np.frombuffer(python_docs(), dtype=np.uint8))]
+    return [Part(str(path), np.memmap(path, dtype=np.uint8, mode="r")) for path in resolve(data)]
+
+
+def python_docs() -> bytes:
+    """The language reference that comes with Python for `help()`, in UTF-8; differs a little between its versions."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def _token_parts(data: DataConfig) -> list[Part]:
+    import numpy as np
+
+    parts = []
+    for path in resolve(data):
+        if path.suffix == ".bin":
+            if data.dtype is None:
+                raise WorkloadError(
+                    f"data.path={path} has no header that says its ids' type: give data.dtype, such as uint16"
+                )
+            itemsize = np.dtype(data.dtype).itemsize
+            if path.stat().st_size % itemsize:
+                raise WorkloadError(
+                    f"data.path={path} has {path.stat().st_size} bytes, no multiple of the {itemsize} that a "
+                    f"{data.dtype} takes: set the data.dtype that the file was written with"
+                )
+            array = np.memmap(path, dtype=np.dtype(data.dtype).newbyteorder("<"), mode="r")
+        else:
+            if data.dtype is not None:
+                raise WorkloadError(
+                    f"data.dtype={data.dtype} with {path}: an .npy file says its own type; leave data.dtype out"
+                )
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                reason = str(error).splitlines()[0]
+                raise WorkloadError(
+                    f"data.path={path} is not an .npy array ({reason}): write it with numpy.save"
+                ) from None
+            if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
+                raise WorkloadError(
+                    f"data.path={path} holds {array.dtype} of shape {array.shape}: token ids must be integers in one "
+                    "dimension; use .ravel().astype(numpy.uint16) before saving"
+                )
+            if not len(array):
+                raise WorkloadError(f"data.path={path} holds no token: leave it out or write it anew")
+        parts.append(Part(str(path), array))
+    return parts
+
+
+def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size: int) -> None:
+    """Refuses data that cannot be read, is too short, or holds ids that the model does not have.
+
+    Raises:
+        WorkloadError: as it says.
+    """
+    text = is_text(data)
+    if text and data.dtype is not None:
+        raise WorkloadError(
+            f"data.dtype={data.dtype} with text: it is the type of the ids in .bin files; leave it out, or give a .bin "
+            "file as data.path"
+        )
+    if not text and data.tokenizer is not None:
+        raise WorkloadError(
+            f"data.tokenizer={data.tokenizer} with data.path={data.path}: these files hold token ids already; leave "
+            "data.tokenizer out"
+        )
+    parts = _text_parts(data) if text else _token_parts(data)
+    tokens = sum(len(part.array) for part in parts)
+    # A tokenizer makes at most one token of each byte, so what is too short in bytes is too short.
+    check_length(tokens, data, seq_len, global_batch_size, "bytes" if text else "tokens")
+    if not text and tokens <= _SCAN_AT_MOST:
+        for part in parts:
+            _check_ids(part, vocab_size)
+
+
+def check_length(tokens: int, data: DataConfig, seq_len: int, global_batch_size: int, unit: str) -> None:
+    """Refuses a corpus without a whole batch of samples for training and one sample to evaluate on."""
+    cut = split(tokens, data.holdout_fraction, seq_len)
+    what = f"data.path={data.path}" if data.path is not None else "the Python documentation"
+    if cut.train_windows < global_batch_size:
+        raise WorkloadError(
+            f"{what} has {tokens} {unit}, of which {cut.heldout_start} are for training: too few for a batch of "
+            f"global_batch_size={global_batch_size} samples of seq_len={seq_len}; give more data, or make them smaller"
+        )
+    if cut.heldout_windows < 1:
+        raise WorkloadError(
+            f"data.holdout_fraction={data.holdout_fraction} of {tokens} {unit} holds out {tokens - cut.heldout_start}: "
+            f"not one sample of seq_len={seq_len} + 1; raise it to {_enough(tokens, seq_len)} or more, or lower seq_len"
+        )
+
+
+def _enough(tokens: int, seq_len: int) -> float:
+    return math.ceil((seq_len + 2) / tokens * 10**4) / 10**4
+
+
+def _check_ids(part: Part, vocab_size: int) -> None:
+    import numpy as np
+
+    for begin in range(0, len(part.array), _CHUNK):
+        chunk = part.array[begin : begin + _CHUNK]
+        high, low = int(chunk.max()), int(chunk.min())
+        if high >= vocab_size or low < 0:
+            bad = int(np.argmax(chunk)) if high >= vocab_size else int(np.argmin(chunk))
+            raise WorkloadError(
+                f"data.path={part.source} holds token id {int(chunk[bad])} at offset {begin + bad}: ids must be in "
+                f"0 .. {vocab_size - 1}; raise model.vocab_size, or set the data.dtype it was written with"
+            )
+
+
+# ---- text through a tokenizer -------------------------------------------------------------------------------------
+
+
+def tokenizer_size(path: str) -> int:
+    """The number of tokens a tokenizer knows, added ones included.
+
+    Raises:
+        WorkloadError: there is no such file, it is no tokenizer, or `tokenizers` is not installed.
+    """
+    return _load_tokenizer(path).get_vocab_size(with_added_tokens=True)
+
+
+def _load_tokenizer(path: str) -> Any:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise WorkloadError(f"data.tokenizer={path} is no file: give a Hugging Face tokenizer.json")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise WorkloadError(
+            f"data.tokenizer={path} needs the package `tokenizers`: pip install 'meshrun[tokenizers]', or leave it out "
+            "to train on bytes"
+        ) from None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        # The package raises bare Exception for whatever is wrong with the file.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WorkloadError(
+            f"data.tokenizer={path} is not a tokenizer ({reason}): give a Hugging Face tokenizer.json"
+        ) from None
+
+
+def prepare(config: Config, directory: Path) -> None:
+    """Cuts the text into tokens, once for all ranks; does nothing for bytes and token files, or if it is done already.
+
+    Leaves tokens.npy and tokens.json, each written beside and then renamed.
+
+    Raises:
+        WorkloadError: the text is not UTF-8, or makes too few tokens.
+    """
+    import numpy as np
+
+    data = config.data
+    if data.tokenizer is None or _prepared(config, directory) is not None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = _load_tokenizer(data.tokenizer)
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32)
+
+    partial = directory / f"{TOKENS_FILE}.{os.getpid()}.partial"
+    # The cumulative numbers of tokens and bytes after each piece of text.
+    ends: list[tuple[int, int]] = [(0, 0)]
+    try:
+        with partial.open("wb") as file:
+            # The header says how many tokens follow, which is known at the end; its length does not depend on that.
+            np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
+            for piece in _pieces(data):
+                ids = np.asarray(tokenizer.encode(piece, add_special_tokens=False).ids, dtype=dtype)
+                file.write(ids.tobytes())
+                ends.append((ends[-1][0] + len(ids), ends[-1][1] + len(piece.encode())))
+            tokens, text_bytes = ends[-1]
+            after = file.tell()
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, _header(dtype, tokens))
+            assert after == file.tell() + tokens * dtype.itemsize
+        check_length(tokens, data, config.seq_len, config.global_batch_size, "tokens")
+        cut = split(tokens, data.holdout_fraction, config.seq_len)
+        heldout_bytes = text_bytes - _byte_position(data, tokenizer, ends, cut.heldout_start)
+        info = {
+            "made_from": _fingerprint(config),
+            "tokens": tokens,
+            "bytes": text_bytes,
+            "heldout_tokens": tokens - cut.heldout_start,
+            "heldout_bytes": heldout_bytes,
+        }
+        partial.replace(directory / TOKENS_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+    partial_info = directory / f"{TOKENS_INFO_FILE}.{os.getpid()}.partial"
+    partial_info.write_text(json.dumps(info, indent=1))
+    # Last, since it vouches for the other.
+    partial_info.replace(directory / TOKENS_INFO_FILE)
+    log.info("tokenised %s bytes into %s tokens", f"{text_bytes:,}", f"{tokens:,}")
+
+
+def _prepared(config: Config, directory: Path) -> dict[str, Any] | None:
+    """What `prepare` noted, if it was here with the same text, tokenizer and split."""
+    try:
+        info = json.loads((directory / TOKENS_INFO_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return info if info["made_from"] == _fingerprint(config) and (directory / TOKENS_FILE).exists() else None
+
+
+def _fingerprint(config: Config) -> dict[str, Any]:
+    data = config.data
+    assert data.tokenizer is not None
+    if data.path is None:
+        text: Any = hashlib.sha256(python_docs()).hexdigest()
+    else:
+        stats = [(path.absolute(), path.stat()) for path in resolve(data)]
+        text = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    tokenizer = hashlib.sha256(Path(data.tokenizer).expanduser().read_bytes()).hexdigest()
+    return {"text": text, "tokenizer": tokenizer, "holdout_fraction": data.holdout_fraction}
+
+
+def _header(dtype: np.dtype, tokens: int) -> dict[str, Any]:
+    return {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
+
+
+def _pieces(data: DataConfig) -> Iterator[str]:
+    """The text in pieces of whole lines, so that a large file need not fit in memory."""
+    if data.path is None:
+        yield python_docs().decode()
+        return
+    for path in resolve(data):
+        with path.open("rb") as file:
+            offset = 0
+            while lines := file.readlines(2**18):
+                piece = b"".join(lines)
+                try:
+                    yield piece.decode()
+                except UnicodeDecodeError as error:
+                    raise WorkloadError(
+                        f"data.path: {path} is not UTF-8 at byte {offset + error.start}: convert it, or leave "
+                        "data.tokenizer out to train on bytes"
+                    ) from None
+                offset += len(piece)
+
+
+def _byte_position(data: DataConfig, tokenizer: Any, ends: list[tuple[int, int]], token: int) -> int:
+    """How many bytes of text come before a token."""
+    index = bisect_right(ends, token, key=lambda end: end[0]) - 1
+    if index == len(ends) - 1:
+        return ends[-1][1]
+    for number, piece in enumerate(_pieces(data)):
+        if number == index:
+            start, _ = tokenizer.encode(piece, add_special_tokens=False).offsets[token - ends[index][0]]
+            return ends[index][1] + len(piece[:start].encode())
+    raise AssertionError("the text changed while it was read")

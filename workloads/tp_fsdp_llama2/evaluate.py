@@ -1,0 +1,85 @@
+"""What is measured at the end: the loss on the held-out part, and a sample of what the model writes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from workloads.tp_fsdp_llama2.data import Corpus, Split
+from workloads.tp_fsdp_llama2.loss import IGNORED, loss_context, to_float64, token_loss
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module,
+    corpus: Corpus,
+    split: Split,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    batch_size: int,
+    at_most: int | None,
+) -> float:
+    """Mean loss in nats per token over the held-out windows; the same on every rank and, but for rounding, any mesh.
+
+    Windows are dealt to the dp coordinates in batches. Every coordinate makes the same number of passes, as FSDP2's
+    gathers need all of them; where windows run out, it passes some that count for nothing.
+
+    Args:
+        batch_size: windows of one coordinate in one pass.
+        at_most: use no more windows than this, evenly spread; None for all.
+    """
+    dp, dp_rank = mesh["dp"].size(), mesh.get_local_rank("dp")
+    count = min(split.heldout_windows, at_most or split.heldout_windows)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    with loss_context(mesh["tp"].size()):
+        for first in range(0, count, dp * batch_size):
+            mine = range(first + dp_rank * batch_size, first + (dp_rank + 1) * batch_size)
+            windows = [min(i, count - 1) * split.heldout_windows // count for i in mine]
+            batch = np.stack(
+                [corpus.window(split.heldout_start + w * split.seq_len, split.seq_len + 1) for w in windows]
+            )
+            tokens = torch.from_numpy(batch)
+            labels = tokens[:, 1:].clone()
+            labels[[i >= count for i in mine]] = IGNORED
+            logits = model(tokens[:, :-1].to(device))
+            total += to_float64(token_loss(logits, labels.to(device), reduction="sum"))
+    model.train(was_training)
+    parts = [torch.empty_like(total) for _ in range(dp)]
+    dist.all_gather(parts, total, group=mesh.get_group("dp"))
+    return math.fsum(part.item() for part in parts) / (count * split.seq_len)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, prompt: list[int], *, tokens: int, seq_len: int, vocab_size: int, seed: int, device: torch.device
+) -> list[int]:
+    """What the model writes after `prompt`: `tokens` ids, drawn from its own distribution.
+
+    All ranks call it together with the same arguments and draw the same numbers. Each token is a pass over a window
+    of seq_len positions, of which the causal mask hides those not yet written: one shape, whatever tp is.
+
+    Args:
+        vocab_size: ids from here on are never drawn: the corpus has none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    was_training = model.training
+    model.eval()
+    for _ in range(tokens):
+        context = ids[-seq_len:]
+        window = torch.tensor([context + [0] * (seq_len - len(context))], device=device)
+        logits_1V = model(window)[:, len(context) - 1]
+        whole = logits_1V.full_tensor() if isinstance(logits_1V, DTensor) else logits_1V
+        p = whole[0, :vocab_size].double().softmax(0).cpu()
+        ids.append(int(torch.multinomial(p, 1, generator=generator)))
+    model.train(was_training)
+    return ids[len(prompt) :]

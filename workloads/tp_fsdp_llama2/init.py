@@ -1,0 +1,84 @@
+"""Initial weights that depend on the seed alone, never on the number of ranks or on how a parameter is cut.
+
+Every matrix is drawn in blocks of rows, each from a generator of its own that is seeded by (seed, parameter name,
+block). A rank draws the blocks that its shard overlaps and keeps its rows and columns of them, so no rank ever
+needs more memory than one block, nor draws much more than its part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from workloads.tp_fsdp_llama2.model import Attention
+
+_BLOCK_ELEMENTS = 2**20
+# Part of what a seed means: another size gives other weights.
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, n_layers: int) -> None:
+    """Fills a model's parameters (plain or sharded, on any device but meta) and its rotary tables.
+
+    Norm weights become 1. Everything else is drawn from N(0, 0.02), the projections back into the residual stream
+    (wo and w2) from N(0, 0.02 / sqrt(2 n_layers)), as GPT-2 does: each layer adds twice to the stream. Numbers are
+    drawn on the CPU in fp32 and then rounded to the parameter's type.
+    """
+    for name, parameter in named_parameters(model):
+        local, rows, columns = _local_part(parameter)
+        if parameter.ndim == 1:
+            local.fill_(1.0)
+        else:
+            std = 0.02 / math.sqrt(2 * n_layers) if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            _fill(local, rows, columns, parameter.shape, f"{seed}/{name}", std)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.reset_rotary()
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under the bare model's names, whatever it has been wrapped in."""
+    return [
+        (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter)
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _fill(local: Tensor, rows: slice, columns: slice, shape: torch.Size, key: str, std: float) -> None:
+    block_rows = max(1, _BLOCK_ELEMENTS // shape[1])
+    for first in range(rows.start // block_rows * block_rows, rows.stop, block_rows):
+        digest = hashlib.blake2b(f"{key}/{first // block_rows}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        block = torch.empty(min(block_rows, shape[0] - first), shape[1]).normal_(0.0, std, generator=generator)
+        begin, end = max(rows.start, first), min(rows.stop, first + len(block))
+        local[begin - rows.start : end - rows.start].copy_(block[begin - first : end - first, columns])
+
+
+def _local_part(parameter: Tensor) -> tuple[Tensor, slice, slice]:
+    """This rank's shard, and which rows and columns of the whole it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, parameter.shape[0]), slice(0, parameter.shape[-1])
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    bounds = [[0, size] for size in parameter.shape]
+    # FSDP2 cuts what tensor parallelism has cut before it: on the mesh it comes first, and is marked (as strided)
+    # where both cut one dimension. Cutting in the order in which it was done leaves every shard in one piece.
+    cuts = [(dim, p) for dim, p in enumerate(parameter.placements) if p.is_shard() or _is_strided(p)]
+    for mesh_dim, placement in sorted(cuts, key=lambda cut: _is_strided(cut[1])):
+        dim: int = placement.dim  # type: ignore[attr-defined]
+        low, high = bounds[dim]
+        chunk = -(-(high - low) // mesh.size(mesh_dim))
+        begin = min(low + chunk * coordinate[mesh_dim], high)
+        bounds[dim] = [begin, min(begin + chunk, high)]
+    local = parameter.to_local()
+    assert list(local.shape) == [high - low for low, high in bounds], (local.shape, bounds)
+    return local, slice(*bounds[0]), slice(*bounds[-1])
+
+
+def _is_strided(placement: object) -> bool:
+    return type(placement).__name__ == "_StridedShard"

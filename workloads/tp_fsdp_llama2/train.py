@@ -1,0 +1,257 @@
+"""The training loop, from the settings to the result; reads top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from workloads.base import RunContext, largest, mean
+from workloads.tp_fsdp_llama2 import data
+from workloads.tp_fsdp_llama2.config import (
+    BYTES_VOCABULARY,
+    Config,
+    accumulation_steps,
+    microbatch_size,
+    parameter_count,
+    vocab_size,
+)
+from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
+from workloads.tp_fsdp_llama2.export import export
+from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.loss import loss_context, to_float64, token_loss
+from workloads.tp_fsdp_llama2.parallelize import build, is_fsdp
+from workloads.training.clip import clip_by_global_norm_
+from workloads.training.metrics import peak_flops, peak_memory_bytes, transformer_flops_per_token
+from workloads.training.optimizer import adamw, warmup_cosine
+
+log = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 32
+
+
+def run(config: Config, ctx: RunContext) -> dict[str, Any]:
+    """Trains, evaluates on the held-out part, writes a sample and, if asked to, the weights.
+
+    Returns:
+        What becomes `result` in result.json, the same on every rank but for paths; only {"stopped_at_step": n} if the
+        run was asked to stop.
+    """
+    device, mesh = ctx.device, ctx.mesh
+    dp, tp = mesh["dp"].size(), mesh["tp"].size()
+    if config.deterministic and device.type == "cuda":
+        _make_cuda_deterministic()
+
+    corpus = _open_corpus(config, ctx)
+    split = data.split(len(corpus), config.data.holdout_fraction, config.seq_len)
+    samples = data.TrainingSamples(
+        corpus,
+        split,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        dp=dp,
+        dp_rank=mesh.get_local_rank("dp"),
+        microbatch_size=config.microbatch_size,
+    )
+
+    model = build(config, mesh, device)
+    model.to_empty(device=device)
+    initialize(model, config.seed, config.model.n_layers)
+    optimizer = adamw(
+        model.parameters(),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        device=device,
+    )
+    schedule = warmup_cosine(
+        optimizer, steps=config.steps, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
+    )
+    parameters = parameter_count(config.model, vocab_size(config))
+    if ctx.rank == 0:
+        log.info("mesh dp %d x tp %d, %s, %s", dp, tp, device.type, config.precision)
+        log.info("model of %s parameters", f"{parameters:,}")
+        log.info(
+            "%s; %d training samples of %d, %d held out", corpus, split.train_windows, config.seq_len,
+            split.heldout_windows,
+        )  # fmt: skip
+
+    def evaluate() -> float:
+        loss = heldout_loss(
+            model, corpus, split, mesh, device, batch_size=microbatch_size(config, dp), at_most=config.eval_windows
+        )
+        if ctx.rank == 0:
+            log.info("held-out loss %.4f nats a %s", loss, corpus.unit)
+        return loss
+
+    accumulation = accumulation_steps(config, dp)
+    tokens_per_step = config.global_batch_size * config.seq_len
+    flops_per_step = _flops_per_token(config) * tokens_per_step
+    peak = peak_flops(device)
+    step_seconds: list[float] = []
+    loss_value = math.nan
+    heldout = None
+
+    for step in range(1, config.steps + 1):
+        began = time.perf_counter()
+        lr = schedule.get_last_lr()[0]
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for index, batch in enumerate(samples.microbatches(step)):
+            _sync_gradients(model, index == accumulation - 1)
+            tokens = torch.from_numpy(batch).to(device)
+            with loss_context(tp):
+                # The mean over the passes; over dp, FSDP2 takes the mean as it reduces.
+                pass_loss = token_loss(model(tokens[:, :-1]), tokens[:, 1:]) / accumulation
+                pass_loss.backward()
+            loss += to_float64(pass_loss)
+        norm, local_norm = clip_by_global_norm_(model.parameters(), config.grad_clip, mesh)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+        loss_value = loss.item()
+        grad_norm = _blame(norm, local_norm)
+        seconds = time.perf_counter() - began
+        step_seconds.append(seconds)
+        metrics: dict[str, Any] = {
+            "step": step,
+            "loss": mean(loss_value, finite=True),
+            "grad_norm": largest(grad_norm, finite=True),
+            "lr": lr,
+            "tokens_per_second": tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "peak_memory_bytes": largest(peak_memory_bytes(device)),
+        }
+        if peak is not None:
+            metrics["mfu"] = flops_per_step / (seconds * ctx.world_size * peak)
+        heldout = None
+        if config.eval_every and step % config.eval_every == 0:
+            metrics["heldout_loss"] = heldout = evaluate()
+        if ctx.end_step(metrics):
+            return {"stopped_at_step": step}
+
+    heldout = evaluate() if heldout is None else heldout
+    median_seconds = statistics.median(step_seconds)
+    result: dict[str, Any] = {
+        "steps": config.steps,
+        "final_loss": ctx.last_metrics["loss"],
+        **_heldout_metrics(heldout, corpus, split),
+        "parameters": parameters,
+        "tokens": tokens_per_step * config.steps,
+        "tokens_per_second": tokens_per_step / median_seconds,
+        "step_seconds": median_seconds,
+        "mesh": {"dp": dp, "tp": tp},
+    }
+    if config.sample_tokens:
+        result.update(_sample(config, model, corpus, split, device))
+    if ctx.rank == 0:
+        log.info(
+            "held-out loss %.4f nats a %s; knowing only how frequent each is costs %.4f", heldout, corpus.unit,
+            result["heldout_unigram_entropy_nats"],
+        )  # fmt: skip
+        if config.sample_tokens:
+            log.info("after %r it writes %r", result["sample_prompt"], result["sample"])
+    if config.export:
+        written = export(model, ctx.paths.export_dir, _description(config))
+        if written is not None:
+            result["export"] = str(written)
+            log.info("weights are in %s", written)
+    return result
+
+
+def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
+    """The corpus; where nobody has prepared it, as under a bare torchrun, rank 0 does."""
+    if config.data.tokenizer is not None:
+        if ctx.rank == 0:
+            data.prepare(config, ctx.paths.data_dir)
+        dist.barrier()
+    return data.open_corpus(config, ctx.paths.data_dir)
+
+
+def _make_cuda_deterministic() -> None:
+    # cuBLAS reads it when its handle is made, which is at the first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would also fill every new tensor with NaN, against reads of what nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _sync_gradients(model: nn.Module, is_last: bool) -> None:
+    """Gradients stay on the rank, unreduced, until a step's last pass."""
+    if is_fsdp(model):
+        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        model.set_is_last_backward(is_last)  # type: ignore[operator]
+
+
+def _blame(norm: Tensor, local_norm: Tensor) -> float:
+    """The gradient's norm, so passed on that a non-finite one is reported of the ranks that hold it.
+
+    The global norm is then non-finite on all of them, and names nobody.
+    """
+    value, own = torch.stack((norm, local_norm)).tolist()
+    return value if math.isfinite(value) or not math.isfinite(own) else own
+
+
+def _flops_per_token(config: Config) -> float:
+    model, vocabulary = config.model, vocab_size(config)
+    return transformer_flops_per_token(
+        parameter_count(model, vocabulary),
+        vocabulary * model.dim,
+        model.n_layers,
+        model.n_heads,
+        model.dim // model.n_heads,
+        config.seq_len,
+    )
+
+
+def _heldout_metrics(loss: float, corpus: data.Corpus, split: data.Split) -> dict[str, Any]:
+    """The held-out loss in several units; nats and bits are per byte or token, as corpus.unit says."""
+    entropy = corpus.unigram_entropy_nats(split.heldout_start, split.tokens)
+    metrics: dict[str, Any] = {
+        "unit": corpus.unit,
+        "heldout_loss": loss,
+        f"heldout_bits_per_{corpus.unit}": loss / math.log(2),
+        "heldout_unigram_entropy_nats": entropy,
+        "heldout_unigram_entropy_bits": entropy / math.log(2),
+    }
+    if corpus.heldout_bytes_per_token is not None:
+        metrics["heldout_bits_per_byte"] = loss / math.log(2) / corpus.heldout_bytes_per_token
+    return metrics
+
+
+def _sample(
+    config: Config, model: nn.Module, corpus: data.Corpus, split: data.Split, device: torch.device
+) -> dict[str, str]:
+    known = BYTES_VOCABULARY if corpus.unit == "byte" else corpus.vocab_size
+    length = min(PROMPT_TOKENS, config.seq_len)
+    prompt = corpus.window(split.heldout_start, length).tolist()
+    written = generate(
+        model,
+        prompt,
+        tokens=config.sample_tokens,
+        seq_len=config.seq_len,
+        vocab_size=known,
+        seed=config.seed,
+        device=device,
+    )
+    return {"sample_prompt": corpus.decode(prompt), "sample": corpus.decode(written)}
+
+
+def _description(config: Config) -> dict[str, Any]:
+    """What a reader of the exported weights must know to build the model."""
+    return {
+        "model_type": "llama2",
+        **config.model.model_dump(exclude={"preset"}),
+        "vocab_size": vocab_size(config),
+        "seq_len": config.seq_len,
+        "rotary_pairs": "neighbouring components, as in Meta's checkpoints",
+        "tokenizer": config.data.tokenizer,
+    }
