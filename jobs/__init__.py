@@ -1,0 +1,1 @@
+"""How a job gets onto machines, and how its ranks find each other."""

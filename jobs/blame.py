@@ -1,0 +1,119 @@
+"""What ended each rank -> the one that ended the job. Pure; used wherever ranks are watched.
+
+When a rank dies, its peers fail within a tenth of a second with connection errors of their own, and often print
+them first. So order alone does not decide: a failure that is only the loss of a peer is blamed when there is no other.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+ENDS = "this rank ends: "
+"""What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
+
+Kind = Literal["error", "exit", "killed", "lost_peer"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended one rank."""
+
+    rank: int
+    host: str
+    when: float
+    """Seconds since the epoch."""
+    kind: Kind
+    message: str
+    """One line."""
+    traceback: str = ""
+    log: str = ""
+    """The rank's log file."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def headline(self) -> str:
+        """One line for people: who, where, what, and the log."""
+        return f"rank {self.rank} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
+
+
+# What gloo, NCCL and the store say when it is the other side that went away.
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused)|connection aborted|broken pipe|socket closed|remote process exited"
+    r"|failed to recv|wait timeout|timed out waiting|socket timeout|gloo.*(read|write) (error|timeout)"
+    r"|nccl (communicator was )?(aborted|remote)|ncclremoteerror|ncclsystemerror|watchdog|store->get|broken tcpstore",
+    re.IGNORECASE,
+)
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whether an exception is the rank's own, or only says that a peer is gone (anywhere in its chain of causes)."""
+    if isinstance(error, SystemExit):
+        return "exit"
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        name = type(cause).__name__
+        if name in ("DistNetworkError", "DistStoreError", "RendezvousError"):
+            return "lost_peer"
+        comes_from_torch = name == "DistBackendError" or type(cause) is RuntimeError
+        if (comes_from_torch or isinstance(cause, ConnectionError)) and _LOST_PEER.search(str(cause)):
+            return "lost_peer"
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return "error"
+
+
+def failure_of(error: BaseException, rank: int, host: str, when: float, log: str) -> Failure:
+    """The record a rank leaves of the exception that ended it."""
+    if isinstance(error, SystemExit):
+        message = f"called sys.exit({error.code!r}) before its work was done"
+    else:
+        text = " ".join(str(error).split())
+        message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return Failure(
+        rank=rank,
+        host=host,
+        when=when,
+        kind=kind_of(error),
+        message=message if len(message) <= 2000 else message[:1997] + "...",
+        traceback="".join(traceback.format_exception(type(error), error, _from_the_workload_on(error))),
+        log=log,
+    )
+
+
+def _from_the_workload_on(error: BaseException) -> TracebackType | None:
+    """The traceback without its first frames where they are only the launcher's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__") == "jobs.job":
+        trace = trace.tb_next
+    return trace
+
+
+def failure_of_exit(code: int, rank: int, host: str, when: float, log: str) -> Failure:
+    """The record of a rank that ended without leaving one itself.
+
+    Args:
+        code: as subprocess has it: the exit status, or minus the signal that killed it.
+    """
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        hint = " (out of memory, or somebody's kill -9)" if name == "SIGKILL" else ""
+        return Failure(rank, host, when, "killed", f"killed by {name}{hint}", log=log)
+    return Failure(rank, host, when, "exit", f"exited with code {code} before its work was done", log=log)
+
+
+def blame(failures: Sequence[Failure]) -> Failure:
+    """The failure that ended the job: the earliest that is not merely the loss of a peer, else the earliest."""
+    assert failures
+    own = [failure for failure in failures if failure.kind != "lost_peer"]
+    return min(own or failures, key=lambda failure: (failure.when, failure.rank))

@@ -1,0 +1,245 @@
+"""Starts a local job and follows it: rank 0's progress on the way, then the result, or who failed and why."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jobs import blame, executor
+from jobs.cli.console import Console
+from jobs.cluster import ClusterConfig
+from jobs.errors import Interrupted, JobFailed
+from jobs.records import RunDirectory, read_json
+from jobs.spec import JobSpec
+
+POLL_S = 0.1
+END_S = 10.0
+"""Seconds that an interrupted job gets to end its ranks, before its supervisor is killed (and they with it)."""
+PLAIN_LINE_EVERY_S = 1.0
+
+
+def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, total_steps: int | None) -> int:
+    """Submits a local job and, if it is to be waited for, sees it to its end.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        Interrupted: the wait was interrupted; the job has been ended.
+    """
+    run_dir = RunDirectory(spec.run_dir)
+    if not wait:
+        job = executor.submit(spec, cluster, owned=False)
+        pid = job._process.pid
+        console.say(f"started as process {pid}; it goes on without this terminal")
+        console.say(f"  progress: tail -f {run_dir.metrics}\n  end it:   kill {pid}")
+        console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
+        return 0
+    with _signals_interrupt():
+        job = executor.submit(spec, cluster, owned=True)
+        process = job._process
+        display = _Display(run_dir, console, total_steps)
+        try:
+            while process.poll() is None:
+                display.update()
+                time.sleep(POLL_S)
+            display.update()
+            display.close()
+        except (Interrupted, BrokenPipeError) as interruption:
+            _ignore_further(spec)
+            _end(process)
+            with contextlib.suppress(OSError):
+                display.close()
+                console.error(f"{interruption}; the job was ended, all its processes are gone")
+                console.finish({"status": "interrupted", "exit_code": 130, "run_dir": str(spec.run_dir)})
+            return Interrupted.exit_code
+    record = read_json(run_dir.result)
+    if record is not None and record["status"] == "done" and process.returncode == 0:
+        report(spec, record, console)
+        return 0
+    return _report_failure(spec, run_dir, record, process.returncode, console)
+
+
+def report(spec: JobSpec, record: dict[str, Any], console: Console) -> None:
+    """What a job that is done came to."""
+    console.say(f"done in {record['seconds']:.1f} s")
+    result = record.get("result")
+    if isinstance(result, dict):
+        for key, value in result.items():
+            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+            console.say(f"  {key}: {shown}" if "\n" not in shown else f"  {key}:\n" + _indent(shown))
+    console.finish({**record, "exit_code": 0, "run_dir": str(spec.run_dir)})
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _report_failure(
+    spec: JobSpec, run_dir: RunDirectory, record: dict[str, Any] | None, code: int, console: Console
+) -> int:
+    attempt = run_dir.last_attempt()
+    if record is None or record["status"] == "done":
+        log = attempt.supervisor_log
+        record = {
+            "status": "failed",
+            "error": f"the supervisor ended with code {code} and left no result (log: {log})",
+            "traceback": _tail(log),
+        }
+    error = JobFailed(record["error"], record.get("traceback", ""))
+    if error.traceback:
+        print(error.traceback.rstrip(), file=sys.stderr)
+    elif (record.get("failure") or {}).get("log"):
+        tail = _tail(Path(record["failure"]["log"]))
+        if tail:
+            print(f"the end of its log:\n{tail}", file=sys.stderr)
+    console.error(f"the job failed: {error}")
+    console.finish({**record, "exit_code": 1, "run_dir": str(spec.run_dir)})
+    return error.exit_code
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    try:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Ctrl-C, a hang-up of the terminal and a termination raise Interrupted here."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    # What this process was started to ignore (under nohup, or in a script's background) it goes on ignoring.
+    signals = [s for s in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, interrupt) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _ignore_further(spec: JobSpec) -> None:
+    """From here on the job is being ended; a second Ctrl-C must not leave its processes behind."""
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _end(process: Any) -> None:
+    """Asks the supervisor to end its ranks and itself; kills it if it does not (the ranks die with it)."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    deadline = time.monotonic() + END_S
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class _Tail:
+    """The whole lines that were added to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0
+        self.rest = b""
+
+    def lines(self) -> list[str]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                new = file.read()
+        except OSError:
+            return []
+        self.position += len(new)
+        *whole, self.rest = (self.rest + new).split(b"\n")
+        return [line.decode("utf-8", errors="replace") for line in whole]
+
+
+class _Display:
+    """Rank 0's log and metrics: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, run_dir: RunDirectory, console: Console, total_steps: int | None) -> None:
+        self.log = _Tail(run_dir.attempt(0).log(0))
+        self.metrics = _Tail(run_dir.metrics)
+        self.console = console
+        self.total_steps = total_steps
+        self.bar: Any = None
+        self.last_line = 0.0
+        self.rank_0_ended = False
+        self.on_terminal = console.stream.isatty() and os.environ.get("TERM") != "dumb"
+
+    def update(self) -> None:
+        for line in self.log.lines():
+            # Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo.
+            self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
+            if not self.rank_0_ended:
+                self._say(line)
+        steps = []
+        for line in self.metrics.lines():
+            with contextlib.suppress(json.JSONDecodeError):
+                steps.append(json.loads(line))
+        for metrics in steps:
+            self._step(metrics, last=metrics is steps[-1])
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=self.console.stream)
+        else:
+            self.console.say(line)
+
+    def _step(self, metrics: dict[str, Any], last: bool) -> None:
+        step = metrics.get("step")
+        if not isinstance(step, int):
+            return
+        if self.on_terminal:
+            if self.bar is None:
+                from tqdm import tqdm
+
+                self.bar = tqdm(
+                    total=self.total_steps, unit="step", file=self.console.stream, dynamic_ncols=True, leave=True
+                )
+            self.bar.n = step
+            if last:
+                self.bar.set_postfix_str(_words(metrics), refresh=False)
+                self.bar.refresh()
+            return
+        now = time.monotonic()
+        if step == 1 or step == self.total_steps or now - self.last_line >= PLAIN_LINE_EVERY_S:
+            self.last_line = now
+            of = f"/{self.total_steps}" if self.total_steps else ""
+            self.console.say(f"step {step}{of}  {_words(metrics)}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+_SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
+
+
+def _words(metrics: dict[str, Any]) -> str:
+    """The metrics that people watch, briefly."""
+    shown = [key for key in _SHOWN if isinstance(metrics.get(key), (int, float))]
+    shown = shown or [key for key, value in metrics.items() if key != "step" and isinstance(value, (int, float))][:5]
+    return "  ".join(f"{key} {metrics[key]:.4g}" for key in shown)

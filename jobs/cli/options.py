@@ -1,0 +1,138 @@
+"""argv -> Options: flags and words, with a suggestion for a misspelt one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from jobs.errors import CommandLineError, did_you_mean
+
+VERBS = (
+    *("list", "plan", "status", "logs", "explain", "cancel", "resume"),
+    *("resubmit", "report", "compare", "doctor", "wait", "clean"),
+)
+"""Words that are never a workload's name. Those that do nothing yet say so."""
+
+USAGE = """\
+submit.py WORKLOAD [options] [key=value ...]
+       submit.py list [WORKLOAD]"""
+
+EPILOG = """\
+examples:
+  submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200 model.dim=512
+  submit.py tp_fsdp --executor local --dry-run
+  submit.py list tp_fsdp          the workload's settings: type, default, meaning
+  submit.py my_package.my_module:ENTRY --gpus-per-node 2
+
+exit codes: 0 done, 1 the job failed, 2 your mistake, 130 interrupted
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, split but not yet validated: numbers are still text."""
+
+    words: list[str] = field(default_factory=list)
+    """The workload or verb, then what follows it."""
+    nodes: str | None = None
+    gpus_per_node: str | None = None
+    cluster: str | None = None
+    executor: str | None = None
+    config: str | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    threads_per_rank: str | None = None
+    env: list[str] = field(default_factory=list)
+    run_dir: str | None = None
+    dry_run: bool = False
+    wait: bool | None = None
+    as_json: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandLineError(f"{message}; see submit.py --help")
+
+
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second one: a flag given twice is a mistake in one of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise CommandLineError(f"{option_string} is given twice; keep one")
+        setattr(namespace, self.dest, values)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="submit.py",
+        usage=USAGE,
+        epilog=EPILOG,
+        description="Runs a workload on a Slurm cluster or on this box: one line, one job, one rank a GPU.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORKLOAD [key=value ...]",
+        help="a built-in (see list) or package.module:ENTRY, and its settings",
+    )
+
+    def one(flag: str, metavar: str, text: str) -> None:
+        parser.add_argument(flag, metavar=metavar, action=_Once, help=text)
+
+    def switch(flag: str, text: str, **more: Any) -> None:
+        parser.add_argument(flag, help=text, **({"action": "store_true"} | more))
+
+    one("--nodes", "N", "hosts (default: the cluster config's)")
+    one("--gpus-per-node", "G", "GPUs, and so ranks, on each host (default: the cluster config's)")
+    one("--cluster", "NAME|PATH", "cluster_configs/NAME.yaml here, then the shipped one; or a path")
+    one(
+        "--executor",
+        "auto|slurm|local|debug",
+        "auto = slurm where sbatch is on PATH, else local; debug = one rank in this very process",
+    )
+    one("--config", "FILE", "settings as YAML; key=value on the line wins over it, it wins over the defaults")
+    one("--time", "TIME", "time limit: minutes (90), 12:30:00 or 2-12")
+    one("--partition", "NAME", "Slurm partition")
+    one("--account", "NAME", "Slurm account")
+    one("--qos", "NAME", "Slurm quality of service")
+    one("--threads-per-rank", "T", "CPU threads of each rank's tensor operations (default: the cluster config's)")
+    switch(
+        "--env",
+        "environment variable for every rank; may be repeated",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+    )
+    one("--run-dir", "DIR", "default: runs/<utc time>-<workload>-<short id>; never a non-empty one")
+    switch("--dry-run", "print the resolved job, the mesh and the exact submission; run and write nothing")
+    switch(
+        "--wait",
+        "follow the job to its end (default: local jobs only)",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+    )
+    switch("--json", "one JSON object on stdout, everything else on stderr", dest="as_json")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Splits the command line; flags and words may come in any order.
+
+    Raises:
+        CommandLineError: an unknown flag (with a suggestion), a flag without its value or given twice.
+        SystemExit: after printing --help.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_intermixed_args(list(argv))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        flag = unknown[0].partition("=")[0]
+        raise CommandLineError(f"unknown flag {flag}{did_you_mean(flag, known)}; see submit.py --help")
+    return Options(**vars(given))

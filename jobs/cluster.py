@@ -1,0 +1,145 @@
+"""cluster_configs/*.yaml -> ClusterConfig; unknown keys are refused, with file and line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from jobs.errors import ClusterConfigError, did_you_mean
+from jobs.settings import build, read_yaml
+from jobs.spec import ExecutorName, Spec, parse_minutes
+
+
+class ClusterConfig(Spec):
+    """What one cluster's users share: defaults, site settings, deadlines."""
+
+    executor: Literal["auto", "slurm", "local", "debug"] = "auto"
+    """How jobs start; auto = slurm where sbatch is on PATH, else local."""
+    nodes: int = Field(default=1, ge=1)
+    """Hosts of a job that does not say."""
+    gpus_per_node: int = Field(default=1, ge=1)
+    """GPUs (ranks) on each host of a job that does not say."""
+    time: str | None = None
+    """Time limit as Slurm writes it: 90 (minutes), 12:30:00, 2-12."""
+    partition: str | None = None
+    """Slurm partition."""
+    account: str | None = None
+    """Slurm account."""
+    qos: str | None = None
+    """Slurm quality of service."""
+    cpus_per_gpu: int | None = Field(default=None, ge=1)
+    """CPU cores for each rank."""
+    mem_gb_per_gpu: float | None = Field(default=None, gt=0)
+    """Memory in GB for each rank."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines before the ranks start (slurm)."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables for every rank."""
+    interface: str | None = None
+    """Network interface for rendezvous and gloo."""
+    threads_per_rank: int = Field(default=1, ge=1)
+    """CPU threads of each rank's tensor operations."""
+    rendezvous_timeout_s: float = Field(default=300, gt=0)
+    """Seconds in which all ranks must have found each other."""
+    collective_timeout_s: float = Field(default=600, gt=0)
+    """Seconds that one collective may wait for its peers."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # `time: 90` is a number in YAML and minutes in Slurm
+        if isinstance(value, str):
+            parse_minutes(value)
+        return value
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _env(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        for name in value:
+            if not is_env_name(str(name)):
+                raise ValueError(f"'{name}' is not a variable's name (letters, digits and _)")
+        # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
+        return {
+            str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
+        }
+
+
+def is_env_name(name: str) -> bool:
+    """Whether a shell takes `name` for a variable."""
+    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None
+
+
+def shipped_configs() -> Path:
+    """The directory of the configs that come with meshrun, in a checkout and in a wheel alike."""
+    spec = importlib.util.find_spec("cluster_configs")
+    beside = Path(__file__).resolve().parent.parent / "cluster_configs"
+    if beside.is_dir():
+        return beside
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def find_cluster(name: str) -> Path:
+    """The file for `--cluster NAME|PATH`: a path, else ./cluster_configs/NAME.yaml, else the shipped NAME.yaml.
+
+    Raises:
+        ClusterConfigError: there is no such file; suggests a close name.
+    """
+    looks_like_path = os.sep in name or name.endswith((".yaml", ".yml"))
+    if looks_like_path:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path.resolve()
+        raise ClusterConfigError(f"--cluster {name}: no such file; give a YAML file or a name of cluster_configs/")
+    places = [Path.cwd() / "cluster_configs", shipped_configs()]
+    for place in places:
+        path = place / f"{name}.yaml"
+        if path.is_file():
+            return path.resolve()
+    known = sorted({path.stem for place in places if place.is_dir() for path in place.glob("*.yaml")})
+    raise ClusterConfigError(
+        f"--cluster {name}: no such cluster{did_you_mean(name, known)}; known: {', '.join(known)}; or give a path"
+    )
+
+
+def load_cluster(path: Path) -> ClusterConfig:
+    """Reads one cluster file.
+
+    Raises:
+        ClusterConfigError: with file and line.
+    """
+    document = read_yaml(path, ClusterConfigError)
+    config, _ = build(ClusterConfig, document, error=ClusterConfigError, what="key")
+    return config
+
+
+def choose_executor(flag: str | None, cluster: str | None) -> tuple[ExecutorName, Path, ClusterConfig, str]:
+    """What `--executor` and `--cluster` come to.
+
+    Returns:
+        The executor, the cluster file, its config, and the reason in a few words.
+    """
+    has_sbatch = shutil.which("sbatch") is not None
+    if cluster is None:
+        wants_slurm = flag == "slurm" or (flag in (None, "auto") and has_sbatch)
+        path = find_cluster("slurm" if wants_slurm else "local")
+    else:
+        path = find_cluster(cluster)
+    config = load_cluster(path)
+    if flag not in (None, "auto"):
+        return flag, path, config, "--executor"  # type: ignore[return-value]
+    if flag is None and config.executor != "auto" and cluster is not None:
+        return config.executor, path, config, f"cluster {path.stem}"
+    if has_sbatch:
+        return "slurm", path, config, "sbatch is on PATH"
+    return "local", path, config, "no sbatch on PATH"

@@ -1,0 +1,38 @@
+"""RankInfo -> the device and backend of a rank, by what is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jobs.topology import RankInfo
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    device: torch.device
+    why: str
+    """For the log: what was there and what was needed."""
+
+    @property
+    def backend(self) -> str:
+        """For init_process_group. gloo is there for CPU tensors in any case: metrics travel on it."""
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+
+
+def choose_device(info: RankInfo) -> DeviceChoice:
+    """One GPU a rank where there are enough, else the CPU, with the reason.
+
+    The visible GPUs are taken as they are (CUDA_VISIBLE_DEVICES is never rewritten). Emulated hosts share one box, so
+    there the rank itself is the index and all ranks need a GPU. On a cluster it is the local rank modulo the GPUs
+    that this process sees: under GPU binding a rank sees only its own.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    needed, index = (info.world_size, info.rank) if info.launcher == "local" else (1, info.local_rank % max(count, 1))
+    if count >= needed:
+        return DeviceChoice(
+            torch.device("cuda", index), f"GPU {index} of {count} ({torch.cuda.get_device_name(index)})"
+        )
+    gpus = "no GPU is visible" if count == 0 else f"{count} visible for {needed} ranks"
+    return DeviceChoice(torch.device("cpu"), f"CPU over gloo: {gpus}")

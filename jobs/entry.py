@@ -1,0 +1,47 @@
+"""The first file that a job's process runs: `python jobs/entry.py SUBMITIT_FOLDER`. Standard library only, at first.
+
+submitit would start `python -m submitit.core._submit`, which puts the current directory first on the path: in a
+directory that has a `jobs/` or `workloads/` of its own, the pickle would then be opened with the wrong packages.
+Here the packages are taken from where this very file is, whatever the path says, before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""What holds `jobs` and `workloads`: the checkout, or site-packages."""
+
+
+def pin(root: Path = ROOT) -> None:
+    """Loads `jobs` and `workloads` from `root`, so that no later import can find others."""
+    # A script's own directory comes first on the path; here that is jobs/ itself, and nobody means that.
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) != here]
+    for name in ("jobs", "workloads"):
+        package = root / name
+        spec = importlib.util.spec_from_file_location(
+            name, package / "__init__.py", submodule_search_locations=[str(package)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+
+
+def main() -> None:
+    pin()
+    # submitit names its files by this process's id where the executor has no scheduler to name the job.
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
+    from submitit.core.submission import submitit_main
+
+    submitit_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Every error that meshrun raises on purpose.
+
+MeshrunError
+├── UserError                exit 2: one line, no traceback, nothing was started
+│   ├── CommandLineError     a flag, a verb, a workload's name
+│   ├── SettingsError        key=value or an experiment's YAML
+│   ├── ClusterConfigError   a file of cluster_configs/
+│   ├── RunDirectoryError    a run directory that is in use, or cannot be made
+│   ├── ResourceError        a shape, or a size, that does not fit
+│   └── SubmissionError      the scheduler refused
+├── JobFailed                exit 1: the job ran and failed; names the rank, the host and the log
+├── TopologyError            in a rank: the environment names no rank, or hosts hold unequal numbers of them
+├── RendezvousError          in a rank: the others did not come in time, or are not of this job
+└── Interrupted              exit 130: Ctrl-C, a hang-up, a termination; the signal is in `signum`
+
+WorkloadError (workloads/base.py) is taken in: before the job starts it is the user's mistake, exit 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+from workloads.base import WorkloadError
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class MeshrunError(Exception):
+    """Base of all; `exit_code` is what the command line returns for it."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(MeshrunError):
+    """The user's mistake: what was given, which rule it broke, what to do, on one line."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class CommandLineError(UserError):
+    pass
+
+
+class SettingsError(UserError):
+    pass
+
+
+class ClusterConfigError(UserError):
+    pass
+
+
+class RunDirectoryError(UserError):
+    pass
+
+
+class ResourceError(UserError):
+    pass
+
+
+class SubmissionError(UserError):
+    pass
+
+
+class JobFailed(MeshrunError):
+    """The job ran and failed. The message names rank, host and log; `traceback` is that rank's own, if it left one."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+    def __reduce__(self) -> tuple[type[JobFailed], tuple[str, str]]:
+        return JobFailed, (str(self), self.traceback)
+
+
+class TopologyError(MeshrunError):
+    pass
+
+
+class RendezvousError(MeshrunError):
+    pass
+
+
+class Interrupted(MeshrunError):
+    """A signal asked this process, or the one that the job belongs to, to end."""
+
+    exit_code = EXIT_INTERRUPTED
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return Interrupted, (self.signum,)
+
+
+USER_ERRORS = (UserError, WorkloadError)
+"""What ends in one line and exit 2 when it is raised before the job starts."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for a close match of `given` among `known`, else nothing."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,375 @@
+"""The local executor: N emulated hosts on this box, started, watched, ended and blamed as srun would.
+
+submitit pickles the job and starts one process for it, the supervisor, which imports torch once (and does nothing
+else with it) and forks the ranks: 8 ranks are there in the time that one import takes. Each rank gets the variables
+that a cluster would have given it and calls the very same pickled Job; from there on nothing is local any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from submitit.local import local as submitit_local
+
+from jobs import blame
+from jobs.blame import Failure
+from jobs.errors import Interrupted, JobFailed
+from jobs.job import Job
+from jobs.records import Attempt, RunDirectory, finite, read_json, write_json
+from jobs.spec import JobSpec
+from jobs.topology import local_env
+from workloads import registry
+
+log = logging.getLogger(__name__)
+
+OWNER_FD = "MESHRUN_OWNER_FD"
+"""The read end of a pipe that the waiting command line holds open: its end is the owner's."""
+
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.device_mesh",
+    "jobs.devices",
+    "jobs.mesh",
+    "jobs.rendezvous",
+)
+"""What every rank imports anyway; importing it starts no thread and touches no device."""
+
+POLL_S = 0.02
+SETTLE_S = 0.4
+"""After a rank's own failure: for others that failed at the same moment to leave their records."""
+SETTLE_LOST_PEER_S = 1.0
+"""After the mere loss of a peer: for the peer itself to be seen dead."""
+TERM_S = 0.3
+"""Between SIGTERM and SIGKILL."""
+
+
+# --- on the submitting side -------------------------------------------------------------------------------------------
+
+
+class LocalExecutor(submitit_local.LocalExecutor):
+    """submitit's local executor with one process, the supervisor, in place of its controller and tasks.
+
+    Args:
+        folder: for submitit's files.
+        log_file: the supervisor's stdout and stderr.
+        owned: whether the job ends with this process (a waiting command line), whatever ends that.
+        env: variables for the supervisor and so for every rank.
+    """
+
+    def __init__(self, folder: Path, log_file: Path, owned: bool, env: dict[str, str]) -> None:
+        super().__init__(folder, python=sys.executable)
+        self.log_file = log_file
+        self.owned = owned
+        self.env = env
+
+    def command(self) -> list[str]:
+        """What is started."""
+        return [self.python, "-u", str(Path(__file__).with_name("entry.py")), str(self.folder)]
+
+    def _submit_command(self, command: str) -> submitit_local.LocalJob[Any]:
+        env = {**os.environ, **self.env, "SUBMITIT_EXECUTOR": "local"}
+        pass_fds: tuple[int, ...] = ()
+        if self.owned:
+            read_end, self._write_end = os.pipe()  # the write end closes when this process ends, however it ends
+            env[OWNER_FD] = str(read_end)
+            pass_fds = (read_end,)
+        self.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self.log_file.open("ab") as output:
+            # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.
+            process = subprocess.Popen(
+                self.command(),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=pass_fds,
+                start_new_session=True,
+            )
+        if self.owned:
+            os.close(read_end)
+        return submitit_local.LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=[0])
+
+
+# --- the supervisor ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Rank:
+    rank: int
+    host: str
+    pid: int
+    log: Path
+    exit_code: int | None = None
+    """As subprocess has it; None while it runs."""
+    ended: float = 0.0
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """The callable that submitit runs in the supervisor: starts every rank, watches, ends them together."""
+
+    job: Job
+
+    def __call__(self) -> dict[str, Any]:
+        """Runs the job to its end.
+
+        Returns:
+            What result.json holds.
+
+        Raises:
+            JobFailed: some rank failed; the message and traceback are that rank's.
+            Interrupted: this process was told to end, or its owner is gone.
+        """
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s [supervisor] %(levelname)s: %(message)s")
+        spec = self.job.spec
+        run = RunDirectory(spec.run_dir)
+        attempt = run.attempt(0).make()
+        watch = _Watch(spec, attempt)
+        try:
+            watch.start(self.job)
+            watch.until_all_ended()
+        except (JobFailed, Interrupted) as error:
+            status = "failed" if isinstance(error, JobFailed) else "interrupted"
+            write_json(
+                run.result,
+                {
+                    "status": status,
+                    "workload": spec.workload,
+                    "attempt": attempt.number,
+                    "seconds": round(time.time() - watch.started, 3),
+                    "error": str(error),
+                    "traceback": getattr(error, "traceback", ""),
+                    "failure": finite(watch.blamed.to_json()) if watch.blamed else None,
+                },
+            )
+            raise
+        finally:
+            watch.end()
+        record = read_json(run.result)
+        assert record is not None
+        return record
+
+
+class _Watch:
+    """The ranks of one job, from the first fork until none is left."""
+
+    def __init__(self, spec: JobSpec, attempt: Attempt) -> None:
+        self.spec = spec
+        self.attempt = attempt
+        self.ranks: list[_Rank] = []
+        self.started = time.time()
+        self.signalled: int | None = None
+        self.blamed: Failure | None = None
+        self.owner = int(os.environ.pop(OWNER_FD, "-1"))
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+        # A closed terminal is the owner's business: a job that nobody waits for runs on.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _adopt_orphans()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.signalled = signum
+
+    def start(self, job: Job) -> None:
+        entry = registry.BUILT_IN.get(self.spec.workload)
+        workload_modules = registry.load(self.spec.workload).preload if entry else ()
+        for module in (*PRELOAD, *workload_modules):
+            importlib.import_module(module)
+            self._check_orders()
+        _assert_single_threaded()
+        gc.collect()
+        gc.freeze()  # keeps the collector from writing to, and so copying, the pages that the ranks share
+        resources = self.spec.resources
+        for rank in range(resources.shape.world_size):
+            env = local_env(rank, resources.nodes, resources.gpus_per_node, str(os.getpid()), self.attempt.number)
+            path = self.attempt.log(rank)
+            pid = self._fork(job, env, path)
+            with contextlib.suppress(OSError):  # the child does the same; whoever is first
+                os.setpgid(pid, pid)
+            self.ranks.append(_Rank(rank, env["MESHRUN_NODENAME"], pid, path))
+        log.info("%d ranks started after %.2f s", len(self.ranks), time.time() - self.started)
+
+    def _fork(self, job: Job, env: dict[str, str], path: Path) -> int:
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            _become_rank(supervisor, env, path, self.owner)
+            job()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                logging.shutdown()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def until_all_ended(self) -> None:
+        """Returns when every rank has done its work.
+
+        Raises:
+            JobFailed: as soon as one has not, and the one to blame is known.
+            Interrupted: told to end.
+        """
+        limit = self.spec.resources.time_min
+        deadline = time.monotonic() + limit * 60 if limit else None
+        while True:
+            self._reap()
+            if any(rank.exit_code is not None and self._failure(rank) for rank in self.ranks):
+                self._settle()
+                failures = [f for rank in self.ranks if rank.exit_code is not None and (f := self._failure(rank))]
+                self.blamed = blame.blame(failures)
+                raise JobFailed(self.blamed.headline(), self.blamed.traceback)
+            if all(rank.exit_code is not None for rank in self.ranks):
+                return
+            self._check_orders()
+            if deadline is not None and time.monotonic() > deadline:
+                raise JobFailed(f"the time limit of {limit} min was reached; ask for more with --time")
+            time.sleep(POLL_S)
+
+    def _settle(self) -> None:
+        """Waits a moment for records and deaths that belong to the same event."""
+        began = time.monotonic()
+        while True:
+            self._reap()
+            failures = [f for rank in self.ranks if rank.exit_code is not None and (f := self._failure(rank))]
+            enough = SETTLE_S if any(f.kind != "lost_peer" for f in failures) else SETTLE_LOST_PEER_S
+            if time.monotonic() - began > enough or all(rank.exit_code is not None for rank in self.ranks):
+                return
+            time.sleep(POLL_S)
+
+    def _check_orders(self) -> None:
+        if self.signalled is not None:
+            raise Interrupted(self.signalled)
+        if self.owner >= 0 and select.select([self.owner], [], [], 0)[0]:
+            raise Interrupted(signal.SIGHUP)
+
+    def _reap(self) -> None:
+        by_pid = {rank.pid: rank for rank in self.ranks}
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in by_pid:  # else an orphan of some rank's, adopted
+                by_pid[pid].exit_code = os.waitstatus_to_exitcode(status)
+                by_pid[pid].ended = time.time()
+
+    def _failure(self, rank: _Rank) -> Failure | None:
+        """What ended this rank, if it was not the end of its work."""
+        assert rank.exit_code is not None
+        record = read_json(self.attempt.failure(rank.rank))
+        if record is not None:
+            return Failure(**record)
+        if rank.exit_code == 0 and self.attempt.done(rank.rank).exists():
+            return None
+        return blame.failure_of_exit(rank.exit_code, rank.rank, rank.host, rank.ended, str(rank.log))
+
+    def end(self) -> None:
+        """Ends every process below this one: ranks, what they started, and what those left behind."""
+        for signum, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0)):
+            deadline = time.monotonic() + patience
+            for rank in self.ranks:
+                # Each rank leads a group of its own, which its children are in unless they left it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(rank.pid, signum)
+            while time.monotonic() < deadline:
+                self._reap()
+                for pid in _children():
+                    if all(pid != rank.pid for rank in self.ranks):
+                        with contextlib.suppress(ProcessLookupError, PermissionError):
+                            os.kill(pid, signal.SIGKILL)
+                if not _children() and all(rank.exit_code is not None for rank in self.ranks):
+                    return
+                time.sleep(POLL_S)
+
+
+def _become_rank(supervisor: int, env: dict[str, str], path: Path, owner_fd: int) -> None:
+    """In the forked child: makes it a process of its own, as if the launcher had started it afresh."""
+    _die_with_parent(supervisor)
+    os.setpgid(0, 0)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_DFL)
+    if owner_fd >= 0:
+        os.close(owner_fd)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+    for name in [name for name in os.environ if name.startswith(("SUBMITIT_", "MESHRUN_"))]:
+        del os.environ[name]
+    os.environ.update(env)
+
+
+# --- Linux's ways of leaving no process behind; elsewhere process groups have to do -----------------------------------
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def _prctl(option: int, argument: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
+
+
+def _die_with_parent(parent: int) -> None:
+    """The kernel kills this process when its parent ends, even by SIGKILL."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _adopt_orphans() -> None:
+    """Processes whose parent ends below this one become its children, so that they can be found and ended."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _children() -> list[int]:
+    """Direct children that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = stat.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, parent = rest.split()[:2]
+        if int(parent) == os.getpid() and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _assert_single_threaded() -> None:
+    """Forking is safe only while nothing else runs: a lock held by another thread would stay held in every rank."""
+    tasks = Path("/proc/self/task")
+    if tasks.is_dir():
+        count = len(list(tasks.iterdir()))
+        assert count == 1, f"{count} threads run in the supervisor after its imports; ranks cannot be forked safely"

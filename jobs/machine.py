@@ -1,0 +1,69 @@
+"""What this box has, as far as can be told without importing torch: GPUs, memory, and which torch is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def gpu_count(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
+    """GPUs that a process with this environment would see; 0 where the installed torch cannot use any.
+
+    The ranks ask torch itself and decide; this is for what is said and checked before they start.
+    """
+    if not torch_sees_gpus():
+        return 0
+    nvidia = len([p for p in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)])
+    amd = len(list((dev / "dri").glob("renderD*"))) if (dev / "kfd").exists() else 0
+    present = nvidia or amd
+    visible = env.get("CUDA_VISIBLE_DEVICES", env.get("HIP_VISIBLE_DEVICES"))
+    if visible is None:
+        return present
+    named = 0
+    for part in visible.split(","):  # CUDA stops at the first entry that is not a device
+        if not part.strip() or part.strip().startswith("-"):
+            break
+        named += 1
+    return min(present, named)
+
+
+def torch_sees_gpus() -> bool:
+    """Whether the installed torch is a CUDA or ROCm build, read from its version file."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    version = Path(next(iter(spec.submodule_search_locations))) / "version.py"
+    try:
+        text = version.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None
+
+
+def available_memory_bytes() -> int:
+    """Memory that new processes on this box can have: what is free or reclaimable, within the control group's limit."""
+    limits = [_available_by_kernel()]
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            limits.append(max(0, int(limit) - int(used)))
+    return min(limits)
+
+
+def _available_by_kernel() -> int:
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    if match:
+        return int(match[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,199 @@
+"""The run directory: the one file that knows the names on disk. Torch-free.
+
+runs/20261122-081530-tp_fsdp-3f9c/
+    job.json            the job as resolved: workload, every setting, shape, environment
+    settings.yaml       the workload's settings alone; `--config` takes it
+    metrics.jsonl       one line a step, from rank 0
+    result.json         how the whole run ended
+    data/ export/ checkpoints/
+    submitit/           submitit's pickles and the rendered submission
+    attempt-0/          what one incarnation alone wrote
+        rendezvous.json     where rank 0's store listens
+        rank-3.log          everything a rank printed and logged
+        failures/3.json     what ended a rank
+        done/3              a rank that finished its work
+        supervisor.log      the local executor's own words
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import RunDirectoryError
+from workloads.base import RunPaths
+
+
+def default_run_dir(workload: str) -> Path:
+    """runs/<utc time>-<workload>-<short id>, below the current directory."""
+    name = re.sub(r"[^\w.-]", "-", workload.partition(":")[0])
+    return Path.cwd() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}-{secrets.token_hex(2)}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a reader sees the whole file or none."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """The file's value, or None where it is not there (yet) or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON cannot say (NaN, infinities) as its name."""
+    if (isinstance(value, float) and value in (float("inf"), float("-inf"))) or value != value:
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One job's directory; `path` is absolute."""
+
+    path: Path
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Refuses what `create` would refuse, writing nothing.
+
+        Raises:
+            RunDirectoryError: it exists and is not an empty directory, or cannot be made there.
+        """
+        if path.exists():
+            if not path.is_dir():
+                raise RunDirectoryError(f"--run-dir {path}: is a file; give a directory that is new or empty")
+            if any(path.iterdir()):
+                raise RunDirectoryError(
+                    f"--run-dir {path}: is not empty, and a run directory is never reused; give a new one"
+                )
+        parent = path if path.exists() else path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise RunDirectoryError(f"--run-dir {path}: {parent} is a file; give a directory that is new or empty")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunDirectoryError(f"--run-dir {path}: {parent} cannot be written to; give another directory")
+
+    @staticmethod
+    def create(path: Path) -> RunDirectory:
+        """Makes the directory, readable by the user alone: the pickle inside is run as them.
+
+        Raises:
+            RunDirectoryError: as `check`; also when another job took the name in the meantime.
+        """
+        RunDirectory.check(path)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)
+            run = RunDirectory(path)
+            # The first to make this folder owns the directory: two jobs that race for one name cannot both have it.
+            run.submitit.mkdir(mode=0o700)
+        except FileExistsError:
+            raise RunDirectoryError(f"--run-dir {path}: another job has just taken it; give a new one") from None
+        except OSError as mistake:
+            raise RunDirectoryError(
+                f"--run-dir {path}: cannot be made: {mistake.strerror}; give another directory"
+            ) from None
+        return run
+
+    @property
+    def job(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "settings.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def submitit(self) -> Path:
+        return self.path / "submitit"
+
+    def attempt(self, number: int) -> Attempt:
+        return Attempt(self.path / f"attempt-{number}", number)
+
+    def last_attempt(self) -> Attempt:
+        """The newest incarnation; the first one where none has begun."""
+        numbers = [int(m[1]) for p in self.path.glob("attempt-*") if (m := re.fullmatch(r"attempt-(\d+)", p.name))]
+        return self.attempt(max(numbers, default=0))
+
+    def paths(self, attempt: int) -> RunPaths:
+        """What a workload is told of the names on disk."""
+        return RunPaths(
+            run_dir=self.path,
+            metrics=self.metrics,
+            data_dir=self.data,
+            export_dir=self.path / "export",
+            checkpoint_dir=self.path / "checkpoints",
+            attempt_dir=self.attempt(attempt).path,
+        )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one incarnation alone writes."""
+
+    path: Path
+    number: int
+
+    def make(self) -> Attempt:
+        """Makes the folders; every rank may call it."""
+        for folder in (self.path, self.path / "failures", self.path / "done"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self
+
+    @property
+    def rendezvous(self) -> Path:
+        return self.path / "rendezvous.json"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.path / "supervisor.log"
+
+    def log(self, rank: int) -> Path:
+        return self.path / f"rank-{rank}.log"
+
+    def failure(self, rank: int) -> Path:
+        return self.path / "failures" / f"{rank}.json"
+
+    def done(self, rank: int) -> Path:
+        return self.path / "done" / str(rank)

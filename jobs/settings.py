@@ -1,0 +1,495 @@
+"""YAML files and key=value words -> one typed, validated configuration; and its description for people.
+
+Torch-free. Used for a workload's settings, for cluster files, and for the flags.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from jobs.errors import SettingsError, UserError, did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
+Path_ = tuple[str, ...]
+"""A setting's place: ("model", "dim")."""
+
+
+# --- YAML as people mean it -------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of scalars: `1e-3` is a number; `12:30:00`, `2026-01-01`, `yes` and `1_000` are text.
+
+    PyYAML follows YAML 1.1, where the first is text, the second 45000, the third a date, the others True and 1000.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (the base class's own, emptied)
+
+
+for _tag, _regexp, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        "-+0123456789.",
+    ),
+    ("null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
+    ("merge", r"^<<$", "<"),
+):
+    _first_characters: list[str | None] = [None if c == "\0" else c for c in _first]
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_regexp), _first_characters)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML mapping and the line of each of its keys."""
+
+    data: dict[str, Any]
+    source: str
+    lines: dict[Path_, int] = field(default_factory=dict)
+
+    def where(self, path: Path_) -> str:
+        """`file:line` of a key, or of its nearest parent."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.source}:{self.lines[path]}" if path else self.source
+
+
+def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) -> Document:
+    """Reads a YAML mapping.
+
+    Raises:
+        error: not YAML, not a mapping, a key that is not text or is given twice; names file and line.
+    """
+    loader = _Loader(text)
+    lines: dict[Path_, int] = {}
+
+    def look_at(node: yaml.Node, path: Path_) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                look_at(item, path)
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag in (
+                "tag:yaml.org,2002:int",
+                "tag:yaml.org,2002:float",
+                "tag:yaml.org,2002:null",
+            ):
+                raise error(f"{source}:{line}: a key must be a name; quote it if it is meant as text")
+            key = key_node.value
+            if key in seen:
+                raise error(f"{source}:{line}: '{key}' is given twice (first on line {seen[key]}); keep one")
+            seen[key] = line
+            inner = (*path, *key.split("."))
+            lines.setdefault(inner, line)
+            look_at(value_node, inner)
+
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return Document({}, source)
+        look_at(node, ())
+        data = loader.construct_document(node)
+    except yaml.MarkedYAMLError as mistake:
+        mark = mistake.problem_mark or mistake.context_mark
+        line = mark.line + 1 if mark else 1
+        raise error(f"{source}:{line}: not valid YAML: {mistake.problem or mistake.context}; mend that line") from None
+    except (yaml.YAMLError, ValueError) as mistake:
+        raise error(f"{source}: not valid YAML: {' '.join(str(mistake).split())}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise error(f"{source}: holds a {type(data).__name__}; write a mapping, one `key: value` a line")
+    return Document(data, source, lines)
+
+
+def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
+    """Reads a YAML file; `error` where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as mistake:
+        raise error(f"{path}: cannot be read: {mistake.strerror}; give a YAML file") from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: is not UTF-8 text; give a YAML file") from None
+    return load_yaml(text, str(path), error)
+
+
+# --- key=value --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `key=value` word of the command line."""
+
+    path: Path_
+    text: str
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+
+_RANGE = re.compile(r"^[-+]?\d+\.\.[-+]?\d+$")
+
+
+def parse_overrides(words: Sequence[str]) -> list[Override]:
+    """`["steps=20", "model.dim=64"]` -> overrides; a word without `=`, an empty or a repeated key is refused."""
+    overrides: list[Override] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.strip()
+        if not equals:
+            raise SettingsError(f"'{word}': expected key=value (steps=20, model.dim=64)")
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+            raise SettingsError(f"'{word}': '{key}' is not a setting's name; write key=value (model.dim=64)")
+        override = Override(tuple(key.split(".")), text)
+        if any(earlier.path == override.path for earlier in overrides):
+            raise SettingsError(f"{key} is given twice on the command line; keep one")
+        if _is_sweep(text):
+            raise SettingsError(
+                f"{word}: lists (a,b) and ranges (1..4) are reserved for sweeps, which this version does not run; "
+                "give one value (text with a comma: key='\"a,b\"'; a list: key=[a,b])"
+            )
+        overrides.append(override)
+    return overrides
+
+
+def _is_sweep(text: str) -> bool:
+    """Whether Hydra would take this value for a sweep: a comma outside quotes and brackets, or a range."""
+    if _RANGE.match(text.strip()):
+        return True
+    depth, quote = 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in "]})":
+            depth -= 1
+        elif character == "," and depth <= 0:
+            return True
+    return False
+
+
+# --- typed and validated ----------------------------------------------------------------------------------------------
+
+
+def build(
+    cls: type[Model],
+    document: Document | None,
+    overrides: Sequence[Override] = (),
+    *,
+    error: type[UserError] = SettingsError,
+    what: str = "setting",
+    help_line: str = "",
+) -> tuple[Model, list[str]]:
+    """The configuration from its file and the words of the command line, which win; defaults fill the rest.
+
+    A group that has a field `preset` may be given as one word: `model=7b` is `model.preset=7b`; on the command
+    line that replaces the whole group that the file gave.
+
+    Args:
+        cls: the pydantic model to fill; unknown keys are refused with a suggestion.
+        document: the YAML file, if any; nested mappings and dotted keys mean the same.
+        overrides: the key=value words.
+        error: what to raise.
+        what: what a key is called in messages.
+        help_line: where all keys are listed, appended to messages about unknown ones.
+
+    Returns:
+        The configuration, and a notice for each value of the file that the command line replaced unseen.
+    """
+    tree: dict[str, Any] = {}
+    source: dict[Path_, str] = {}
+    notices: list[str] = []
+    if document is not None:
+        for path, value in _flatten(cls, document.data, (), document):
+            _check_path(cls, path, document.where(path) + ": ", error, what, help_line)
+            if path in source:
+                raise error(f"{document.where(path)}: '{'.'.join(path)}' is given twice; keep one")
+            _put(tree, path, value)
+            source[path] = document.where(path) + ": "
+    for override in sorted(overrides, key=lambda o: len(o.path)):
+        _check_path(cls, override.path, "", error, what, help_line)
+        annotation = _annotation(cls, override.path)
+        group = _group(annotation)
+        if group is not None:
+            dropped = [path for path in source if path[: len(override.path)] == override.path and source[path]]
+            if dropped:
+                named = ", ".join(".".join(path) for path in dropped)
+                notices.append(f"{override.key}={override.text} replaces {named} of {document.source}")  # type: ignore[union-attr]
+                for path in dropped:
+                    del source[path]
+                _put(tree, override.path, {})
+            value = _parse_value(override, annotation)
+            for path, leaf in _flatten(group, _as_group(group, value, override.key, error), override.path, None):
+                _check_path(cls, path, "", error, what, help_line)
+                _put(tree, path, leaf)
+                source[path] = ""
+        else:
+            _put(tree, override.path, _parse_value(override, annotation))
+            source[override.path] = ""
+    return validate(cls, tree, source, error=error, help_line=help_line), notices
+
+
+def validate(
+    cls: type[Model],
+    tree: Mapping[str, Any],
+    source: Mapping[Path_, str] | None = None,
+    *,
+    error: type[UserError] = SettingsError,
+    help_line: str = "",
+    spell: Mapping[str, str] | None = None,
+) -> Model:
+    """`tree` as a `cls`, or one line that says which value broke which rule.
+
+    Args:
+        source: by path, where a value came from ("file:3: "), put before its message.
+        spell: by key, how the user wrote it ("--nodes ").
+    """
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as mistakes:
+        messages = []
+        for mistake in mistakes.errors(include_url=False):
+            path = tuple(str(part) for part in mistake["loc"] if isinstance(part, str))
+            path = _known_part(cls, path)
+            key = ".".join(path)
+            message = mistake["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "must be").replace("unable to parse string as an ", "not an ")
+            given = _show(_get(tree, path)) if path else ""
+            wanted = mistake.get("ctx", {}).get("expected", "")
+            hint = did_you_mean(given, re.findall(r"'([^']+)'", str(wanted)))
+            start = (source or {}).get(path, "")
+            shown = f"{start}{(spell or {}).get(key, key + '=')}{given}: " if path else start
+            messages.append(f"{shown}{message[:1].lower() + message[1:] if path else message}{hint}")
+        more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
+        raise error("; ".join(messages[:3]) + more + (f"; {help_line}" if help_line else "")) from None
+
+
+def _known_part(cls: type[BaseModel], path: Path_) -> Path_:
+    """The part of a pydantic location that is keys of ours (unions add the branch's name)."""
+    known: list[str] = []
+    group: type[BaseModel] | None = cls
+    for part in path:
+        if group is None or part not in group.model_fields:
+            break
+        known.append(part)
+        group = _group(group.model_fields[part].annotation)
+    return tuple(known)
+
+
+def _flatten(
+    cls: type[BaseModel] | None, data: Mapping[Any, Any], at: Path_, document: Document | None
+) -> list[tuple[Path_, Any]]:
+    """Leaves by path; a value is a leaf where the class has no group of settings at that place."""
+    leaves: list[tuple[Path_, Any]] = []
+    for key, value in data.items():
+        parts = tuple(str(key).split("."))
+        path = (*at, *parts)
+        group = cls
+        for part in parts:
+            known = group.model_fields.get(part) if group else None
+            group = _group(known.annotation) if known else None
+        if group is not None:
+            value = _as_group(group, value, ".".join(path), SettingsError, document.where(path) if document else "")
+            leaves += _flatten(group, value, path, document)
+        else:
+            leaves.append((path, value))
+    return leaves
+
+
+def _as_group(
+    group: type[BaseModel], value: Any, key: str, error: type[UserError], where: str = ""
+) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    if "preset" in group.model_fields and isinstance(value, (str, int)):
+        return {"preset": str(value)}
+    example = next(iter(group.model_fields))
+    start = f"{where}: " if where else ""
+    raise error(f"{start}{key}={_show(value)}: {key} is a group of settings; give its parts ({key}.{example}=...)")
+
+
+def _check_path(
+    cls: type[BaseModel], path: Path_, where: str, error: type[UserError], what: str, help_line: str
+) -> None:
+    group: type[BaseModel] | None = cls
+    for depth, part in enumerate(path):
+        if group is None:
+            parent = ".".join(path[:depth])
+            raise error(f"{where}unknown {what} '{'.'.join(path)}': {parent} has no parts{_dot(help_line)}")
+        if part not in group.model_fields:
+            every = _all_paths(cls)
+            close = did_you_mean(".".join(path), every) or did_you_mean(path[-1], every)
+            raise error(f"{where}unknown {what} '{'.'.join(path)}'{close}{_dot(help_line)}")
+        group = _group(group.model_fields[part].annotation)
+
+
+def _dot(help_line: str) -> str:
+    return f"; {help_line}" if help_line else ""
+
+
+def _all_paths(cls: type[BaseModel], at: str = "") -> list[str]:
+    paths = []
+    for name, info in cls.model_fields.items():
+        paths.append(at + name)
+        group = _group(info.annotation)
+        if group is not None:
+            paths += _all_paths(group, f"{at}{name}.")
+    return paths
+
+
+def _annotation(cls: type[BaseModel], path: Path_) -> Any:
+    group: type[BaseModel] = cls
+    for part in path[:-1]:
+        group = _group(group.model_fields[part].annotation)  # type: ignore[assignment]
+    return group.model_fields[path[-1]].annotation
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; a plain type is its own only one."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    for option in _options(annotation):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _takes(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    for option in _options(annotation):
+        if typing.get_origin(option) is typing.Annotated:
+            option = typing.get_args(option)[0]
+        origin = typing.get_origin(option) or option
+        if origin is Literal:
+            if any(isinstance(value, kinds) for value in typing.get_args(option)):
+                return True
+        elif isinstance(origin, type) and issubclass(origin, kinds):
+            return True
+    return False
+
+
+def _parse_value(override: Override, annotation: Any) -> Any:
+    """The text as YAML, except where the setting wants text: there it is taken as it stands."""
+    text = override.text
+    stripped = text.strip()
+    if stripped in ("null", "None", "~") and type(None) in _options(annotation):
+        return None
+    quoted = len(stripped) >= 2 and stripped[0] == stripped[-1] and stripped[0] in "\"'"
+    structured = stripped[:1] in ("[", "{") and _takes(annotation, (list, tuple, dict, Mapping))
+    if _takes(annotation, (str, Path)) and not _takes(annotation, (int, float)) and not quoted and not structured:
+        return text
+    if annotation is bool and stripped in ("True", "False"):
+        return stripped == "True"
+    try:
+        return load_yaml(f"value: {text}", override.key).data["value"]
+    except SettingsError as mistake:
+        if structured or stripped[:1] in ("[", "{", "'", '"'):
+            raise SettingsError(f"{override.key}={text}: {str(mistake).partition(': ')[2]}") from None
+        return text
+
+
+def _put(tree: dict[str, Any], path: Path_, value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
+
+
+def _get(tree: Mapping[str, Any], path: Path_) -> Any:
+    value: Any = tree
+    for part in path:
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _show(value: Any) -> str:
+    text = value if isinstance(value, str) else "null" if value is None else str(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+# --- described for people ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of `submit.py list WORKLOAD`."""
+
+    key: str
+    type: str
+    default: str
+    meaning: str
+
+
+def describe(cls: type[BaseModel], at: str = "") -> list[Setting]:
+    """Every setting of a configuration, groups flattened to dotted keys, in the order of the class."""
+    rows: list[Setting] = []
+    for name, info in cls.model_fields.items():
+        group = _group(info.annotation)
+        if group is not None:
+            rows += describe(group, f"{at}{name}.")
+            continue
+        default = info.get_default(call_default_factory=True)
+        shown = "(required)" if default is PydanticUndefined else _show(default)
+        meaning = " ".join((info.description or "").split())
+        rows.append(Setting(at + name, type_name(info.annotation, info.metadata), shown, meaning))
+    return rows
+
+
+def type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in a user's words: `int > 0`, `fp32|bf16|fp64`, `float or null`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner, *more = typing.get_args(annotation)
+        return type_name(inner, [*metadata, *more])
+    options = _options(annotation)
+    if len(options) > 1:
+        named = [type_name(option, metadata if option is not type(None) else ()) for option in options]
+        return " or ".join(named)
+    if annotation is type(None):
+        return "null"
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (list, tuple):
+        return f"list of {type_name(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is dict:
+        return "mapping"
+    if annotation in (str, Path):
+        return "text" if annotation is str else "path"
+    bounds = []
+    for constraint in metadata:
+        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            limit = getattr(constraint, attribute, None)
+            if limit is not None:
+                bounds.append(f"{sign} {limit}")
+    return " ".join([getattr(annotation, "__name__", str(annotation)), *bounds])

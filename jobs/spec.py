@@ -1,0 +1,110 @@
+"""JobSpec and ResourceSpec: what is to run, where and how; frozen, validated, torch-free, pickled with the job."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from workloads.base import Shape
+
+ExecutorName = Literal["slurm", "local", "debug"]
+
+
+class Spec(BaseModel):
+    """Base: immutable, unknown keys refused, each field's docstring its description."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class ResourceSpec(Spec):
+    """What a job asks the scheduler for."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Hosts."""
+    gpus_per_node: int = Field(default=1, ge=1)
+    """GPUs, and so ranks, on each host."""
+    time_min: int | None = Field(default=None, ge=1)
+    """Time limit in minutes; none = the partition's."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    cpus_per_gpu: int | None = Field(default=None, ge=1)
+    """CPU cores for each rank."""
+    mem_gb_per_gpu: float | None = Field(default=None, gt=0)
+    """Memory in GB (of 1024 MB) for each rank."""
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.nodes, self.gpus_per_node)
+
+
+class JobSpec(Spec):
+    """One job, resolved: nothing in it is decided again later.
+
+    It is also written to the run directory, so it holds plain data only.
+    """
+
+    workload: str
+    """A built-in's name, or a user's package.module:ENTRY."""
+    settings: dict[str, Any]
+    """The workload's settings, every one, as plain data."""
+    resources: ResourceSpec
+    executor: ExecutorName | Literal["torchrun"]
+    cluster: str
+    """The cluster config that was used: its path; "none" under torchrun."""
+    run_dir: Path
+    """Absolute."""
+    import_path: tuple[str, ...] = ()
+    """Directories that a user's own module is imported from."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables for every rank."""
+    threads_per_rank: int = Field(default=1, ge=1)
+    """CPU threads of a rank's tensor operations. Part of the job, since it changes the last bits of results."""
+    rendezvous_timeout_s: float = Field(default=300, gt=0)
+    """Seconds in which all ranks must have found each other."""
+    collective_timeout_s: float = Field(default=600, gt=0)
+    """Seconds that one collective operation may wait for its peers."""
+    interface: str | None = None
+    """Network interface for rendezvous and gloo; none = the one that leads to the other hosts."""
+
+    @property
+    def name(self) -> str:
+        """A short name for the scheduler's queue: the workload's, without its package."""
+        return re.sub(r"[^\w.-]", "-", self.workload.partition(":")[0].rpartition(".")[2])
+
+    @field_validator("run_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        assert value.is_absolute()
+        return value
+
+
+def parse_minutes(text: str) -> int:
+    """A time limit as Slurm writes it, in whole minutes, rounded up.
+
+    `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`, `days-hours:minutes`,
+    `days-hours:minutes:seconds` (https://slurm.schedmd.com/sbatch.html#OPT_time).
+
+    Raises:
+        ValueError: any other text, or no time at all.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        raise ValueError("a time limit is minutes (90), hours:minutes:seconds (12:30:00) or days-hours (2-12)")
+    days, first, second, third = match.groups()
+    if days is not None:
+        hours, minutes, seconds = int(first), int(second or 0), int(third or 0)
+    elif third is not None:
+        hours, minutes, seconds = int(first), int(second), int(third)
+    else:
+        hours, minutes, seconds = 0, int(first), int(second or 0)
+    total = math.ceil(((int(days or 0) * 24 + hours) * 60 + minutes) + seconds / 60)
+    if total < 1:
+        raise ValueError("a time limit must be longer than zero")
+    return total

@@ -1,0 +1,67 @@
+"""A workload's name, or a user's "package.module:ENTRY" -> WorkloadEntry, imported when asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+
+from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+
+BUILT_IN = {
+    "tp_fsdp": "workloads.tp_fsdp_llama2:ENTRY",
+}
+"""What the command line calls a workload -> where it is."""
+
+
+def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
+    """The entry of a built-in, or of a user's own module.
+
+    Args:
+        name: a key of `BUILT_IN`, or `package.module:ENTRY`.
+        import_path: directories that a user's module is looked for in, before all others. Built-ins ignore it, so
+            that nothing in the directory where the line was typed can stand in for a library.
+
+    Raises:
+        WorkloadError: there is no such workload, module or entry.
+    """
+    if name in BUILT_IN:
+        return _entry(BUILT_IN[name], name)
+    if ":" not in name:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise WorkloadError(
+            f"'{name}': no such workload{hint}; known: {', '.join(BUILT_IN)}; your own: package.module:ENTRY"
+        )
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
+        raise WorkloadError(f"'{name}': write a module and a name in it, package.module:ENTRY")
+    for directory in reversed(import_path):
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
+    return _entry(name, name)
+
+
+def _entry(where: str, name: str) -> WorkloadEntry:
+    module_name, _, attribute = where.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        package = module_name.partition(".")[0]
+        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise  # the module is there, and something that it imports is not
+        hint = "; it is looked for in the current directory and among the installed packages"
+        if package in ("jobs", "workloads"):
+            hint = f"; '{package}' is meshrun's own package, so yours must be called otherwise"
+        raise WorkloadError(f"'{name}': no module named '{error.name}'{hint}") from None
+    if not hasattr(module, attribute):
+        entries = [key for key, value in vars(module).items() if isinstance(value, WorkloadEntry)]
+        known = f"; it has {', '.join(entries)}" if entries else "; define a WorkloadEntry there"
+        raise WorkloadError(f"'{name}': module {module_name} ({module.__file__}) has no '{attribute}'{known}")
+    entry = getattr(module, attribute)
+    if not isinstance(entry, WorkloadEntry):
+        raise WorkloadError(f"'{name}': is a {type(entry).__name__}, not a workloads.base.WorkloadEntry")
+    if not (isinstance(entry.config, type) and issubclass(entry.config, WorkloadConfig)):
+        raise WorkloadError(f"'{name}': its config must be a subclass of workloads.base.WorkloadConfig")
+    return entry
