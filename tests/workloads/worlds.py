@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import time
@@ -89,7 +90,7 @@ def _collect(ends: list[Connection], deadline_seconds: float) -> list[Any]:
         for end in ready:
             rank = waiting.pop(end)  # type: ignore[call-overload]
             try:
-                ok, value = end.recv()  # type: ignore[union-attr]
+                ok, value = pickle.loads(end.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 ok, value = False, "died without a word"
             if ok:
@@ -113,9 +114,12 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     try:
-        end.send((True, function(make_context(rank, sizes, names, store, directory, device), *args)))
+        # Plainly pickled: torch would teach the connection to hand over shared memory, which ends with this process.
+        end.send_bytes(
+            pickle.dumps((True, function(make_context(rank, sizes, names, store, directory, device), *args)))
+        )
     except BaseException:
-        end.send((False, traceback.format_exc()))
+        end.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         end.close()
         # Past Python's and gloo's tear-down: with a peer gone, that may wait for it.

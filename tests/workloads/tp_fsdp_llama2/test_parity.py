@@ -1,0 +1,69 @@
+"""A run on any mesh is the single-process run, to rounding."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.workloads.tp_fsdp_llama2.reference import (
+    Trajectory,
+    largest_differences,
+    read_trajectory,
+    train,
+    train_reference,
+)
+from tests.workloads.worlds import run_world
+from workloads.tp_fsdp_llama2.config import Config
+
+pytestmark = pytest.mark.dist
+
+STEPS = 50
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)]
+# The norm of the gradient lies between 1 and 18 in these runs: every step is clipped.
+GRAD_CLIP = 0.5
+
+
+def make_config(precision: str, **changes: object) -> Config:
+    settings: dict[str, object] = {
+        "model": {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96},
+        "steps": STEPS,
+        "seq_len": 32,
+        "global_batch_size": 8,
+        # At 3e-3 the training itself amplifies a rounding a thousandfold (the norm of the gradient jumps to 24).
+        "lr": 1e-3,
+        "warmup_steps": 5,
+        "grad_clip": GRAD_CLIP,
+        "precision": precision,
+        "sample_tokens": 0,
+        "eval_windows": 16,
+        "export": True,
+    }
+    return Config.model_validate({**settings, **changes})
+
+
+@cache
+def reference(precision: str, passes: int) -> Trajectory:
+    return train_reference(make_config(precision), passes)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda s: f"dp{s[0]}-tp{s[1]}")
+def test_fp64_with_accumulation_clipping_and_checkpointing_is_the_reference_to_1e_12(
+    sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    config = make_config("fp64", microbatch_size=4 // sizes[0], activation_checkpointing="full")
+    run_world(train, config, sizes=sizes, run_dir=tmp_path)
+    expected = reference("fp64", 2)
+    assert min(expected.grad_norms) > GRAD_CLIP, "clipping is not active in every step"
+    differences = largest_differences(read_trajectory(tmp_path), expected)
+    print(sizes, differences)
+    assert max(differences.values()) <= 1e-12, differences
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda s: f"dp{s[0]}-tp{s[1]}")
+def test_fp32_is_the_reference_to_1e_5(sizes: tuple[int, int], tmp_path: Path) -> None:
+    run_world(train, make_config("fp32"), sizes=sizes, run_dir=tmp_path)
+    differences = largest_differences(read_trajectory(tmp_path), reference("fp32", 1))
+    print(sizes, differences)
+    assert max(differences.values()) <= 1e-5, differences
