@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from workloads.tp_fsdp_llama2.init import named_parameters
 
@@ -36,10 +36,23 @@ def export(
     """
     writer = _Writer(directory, part_bytes) if dist.get_rank() == 0 else None
     for name, parameter in named_parameters(model):
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        whole = gather(parameter)
         if writer is not None:
             writer.add(name, whole.cpu().contiguous())
     return writer.finish(description) if writer is not None else None
+
+
+@torch.no_grad()
+def gather(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, on every rank, whatever it is cut along."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    placements = list(parameter.placements)
+    # Dimension by dimension, outermost first: all at once is the same two gathers, and a warning on every rank.
+    for mesh_dim in range(len(placements)):
+        placements[mesh_dim] = Replicate()
+        parameter = parameter.redistribute(placements=placements)
+    return parameter.to_local()
 
 
 class _Writer:

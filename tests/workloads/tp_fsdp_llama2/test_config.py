@@ -1,0 +1,268 @@
+"""What is refused before a job exists, and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from workloads.base import Shape, WorkloadError
+from workloads.tp_fsdp_llama2 import ENTRY
+from workloads.tp_fsdp_llama2.config import (
+    PRESETS,
+    Config,
+    ModelConfig,
+    memory_bytes,
+    mesh,
+    parameter_count,
+    validate,
+    vocab_size,
+)
+from workloads.tp_fsdp_llama2.model import Transformer
+
+TWO_BY_FOUR = Shape(2, 4)
+GB = 10**9
+
+
+def make(**settings: Any) -> Config:
+    return Config.model_validate(settings)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of good and bad corpora, which is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "text.txt").write_bytes(rng.integers(0, 256, 200_000, dtype=np.uint8).tobytes())
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "directory").mkdir()
+    np.save(tmp_path / "ids.npy", rng.integers(0, 1000, 100_000).astype(np.uint16))
+    np.save(tmp_path / "floats.npy", np.zeros(100_000))
+    np.save(tmp_path / "square.npy", np.zeros((300, 300), dtype=np.int32))
+    np.save(tmp_path / "none.npy", np.zeros(0, dtype=np.int32))
+    negative = rng.integers(0, 1000, 100_000)
+    negative[77_777] = -5
+    np.save(tmp_path / "negative.npy", negative)
+    (tmp_path / "not.npy").write_text("no header at all, but long enough to be one")
+    rng.integers(0, 1000, 100_000).astype("<u2").tofile(tmp_path / "ids.bin")
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    (tmp_path / "tokenizer.json").write_text('{"no": "tokenizer"}')
+    return tmp_path
+
+
+IDS = {"data": {"path": "ids.npy"}, "model": {"vocab_size": 1000}}
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    # settings, what the message must say was given, what it must say to do
+    ({"tp": 3}, "tp=3 does not divide gpus_per_node=4", "use tp=2"),
+    ({"tp": 8}, "tp=8 does not divide gpus_per_node=4", "use tp=4"),
+    ({"model": {"n_heads": 6, "n_kv_heads": 6, "dim": 96}}, "model.n_heads=6 is not divisible by tp", "tp=2"),
+    ({"model": {"n_kv_heads": 2}}, "model.n_kv_heads=2 is not divisible by tp", "model.n_kv_heads=4 or tp=2"),
+    ({"model": {"ffn_dim": 130}}, "model.ffn_dim=130 is not divisible by tp", "model.ffn_dim=132 or tp=2"),
+    ({"seq_len": 90, "tp": 4}, "seq_len=90 is not divisible by tp=4", "seq_len=92 or tp=2"),
+    ({"model": {"dim": 100}}, "model.dim=100 is not divisible by model.n_heads=8", "model.dim=104"),
+    ({"model": {"dim": 72}}, "heads of odd width 9", "model.dim=80"),
+    ({"model": {"n_kv_heads": 3}}, "model.n_heads=8 is not divisible by model.n_kv_heads=3", "use a divisor"),
+    ({"global_batch_size": 5}, "global_batch_size=5 is not divisible by dp=2", "global_batch_size=6"),
+    ({"global_batch_size": 12, "microbatch_size": 4}, "dp x microbatch_size = 2 x 4", "microbatch_size=3"),
+    ({"steps": 5, "warmup_steps": 6}, "warmup_steps=6 is more than steps=5", "use warmup_steps=0"),
+    ({"compile": True}, "compile=true with dp=2 and tp=4", "use compile=false, tp=1"),
+    ({"model": {"vocab_size": 100}}, "model.vocab_size=100 is too small", "use 256 or more"),
+    ({"data": {"path": "nothing.txt"}}, "data.path=nothing.txt matches no file", "glob"),
+    ({"data": {"path": "*.nothing"}}, "data.path=*.nothing matches no file", "glob"),
+    ({"data": {"path": ["text.txt", "nothing.txt"]}}, "data.path=nothing.txt matches no file", "existing file"),
+    ({"data": {"path": "directory"}}, "data.path=directory is a directory", "directory/*.txt"),
+    ({"data": {"path": "empty.txt"}}, "empty.txt is empty", "leave it out"),
+    ({"data": {"path": "short.txt"}}, "9 bytes", "give more data"),
+    ({"data": {"path": "text.txt"}, "global_batch_size": 2000}, "global_batch_size=2000", "make them smaller"),
+    ({"data": {"path": "text.txt", "holdout_fraction": 0.0001}}, "holdout_fraction=0.0001", "raise it to 0.0007"),
+    ({"data": {"path": "text.txt", "dtype": "uint16"}}, "data.dtype=uint16 with text", "leave it out"),
+    ({"data": {"path": "ids.bin"}, "model": {"vocab_size": 1000}}, "no header", "give data.dtype"),
+    ({"data": {"path": "ids.npy"}}, "data.path=ids.npy holds token ids", "give model.vocab_size"),
+    ({**IDS, "data": {"path": "ids.npy", "dtype": "uint16"}}, "an .npy file says its own type", "leave data.dtype"),
+    ({**IDS, "data": {"path": ["ids.npy", "text.txt"]}}, "mixes .npy and text", "of one kind"),
+    ({**IDS, "data": {"path": "floats.npy"}}, "float64 of shape (100000,)", "integers in one dimension"),
+    ({**IDS, "data": {"path": "square.npy"}}, "int32 of shape (300, 300)", ".ravel()"),
+    ({**IDS, "data": {"path": "none.npy"}}, "holds no token", "write it anew"),
+    ({**IDS, "data": {"path": "not.npy"}}, "not.npy is not an .npy array", "numpy.save"),
+    ({**IDS, "data": {"path": "negative.npy"}}, "token id -5 at offset 77777", "data.dtype"),
+    ({**IDS, "data": {"path": "odd.bin", "dtype": "uint16"}}, "3 bytes, no multiple of the 2", "data.dtype"),
+    ({"data": {"path": "ids.npy"}, "model": {"vocab_size": 900}}, "ids must be in 0 .. 899", "raise model.vocab_size"),
+    ({"data": {"path": "text.txt", "tokenizer": "none.json"}}, "data.tokenizer=none.json is no file", "tokenizer.json"),
+    ({"data": {"path": "text.txt", "tokenizer": "tokenizer.json"}}, "is not a tokenizer", "tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("settings", "given", "advice"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_cannot_work_is_refused_in_one_line(
+    files: Path, settings: dict[str, Any], given: str, advice: str
+) -> None:
+    with pytest.raises(WorkloadError) as caught:
+        validate(make(**settings), TWO_BY_FOUR)
+    message = str(caught.value)
+    assert given in message
+    assert advice in message
+    assert "\n" not in message
+
+
+def test_following_the_advice_on_the_holdout_helps(files: Path) -> None:
+    validate(make(data={"path": "text.txt", "holdout_fraction": 0.0007}), TWO_BY_FOUR)
+
+
+@pytest.mark.skipif(
+    not hasattr(__import__("os"), "geteuid") or __import__("os").geteuid() == 0, reason="root reads all"
+)
+def test_an_unreadable_file_is_refused(files: Path) -> None:
+    (files / "text.txt").chmod(0)
+    with pytest.raises(WorkloadError, match="cannot be read"):
+        validate(make(data={"path": "text.txt"}), TWO_BY_FOUR)
+
+
+def test_a_tokenizer_without_its_package_is_refused(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(WorkloadError, match=r"needs the package `tokenizers`.*pip install"):
+        validate(make(data={"path": "text.txt", "tokenizer": "tokenizer.json"}), TWO_BY_FOUR)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "reason"),
+    [
+        ({"tp": 2}, Shape(2, 2), "dp=2 and tp=2"),
+        ({"tp": 2, "precision": "bf16"}, Shape(1, 2), "precision=bf16"),
+        ({"tp": 2, "activation_checkpointing": "full"}, Shape(1, 2), "activation_checkpointing=full"),
+    ],
+    ids=str,
+)
+def test_compile_is_refused_where_it_goes_wrong(settings: dict[str, Any], shape: Shape, reason: str) -> None:
+    with pytest.raises(WorkloadError, match=reason):
+        validate(make(compile=True, **settings), shape)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"), [({}, Shape(1, 1)), ({"tp": 1}, Shape(2, 2)), ({"tp": 2}, Shape(1, 2))], ids=str
+)
+def test_compile_is_allowed_elsewhere(settings: dict[str, Any], shape: Shape) -> None:
+    validate(make(compile=True, **settings), shape)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0},
+        {"steps": True},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"global_batch_size": 0},
+        {"precision": "fp8"},
+        {"activation_checkpointing": "some"},
+        {"model": "3b"},
+        {"model": {"preset": "3b"}},
+        {"model": {"dims": 64}},
+        {"model": {"n_layers": 0}},
+        {"data": {"holdout_fraction": 1.0}},
+        {"data": {"dtype": "float32"}},
+        {"seed": -1},
+        {"nodes": 2},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        make(**settings)
+    assert len(caught.value.errors()) == 1
+    assert caught.value.errors()[0]["loc"][0] == next(iter(settings))
+
+
+def test_the_default_fits_the_shapes_people_have() -> None:
+    for shape in (Shape(1, 1), Shape(1, 2), Shape(2, 1), Shape(2, 2), Shape(2, 4), Shape(4, 8)):
+        validate(make(), shape)
+
+
+def test_the_mesh_is_dp_by_tp_with_tp_a_whole_host_by_default() -> None:
+    assert str(ENTRY.mesh_spec(make(), TWO_BY_FOUR)) == "dp 2 x tp 4"
+    assert str(ENTRY.mesh_spec(make(tp=2), TWO_BY_FOUR)) == "dp 4 x tp 2"
+    assert str(mesh(make(tp=1), Shape(1, 1))) == "dp 1 x tp 1"
+
+
+def test_a_preset_supplies_what_is_not_given() -> None:
+    model = make(model={"preset": "7b", "n_layers": 2}).model
+    assert (model.dim, model.n_layers, model.ffn_dim, model.vocab_size) == (4096, 2, 11008, 32000)
+    assert make(model="7b").model == make(model={"preset": "7b"}).model
+    # What was dumped (to a file, say) reads back as itself.
+    config = make(model="1b", data={"path": ["a", "b"]})
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_the_vocabulary_follows_from_the_corpus() -> None:
+    assert vocab_size(make()) == 256
+    assert vocab_size(make(model={"vocab_size": 257})) == 257
+    assert vocab_size(make(model="7b")) == 32000
+
+
+LLAMA_2 = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_parameter_count_is_that_of_the_built_model(preset: str) -> None:
+    model = ModelConfig.model_validate(preset)
+    with torch.device("meta"):
+        built = Transformer(model, model.vocab_size or 256, seq_len=8)
+    count = sum(parameter.numel() for parameter in built.parameters())
+    assert parameter_count(model) == count == LLAMA_2.get(preset, count)
+
+
+def test_memory_is_estimated_from_the_states_up() -> None:
+    seven = memory_bytes(make(model="7b", tp=8, seq_len=128, global_batch_size=8), Shape(1, 8))
+    assert 7e9 * 16 / 8 * 0.95 < seven < 40 * GB
+    # 70b does not fit one host's eight 80 GB devices, and fits 16 hosts.
+    assert memory_bytes(make(model="70b", seq_len=4096, global_batch_size=16), Shape(1, 8)) > 80 * GB
+    large = make(model="70b", precision="bf16", seq_len=4096, global_batch_size=16, activation_checkpointing="full")
+    assert memory_bytes(large, Shape(16, 8)) < 80 * GB
+    none, selective, full = (
+        memory_bytes(make(model="7b", seq_len=4096, activation_checkpointing=mode), TWO_BY_FOUR)
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective < none
+    assert memory_bytes(make(), TWO_BY_FOUR) < GB
+
+
+@pytest.mark.parametrize(
+    "module", ["workloads.base", "workloads.tp_fsdp_llama2.config", "workloads.tp_fsdp_llama2.data"]
+)
+def test_settings_and_data_import_without_torch(module: str) -> None:
+    heavy = ("torch", "numpy", "safetensors", "tokenizers")
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_validation_and_preparation_run_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from workloads.base import Shape\n"
+        "from workloads.tp_fsdp_llama2 import ENTRY\n"
+        "config = ENTRY.config()\n"
+        "shape = Shape(2, 4)\n"
+        "ENTRY.hook('validate')(config, shape)\n"
+        f"ENTRY.hook('prepare')(config, Path({str(tmp_path)!r}))\n"
+        "print(ENTRY.mesh_spec(config, shape), ENTRY.hook('memory_bytes')(config, shape) > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "dp 2 x tp 4 True", done.stderr
+
+
+def test_every_field_says_what_it_is() -> None:
+    for model in (
+        Config,
+        *(f.annotation for f in Config.model_fields.values() if hasattr(f.annotation, "model_fields")),
+    ):
+        for name, field in model.model_fields.items():  # type: ignore[union-attr]
+            assert field.description, name

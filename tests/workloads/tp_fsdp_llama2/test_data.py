@@ -1,0 +1,274 @@
+"""Corpora from real files, and the order in which their samples come."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from workloads.base import WorkloadError
+from workloads.tp_fsdp_llama2 import data
+from workloads.tp_fsdp_llama2.config import Config, vocab_size
+from workloads.tp_fsdp_llama2.data import SampleOrder, TrainingSamples, open_corpus, prepare, split
+
+NOWHERE = Path("nowhere")
+
+
+def make(**settings: Any) -> Config:
+    return Config.model_validate(settings)
+
+
+def contents(corpus: data.Corpus) -> np.ndarray:
+    return corpus.window(0, len(corpus))
+
+
+# ---- corpora
+
+
+def test_the_default_is_the_documentation_of_python() -> None:
+    corpus = open_corpus(make(), NOWHERE)
+    text = contents(corpus).astype(np.uint8).tobytes().decode()
+    assert "The execution of a simple if statement" in text or '"if" statement' in text
+    assert len(corpus) > 300_000
+    assert corpus.unit == "byte"
+
+
+def test_text_is_its_bytes(tmp_path: Path) -> None:
+    text = "Ångström\n\x00binary too" * 10
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"\xff")
+    corpus = open_corpus(make(data={"path": str(tmp_path / "a.txt")}), NOWHERE)
+    window = corpus.window(0, len(corpus))
+    assert window.dtype == np.int64
+    assert bytes(window.tolist()) == text.encode() + b"\xff"
+    assert corpus.decode(window[:10].tolist()) == "Ångström"
+
+
+def test_globs_and_lists_are_joined_in_sorted_order_each_file_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.md", "d.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "e.txt").mkdir()
+    for path in (f"{tmp_path}/*.txt", [f"{tmp_path}/d.txt", f"{tmp_path}/[ab].txt", f"{tmp_path}/a.txt"]):
+        corpus = open_corpus(make(data={"path": path}), NOWHERE)
+        assert bytes(contents(corpus).tolist()) == b"a.txtb.txtd.txt"
+    # A window may begin and end within files.
+    assert bytes(corpus.window(3, 9).tolist()) == b"xtb.txtd."
+    assert corpus.where(7) == f"offset 2 of {tmp_path}/b.txt"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "int64"])
+def test_token_files_of_every_type(tmp_path: Path, dtype: Any) -> None:
+    ids = np.arange(200).astype(dtype)
+    np.save(tmp_path / "ids.npy", ids)
+    ids.tofile(tmp_path / "ids.bin")
+    (tmp_path / "more.bin").write_bytes(ids[:10].tobytes())
+    npy = open_corpus(make(data={"path": str(tmp_path / "ids.npy")}, model={"vocab_size": 200}), NOWHERE)
+    raw = open_corpus(make(data={"path": f"{tmp_path}/*.bin", "dtype": dtype}, model={"vocab_size": 200}), NOWHERE)
+    assert contents(npy).tolist() == list(range(200))
+    assert contents(raw).tolist() == [*range(200), *range(10)]
+    assert npy.unit == raw.unit == "token"
+    assert npy.heldout_bytes_per_token is None
+
+
+def test_an_id_out_of_range_is_refused_naming_sample_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.zeros(10_000, dtype=np.uint16)
+    ids[4321] = 300
+    np.save(tmp_path / "ids.npy", ids)
+    config = make(data={"path": str(tmp_path / "ids.npy")}, model={"vocab_size": 300}, global_batch_size=4)
+    with pytest.raises(WorkloadError, match="token id 300 at offset 4321"):
+        data.validate(config.data, config.seq_len, config.global_batch_size, 300)
+    # One too large to be read in full beforehand is caught when the sample comes up.
+    monkeypatch.setattr(data, "_SCAN_AT_MOST", 100)
+    data.validate(config.data, config.seq_len, config.global_batch_size, 300)
+    corpus = open_corpus(config, NOWHERE)
+    cut = split(len(corpus), 0.05, 128)
+    samples = TrainingSamples(corpus, cut, seed=0, global_batch_size=4)
+    epoch = (batch for step in range(1, 30) for batch in samples.microbatches(step))
+    with pytest.raises(WorkloadError, match=r"sample \d+: token id 300 at offset 4321 of .*ids.npy") as caught:
+        list(epoch)
+    number = int(str(caught.value).split()[1].rstrip(":"))
+    assert SampleOrder(cut.train_windows, 0)(number) == 4321 // 128
+
+
+def test_unigram_entropy() -> None:
+    corpus = data.Corpus(
+        [data.Part("here", np.array([0, 1, 1, 1, 2, 3], dtype=np.uint8))],
+        vocab_size=4,
+        unit="token",
+        decode=str,
+        heldout_bytes_per_token=None,
+    )
+    assert corpus.unigram_entropy_nats(0, 2) == pytest.approx(np.log(2))
+    assert corpus.unigram_entropy_nats(1, 4) == 0
+    assert corpus.unigram_entropy_nats(2, 6) == pytest.approx(1.5 * np.log(2))
+
+
+# ---- the split
+
+
+@pytest.mark.parametrize("tokens", [1000, 1001, 4567])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_training_and_heldout_windows_share_no_token(tokens: int, fraction: float) -> None:
+    cut = split(tokens, fraction, 16)
+    # The last training sample's last target lies before the first held-out token.
+    assert cut.train_windows * 16 + 1 <= cut.heldout_start
+    assert (cut.train_windows + 1) * 16 + 1 > cut.heldout_start
+    assert cut.heldout_start + cut.heldout_windows * 16 + 1 <= tokens
+    assert tokens - cut.heldout_start == int(tokens * fraction)
+
+
+# ---- the order
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 7, 64, 65, 1000, 4097])
+def test_each_epoch_visits_every_window_once(windows: int) -> None:
+    order = SampleOrder(windows, seed=1)
+    for epoch in range(3):
+        visited = [order(epoch * windows + i) for i in range(windows)]
+        assert sorted(visited) == list(range(windows))
+
+
+def test_the_order_is_another_for_each_epoch_and_seed_and_looks_random() -> None:
+    windows = 1000
+    order, other = SampleOrder(windows, 1), SampleOrder(windows, 2)
+    first = [order(i) for i in range(windows)]
+    assert first != [order(windows + i) for i in range(windows)]
+    assert first != [other(i) for i in range(windows)]
+    assert first == [SampleOrder(windows, 1)(i) for i in range(windows)]
+    # Neighbours fall apart, and every tenth of the epoch draws on the whole corpus.
+    assert np.corrcoef(first[:-1], first[1:])[0, 1] == pytest.approx(0, abs=0.1)
+    assert all(min(first[i : i + 100]) < 100 and max(first[i : i + 100]) > 900 for i in range(0, windows, 100))
+
+
+def test_the_order_of_a_billion_windows_takes_no_memory() -> None:
+    order = SampleOrder(10**9, 0)
+    assert len({order(i) for i in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize(("dp", "micro"), [(1, None), (1, 3), (2, None), (2, 2), (4, 1), (6, 2), (12, None)])
+def test_the_samples_of_a_step_are_the_same_on_every_mesh(dp: int, micro: int | None) -> None:
+    config = make()
+    corpus = open_corpus(config, NOWHERE)
+    cut = split(len(corpus), 0.99, 16)
+    batch = 12
+    whole = TrainingSamples(corpus, cut, seed=5, global_batch_size=batch)
+    parts = [
+        TrainingSamples(corpus, cut, seed=5, global_batch_size=batch, dp=dp, dp_rank=d, microbatch_size=micro)
+        for d in range(dp)
+    ]
+    # 290 windows: steps 24 and 25 lie across an epoch's end.
+    for step in (1, 2, 24, 25, 26):
+        expected = np.concatenate(list(whole.microbatches(step)))
+        assert expected.shape == (batch, 17)
+        got = [microbatch for part in parts for microbatch in part.microbatches(step)]
+        assert all(len(m) == (micro or batch // dp) for m in got)
+        assert np.array_equal(np.concatenate(got), expected)
+        numbers = [n for part in parts for n in part.sample_numbers(step)]
+        assert numbers == list(range((step - 1) * batch, step * batch))
+
+
+def test_an_epoch_of_steps_trains_on_every_window_once() -> None:
+    corpus = open_corpus(make(), NOWHERE)
+    cut = data.Split(len(corpus), 16 * 40 + 1, 16)
+    assert cut.train_windows == 40
+    samples = TrainingSamples(corpus, cut, seed=0, global_batch_size=8)
+    seen = Counter(row.tobytes() for step in range(1, 6) for batch in samples.microbatches(step) for row in batch)
+    assert seen == Counter(corpus.window(w * 16, 17).tobytes() for w in range(40))
+
+
+# ---- text through a tokenizer
+
+
+@pytest.fixture
+def tokenized(tmp_path: Path) -> Config:
+    tokenizers = pytest.importorskip("tokenizers")
+    text = data.python_docs().decode()[:120_000]
+    (tmp_path / "a.txt").write_text(text[:50_000] + "é→😀\n")
+    (tmp_path / "b.txt").write_text(text[50_000:])
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train([str(tmp_path / "a.txt")], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return make(
+        data={"path": f"{tmp_path}/*.txt", "tokenizer": str(tmp_path / "tokenizer.json")},
+        global_batch_size=4,
+        seq_len=64,
+    )
+
+
+def test_text_is_tokenised_once_and_decodes_to_itself(tokenized: Config, tmp_path: Path) -> None:
+    directory = tmp_path / "prepared"
+    prepare(tokenized, directory)
+    assert sorted(p.name for p in directory.iterdir()) == ["tokens.json", "tokens.npy"]
+    assert vocab_size(tokenized) == 500
+    corpus = open_corpus(tokenized, directory)
+    text = (tmp_path / "a.txt").read_text() + (tmp_path / "b.txt").read_text()
+    assert corpus.decode(contents(corpus).tolist()) == text
+    assert np.load(directory / "tokens.npy").dtype == np.uint16
+
+    cut = split(len(corpus), tokenized.data.holdout_fraction, 64)
+    heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
+    assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
+
+    before = (directory / "tokens.npy").stat().st_mtime_ns
+    prepare(tokenized, directory)
+    assert (directory / "tokens.npy").stat().st_mtime_ns == before
+
+
+def test_text_in_many_pieces_counts_the_same_bytes(
+    tokenized: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Path.open
+
+    def by_line(config: Any) -> Any:
+        for path in data.resolve(config):
+            with lines(path, "rb") as file:
+                for line in file:
+                    yield line.decode()
+
+    monkeypatch.setattr(data, "_pieces", by_line)
+    prepare(tokenized, tmp_path / "prepared")
+    corpus = open_corpus(tokenized, tmp_path / "prepared")
+    cut = split(len(corpus), tokenized.data.holdout_fraction, 64)
+    heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
+    assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
+
+
+def test_changed_text_is_tokenised_anew(tokenized: Config, tmp_path: Path) -> None:
+    directory = tmp_path / "prepared"
+    prepare(tokenized, directory)
+    tokens = json.loads((directory / "tokens.json").read_text())["tokens"]
+    with (tmp_path / "b.txt").open("a") as file:
+        file.write("and more words\n" * 100)
+    with pytest.raises(WorkloadError, match="prepare the job anew"):
+        open_corpus(tokenized, directory)
+    prepare(tokenized, directory)
+    assert json.loads((directory / "tokens.json").read_text())["tokens"] > tokens
+    assert len(open_corpus(tokenized, directory)) > tokens
+
+
+def test_text_that_is_not_utf8_is_refused_with_the_place(tokenized: Config, tmp_path: Path) -> None:
+    content = (tmp_path / "b.txt").read_bytes()
+    (tmp_path / "b.txt").write_bytes(content + b"fine\n\xff\xfe\n")
+    with pytest.raises(WorkloadError, match=f"b.txt is not UTF-8 at byte {len(content) + 5}"):
+        prepare(tokenized, tmp_path / "prepared")
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+def test_text_of_too_few_tokens_is_refused(tokenized: Config, tmp_path: Path) -> None:
+    config = tokenized.model_copy(update={"global_batch_size": 1500})
+    with pytest.raises(WorkloadError, match="tokens, of which"):
+        prepare(config, tmp_path / "prepared")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tokenized: Config) -> None:
+    config = Config.model_validate({**tokenized.model_dump(), "model": {"vocab_size": 400}})
+    with pytest.raises(WorkloadError, match=r"model.vocab_size=400 is too small.*use 500 or more"):
+        vocab_size(config)

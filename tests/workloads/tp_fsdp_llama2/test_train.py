@@ -1,0 +1,294 @@
+"""Whole runs: what they report, repeat, export and refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from tests.workloads.tp_fsdp_llama2.reference import (
+    bare_model,
+    largest_differences,
+    read_metrics,
+    read_trajectory,
+    train,
+    train_reference,
+)
+from tests.workloads.worlds import WorldFailed, run_world
+from workloads.base import NonFiniteError, RunContext
+from workloads.tp_fsdp_llama2 import data
+from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
+from workloads.tp_fsdp_llama2.evaluate import heldout_loss
+from workloads.tp_fsdp_llama2.export import export
+from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.model import Transformer
+from workloads.tp_fsdp_llama2.parallelize import build
+
+pytestmark = pytest.mark.dist
+
+NOWHERE = Path("nowhere")
+
+
+def make(**changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "model": {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96},
+        "steps": 6,
+        "seq_len": 32,
+        "global_batch_size": 8,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "sample_tokens": 0,
+        "eval_windows": 16,
+        "export": True,
+    }
+    return Config.model_validate({**settings, **changes})
+
+
+def test_a_run_reports_what_it_promises(tmp_path: Path) -> None:
+    config = make(eval_every=3, sample_tokens=5, eval_windows=9)
+    results = run_world(train, config, sizes=(2, 2), run_dir=tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert {"loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "peak_memory_bytes"} <= row.keys()
+        assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
+        assert 10**8 < row["peak_memory_bytes"] < 10**10
+        # A CPU's peak is not known.
+        assert "mfu" not in row
+    # The rate that a step was taken with: up to lr in two, then down a half cosine to a tenth.
+    cosine = [1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 3)) / 2) for k in range(4)]
+    assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, *cosine])
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [3, 6]
+
+    result = results[0]
+    assert result["heldout_loss"] == rows[-1]["heldout_loss"]
+    assert result["heldout_bits_per_byte"] == pytest.approx(result["heldout_loss"] / math.log(2))
+    assert result["final_loss"] == rows[-1]["loss"]
+    assert result["tokens"] == 6 * 8 * 32
+    assert result["parameters"] == parameter_count(config.model)
+    text = data.python_docs()
+    counts = np.bincount(np.frombuffer(text[len(text) - int(len(text) * 0.05) :], dtype=np.uint8))
+    p = counts[counts > 0] / counts.sum()
+    assert result["heldout_unigram_entropy_nats"] == pytest.approx(-(p * np.log(p)).sum())
+    assert len(result["sample_prompt"]) == 32
+    # All ranks go through the same steps to the same end.
+    for other in results[1:]:
+        assert {**other, "export": 0} | {"tokens_per_second": 0, "step_seconds": 0} == {**result, "export": 0} | {
+            "tokens_per_second": 0,
+            "step_seconds": 0,
+        }
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    config = make(microbatch_size=2, activation_checkpointing="selective")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory in (first, second):
+        run_world(train, config, sizes=(2, 2), run_dir=directory)
+    a, b = read_trajectory(first), read_trajectory(second)
+    assert a.losses == b.losses
+    assert a.grad_norms == b.grad_norms
+    assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    runs = []
+    for mode in ("none", "selective", "full"):
+        run_world(train, make(activation_checkpointing=mode), sizes=(2, 2), run_dir=tmp_path / mode)
+        runs.append(read_trajectory(tmp_path / mode))
+    for other in runs[1:]:
+        assert other.losses == runs[0].losses
+        assert other.grad_norms == runs[0].grad_norms
+        assert all(torch.equal(other.weights[name], runs[0].weights[name]) for name in other.weights)
+
+
+def test_bf16_keeps_fp32_weights_and_stays_close(tmp_path: Path) -> None:
+    config = make(steps=20, lr=3e-4, microbatch_size=2)
+    run_world(train, config.model_copy(update={"precision": "bf16"}), sizes=(2, 2), run_dir=tmp_path)
+    got, expected = read_trajectory(tmp_path), train_reference(config, 2)
+    assert all(weight.dtype == torch.float32 for weight in got.weights.values())
+    differences = largest_differences(got, expected)
+    assert 1e-6 < differences["loss"] < 1e-2, differences
+    assert differences["grad_norm"] < 5e-2, differences
+
+
+def test_a_vocabulary_that_tp_does_not_divide(tmp_path: Path) -> None:
+    config = make(model={**make().model.model_dump(), "vocab_size": 257}, precision="fp64")
+    run_world(train, config, sizes=(2, 2), run_dir=tmp_path)
+    differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 1))
+    assert max(differences.values()) <= 1e-12, differences
+
+
+@pytest.mark.parametrize(("sizes", "tp"), [((1, 1), 1), ((2, 1), 1), ((1, 2), 2)], ids=str)
+def test_compiled_runs_are_the_reference(sizes: tuple[int, int], tp: int, tmp_path: Path) -> None:
+    config = make(steps=4, compile=True, tp=tp, microbatch_size=4)
+    run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=200)
+    differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 1))
+    print(sizes, differences)
+    assert max(differences.values()) <= 1e-5, differences
+
+
+# ---- the held-out loss
+
+
+def evaluate_twice(ctx: RunContext, config: Config) -> list[float]:
+    corpus = data.open_corpus(config, NOWHERE)
+    split = data.split(len(corpus), config.data.holdout_fraction, config.seq_len)
+    model = build(config, ctx.mesh, ctx.device)
+    model.to_empty(device=ctx.device)
+    initialize(model, config.seed, config.model.n_layers)
+    # 13 windows are no multiple of 2 x 3 nor of 5: the last batch is short, or some rank's is empty.
+    return [
+        heldout_loss(model, corpus, split, ctx.mesh, ctx.device, batch_size=b, at_most=n)
+        for b, n in ((3, 13), (5, 13), (1, 1))
+    ]
+
+
+def bare_heldout_loss(model: Transformer, seq_len: int, count: int) -> float:
+    """The mean over `count` windows spread over the last 5% of Python's documentation, one after the other."""
+    text = np.frombuffer(data.python_docs(), dtype=np.uint8).astype(np.int64)
+    heldout = text[len(text) - int(len(text) * 0.05) :]
+    windows = (len(heldout) - 1) // seq_len
+    losses = []
+    with torch.no_grad():
+        for i in range(count):
+            begin = i * windows // count * seq_len
+            tokens = torch.from_numpy(heldout[begin : begin + seq_len + 1])
+            losses.append(F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:]).item())
+    return math.fsum(losses) / count
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)], ids=str)
+def test_the_heldout_loss_is_the_mean_over_windows_on_every_mesh(sizes: tuple[int, int]) -> None:
+    config = make(precision="fp64")
+    model = bare_model(config)
+    expected = [bare_heldout_loss(model, 32, count) for count in (13, 13, 1)]
+    for losses in run_world(evaluate_twice, config, sizes=sizes):
+        assert losses == pytest.approx(expected, rel=1e-13)
+
+
+def test_exported_weights_give_the_bare_model_the_same_heldout_loss(tmp_path: Path) -> None:
+    result = run_world(train, make(precision="fp64", steps=3), sizes=(2, 2), run_dir=tmp_path)[0]
+    assert result["export"] == str(tmp_path / "export" / "model.safetensors")
+    assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["config.json", "model.safetensors"]
+    described = json.loads((tmp_path / "export" / "config.json").read_text())
+    sizes = {name: described[name] for name in ModelConfig.model_fields if name in described}
+    model = Transformer(ModelConfig(**sizes), described["vocab_size"], described["seq_len"], torch.float64)
+    for module in model.modules():
+        if hasattr(module, "reset_rotary"):
+            module.reset_rotary()
+    model.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"))
+    assert bare_heldout_loss(model, 32, 16) == pytest.approx(result["heldout_loss"], rel=1e-13)
+
+
+def export_in_parts(ctx: RunContext, config: Config) -> str | None:
+    model = build(config, ctx.mesh, ctx.device)
+    model.to_empty(device=ctx.device)
+    initialize(model, config.seed, config.model.n_layers)
+    written = export(model, ctx.paths.export_dir, {}, part_bytes=40_000)
+    return str(written) if written else None
+
+
+def test_large_exports_are_written_in_parts_with_an_index(tmp_path: Path) -> None:
+    config = make()
+    written = run_world(export_in_parts, config, sizes=(1, 2), run_dir=tmp_path)
+    index = Path(written[0])
+    assert (index.name, written[1]) == ("model.safetensors.index.json", None)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    expected = dict(bare_model(config).named_parameters())
+    assert weight_map.keys() == expected.keys()
+    assert len(set(weight_map.values())) > 2
+    assert not list(index.parent.glob("*.partial"))
+    for name, weight in expected.items():
+        assert torch.equal(load_file(index.parent / weight_map[name])[name], weight.detach())
+
+
+# ---- ends before the last step
+
+
+def test_a_diverging_run_stops_and_names_step_and_ranks(tmp_path: Path) -> None:
+    config = make(lr=1e30, warmup_steps=0, grad_clip=None, export=False)
+    with pytest.raises(WorldFailed, match=r"NonFiniteError: step [23]: loss is (nan|inf) on rank 0 on \S+-0, rank 1"):
+        run_world(train, config, sizes=(2, 2), run_dir=tmp_path)
+    rows = read_metrics(tmp_path)
+    assert rows[0]["loss"] is not None
+    assert rows[-1]["loss"] is None
+
+
+def poison_gradient(ctx: RunContext, config: Config) -> str:
+    """Rank 1's gradients of one weight turn to NaN in the second step; what does each rank say?"""
+    from workloads.tp_fsdp_llama2 import train as module
+
+    calls = 0
+    genuine = module.clip_by_global_norm_
+
+    def poisoned(parameters: Any, max_norm: float | None, mesh: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        parameters = list(parameters)
+        if calls == 2 and ctx.rank == 1:
+            parameters[3].grad.to_local().fill_(math.nan)
+        return genuine(parameters, max_norm, mesh)
+
+    module.clip_by_global_norm_ = poisoned
+    try:
+        module.run(config, ctx)
+    except NonFiniteError as error:
+        return str(error)
+    return "ran to the end"
+
+
+def test_a_gradient_that_is_not_finite_is_reported_of_the_rank_that_holds_it(tmp_path: Path) -> None:
+    messages = run_world(poison_gradient, make(), sizes=(2, 2), run_dir=tmp_path)
+    for message in messages:
+        assert message.startswith("step 2: grad_norm is nan on rank 1 on ")
+        assert "rank 2" not in message
+        assert "rank 0" not in message
+
+
+def ask_to_stop(ctx: RunContext, config: Config) -> dict[str, Any]:
+    """Rank 2 is asked to stop during the second step."""
+    genuine = ctx.end_step
+
+    def end_step(metrics: Any) -> bool:
+        ctx.stop_requested = ctx.rank == 2 and metrics["step"] == 2
+        return genuine(metrics)
+
+    ctx.end_step = end_step  # type: ignore[method-assign]
+    return train(ctx, config)
+
+
+def test_a_request_on_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
+    assert run_world(ask_to_stop, make(), sizes=(2, 2), run_dir=tmp_path) == [{"stopped_at_step": 2}] * 4
+    assert len(read_metrics(tmp_path)) == 2
+
+
+# ---- text through a tokenizer, unprepared
+
+
+def test_where_nobody_prepared_the_text_rank_0_does(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    text = tmp_path / "text.txt"
+    text.write_bytes(data.python_docs()[:60_000])
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train([str(text)], tokenizers.trainers.BpeTrainer(vocab_size=403, show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = make(
+        data={"path": str(text), "tokenizer": str(tmp_path / "tokenizer.json")}, steps=2, export=False, sample_tokens=4
+    )
+    result = run_world(train, config, sizes=(1, 2), run_dir=tmp_path / "run")[0]
+    assert result["unit"] == "token"
+    bits_per_token = result["heldout_bits_per_token"]
+    assert bits_per_token == pytest.approx(result["heldout_loss"] / math.log(2))
+    # Each token stands for a few bytes.
+    assert 1.5 < bits_per_token / result["heldout_bits_per_byte"] < 8
+    assert isinstance(result["sample"], str)
