@@ -4,9 +4,18 @@ python submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200
 """
 
 import sys
+from pathlib import Path
 
 
 def main() -> int:
+    # Ours, whatever `jobs` or `workloads` PYTHONPATH may hold; what is below them follows from the package.
+    here = str(Path(__file__).resolve().parent)
+    sys.path.insert(0, here)
+    try:
+        import jobs  # noqa: F401
+        import workloads  # noqa: F401
+    finally:
+        sys.path.remove(here)
     try:
         from jobs.cli.main import main as run
     except ModuleNotFoundError as error:

@@ -7,7 +7,6 @@ Here the packages are taken from where this very file is, whatever the path says
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -21,16 +20,12 @@ def pin(root: Path = ROOT) -> None:
     # A script's own directory comes first on the path; here that is jobs/ itself, and nobody means that.
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) != here]
-    for name in ("jobs", "workloads"):
-        package = root / name
-        spec = importlib.util.spec_from_file_location(
-            name, package / "__init__.py", submodule_search_locations=[str(package)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+    sys.path.insert(0, str(root))
+    try:
+        import jobs  # noqa: F401
+        import workloads  # noqa: F401
+    finally:
+        sys.path.remove(str(root))
 
 
 def main() -> None:

@@ -1,0 +1,138 @@
+"""Makes the virtual environment of `make`: says what it will download and how large, then installs pinned versions.
+
+usage: python3 .ci/bootstrap.py VENV [EXTRA]
+
+Standard library only. A CPU build of torch is taken where there is no GPU and pip finds one, be it through pip's own
+configuration or on PyTorch's index: it is a tenth of the CUDA build with its libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OTHERS_MIB = {"": 35, "dev": 70}
+"""Measured size of everything but torch, as wheels."""
+CUDA_LIBRARIES_MIB = 2500
+"""Roughly what a Linux CUDA build of torch asks for beside itself."""
+
+
+def main() -> int:
+    venv, extra = Path(sys.argv[1]), (sys.argv[2] if len(sys.argv) > 2 else "")
+    if sys.version_info < (3, 10):  # noqa: UP036 (this is where the minimum is enforced)
+        return fail(f"Python {sys.version.split()[0]} is too old; 3.10 or newer is needed: make PYTHON=python3.12")
+    python = venv / "bin" / "python"
+    if not python.exists():
+        print(f"setup: making a virtual environment in {venv} with {sys.executable}", flush=True)
+        made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
+        if made.returncode:
+            shutil.rmtree(venv, ignore_errors=True)
+            return fail(
+                f"`{sys.executable} -m venv` failed: {' '.join((made.stdout + made.stderr).split())} "
+                "(on Debian and Ubuntu: apt install python3-venv; or another Python: make PYTHON=...)"
+            )
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    wanted = pinned("torch")
+    have = installed(python, "torch")
+    torch_arguments: list[str] = []
+    if have is not None and have.partition("+")[0] == wanted:
+        print(f"setup: torch {have} is installed already; up to {OTHERS_MIB[extra]} MiB of other packages", flush=True)
+    else:
+        torch_arguments, line = choose_torch(pip, wanted)
+        print(f"setup: will download {line}, and about {OTHERS_MIB[extra]} MiB of other packages", flush=True)
+    if torch_arguments:
+        run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), *torch_arguments])
+    target = f"{ROOT}[{extra}]" if extra else str(ROOT)
+    run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), "--editable", target])
+    print(f"setup: done; {venv}/bin/meshrun is ready", flush=True)
+    return 0
+
+
+def choose_torch(pip: list[str], version: str) -> tuple[list[str], str]:
+    """pip's arguments for the build of torch that fits this machine, and a line that says what it is."""
+    if has_gpu():
+        # `===` matches the plain version only, not a "+cpu" build that pip would otherwise prefer.
+        arguments = [f"torch==={version}"]
+        found = ask(pip, arguments)
+        return arguments, describe(found, version, "this machine has a GPU")
+    arguments = [f"torch=={version}"]
+    found = ask(pip, arguments)
+    if sys.platform == "linux" and not (found and "+cpu" in found["version"]):
+        index = ["--index-url", CPU_INDEX, "--retries", "0", "--timeout", "5"]
+        cpu = ask(pip, [*index, f"torch=={version}"], deadline_s=30)
+        if cpu:
+            # Only torch comes from there; what it needs is found as usual.
+            return ["--extra-index-url", CPU_INDEX, f"torch=={cpu['version']}"], describe(cpu, version, "no GPU here")
+    return arguments, describe(found, version, "no GPU here")
+
+
+def has_gpu() -> bool:
+    return any(re.fullmatch(r"nvidia\d+", p.name) for p in Path("/dev").glob("nvidia*")) or Path("/dev/kfd").exists()
+
+
+def ask(pip: list[str], arguments: list[str], deadline_s: float = 120) -> dict[str, str] | None:
+    """What pip would install for torch itself: version and url; None where it finds nothing."""
+    command = [*pip, "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s)
+        report = json.loads(answer.stdout)["install"][0]
+    except (subprocess.TimeoutExpired, json.JSONDecodeError, IndexError, KeyError):
+        return None
+    return {"version": report["metadata"]["version"], "url": report["download_info"]["url"]}
+
+
+def describe(found: dict[str, str] | None, version: str, why: str) -> str:
+    if found is None:
+        return f"torch {version} ({why}; its size is unknown)"
+    size = size_mib(found["url"])
+    shown = f"{size:.0f} MiB" if size else "size unknown"
+    is_cpu = "+cpu" in found["version"] or sys.platform == "darwin"
+    kind = "CPU build" if is_cpu else f"CUDA build, with about {CUDA_LIBRARIES_MIB} MiB of CUDA libraries"
+    return f"torch {found['version']} ({why}: {kind}, {shown})"
+
+
+def size_mib(url: str) -> float | None:
+    parts = urllib.parse.urlparse(url)
+    try:
+        if parts.scheme == "file":
+            return Path(urllib.request.url2pathname(parts.path)).stat().st_size / 2**20
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5) as answer:
+            return int(answer.headers["Content-Length"]) / 2**20
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def pinned(package: str) -> str:
+    match = re.search(rf"^{package}==([^\s;]+)", CONSTRAINTS.read_text(), re.MULTILINE)
+    assert match
+    return match[1]
+
+
+def installed(python: Path, package: str) -> str | None:
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command)
+    if done.returncode:
+        sys.exit(fail(f"`{' '.join(command)}` failed with code {done.returncode}; its words are above"))
+
+
+def fail(line: str) -> int:
+    print(f"setup: error: {line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+# Everything happens in .venv inside this checkout; `make demo` and `make test` do all their own set-up.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SETUP  := pyproject.toml .ci/constraints.txt .ci/bootstrap.py
+
+.PHONY: help setup dev demo test lint bench clean
+
+help:
+	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
+	@echo "make test    lint, format, types and every test"
+	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
+	@echo "make bench   benchmarks: start-up beside torchrun, time from a rank's death to the job's end"
+	@echo "make clean   remove $(VENV) and caches; run directories stay"
+
+setup: $(VENV)/.ready
+dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready: $(SETUP)
+	@$(PYTHON) .ci/bootstrap.py $(VENV)
+	@touch $@
+
+$(VENV)/.ready-dev: $(SETUP)
+	@$(PYTHON) .ci/bootstrap.py $(VENV) dev
+	@touch $(VENV)/.ready $@
+
+demo: setup
+	$(BIN)/python submit.py tp_fsdp --executor local --nodes 2 --gpus-per-node 4
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: dev
+	$(BIN)/python -m tests.benchmarks.start_up
+	$(BIN)/python -m tests.benchmarks.failures
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
