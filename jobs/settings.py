@@ -80,15 +80,22 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     Raises:
         error: not YAML, not a mapping, a key that is not text or is given twice; names file and line.
     """
-    loader = _Loader(text)
     lines: dict[Path_, int] = {}
+    within: list[yaml.Node] = []
 
     def look_at(node: yaml.Node, path: Path_) -> None:
+        if any(node is outer for outer in within):
+            line = node.start_mark.line + 1
+            raise error(f"{source}:{line}: an alias (*name) makes a value part of itself; write it out")
+        within.append(node)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 look_at(item, path)
-        if not isinstance(node, yaml.MappingNode):
-            return
+        elif isinstance(node, yaml.MappingNode):
+            look_at_keys(node, path)
+        within.pop()
+
+    def look_at_keys(node: yaml.MappingNode, path: Path_) -> None:
         seen: dict[Any, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -96,6 +103,7 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
                 "tag:yaml.org,2002:int",
                 "tag:yaml.org,2002:float",
                 "tag:yaml.org,2002:null",
+                "tag:yaml.org,2002:bool",
             ):
                 raise error(f"{source}:{line}: a key must be a name; quote it if it is meant as text")
             key = key_node.value
@@ -106,7 +114,9 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
             lines.setdefault(inner, line)
             look_at(value_node, inner)
 
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return Document({}, source)
@@ -119,7 +129,8 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     except (yaml.YAMLError, ValueError) as mistake:
         raise error(f"{source}: not valid YAML: {' '.join(str(mistake).split())}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(data, dict):
         raise error(f"{source}: holds a {type(data).__name__}; write a mapping, one `key: value` a line")
     return Document(data, source, lines)
@@ -346,6 +357,8 @@ def _check_path(
         if part not in group.model_fields:
             every = _all_paths(cls)
             close = did_you_mean(".".join(path), every) or did_you_mean(path[-1], every)
+            elsewhere = [other for other in every if other.endswith("." + path[-1])]
+            close = close or (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else "")
             raise error(f"{where}unknown {what} '{'.'.join(path)}'{close}{_dot(help_line)}")
         group = _group(group.model_fields[part].annotation)
 
@@ -410,6 +423,8 @@ def _parse_value(override: Override, annotation: Any) -> Any:
         return text
     if annotation is bool and stripped in ("True", "False"):
         return stripped == "True"
+    if "\n" in stripped and not quoted and not structured:
+        return text  # a second line would be a second key of the YAML below, and be lost
     try:
         return load_yaml(f"value: {text}", override.key).data["value"]
     except SettingsError as mistake:
