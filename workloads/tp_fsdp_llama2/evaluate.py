@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from workloads.tp_fsdp_llama2.data import Corpus, Split
 from workloads.tp_fsdp_llama2.loss import IGNORED, loss_context, to_float64, token_loss
+from workloads.tp_fsdp_llama2.parallelize import release_gathered
 
 
 @torch.no_grad()
@@ -53,6 +54,7 @@ def heldout_loss(
             logits = model(tokens[:, :-1].to(device))
             total += to_float64(token_loss(logits, labels.to(device), reduction="sum"))
     model.train(was_training)
+    release_gathered(model)
     parts = [torch.empty_like(total) for _ in range(dp)]
     dist.all_gather(parts, total, group=mesh.get_group("dp"))
     return math.fsum(part.item() for part in parts) / (count * split.seq_len)
@@ -82,4 +84,5 @@ def generate(
         p = whole[0, :vocab_size].double().softmax(0).cpu()
         ids.append(int(torch.multinomial(p, 1, generator=generator)))
     model.train(was_training)
+    release_gathered(model)
     return ids[len(prompt) :]

@@ -20,7 +20,8 @@ def clip_by_global_norm_(
     A gradient that is sharded along a mesh dimension is summed over it, one that is replicated is counted once.
     Squares are summed in fp64. What the ranks of a dimension have is gathered and then summed by each in one order,
     so every rank comes to the same bits, without which replicas would drift apart. (torch's clip_grad_norm_ leaves
-    the norm as an unreduced DTensor and warns of the world-wide group that it needs.)
+    the norm as an unreduced DTensor and warns of the world-wide group that it needs.) Gradients that are still
+    partial sums are reduced first, in place.
 
     Args:
         parameters: plain tensors, or DTensors on `mesh` or on some of its dimensions.
@@ -41,7 +42,10 @@ def clip_by_global_norm_(
         if isinstance(gradient, DTensor):
             own_names = gradient.device_mesh.mesh_dim_names
             assert own_names is not None
-            assert not any(placement.is_partial() for placement in gradient.placements)
+            if any(placement.is_partial() for placement in gradient.placements):
+                # FSDP2 would have reduced it; without it, what sequence parallelism leaves of a norm's is a sum to be.
+                assert isinstance(parameter, DTensor)
+                gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
             sharded = tuple(
                 n for n, placement in zip(own_names, gradient.placements, strict=True) if not placement.is_replicate()
             )

@@ -215,11 +215,41 @@ def test_large_exports_are_written_in_parts_with_an_index(tmp_path: Path) -> Non
 
 def test_a_diverging_run_stops_and_names_step_and_ranks(tmp_path: Path) -> None:
     config = make(lr=1e30, warmup_steps=0, grad_clip=None, export=False)
-    with pytest.raises(WorldFailed, match=r"NonFiniteError: step [23]: loss is (nan|inf) on rank 0 on \S+-0, rank 1"):
+    # All of them, as a step of such a size ruins every weight.
+    ranks = r"rank 0 on \S+-0, rank 1 on \S+-0, rank 2 on \S+-1, rank 3 on \S+-1;"
+    with pytest.raises(WorldFailed, match=rf"NonFiniteError: step [23]: (loss|grad_norm) is (nan|inf) on {ranks}"):
         run_world(train, config, sizes=(2, 2), run_dir=tmp_path)
     rows = read_metrics(tmp_path)
     assert rows[0]["loss"] is not None
-    assert rows[-1]["loss"] is None
+    assert None in rows[-1].values()
+
+
+def poison_loss(ctx: RunContext, config: Config) -> str:
+    """From the second step on, the samples of the second dp coordinate have an infinite loss."""
+    from workloads.tp_fsdp_llama2 import train as module
+
+    calls = 0
+    genuine = module.token_loss
+
+    def poisoned(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return genuine(*args) * (math.inf if calls > 1 and ctx.mesh.get_local_rank("dp") == 1 else 1.0)
+
+    module.token_loss = poisoned
+    try:
+        module.run(config, ctx)
+    except NonFiniteError as error:
+        return str(error)
+    return "ran to the end"
+
+
+def test_a_loss_that_is_not_finite_is_reported_of_the_ranks_whose_samples_made_it(tmp_path: Path) -> None:
+    for message in run_world(poison_loss, make(), sizes=(2, 2), run_dir=tmp_path):
+        assert message.startswith("step 2: loss is inf on rank 2 on ")
+        assert "rank 3 on " in message
+        assert "rank 0" not in message
+        assert "rank 1" not in message
 
 
 def poison_gradient(ctx: RunContext, config: Config) -> str:
