@@ -1,0 +1,63 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def example() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return code
+
+
+def test_the_example_workload_is_short() -> None:
+    assert len(example().splitlines()) < 30
+
+
+@pytest.mark.dist
+def test_the_example_workload_runs_and_learns(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(example())
+    (line,) = re.findall(r"^python /path/to/submit.py (mine:ENTRY .*)$", README, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "submit.py"), *line.split(), "--executor", "local", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    losses = [json.loads(row)["loss"] for row in (Path(record["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 20
+    assert record["result"]["final_loss"] == losses[-1] < 0.1 * losses[0]
+
+
+def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text("steps: 100\n")
+    commands = re.findall(r"^\| `submit\.py ([^`]*)`", README, re.MULTILINE)
+    assert len(commands) > 8
+    for command in commands:
+        words = command.split()
+        if words[0] == "tp_fsdp" and "--dry-run" not in words:
+            words.append("--dry-run")
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "submit.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_table_of_the_run_directory_names_what_records_names(tmp_path: Path) -> None:
+    from jobs.records import RunDirectory
+
+    run = RunDirectory(tmp_path)
+    for path in (run.result, run.metrics, run.settings, run.job, run.paths(0).export_dir, run.attempt(0).log(3)):
+        assert f"| `{path.relative_to(tmp_path)}" in README
