@@ -24,6 +24,9 @@ from workloads.base import MeshSpec
 
 Launcher = Literal["local", "slurm", "torchrun"]
 
+MOST_RANKS = 10_000_000
+"""A larger number in a launcher's variable is garbage, and would only fill the memory."""
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -92,6 +95,10 @@ def local_env(rank: int, nodes: int, ranks_per_node: int, job_id: str, attempt: 
 def _from_local(env: Mapping[str, str]) -> RankInfo:
     world_size, nodes = _int(env, "MESHRUN_NTASKS", 1), _int(env, "MESHRUN_NNODES", 1)
     per_node = world_size // nodes
+    if per_node * nodes != world_size:
+        raise TopologyError(
+            f"MESHRUN_NTASKS={world_size} over MESHRUN_NNODES={nodes}: the launcher's variables contradict themselves"
+        )
     return _checked(
         RankInfo(
             launcher="local",
@@ -152,9 +159,9 @@ def _from_torchrun(env: Mapping[str, str]) -> RankInfo:
             host=f"node{group}",
             job_id=env.get("TORCHELASTIC_RUN_ID", "torchrun"),
             attempt=_int(env, "TORCHELASTIC_RESTART_COUNT", default=0),
-            node_rank=int(group) if group.isdigit() else None,
+            node_rank=int(group) if re.fullmatch(r"[0-9]{1,9}", group) else None,
             master_addr=_text(env, "MASTER_ADDR"),
-            master_port=_int(env, "MASTER_PORT", 1),
+            master_port=_int(env, "MASTER_PORT", 1, most=65535),
         )
     )
 
@@ -177,12 +184,12 @@ def _text(env: Mapping[str, str], name: str) -> str:
     return value
 
 
-def _int(env: Mapping[str, str], name: str, least: int = 0, default: int | None = None) -> int:
+def _int(env: Mapping[str, str], name: str, least: int = 0, default: int | None = None, most: int = MOST_RANKS) -> int:
     text = env.get(name, "")
     if not text and default is not None:
         return default
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < least:
-        raise TopologyError(f"{name}='{text}': expected a whole number, at least {least}")
+    if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise TopologyError(f"{name}='{text[:40]}': expected a whole number from {least} to {most}")
     return int(text)
 
 
@@ -190,8 +197,8 @@ def expand_counts(text: str) -> list[int]:
     """SLURM_TASKS_PER_NODE: `4(x2),1` -> [4, 4, 1]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if not match:
+        match = re.fullmatch(r"([0-9]{1,7})(?:\(x([0-9]{1,7})\))?", part)
+        if not match or len(counts) > MOST_RANKS:
             raise TopologyError(f"SLURM_STEP_TASKS_PER_NODE='{text}': expected counts such as 4(x2),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
