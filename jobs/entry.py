@@ -1,4 +1,7 @@
-"""The first file that a job's process runs: `python jobs/entry.py SUBMITIT_FOLDER`. Standard library only, at first.
+"""The first file that a job's process runs. Standard library only, at first.
+
+    python jobs/entry.py SUBMITIT_FOLDER            what submitit pickled there
+    python jobs/entry.py --rank RUN_DIR SUPERVISOR  one rank of a local job, where ranks cannot be forked
 
 submitit would start `python -m submitit.core._submit`, which puts the current directory first on the path: in a
 directory that has a `jobs/` or `workloads/` of its own, the pickle would then be opened with the wrong packages.
@@ -30,6 +33,11 @@ def pin(root: Path = ROOT) -> None:
 
 def main() -> None:
     pin()
+    if sys.argv[1] == "--rank":
+        from jobs.local import spawned_rank
+
+        spawned_rank(Path(sys.argv[2]), int(sys.argv[3]))
+        return
     # submitit names its files by this process's id where the executor has no scheduler to name the job.
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())

@@ -1,8 +1,9 @@
 """The local executor: N emulated hosts on this box, started, watched, ended and blamed as srun would.
 
 submitit pickles the job and starts one process for it, the supervisor, which imports torch once (and does nothing
-else with it) and forks the ranks: 8 ranks are there in the time that one import takes. Each rank gets the variables
-that a cluster would have given it and calls the very same pickled Job; from there on nothing is local any more.
+else with it) and forks the ranks: 8 ranks are there in the time that one import takes. Where forking is not safe, each
+rank is an interpreter of its own, which is said and takes longer. Each rank gets the variables that a cluster would
+have given it and calls the very same Job; from there on nothing is local any more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -188,19 +190,25 @@ class _Watch:
         self.signalled = signum
 
     def start(self, job: Job) -> None:
-        entry = registry.BUILT_IN.get(self.spec.workload)
-        workload_modules = registry.load(self.spec.workload).preload if entry else ()
-        for module in (*PRELOAD, *workload_modules):
-            importlib.import_module(module)
-            self._check_orders()
-        _assert_single_threaded()
+        unsafe = None if sys.platform == "linux" else f"forking is not safe on {sys.platform}"
+        if unsafe is None:
+            is_built_in = self.spec.workload in registry.BUILT_IN
+            for module in (*PRELOAD, *(registry.load(self.spec.workload).preload if is_built_in else ())):
+                importlib.import_module(module)
+                self._check_orders()
+            threads = len(list(Path("/proc/self/task").iterdir()))
+            if threads > 1:
+                # A lock that another thread holds at the fork would stay held in every rank.
+                unsafe = f"{threads} threads run in the supervisor after its imports"
+        if unsafe is not None:
+            log.warning("%s, so each rank is an interpreter of its own; starting takes longer", unsafe)
         gc.collect()
         gc.freeze()  # keeps the collector from writing to, and so copying, the pages that the ranks share
         resources = self.spec.resources
         for rank in range(resources.shape.world_size):
             env = local_env(rank, resources.nodes, resources.gpus_per_node, str(os.getpid()), self.attempt.number)
             path = self.attempt.log(rank)
-            pid = self._fork(job, env, path)
+            pid = self._fork(job, env, path) if unsafe is None else self._spawn(env, path)
             with contextlib.suppress(OSError):  # the child does the same; whoever is first
                 os.setpgid(pid, pid)
             self.ranks.append(_Rank(rank, env["MESHRUN_NODENAME"], pid, path))
@@ -224,6 +232,16 @@ class _Watch:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
+
+    def _spawn(self, env: dict[str, str], path: Path) -> int:
+        entry = Path(__file__).with_name("entry.py")
+        command = [sys.executable, "-u", str(entry), "--rank", str(self.spec.run_dir), str(os.getpid())]
+        with path.open("ab") as output:
+            process = subprocess.Popen(
+                command, env={**_without_launcher(os.environ), **env}, stdout=output, stderr=output
+            )
+        process.returncode = 0  # it is waited for with the others, by number
+        return process.pid
 
     def until_all_ended(self) -> None:
         """Returns when every rank has done its work.
@@ -326,9 +344,21 @@ def _become_rank(supervisor: int, env: dict[str, str], path: Path, owner_fd: int
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
-    for name in [name for name in os.environ if name.startswith(("SUBMITIT_", "MESHRUN_"))]:
-        del os.environ[name]
-    os.environ.update(env)
+    kept = _without_launcher(os.environ)
+    os.environ.clear()
+    os.environ.update({**kept, **env})
+
+
+def _without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if not name.startswith(("SUBMITIT_", "MESHRUN_"))}
+
+
+def spawned_rank(run_dir: Path, supervisor: int) -> None:
+    """A rank that is an interpreter of its own; the job is what its run directory says."""
+    _die_with_parent(supervisor)
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    Job(JobSpec.model_validate(read_json(RunDirectory(run_dir).job)))()
 
 
 # --- Linux's ways of leaving no process behind; elsewhere process groups have to do -----------------------------------
@@ -365,11 +395,3 @@ def _children() -> list[int]:
         if int(parent) == os.getpid() and state not in "ZX":
             found.append(int(stat.parent.name))
     return found
-
-
-def _assert_single_threaded() -> None:
-    """Forking is safe only while nothing else runs: a lock held by another thread would stay held in every rank."""
-    tasks = Path("/proc/self/task")
-    if tasks.is_dir():
-        count = len(list(tasks.iterdir()))
-        assert count == 1, f"{count} threads run in the supervisor after its imports; ranks cannot be forked safely"

@@ -43,6 +43,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
         console.say(f"  progress: tail -f {run_dir.metrics}\n  end it:   kill {pid}")
         console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
         return 0
+    began = time.monotonic()
     with _signals_interrupt():
         job = executor.submit(spec, cluster, owned=True)
         process = job._process
@@ -63,14 +64,14 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
             return Interrupted.exit_code
     record = read_json(run_dir.result)
     if record is not None and record["status"] == "done" and process.returncode == 0:
-        report(spec, record, console)
+        report(spec, record, console, time.monotonic() - began)
         return 0
     return _report_failure(spec, run_dir, record, process.returncode, console)
 
 
-def report(spec: JobSpec, record: dict[str, Any], console: Console) -> None:
-    """What a job that is done came to."""
-    console.say(f"done in {record['seconds']:.1f} s")
+def report(spec: JobSpec, record: dict[str, Any], console: Console, seconds: float) -> None:
+    """What a job that is done came to, `seconds` after it was submitted."""
+    console.say(f"done in {seconds:.1f} s")
     result = record.get("result")
     if isinstance(result, dict):
         for key, value in result.items():
@@ -180,6 +181,7 @@ class _Display:
 
     def __init__(self, run_dir: RunDirectory, console: Console, total_steps: int | None) -> None:
         self.log = _Tail(run_dir.attempt(0).log(0))
+        self.supervisor = _Tail(run_dir.attempt(0).supervisor_log)
         self.metrics = _Tail(run_dir.metrics)
         self.console = console
         self.total_steps = total_steps
@@ -189,6 +191,9 @@ class _Display:
         self.on_terminal = console.stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def update(self) -> None:
+        for line in self.supervisor.lines():
+            if "[supervisor] WARNING: " in line:
+                self._say(line)
         for line in self.log.lines():
             # Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo.
             self.rank_0_ended = self.rank_0_ended or blame.ENDS in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,7 @@ def _debug(spec: JobSpec, console: Console) -> int:
     """One rank in this very process: a debugger, a breakpoint and a profiler see it as any other program."""
     from jobs.job import Job
 
+    began = time.monotonic()
     os.environ.update(executor.rank_env(spec))
     os.environ.update(executor.debug_env(spec))
     try:
@@ -298,5 +300,5 @@ def _debug(spec: JobSpec, console: Console) -> int:
     assert record is not None
     from jobs.cli.follow import report
 
-    report(spec, record, console)
+    report(spec, record, console, time.monotonic() - began)
     return 0
