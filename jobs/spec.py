@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +103,7 @@ def parse_minutes(text: str) -> int:
         hours, minutes, seconds = int(first), int(second), int(third)
     else:
         hours, minutes, seconds = 0, int(first), int(second or 0)
-    total = math.ceil(((int(days or 0) * 24 + hours) * 60 + minutes) + seconds / 60)
+    total = (int(days or 0) * 24 + hours) * 60 + minutes - (-seconds // 60)
     if total < 1:
         raise ValueError("a time limit must be longer than zero")
     return total

@@ -165,8 +165,7 @@ def test_any_environment_is_a_valid_rank_or_a_topology_error(
 ) -> None:
     try:
         info = RankInfo.from_env(without(base | changes, *removed))
-    except TopologyError as error:
-        assert str(error)
+    except TopologyError:
         return
     assert 0 <= info.rank < info.world_size
     assert 0 <= info.local_rank < info.local_world_size <= info.world_size
@@ -265,13 +264,12 @@ def test_any_seats_become_host_major_or_are_refused(order: list[int], hosts: int
     all_seats = seats(*(f"h{index}" for index in where))
     shuffled = [all_seats[i] for i in order if i < len(all_seats)]
     unequal = len(set(Counter(where).values())) > 1
-    try:
-        ordered = number_by_host(shuffled)
-    except TopologyError as error:
-        assert unequal
-        assert seat_table(all_seats) in str(error)
+    if unequal:
+        with pytest.raises(TopologyError) as caught:
+            number_by_host(shuffled)
+        assert seat_table(all_seats) in str(caught.value)
         return
-    assert not unequal
+    ordered = number_by_host(shuffled)
     assert sorted(s.rank for s in ordered) == list(range(len(where)))
     placements = [place(ordered, seat.rank) for seat in ordered]
     assert [p.rank for p in placements] == list(range(len(where)))
