@@ -98,7 +98,8 @@ def _sbatch_text(spec: JobSpec, parameters: dict[str, Any]) -> str:
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = RunDirectory(spec.run_dir).submitit
-    return _make_sbatch_string(command=_slurm_command(folder), folder=folder, **parameters)
+    # Left to itself submitit asks for 5 minutes; a job that does not say gets what its partition gives.
+    return _make_sbatch_string(command=_slurm_command(folder), folder=folder, **{"time": None, **parameters})
 
 
 def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
@@ -138,6 +139,9 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
         @property
         def _submitit_command_str(self) -> str:
             return _slurm_command(self.folder)
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return submission.text
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -43,7 +43,7 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path, content: str
     for refuse in (RunDirectory.check, RunDirectory.create):
         with pytest.raises(RunDirectoryError, match=r"--run-dir .*empty"):
             refuse(tmp_path)
-    assert os.listdir(tmp_path) == [content]
+    assert [p.name for p in tmp_path.iterdir()] == [content]
 
 
 def test_a_file_in_its_place_or_above_it_is_refused(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_checking_writes_nothing(tmp_path: Path) -> None:
     RunDirectory.check(tmp_path / "a" / "b")
-    assert os.listdir(tmp_path) == []
+    assert [p.name for p in tmp_path.iterdir()] == []
 
 
 def _create(path: Path, barrier: threading.Barrier, results: multiprocessing.SimpleQueue[str]) -> None:
@@ -117,7 +117,7 @@ def test_a_reader_sees_whole_files_only(tmp_path: Path) -> None:
     stop.set()
     reader.join()
     assert set(seen) <= {1, 100_000}
-    assert os.listdir(tmp_path) == ["f.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: 
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "\ud800")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["f.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f.txt"]
 
 
 def test_reading_what_is_not_there_or_not_whole_is_none(tmp_path: Path) -> None:
