@@ -467,16 +467,27 @@ class Setting:
     meaning: str
 
 
-def describe(cls: type[BaseModel], at: str = "") -> list[Setting]:
-    """Every setting of a configuration, groups flattened to dotted keys, in the order of the class."""
+def describe(cls: type[BaseModel]) -> list[Setting]:
+    """Every setting of a configuration, groups flattened to dotted keys, in the order of the class.
+
+    Defaults are those of a configuration in which nothing is given, so one that follows from another is shown too.
+    """
+    try:
+        given_nothing: BaseModel | None = cls()
+    except ValidationError:
+        given_nothing = None  # some setting is required
+    return _describe(cls, given_nothing, "")
+
+
+def _describe(cls: type[BaseModel], instance: BaseModel | None, at: str) -> list[Setting]:
     rows: list[Setting] = []
     for name, info in cls.model_fields.items():
+        value = getattr(instance, name) if instance else info.get_default(call_default_factory=True)
         group = _group(info.annotation)
         if group is not None:
-            rows += describe(group, f"{at}{name}.")
+            rows += _describe(group, value if isinstance(value, BaseModel) else None, f"{at}{name}.")
             continue
-        default = info.get_default(call_default_factory=True)
-        shown = "(required)" if default is PydanticUndefined else _show(default)
+        shown = "(required)" if value is PydanticUndefined else _show(value)
         meaning = " ".join((info.description or "").split())
         rows.append(Setting(at + name, type_name(info.annotation, info.metadata), shown, meaning))
     return rows
