@@ -5,6 +5,7 @@ Torch-free. Used for a workload's settings, for cluster files, and for the flags
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
@@ -291,7 +292,7 @@ def validate(
             path = _known_part(cls, path)
             key = ".".join(path)
             message = mistake["msg"].removeprefix("Value error, ")
-            message = message.replace("Input should be", "must be").replace("unable to parse string as an ", "not an ")
+            message = re.sub(r", unable to (parse|interpret) .*", "", message.replace("Input should be", "must be"))
             given = _show(_get(tree, path)) if path else ""
             wanted = mistake.get("ctx", {}).get("expected", "")
             hint = did_you_mean(given, re.findall(r"'([^']+)'", str(wanted)))
@@ -449,7 +450,7 @@ def _get(tree: Mapping[str, Any], path: Path_) -> Any:
 
 
 def _show(value: Any) -> str:
-    text = value if isinstance(value, str) else "null" if value is None else str(value)
+    text = value if isinstance(value, str) else json.dumps(value) if value in (None, True, False) else str(value)
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= 120 else text[:117] + "..."
 

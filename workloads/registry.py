@@ -6,6 +6,7 @@ import difflib
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
@@ -50,11 +51,14 @@ def _entry(where: str, name: str) -> WorkloadEntry:
     except ModuleNotFoundError as error:
         package = module_name.partition(".")[0]
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise  # the module is there, and something that it imports is not
+            # the module is there, and something that it imports is not
+            raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_words(error)}") from error
         hint = "; it is looked for in the current directory and among the installed packages"
         if package in ("jobs", "workloads"):
             hint = f"; '{package}' is meshrun's own package, so yours must be called otherwise"
         raise WorkloadError(f"'{name}': no module named '{error.name}'{hint}") from None
+    except Exception as error:
+        raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_words(error)}") from error
     if not hasattr(module, attribute):
         entries = [key for key, value in vars(module).items() if isinstance(value, WorkloadEntry)]
         known = f"; it has {', '.join(entries)}" if entries else "; define a WorkloadEntry there"
@@ -65,3 +69,17 @@ def _entry(where: str, name: str) -> WorkloadEntry:
     if not (isinstance(entry.config, type) and issubclass(entry.config, WorkloadConfig)):
         raise WorkloadError(f"'{name}': its config must be a subclass of workloads.base.WorkloadConfig")
     return entry
+
+
+def _where(error: BaseException) -> str:
+    """` at file:line`, of the last frame that is not the import machinery's."""
+    if isinstance(error, SyntaxError):
+        return f" at {error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    ours = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    return f" at {ours[-1].filename}:{ours[-1].lineno}" if ours else ""
+
+
+def _words(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
