@@ -79,17 +79,17 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     if ctx.rank == 0:
         log.info("mesh dp %d x tp %d, %s, %s", dp, tp, device.type, config.precision)
         log.info("model of %s parameters", f"{parameters:,}")
+        log.info("%s", corpus)
         log.info(
-            "%s; %d training samples of %d, %d held out", corpus, split.train_windows, config.seq_len,
-            split.heldout_windows,
-        )  # fmt: skip
+            "%d samples of %d to train on, %d held out", split.train_windows, config.seq_len, split.heldout_windows
+        )
 
     def evaluate() -> float:
         loss = heldout_loss(
             model, corpus, split, mesh, device, batch_size=microbatch_size(config, dp), at_most=config.eval_windows
         )
         if ctx.rank == 0:
-            log.info("held-out loss %.4f nats a %s", loss, corpus.unit)
+            log.info("step %d: held-out loss %.4f nats a %s", step, loss, corpus.unit)
         return loss
 
     accumulation = accumulation_steps(config, dp)
@@ -97,7 +97,6 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     flops_per_step = _flops_per_token(config) * tokens_per_step
     peak = peak_flops(device)
     step_seconds: list[float] = []
-    loss_value = math.nan
     heldout = None
 
     for step in range(1, config.steps + 1):
@@ -117,8 +116,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad()
 
-        loss_value = loss.item()
-        grad_norm = _blame(norm, local_norm)
+        # The one wait for the device in a step.
+        loss_value, grad_norm = loss.item(), _blame(norm, local_norm)
         seconds = time.perf_counter() - began
         step_seconds.append(seconds)
         metrics: dict[str, Any] = {
@@ -153,10 +152,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     if config.sample_tokens:
         result.update(_sample(config, model, corpus, split, device))
     if ctx.rank == 0:
-        log.info(
-            "held-out loss %.4f nats a %s; knowing only how frequent each is costs %.4f", heldout, corpus.unit,
-            result["heldout_unigram_entropy_nats"],
-        )  # fmt: skip
+        entropy = result["heldout_unigram_entropy_nats"]
+        log.info("knowing only how frequent each %s is there would cost %.4f nats", corpus.unit, entropy)
         if config.sample_tokens:
             log.info("after %r it writes %r", result["sample_prompt"], result["sample"])
     if config.export:
@@ -179,7 +176,8 @@ def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
 def _make_cuda_deterministic() -> None:
     # cuBLAS reads it when its handle is made, which is at the first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not warn_only, under which fp32's attention only says that it is not deterministic.
+    torch.use_deterministic_algorithms(True)
     # It would also fill every new tensor with NaN, against reads of what nobody wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -25,7 +25,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "RTX 3090": 71e12,
 }
 """Dense bf16 (V100: fp16) matrix peak in FLOP/s without sparsity, by a part of the device's name; the vendor's data
-sheets. The longest part that fits counts."""
+sheets. The longest part that fits counts. Utilisation is of this peak also in fp32 and fp64, whose own are lower."""
 
 
 def peak_flops(device: torch.device) -> float | None:
