@@ -65,17 +65,24 @@ class ClusterConfig(Spec):
         if not isinstance(value, dict):
             return value
         for name in value:
-            if not is_env_name(str(name)):
-                raise ValueError(f"'{name}' is not a variable's name (letters, digits and _)")
+            mistake = env_name_mistake(str(name))
+            if mistake:
+                raise ValueError(mistake)
         # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
         return {
             str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
         }
 
 
-def is_env_name(name: str) -> bool:
-    """Whether a shell takes `name` for a variable."""
-    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None
+def env_name_mistake(name: str) -> str | None:
+    """Why `name` cannot be an environment variable of a job; None where it can."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        return f"'{name}' is not a variable's name (letters, digits and _)"
+    if name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        return f"{name} is part of the job; use threads_per_rank (--threads-per-rank)"
+    if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_")):
+        return f"{name} is the launcher's own; choose another name"
+    return None
 
 
 def shipped_configs() -> Path:

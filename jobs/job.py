@@ -86,8 +86,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
     meeting = rendezvous.join(info, choice.device.type, attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface)
     placement = meeting.placement
     _configure_logging(f"rank {placement.rank}/{placement.world_size} node {placement.node_rank}")
-    if placement.rank != info.rank:
-        log.info("the scheduler calls this rank %d (%s)", info.rank, info.host)
+    log.info("local rank %d on %s; the scheduler's number is %d", placement.local_rank, info.host, info.rank)
     if choice.device.type == "cuda":
         torch.cuda.set_device(choice.device)
     rendezvous.init_process_group(meeting, choice.device, choice.backend, spec.collective_timeout_s)

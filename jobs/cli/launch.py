@@ -14,7 +14,7 @@ from pydantic import Field
 from jobs import executor, machine, settings
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.cluster import ClusterConfig, choose_executor, is_env_name
+from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake
 from jobs.errors import CommandLineError, Interrupted, JobFailed, ResourceError, did_you_mean
 from jobs.records import RunDirectory, default_run_dir, write_json, write_text
 from jobs.spec import JobSpec, ResourceSpec, Spec, parse_minutes
@@ -170,19 +170,17 @@ def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str
     )
 
 
-OURS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
 def _env(given: Options) -> dict[str, str]:
     env: dict[str, str] = {}
     for word in given.env:
         name, equals, value = word.partition("=")
-        if not equals or not is_env_name(name):
-            raise CommandLineError(f"--env {word}: write KEY=VALUE, the key of letters, digits and _")
+        if not equals:
+            raise CommandLineError(f"--env {word}: write KEY=VALUE")
+        mistake = env_name_mistake(name)
+        if mistake:
+            raise CommandLineError(f"--env {word}: {mistake}")
         if name in env:
             raise CommandLineError(f"--env {name} is given twice; keep one")
-        if name in OURS:
-            raise CommandLineError(f"--env {word}: thread counts are part of the job; use --threads-per-rank")
         if "\0" in value:
             raise CommandLineError(f"--env {name}: its value holds a NUL, which no environment can")
         env[name] = value
