@@ -298,7 +298,9 @@ def validate(
             hint = did_you_mean(given, re.findall(r"'([^']+)'", str(wanted)))
             start = (source or {}).get(path, "")
             shown = f"{start}{(spell or {}).get(key, key + '=')}{given}: " if path else start
-            messages.append(f"{shown}{message[:1].lower() + message[1:] if path else message}{hint}")
+            messages.append(
+                f"{shown}{message if message[1:2].isupper() or not path else message[:1].lower() + message[1:]}{hint}"
+            )
         more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
         raise error("; ".join(messages[:3]) + more + (f"; {help_line}" if help_line else "")) from None
 
