@@ -1,0 +1,375 @@
+"""The door: every mistake is one line and exit 2 and leaves nothing behind; nothing before a job needs torch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.cli.main import main
+from workloads import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+MINE = textwrap.dedent(
+    """
+    from workloads.base import WorkloadConfig, WorkloadEntry, MeshSpec
+
+    class Config(WorkloadConfig):
+        steps: int = 2
+
+    ENTRY = WorkloadEntry(name="mine", config=Config, run="nowhere:run", summary="Mine.")
+    BAD_MESH = WorkloadEntry(name="m", config=Config, run="x:y", mesh=lambda config, shape: MeshSpec(("dp",), (7,)))
+    NO_CONFIG = WorkloadEntry(name="m", config=dict, run="x:y")
+    NUMBER = 5
+    """
+)
+
+
+def tree(path: Path) -> dict[str, int]:
+    return {str(p.relative_to(path)): p.stat().st_size for p in path.rglob("*") if "__pycache__" not in p.parts}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A directory of the test's own to type the line in; what it made importable is forgotten again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A line that is refused, the files that it meets, and what the refusal must say."""
+
+    line: list[str]
+    says: list[str]
+    files: dict[str, str | bytes] = field(default_factory=dict)
+
+    def prepare(self, directory: Path) -> None:
+        for name, content in self.files.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def tp_fsdp(*words: str, nodes: int = 1, gpus_per_node: int = 1) -> list[str]:
+    return ["tp_fsdp", "--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node), *words]
+
+
+SHORT = {"short.txt": "too short"}
+BAD = [
+    # the line itself
+    Bad([], ["which workload?", "tp_fsdp", "--help"]),
+    Bad(["tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
+    Bad(["lst"], ["'lst'", "did you mean 'list'?"]),
+    Bad(["steps=2", "tp_fsdp"], ["'steps=2' comes before any workload"]),
+    Bad(["plan", "tp_fsdp"], ["'plan' is a reserved word"]),
+    Bad(["resume"], ["'resume' is a reserved word"]),
+    Bad(["list", "tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
+    Bad(["list", "tp_fsdp", "more"], ["list takes one workload, 2 were given"]),
+    Bad(["tp_fsdp", "--node", "2"], ["unknown flag --node", "did you mean '--nodes'?"]),
+    Bad(["tp_fsdp", "--gpus-per-nod=2"], ["unknown flag --gpus-per-nod", "did you mean '--gpus-per-node'?"]),
+    Bad(["tp_fsdp", "-x"], ["unknown flag -x", "--help"]),
+    Bad(["tp_fsdp", "--nodes"], ["--nodes", "expected one argument"]),
+    Bad(["tp_fsdp", "--nodes", "1", "--nodes", "1"], ["--nodes is given twice"]),
+    Bad(["tp_fsdp", "--nodes", "0"], ["--nodes 0", "greater than or equal to 1"]),
+    Bad(["tp_fsdp", "--nodes", "abc"], ["--nodes abc", "valid integer"]),
+    Bad(["tp_fsdp", "--nodes", "-1"], ["--nodes -1", "greater than or equal to 1"]),
+    Bad(["tp_fsdp", "--nodes", "1.5"], ["--nodes 1.5", "integer"]),
+    Bad(["tp_fsdp", "--gpus-per-node", ""], ["--gpus-per-node", "integer"]),
+    Bad(["tp_fsdp", "--threads-per-rank", "0"], ["--threads-per-rank 0", "greater than or equal to 1"]),
+    Bad(["tp_fsdp", "--executor", "slrum"], ["--executor slrum", "did you mean 'slurm'?"]),
+    Bad(["tp_fsdp", "--executor", "debug", "--nodes", "2"], ["--nodes 2", "debug runs one rank"]),
+    Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--wait"], ["--wait", "squeue"]),
+    Bad(["tp_fsdp", "--partition", "gpu"], ["--partition gpu", "--executor local", "drop it"]),
+    Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--qos", "a b"], ["--qos 'a b'", "without spaces"]),
+    Bad(["tp_fsdp", "--time", "soon"], ["--time soon", "12:30:00"]),
+    Bad(["tp_fsdp", "--time", "0"], ["--time 0", "longer than zero"]),
+    Bad(["tp_fsdp", "--env", "FOO"], ["--env FOO", "KEY=VALUE"]),
+    Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=1", "'A-B' is not a variable's name"]),
+    Bad(["tp_fsdp", "--env", "=1"], ["--env =1", "not a variable's name"]),
+    Bad(["tp_fsdp", "--env", "A=1", "--env", "A=2"], ["--env A is given twice"]),
+    Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=4", "--threads-per-rank"]),
+    # clusters
+    Bad(["tp_fsdp", "--cluster", "lokal"], ["--cluster lokal", "did you mean 'local'?"]),
+    Bad(["tp_fsdp", "--cluster", "gone.yaml"], ["--cluster gone.yaml: no such file"]),
+    Bad(["tp_fsdp", "--cluster", "c.yaml"], ["c.yaml:2", "'noodes'", "'nodes'?"], {"c.yaml": "time: 5\nnoodes: 1\n"}),
+    Bad(["tp_fsdp", "--cluster", "c.yaml"], ["c.yaml:2", "not valid YAML"], {"c.yaml": "nodes: 1\n\tx: 2\n"}),
+    Bad(["tp_fsdp", "--cluster", "c.yaml"], ["c.yaml:1", "nodes=0"], {"c.yaml": "nodes: 0\n"}),
+    # settings
+    Bad(["tp_fsdp", "steps"], ["'steps': expected key=value"]),
+    Bad(["tp_fsdp", "step=2"], ["unknown setting 'step'", "did you mean 'steps'?", "submit.py list tp_fsdp"]),
+    Bad(["tp_fsdp", "dim=64"], ["unknown setting 'dim'", "did you mean 'model.dim'?"]),
+    Bad(["tp_fsdp", "steps=0"], ["steps=0", "greater than 0"]),
+    Bad(["tp_fsdp", "steps=abc"], ["steps=abc", "integer"]),
+    Bad(["tp_fsdp", "steps=true"], ["steps=", "true and false are not accepted"]),
+    Bad(["tp_fsdp", "lr=-1"], ["lr=-1", "greater than 0"]),
+    Bad(["tp_fsdp", "lr=1e-3,3e-4"], ["lr=1e-3,3e-4", "reserved for sweeps"]),
+    Bad(["tp_fsdp", "seed=1..4"], ["seed=1..4", "reserved for sweeps"]),
+    Bad(["tp_fsdp", "steps=1", "steps=2"], ["steps is given twice"]),
+    Bad(["tp_fsdp", "precision=fp8"], ["precision=fp8", "'fp32', 'bf16'"]),
+    Bad(["tp_fsdp", "model=7c"], ["model.preset=7c", "'7b'"]),
+    Bad(["tp_fsdp", "warmup_steps=20", "steps=10"], ["warmup_steps=20 is more than steps=10"]),
+    Bad(["tp_fsdp", "--config", "gone.yaml"], ["gone.yaml: cannot be read"]),
+    Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml:2", "not valid YAML"], {"e.yaml": "steps: 1\n  lr: 2\n"}),
+    Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml:2", "'steps' is given twice"], {"e.yaml": "steps: 1\nsteps: 2\n"}),
+    Bad(
+        ["tp_fsdp", "--config", "e.yaml"],
+        ["e.yaml:3", "'model.dimm'", "did you mean 'model.dim'?"],
+        {"e.yaml": "steps: 1\nmodel:\n  dimm: 2\n"},
+    ),
+    Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml:1", "lr=fast"], {"e.yaml": "lr: fast\n"}),
+    Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml: is not UTF-8"], {"e.yaml": b"\xff\xfe"}),
+    Bad(["tp_fsdp", "--config", "."], ["Is a directory"]),
+    # shapes
+    Bad(tp_fsdp("tp=3", gpus_per_node=4), ["tp=3 does not divide gpus_per_node=4", "tp="]),
+    Bad(tp_fsdp("tp=4", gpus_per_node=2), ["tp=4 does not divide gpus_per_node=2"]),
+    Bad(
+        tp_fsdp("model.n_heads=6", "model.n_kv_heads=6", "model.dim=96", gpus_per_node=4),
+        ["model.n_heads=6 is not divisible by tp", "=4", "8"],
+    ),
+    Bad(tp_fsdp("model.n_kv_heads=2", gpus_per_node=4), ["model.n_kv_heads=2 is not divisible by tp"]),
+    Bad(tp_fsdp("model.n_kv_heads=3"), ["model.n_heads=8", "model.n_kv_heads=3"]),
+    Bad(tp_fsdp("model.ffn_dim=98", gpus_per_node=4), ["model.ffn_dim=98 is not divisible by tp", "100"]),
+    Bad(tp_fsdp("seq_len=30", "tp=4", gpus_per_node=4), ["seq_len=30 is not divisible by tp=4", "32"]),
+    Bad(tp_fsdp("model.dim=65"), ["model.dim=65 is not divisible by model.n_heads=8", "72"]),
+    Bad(tp_fsdp("global_batch_size=7", nodes=2), ["global_batch_size=7 is not divisible by dp=2", "8"]),
+    Bad(tp_fsdp("global_batch_size=8", "microbatch_size=3"), ["global_batch_size=8", "microbatch_size", "9"]),
+    Bad(tp_fsdp("compile=true", nodes=2, gpus_per_node=2), ["compile=true", "dp=2 and tp=2"]),
+    Bad(tp_fsdp("model=7b", gpus_per_node=8), ["tp_fsdp needs about", "GiB for 8 ranks", "are available", "smaller"]),
+    # data
+    Bad(["tp_fsdp", "data.path=gone.txt"], ["data.path=gone.txt"]),
+    Bad(["tp_fsdp", "data.path=*.none"], ["data.path=*.none"]),
+    Bad(["tp_fsdp", "data.path=empty.txt"], ["empty.txt"], {"empty.txt": ""}),
+    Bad(["tp_fsdp", "data.path=short.txt"], ["short.txt"], SHORT),
+    Bad(["tp_fsdp", "data.path=folder"], ["data.path=folder", "directory"], {"folder/a.txt": "x" * 10_000}),
+    Bad(["tp_fsdp", "data.path=t.bin"], ["t.bin", "model.vocab_size"], {"t.bin": b"\0" * 10_000}),
+    # run directories
+    Bad(["tp_fsdp", "--run-dir", "used"], ["--run-dir", "used", "empty"], {"used/result.json": "{}"}),
+    Bad(["tp_fsdp", "--run-dir", "file"], ["--run-dir", "file"], {"file": "x"}),
+    Bad(["tp_fsdp", "--run-dir", "file/below"], ["--run-dir", "file"], {"file": "x"}),
+    # one's own workload
+    Bad(["gone:ENTRY"], ["'gone:ENTRY': no module named 'gone'", "current directory"]),
+    Bad(["mine.part:ENTRY"], ["no module named 'mine.part'"], {"mine.py": MINE}),
+    Bad(["mine:ENTRI"], ["has no 'ENTRI'", "ENTRY"], {"mine.py": MINE}),
+    Bad(["mine:NUMBER"], ["'mine:NUMBER': is a int, not a workloads.base.WorkloadEntry"], {"mine.py": MINE}),
+    Bad(["mine:NO_CONFIG"], ["config must be a subclass"], {"mine.py": MINE}),
+    Bad(["mine:"], ["'mine:'", "package.module:ENTRY"], {"mine.py": MINE}),
+    Bad(["workloads.gone:ENTRY"], ["'workloads' is meshrun's own package"]),
+    Bad(["mine:ENTRY", "stepz=1"], ["unknown setting 'stepz'", "submit.py list mine:ENTRY"], {"mine.py": MINE}),
+    Bad(["mine:BAD_MESH"], ["mesh dp 7 has 7 places for 1 ranks"], {"mine.py": MINE}),
+    Bad(["broken:ENTRY"], ["'broken:ENTRY'", "SyntaxError", "broken.py"], {"broken.py": "def (:\n"}),
+    Bad(["broken:ENTRY"], ["'broken:ENTRY'", "no_such_library"], {"broken.py": "import no_such_library\n"}),
+]
+
+
+def name(bad: Bad) -> str:
+    return " ".join(bad.line)[:60] or "nothing"
+
+
+def check_refusal(bad: Bad, code: int, out: str, err: str, before: dict[str, int], directory: Path) -> None:
+    assert (code, out) == (2, ""), err
+    assert err.startswith("meshrun: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    for words in bad.says:
+        assert words in err
+    assert tree(directory) == before
+
+
+@pytest.mark.parametrize("bad", BAD, ids=name)
+def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad.prepare(tmp_path)
+    before = tree(tmp_path)
+    code = main(bad.line)
+    out, err = capsys.readouterr()
+    check_refusal(bad, code, out, err, before, tmp_path)
+
+
+def some(*names: str) -> list[Bad]:
+    return [next(bad for bad in BAD if name(bad) == wanted) for wanted in names]
+
+
+SOME = some("nothing", "tp_fspd", "tp_fsdp --nodes 0", "tp_fsdp step=2", "mine:ENTRI", "broken:ENTRY")
+
+
+@pytest.mark.parametrize("bad", SOME, ids=name)
+def test_the_same_through_a_real_process(bad: Bad, tmp_path: Path) -> None:
+    bad.prepare(tmp_path)
+    before = tree(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "submit.py"), *bad.line],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    check_refusal(bad, done.returncode, done.stdout, done.stderr, before, tmp_path)
+
+
+@pytest.mark.parametrize("bad", SOME, ids=name)
+def test_with_json_a_refusal_is_also_one_object(bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad.prepare(tmp_path)
+    assert main([*bad.line, "--json"]) == 2
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["status"], record["exit_code"]) == ("refused", 2)
+    assert err == f"meshrun: error: {record['error']}\n"
+
+
+def test_the_table_is_as_long_as_it_should_be() -> None:
+    assert len(BAD) >= 45
+    assert len({name(bad) + str(bad.files) for bad in BAD}) == len(BAD)
+
+
+# --- what is not refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tp_fsdp", "--nodes", "2", "--gpus-per-node", "4", "--executor", "slurm", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for words in ("host1  4: dp1 tp0", "#SBATCH --nodes=2", "srun --unbuffered", "OMP_NUM_THREADS=1", "steps: 120"):
+        assert words in out
+    assert tree(tmp_path) == {}
+
+
+def test_a_dry_runs_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tp_fsdp", "--gpus-per-node", "2", "--dry-run", "--json", "steps=30"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["status"], record["exit_code"]) == ("dry-run", 0)
+    assert record["job"]["settings"]["steps"] == 30
+    assert record["mesh"]["ranks"][1] == {"rank": 1, "host": "host0", "coordinate": [0, 1]}
+    assert tree(tmp_path) == {}
+
+
+def test_flags_and_words_may_come_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        ["tp_fsdp", "steps=30", "--nodes", "2", "lr=1e-3", "--dry-run", "--json", "--run-dir", "r"],
+        ["--json", "--run-dir", "r", "--dry-run", "--nodes=2", "tp_fsdp", "lr=1e-3", "steps=30"],
+    ]
+    records = []
+    for line in lines:
+        assert main(line) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0] == records[1]
+
+
+def test_the_settings_of_a_dry_run_can_be_given_as_its_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tp_fsdp", "--dry-run", "--json", "steps=30", "lr=1e-5", "data.holdout_fraction=0.1"]) == 0
+    settings = json.loads(capsys.readouterr().out)["job"]["settings"]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["tp_fsdp", "--dry-run", "--json", "--config", "again.yaml"]) == 0
+    assert json.loads(capsys.readouterr().out)["job"]["settings"] == settings
+
+
+def test_the_line_wins_over_the_file_and_a_replaced_group_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "e.yaml").write_text("steps: 30\nseed: 4\nmodel:\n  dim: 64\n")
+    line = ["tp_fsdp", "--executor", "slurm", "--dry-run", "--json", "--config", "e.yaml", "steps=40", "model=160m"]
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    settings = json.loads(out)["job"]["settings"]
+    assert (settings["steps"], settings["seed"], settings["model"]["dim"]) == (40, 4, 768)
+    assert "model=160m replaces model.dim of e.yaml" in err
+
+
+def test_a_flag_wins_over_the_cluster_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("executor: slurm\nnodes: 2\ntime: 90\npartition: a\nenv: {A: file, B: file}\n")
+    line = ["tp_fsdp", "--cluster", "c.yaml", "--dry-run", "--json", "--partition", "b", "--env", "A=line"]
+    assert main(line) == 0
+    job = json.loads(capsys.readouterr().out)["job"]
+    assert (job["executor"], job["resources"]["nodes"], job["resources"]["time_min"]) == ("slurm", 2, 90)
+    assert job["resources"]["partition"] == "b"
+    assert job["env"] == {"A": "line", "B": "file"}
+
+
+def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert "tp_fsdp" in capsys.readouterr().out
+    assert main(["list", "tp_fsdp"]) == 0
+    out = capsys.readouterr().out
+    assert "steps" in out
+    assert "Optimizer steps." in out
+    (tmp_path / "mine.py").write_text(MINE)
+    assert main(["list", "mine:ENTRY", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"][0]["key"] == "steps"
+
+
+def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> None:
+    code = f"import sys; sys.modules['pydantic'] = None; sys.path.insert(0, {str(ROOT)!r}); import submit; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(submit.main())"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "'pydantic' is not installed" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# --- light imports ----------------------------------------------------------------------------------------------------
+
+LATE = {"jobs.devices", "jobs.mesh", "jobs.rendezvous"}
+"""Of jobs/, what a rank alone imports."""
+HEAVY = ("torch", "torchvision", "numpy", "safetensors", "tokenizers", "tqdm")
+
+
+def light_modules() -> list[str]:
+    import jobs
+
+    found = [m.name for m in pkgutil.walk_packages(jobs.__path__, "jobs.")]
+    entries = [where.partition(":")[0] for where in registry.BUILT_IN.values()]
+    configs = [f"{entry}.config" for entry in entries]
+    return ["submit", *(m for m in found if m not in LATE), "workloads.base", "workloads.registry", *entries, *configs]
+
+
+@pytest.mark.parametrize("module", light_modules())
+def test_what_comes_before_a_job_imports_light(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_what_only_ranks_import_is_a_module_of_jobs() -> None:
+    for module in LATE:
+        importlib.import_module(module)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--help"],
+        ["list"],
+        ["list", "tp_fsdp"],
+        ["tp_fsdp", "--nodes", "2", "--gpus-per-node", "4", "--dry-run"],
+        ["tp_fsdp", "--executor", "slurm", "--dry-run", "--json"],
+        ["tp_fsdp", "--executor", "debug", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_no_torch_is_needed_before_a_job(line: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'safetensors', 'tqdm'): sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {line!r}\n"
+        "import submit; sys.exit(submit.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 100
+    assert tree(tmp_path) == {}
