@@ -196,23 +196,24 @@ class Reduced:
     """A metric each rank has its own value of, and how the ranks' values become one."""
 
     value: float
+    """This rank's own; where it is an integer, so is the sum or the maximum."""
     how: str
     finite: bool = False
 
 
 def mean(value: float, *, finite: bool = False) -> Reduced:
     """The ranks' mean. With `finite`, a value that is not finite on any rank stops the run."""
-    return Reduced(float(value), "mean", finite)
+    return Reduced(value, "mean", finite)
 
 
 def total(value: float, *, finite: bool = False) -> Reduced:
     """The ranks' sum."""
-    return Reduced(float(value), "sum", finite)
+    return Reduced(value, "sum", finite)
 
 
 def largest(value: float, *, finite: bool = False) -> Reduced:
     """The ranks' maximum."""
-    return Reduced(float(value), "max", finite)
+    return Reduced(value, "max", finite)
 
 
 _REDUCE: dict[str, Callable[[list[float]], float]] = {
@@ -273,14 +274,16 @@ class RunContext:
             NonFiniteError: on every rank, when a metric marked `finite` is not finite on some rank.
         """
         reduced = {name: metric for name, metric in metrics.items() if isinstance(metric, Reduced)}
-        mine = [float(self.stop_requested), *(metric.value for metric in reduced.values())]
+        mine = [float(self.stop_requested), *(float(metric.value) for metric in reduced.values())]
         by_rank = self._gather(mine)
 
         values: dict[str, Any] = {}
         for name, metric in metrics.items():
             if isinstance(metric, Reduced):
                 column = 1 + list(reduced).index(name)
-                values[name] = _REDUCE[metric.how]([row[column] for row in by_rank])
+                value = _REDUCE[metric.how]([row[column] for row in by_rank])
+                whole = isinstance(metric.value, int) and metric.how != "mean" and math.isfinite(value)
+                values[name] = int(value) if whole else value
             else:
                 values[name] = metric
         self.last_metrics = values
@@ -296,7 +299,7 @@ class RunContext:
                 more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
                 raise NonFiniteError(
                     f"step {metrics.get('step', '?')}: {name} is {by_rank[bad[0]][column]} on {where}{more}; "
-                    "lower lr, raise warmup_steps, or use precision=fp32 to see where it starts"
+                    "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
                 )
         return any(row[0] for row in by_rank)
 

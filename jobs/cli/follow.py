@@ -75,9 +75,14 @@ def report(spec: JobSpec, record: dict[str, Any], console: Console, seconds: flo
     result = record.get("result")
     if isinstance(result, dict):
         for key, value in result.items():
-            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+            shown = f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
             console.say(f"  {key}: {shown}" if "\n" not in shown else f"  {key}:\n" + _indent(shown))
     console.finish({**record, "exit_code": 0, "run_dir": str(spec.run_dir)})
+
+
+def _printable(text: str) -> str:
+    """Generated text may hold what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _indent(text: str) -> str:

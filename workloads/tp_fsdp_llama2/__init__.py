@@ -36,5 +36,6 @@ ENTRY = WorkloadEntry(
     prepare="workloads.tp_fsdp_llama2.data:prepare",
     build="workloads.tp_fsdp_llama2.parallelize:build",
     memory_bytes="workloads.tp_fsdp_llama2.config:memory_bytes",
-    preload=("workloads.tp_fsdp_llama2.train",),
+    # FSDP2 imports the compiler when it is first used; eight ranks doing that by themselves take seconds.
+    preload=("workloads.tp_fsdp_llama2.train", "torch._dynamo", "pydoc_data.topics", "numpy.random"),
 )

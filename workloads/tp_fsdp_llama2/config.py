@@ -100,15 +100,15 @@ class Config(WorkloadConfig):
     also the attention's result and every other matrix product's, and computes the rest again."""
     compile: bool = False
     """torch.compile; each block for tp=1, the whole model for dp=1. Refused where both are larger than 1."""
-    deterministic: bool = True
+    deterministic: bool = False
     """On CUDA, only algorithms that give the same bits twice (attention's backward is slower so). CPU always does."""
 
     lr: float = Field(default=6e-3, gt=0)
     """AdamW's learning rate at the end of the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last step's learning rate as a fraction of `lr`; a half cosine leads there from the warm-up's end."""
-    warmup_steps: int = Field(default=10, ge=0)
-    """Steps over which the learning rate rises linearly to `lr`; at most `steps`."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which the learning rate rises linearly to `lr`; at most `steps`. None: a tenth of them."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay of the gradient's mean."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -195,6 +195,11 @@ def microbatch_size(config: Config, dp: int) -> int:
     return config.microbatch_size or config.global_batch_size // dp
 
 
+def warmup_steps(config: Config) -> int:
+    """Steps over which the learning rate rises."""
+    return config.steps // 10 if config.warmup_steps is None else config.warmup_steps
+
+
 def validate(config: Config, shape: Shape) -> None:
     """Refuses what cannot work, before anything is queued; reads the data's sizes, and small token files in full.
 
@@ -257,7 +262,7 @@ def _validate_batch(config: Config, dp: int) -> None:
             f"step must be of one size; use global_batch_size={_next_multiple(batch, dp * micro)} or "
             f"microbatch_size={_largest_divisor(batch // dp, micro)}"
         )
-    if config.warmup_steps > config.steps:
+    if warmup_steps(config) > config.steps:
         raise WorkloadError(
             f"warmup_steps={config.warmup_steps} is more than steps={config.steps}: the learning rate would never "
             f"reach lr; use warmup_steps={config.steps // 10}"

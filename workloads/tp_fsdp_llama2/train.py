@@ -22,6 +22,7 @@ from workloads.tp_fsdp_llama2.config import (
     microbatch_size,
     parameter_count,
     vocab_size,
+    warmup_steps,
 )
 from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
 from workloads.tp_fsdp_llama2.export import export
@@ -73,7 +74,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         device=device,
     )
     schedule = warmup_cosine(
-        optimizer, steps=config.steps, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
+        optimizer, steps=config.steps, warmup_steps=warmup_steps(config), min_ratio=config.min_lr_ratio
     )
     parameters = parameter_count(config.model, vocab_size(config))
     if ctx.rank == 0:
@@ -89,7 +90,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             model, corpus, split, mesh, device, batch_size=microbatch_size(config, dp), at_most=config.eval_windows
         )
         if ctx.rank == 0:
-            log.info("step %d: held-out loss %.4f nats a %s", step, loss, corpus.unit)
+            log.info("step %d: held-out loss %s", step, _nats_and_bits(loss, corpus.unit))
         return loss
 
     accumulation = accumulation_steps(config, dp)
@@ -153,7 +154,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         result.update(_sample(config, model, corpus, split, device))
     if ctx.rank == 0:
         entropy = result["heldout_unigram_entropy_nats"]
-        log.info("knowing only how frequent each %s is there would cost %.4f nats", corpus.unit, entropy)
+        log.info("that text's unigram entropy   %s", _nats_and_bits(entropy, corpus.unit))
         if config.sample_tokens:
             log.info("after %r it writes %r", result["sample_prompt"], result["sample"])
     if config.export:
@@ -223,6 +224,10 @@ def _heldout_metrics(loss: float, corpus: data.Corpus, split: data.Split) -> dic
     if corpus.heldout_bytes_per_token is not None:
         metrics["heldout_bits_per_byte"] = loss / math.log(2) / corpus.heldout_bytes_per_token
     return metrics
+
+
+def _nats_and_bits(loss: float, unit: str) -> str:
+    return f"{loss:.4f} nats = {loss / math.log(2):.4f} bits a {unit}"
 
 
 def _sample(

@@ -81,6 +81,7 @@ def train_reference(config: Config, passes: int) -> Trajectory:
 
 
 def _lr(config: Config, step: int) -> float:
+    assert config.warmup_steps is not None
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     progress = (step - 1 - config.warmup_steps) / (config.steps - 1 - config.warmup_steps)
