@@ -211,6 +211,14 @@ def spec_under_torchrun(argv: list[str], env: Mapping[str, str]) -> JobSpec:
 
 def _shared_run_dir(workload: str, info: RankInfo, env: Mapping[str, str]) -> Path:
     """One name that all ranks come to: rank 0 picks it and tells the others through torchrun's store."""
+    store = _torchruns_store(info, env)
+    key = f"meshrun/run_dir/{info.job_id}-{info.attempt}"
+    if info.rank == 0:
+        store.set(key, str(default_run_dir(workload)))
+    return Path(store.get(key).decode())
+
+
+def _torchruns_store(info: RankInfo, env: Mapping[str, str]) -> Any:
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -218,14 +226,10 @@ def _shared_run_dir(workload: str, info: RankInfo, env: Mapping[str, str]) -> Pa
     rank_zero_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and info.rank == 0
     assert info.master_addr is not None
     assert info.master_port is not None
-    store = dist.TCPStore(
+    return dist.TCPStore(
         info.master_addr, info.master_port, is_master=rank_zero_serves, timeout=timedelta(seconds=300),
         wait_for_workers=False, multi_tenant=True,
     )  # fmt: skip
-    key = f"meshrun/run_dir/{info.job_id}-{info.attempt}"
-    if info.rank == 0:
-        store.set(key, str(default_run_dir(workload)))
-    return Path(store.get(key).decode())
 
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
@@ -237,9 +241,16 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
     try:
         spec = spec_under_torchrun(argv, env)
         info = RankInfo.from_env(env)
-        if info.rank == 0 and info.attempt == 0:
+        # Rank 0 alone makes the run directory, or refuses it; a folder that another rank had put there would be in use.
+        store, made = _torchruns_store(info, env), f"meshrun/made/{info.job_id}-{info.attempt}"
+        if info.rank != 0:
+            store.wait([made])
+        elif info.attempt > 0:
+            store.set(made, "1")
+        else:
             directory = RunDirectory.create(spec.run_dir)
             write_json(directory.job, spec.model_dump(mode="json"))
+            store.set(made, "1")
             prepare = (entry := registry.load(spec.workload, spec.import_path)).hook("prepare")
             if prepare:
                 prepare(entry.config.model_validate(spec.settings), directory.data)

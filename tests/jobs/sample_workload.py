@@ -1,0 +1,76 @@
+"""A user's workload, copied into a test's directory as `mine.py`: it trains a number, or fails as it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from workloads.base import WorkloadConfig, WorkloadEntry, mean
+
+if os.environ.get("MESHRUN_PROCID") == os.environ.get("HANG_AT_IMPORT_ON", "none"):
+    time.sleep(600)
+if os.environ.get("RANK") == os.environ.get("SLOW_AT_IMPORT", "none"):
+    time.sleep(2)
+
+
+class Config(WorkloadConfig):
+    steps: int = Field(default=3, gt=0)
+    does: str = "train"
+    """What rank `on_rank` does in step 2."""
+    on_rank: int = 1
+    pause_seconds: float = 0.0
+    names: tuple[str, ...] = ()
+    """Environment variables whose values are the result."""
+
+
+def run(config: Config, ctx: Any) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.zeros(1)
+    for step in range(1, config.steps + 1):
+        if step == 2 and ctx.rank == config.on_rank:
+            act(config.does)
+        value = torch.full((1,), float(ctx.rank + 1))
+        dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
+        total += value
+        ctx.end_step({"step": step, "loss": mean(float(ctx.rank))})
+        time.sleep(config.pause_seconds)
+    environment = {name: os.environ.get(name) for name in config.names}
+    return {
+        "total": total.item(),
+        "hosts": list(ctx.hosts),
+        "threads": torch.get_num_threads(),
+        "cwd": str(Path.cwd()),
+        **environment,
+    }
+
+
+def act(what: str) -> None:
+    if what == "raise":
+        time.sleep(0.3)  # the others are in a collective by now
+        raise ValueError("the third layer\nis missing")
+    if what == "sys.exit":
+        sys.exit(3)
+    if what == "os._exit":
+        os._exit(0)
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    if what == "hang":
+        time.sleep(600)
+    if what.startswith("grandchild"):
+        subprocess.Popen(["sleep", "600"], start_new_session="own session" in what)
+        if "and raise" in what:
+            raise ValueError("left a child behind")
+    if what == "breakpoint":
+        breakpoint()
+
+
+ENTRY = WorkloadEntry(name="mine", config=Config, run=run, summary="A number.")

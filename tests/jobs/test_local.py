@@ -1,0 +1,383 @@
+"""The local executor, through the command line: ranks start, finish, fail and are interrupted, and none is left."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import Interrupted, JobFailed
+from jobs.executor import rank_env
+from jobs.records import RunDirectory
+from jobs.spec import JobSpec, ResourceSpec
+from tests.jobs.submitting import ROOT, Line, submit, wait_until
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(150)]
+
+Submit = Callable[..., Line]
+TWO = ("--gpus-per-node", "2")
+FOUR = ("--nodes", "2", "--gpus-per-node", "2")
+ENDLESS = ("steps=100000", "pause_seconds=0.05")
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> Iterator[Submit]:
+    """`typed("mine:ENTRY", ...)` in the test's directory; whatever happens nothing of it outlives the test."""
+    lines: list[Line] = []
+
+    def type_line(*words: str, **popen: Any) -> Line:
+        lines.append(submit(tmp_path, *words, **popen))
+        return lines[-1]
+
+    yield type_line
+    for line in lines:
+        line.kill_everything()
+
+
+# --- success ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_hosts_of_two(typed: Submit, tmp_path: Path) -> None:
+    line = typed("mine:ENTRY", *FOUR, "names=[OMP_NUM_THREADS,MESHRUN_NODENAME,SUBMITIT_EXECUTOR]")
+    code, out, err = line.finish()
+    assert (code, err) == (0, ""), out
+    record = line.result()
+    assert (record["status"], record["nodes"], record["gpus_per_node"]) == ("done", 2, 2)
+    assert record["mesh"] == {"dp": 4}
+    assert record["result"] == {
+        "total": 30.0,
+        "hosts": ["host0", "host0", "host1", "host1"],
+        "threads": 1,
+        "cwd": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "MESHRUN_NODENAME": "host0",
+        "SUBMITIT_EXECUTOR": None,
+    }
+    assert line.metrics() == [{"step": step, "loss": 1.5} for step in (1, 2, 3)]
+    for words in ("executor local", "4 ranks on this box's CPU over gloo", "host1  2: dp2", "step 1/3", "step 3/3"):
+        assert words in out
+    assert "total: 30" in out
+    assert "\r" not in out
+    assert sorted(p.name for p in (line.run_dir / "attempt-0" / "done").iterdir()) == ["0", "1", "2", "3"]
+    assert json.loads((line.run_dir / "job.json").read_text())["settings"]["steps"] == 3
+    assert "steps: 3" in (line.run_dir / "settings.yaml").read_text()
+    line.assert_nothing_left()
+
+
+def test_with_json_stdout_is_one_object(typed: Submit) -> None:
+    code, out, err = typed("mine:ENTRY", *TWO, "--json").finish()
+    record = json.loads(out)
+    assert (code, record["status"], record["exit_code"], record["result"]["total"]) == (0, "done", 0, 9.0)
+    assert "step 3/3" in err
+
+
+AWKWARD = '  it\'s "x" $HOME\n* `id` \\n = ü'
+
+
+def test_the_environment_reaches_the_ranks_exactly(typed: Submit) -> None:
+    words = ("--env", f"AWKWARD={AWKWARD}", "--env", "EMPTY=", "--threads-per-rank", "2")
+    line = typed("mine:ENTRY", *words, "names=[AWKWARD,EMPTY,OMP_NUM_THREADS,MKL_NUM_THREADS,NOT_SET]")
+    assert line.finish()[0] == 0
+    result = line.result()["result"]
+    assert (result["AWKWARD"], result["EMPTY"], result["NOT_SET"]) == (AWKWARD, "", None)
+    assert (result["OMP_NUM_THREADS"], result["MKL_NUM_THREADS"], result["threads"]) == ("2", "2", 2)
+
+
+def test_a_directory_with_packages_of_the_same_names(typed: Submit, tmp_path: Path) -> None:
+    for package in ("jobs", "workloads", "cluster_configs", "torch_helpers"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(f"raise RuntimeError('the wrong {package}')\n")
+    for module in ("submit.py", "settings.py", "errors.py"):
+        (tmp_path / module).write_text("raise RuntimeError('the wrong module')\n")
+    code, out, err = typed("mine:ENTRY", *TWO).finish()
+    assert (code, err) == (0, ""), out
+
+
+# --- failure ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("does", "says", "traceback"),
+    [
+        ("raise", "ValueError: the third layer is missing", True),
+        ("sys.exit", "called sys.exit(3) before its work was done", True),
+        ("os._exit", "exited with code 0 before its work was done", False),
+        ("SIGKILL", "killed by SIGKILL", False),
+        ("SIGSEGV", "killed by SIGSEGV", False),
+    ],
+)
+def test_the_rank_that_failed_is_named_and_its_siblings_echo_is_not(
+    typed: Submit, does: str, says: str, traceback: bool
+) -> None:
+    line = typed("mine:ENTRY", *FOUR, f"does={does}", "on_rank=2")
+    code, _, err = line.finish()
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last.startswith(f"meshrun: error: the job failed: rank 2 on host1: {says}")
+    assert last.endswith(f"(log: {line.run_dir}/attempt-0/rank-2.log)")
+    assert ("mine.py" in err and "in act" in err) == (traceback or does == "SIGSEGV")
+    assert ("Traceback" in err) == traceback
+    assert "onnection closed" not in err
+    record = line.result()
+    assert record["status"] == "failed"
+    assert (record["failure"]["rank"], record["failure"]["host"]) == (2, "host1")
+    assert says in record["error"]
+    line.assert_nothing_left()
+
+
+def test_a_failure_with_json_is_one_object(typed: Submit) -> None:
+    code, out, err = typed("mine:ENTRY", *TWO, "does=raise", "--json").finish()
+    record = json.loads(out)
+    assert (code, record["status"], record["exit_code"]) == (1, "failed", 1)
+    assert "rank 1 on host0: ValueError" in record["error"]
+    assert "meshrun: error: the job failed: rank 1 on host0" in err
+
+
+def test_rank_0_may_fail_too(typed: Submit) -> None:
+    code, out, err = typed("mine:ENTRY", *TWO, "does=raise", "on_rank=0").finish()
+    assert code == 1
+    assert "rank 0 on host0: ValueError: the third layer is missing" in err
+    assert (out + err).count("Traceback") == 1
+
+
+def test_a_rank_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text("executor: local\nrendezvous_timeout_s: 4\n")
+    line = typed("mine:ENTRY", "--cluster", "quick.yaml", *FOUR, "--env", "HANG_AT_IMPORT_ON=3")
+    code, _, err = line.finish()
+    assert code == 1
+    assert "3 of 4 ranks came within 4 s; missing: rank 3 on host1" in err.splitlines()[-1]
+    assert line.result()["status"] == "failed"
+    line.assert_nothing_left()
+
+
+def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(typed: Submit, tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\n")
+    line = typed("mine:ENTRY", "--cluster", "quick.yaml", *TWO, "does=hang")
+    assert line.finish()[0] == 1
+    line.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    "does", ["grandchild", "grandchild in its own session", "grandchild in its own session and raise"]
+)
+def test_what_a_rank_started_does_not_survive_it(typed: Submit, does: str) -> None:
+    line = typed("mine:ENTRY", *TWO, f"does={does}")
+    assert line.finish()[0] == (1 if "raise" in does else 0)
+    line.assert_nothing_left()
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_an_interrupted_line_ends_its_job(typed: Submit, signum: signal.Signals) -> None:
+    line = typed("mine:ENTRY", *FOUR, *ENDLESS, "does=grandchild in its own session")
+    line.wait_for_step(3)
+    assert len(line.left()) >= 6
+    line.process.send_signal(signum)
+    code, _, err = line.finish(20)
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        f"meshrun: error: interrupted by {signum.name}; the job was ended, all its processes are gone"
+    )
+    assert line.left() == {}
+    assert line.result()["status"] == "interrupted"
+
+
+def test_ctrl_c_while_the_job_is_starting(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *FOUR, *ENDLESS)
+    wait_until(lambda: (line.run_dir / "submitit").exists(), "a run directory")
+    time.sleep(0.3)
+    line.process.send_signal(signal.SIGINT)
+    assert line.finish(20)[0] == 130
+    line.assert_nothing_left()
+
+
+def test_a_killed_line_takes_its_job_along(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, *ENDLESS)
+    line.wait_for_step(1)
+    line.process.kill()
+    line.process.wait()
+    line.assert_nothing_left()
+
+
+def test_a_killed_supervisor_takes_its_ranks_along(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, *ENDLESS)
+    line.wait_for_step(1)
+    ranks = line.left()
+    supervisor = next(pid for pid in ranks if int(Path(f"/proc/{pid}/stat").read_text().split()[3]) == line.process.pid)
+    os.kill(supervisor, signal.SIGKILL)
+    code, _, err = line.finish(20)
+    assert code == 1
+    assert "the supervisor ended with code -9" in err
+    line.assert_nothing_left()
+
+
+def test_an_ignored_hangup_stays_ignored(typed: Submit) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    line = typed("mine:ENTRY", *TWO, "steps=40", "pause_seconds=0.05", preexec_fn=ignore)
+    line.wait_for_step(1)
+    line.process.send_signal(signal.SIGHUP)
+    assert line.finish()[0] == 0
+    assert line.result()["status"] == "done"
+
+
+def test_a_reader_that_goes_away_ends_the_job(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, *ENDLESS)
+    assert line.process.stdout is not None
+    line.wait_for_step(1)
+    line.process.stdout.close()
+    assert line.process.wait(30) == 130
+    line.assert_nothing_left()
+
+
+def test_no_wait_goes_on_without_its_starter(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, "steps=60", "pause_seconds=0.05", "--no-wait", start_new_session=True)
+    code, out, _ = line.finish()
+    assert code == 0
+    assert "it goes on without this terminal" in out
+    line.wait_for_step(1)
+    for pid in line.left():
+        os.kill(pid, 0)
+    supervisor = int(out.partition("started as process ")[2].partition(";")[0])
+    os.kill(supervisor, signal.SIGHUP)
+    wait_until(lambda: (line.run_dir / "result.json").exists(), "a result")
+    assert line.result()["status"] == "done"
+    line.assert_nothing_left()
+
+
+def test_no_wait_can_be_ended_as_it_says(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, *ENDLESS, "--no-wait", "--json")
+    record = json.loads(line.finish()[1])
+    assert record["status"] == "submitted"
+    line.wait_for_step(1)
+    os.kill(int(record["job_id"]), signal.SIGTERM)
+    line.assert_nothing_left()
+    assert line.result()["status"] == "interrupted"
+
+
+# --- debugging, terminals ---------------------------------------------------------------------------------------------
+
+
+def test_a_breakpoint_stops_in_the_debug_executor(typed: Submit) -> None:
+    line = typed("mine:ENTRY", "--executor", "debug", "does=breakpoint", "on_rank=0", stdin=subprocess.PIPE)
+    out, err = line.process.communicate("p 'step is', config\nc\n", timeout=60)
+    assert line.process.returncode == 0, err
+    assert "(Pdb)" in out
+    assert line.result()["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "says"),
+    [("raise", 1, "rank 0: ValueError"), ("sys.exit", 1, "rank 0: called sys.exit(3)"), ("SIGINT", 130, "interrupted")],
+)
+def test_failures_in_the_debug_executor(typed: Submit, does: str, code: int, says: str) -> None:
+    line = typed("mine:ENTRY", "--executor", "debug", f"does={does}", "on_rank=0")
+    got, _, err = line.finish()
+    assert got == code
+    assert says in err.splitlines()[-1]
+
+
+def test_on_a_terminal_there_is_a_bar(typed: Submit) -> None:
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    line = typed("mine:ENTRY", *TWO, "steps=5", stdout=follower, env={**os.environ, "TERM": "xterm"})
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(leader)
+    assert line.process.wait(30) == 0
+    assert b"\r" in shown
+    assert b"5/5" in shown
+    assert b"loss 0.5" in shown
+    assert b"total: 15" in shown
+
+
+# --- the supervisor itself --------------------------------------------------------------------------------------------
+
+_SUPERVISE = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+from jobs import local
+from jobs.executor import rank_env
+from jobs.errors import JobFailed
+from jobs.job import Job
+from jobs.records import RunDirectory, write_json
+from jobs.spec import JobSpec
+
+spec = JobSpec.model_validate_json(open({spec!r}).read())
+write_json(RunDirectory.create(spec.run_dir).job, spec.model_dump(mode="json"))
+{before}
+try:
+    local.Supervisor(Job(spec))()
+except JobFailed as error:
+    print("failed:", error)
+"""
+
+
+def supervise(directory: Path, before: str, **settings: object) -> tuple[str, str, dict[str, Any]]:
+    """Runs a supervisor with `before` done in its process first; its stdout, stderr and the job's result."""
+    (directory / "mine.py").write_text((ROOT / "tests" / "jobs" / "sample_workload.py").read_text())
+    spec = JobSpec(
+        workload="mine:ENTRY",
+        settings=settings,
+        resources=ResourceSpec(nodes=1, gpus_per_node=2, time_min=1),
+        executor="local",
+        cluster="none",
+        run_dir=directory / "run",
+        import_path=(str(directory),),
+    )
+    (directory / "spec.json").write_text(spec.model_dump_json())
+    code = _SUPERVISE.format(root=str(ROOT), spec=str(directory / "spec.json"), before=before)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=directory,
+        env={**os.environ, **rank_env(spec)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout, done.stderr, json.loads((directory / "run" / "result.json").read_text())
+
+
+def test_the_time_limit_ends_a_job(tmp_path: Path) -> None:
+    fast = "clock = time.monotonic; time.monotonic = lambda: clock() * 20  # a minute passes in three seconds"
+    out, err, record = supervise(tmp_path, fast, steps=100000, pause_seconds=0.05)
+    assert "failed: the time limit of 1 min was reached; ask for more with --time" in out, err
+    assert record["status"] == "failed"
+    assert "time limit" in record["error"]
+
+
+def test_where_forking_is_not_safe_ranks_are_interpreters_of_their_own(tmp_path: Path) -> None:
+    thread = "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
+    out, err, record = supervise(tmp_path, thread)
+    assert (out, record["status"], record["result"]["total"]) == ("", "done", 9.0), err
+    assert "threads run in the supervisor" in err
+
+
+def test_the_errors_that_cross_processes_survive_pickling() -> None:
+    failed = pickle.loads(pickle.dumps(JobFailed("rank 1", "Traceback")))
+    assert (str(failed), failed.traceback) == ("rank 1", "Traceback")
+    assert pickle.loads(pickle.dumps(Interrupted(2))).signum == 2
+    assert RunDirectory(Path("/x")) == pickle.loads(pickle.dumps(RunDirectory(Path("/x"))))
