@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from jobs import executor, machine, settings
+from jobs import blame, executor, machine, settings
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake
@@ -288,10 +288,11 @@ def _debug(spec: JobSpec, console: Console) -> int:
     os.environ.update(executor.debug_env(spec))
     try:
         record = Job(spec)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) in the middle of the work is no success
         traceback.print_exc()
-        console.finish({"status": "failed", "exit_code": 1, "run_dir": str(spec.run_dir), "error": str(error)})
-        raise JobFailed(f"rank 0: {type(error).__name__}: {error}") from None
+        message = blame.failure_of(error, 0, "", 0, "").message
+        console.finish({"status": "failed", "exit_code": 1, "run_dir": str(spec.run_dir), "error": message})
+        raise JobFailed(f"rank 0: {message}") from None
     except KeyboardInterrupt:
         console.finish({"status": "interrupted", "exit_code": 130, "run_dir": str(spec.run_dir)})
         raise Interrupted(2) from None
