@@ -23,7 +23,7 @@ from jobs.spec import JobSpec
 POLL_S = 0.1
 END_S = 10.0
 """Seconds that an interrupted job gets to end its ranks, before its supervisor is killed (and they with it)."""
-PLAIN_LINE_EVERY_S = 1.0
+PLAIN_LINE_EVERY_S = 5.0
 
 
 def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, total_steps: int | None) -> int:
