@@ -157,7 +157,7 @@ def _from_torchrun(env: Mapping[str, str]) -> RankInfo:
             local_world_size=_int(env, "LOCAL_WORLD_SIZE", 1, default=world_size),
             # One agent, one group of ranks: its number tells hosts (and agents that share one) apart.
             host=f"node{group}",
-            job_id=env.get("TORCHELASTIC_RUN_ID", "torchrun"),
+            job_id=env.get("TORCHELASTIC_RUN_ID") or "torchrun",
             attempt=_int(env, "TORCHELASTIC_RESTART_COUNT", default=0),
             node_rank=int(group) if re.fullmatch(r"[0-9]{1,9}", group) else None,
             master_addr=_text(env, "MASTER_ADDR"),
@@ -169,10 +169,10 @@ def _from_torchrun(env: Mapping[str, str]) -> RankInfo:
 def _checked(info: RankInfo) -> RankInfo:
     if info.rank >= info.world_size:
         raise TopologyError(f"rank {info.rank} of {info.world_size}: the launcher's variables contradict themselves")
-    if info.local_rank >= info.local_world_size:
+    if info.local_rank >= info.local_world_size or info.local_world_size > info.world_size:
         raise TopologyError(
-            f"local rank {info.local_rank} of {info.local_world_size} on {info.host}: the launcher's variables "
-            "contradict themselves"
+            f"local rank {info.local_rank} of {info.local_world_size} on {info.host}, {info.world_size} in all: "
+            "the launcher's variables contradict themselves"
         )
     return info
 

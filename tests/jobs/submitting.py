@@ -55,8 +55,11 @@ class Line:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: len(self.metrics()) >= step or not self.left(), f"step {step}")
-        assert len(self.metrics()) >= step, self.finish()
+        def ended() -> bool:
+            return self.process.poll() is not None and not self.left()
+
+        wait_until(lambda: len(self.metrics()) >= step or ended(), f"step {step}")
+        assert len(self.metrics()) >= step, "the job ended before"
 
     def left(self) -> dict[int, str]:
         """The processes that still run: ranks, their supervisor, and what they started."""

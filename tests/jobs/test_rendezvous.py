@@ -55,13 +55,22 @@ class Came:
     seconds: float
 
 
+def prepare_rank() -> None:
+    """What jobs/job.py does before a rank meets the others."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
+
+
 def _rank(end: Connection, me: RankInfo, announcement: Path, timeout_s: float, value: float, pause_s: float) -> None:
     import torch
     import torch.distributed as dist
 
     from jobs import rendezvous
 
-    torch.set_num_threads(1)
+    prepare_rank()
     time.sleep(pause_s)
     began = time.monotonic()
     try:
@@ -260,7 +269,7 @@ def _reduce_along(
     from jobs import rendezvous
     from jobs.mesh import build_mesh
 
-    torch.set_num_threads(1)
+    prepare_rank()
     meeting = rendezvous.join(me, "cpu", announcement, 30, None)
     rendezvous.init_process_group(meeting, torch.device("cpu"), "gloo", 600)
     mesh = build_mesh(spec, "cpu", timedelta(seconds=timeout_s))

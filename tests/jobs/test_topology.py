@@ -127,6 +127,7 @@ LOCAL = local_env(1, 2, 2, "77")
         (without(TORCHRUN, "MASTER_PORT"), ["MASTER_PORT=''"]),
         (without(TORCHRUN, "MASTER_ADDR"), ["MASTER_ADDR is not set"]),
         (TORCHRUN | {"RANK": "8"}, ["rank 8 of 8"]),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, ["1 of 9 on node1, 8 in all"]),
         (TORCHRUN | {"RANK": "9" * 5000}, ["RANK="]),
         (TORCHRUN | {"MASTER_PORT": "70000"}, ["MASTER_PORT='70000'"]),
         (LOCAL | {"MESHRUN_NTASKS": ""}, ["MESHRUN_NTASKS=''"]),
