@@ -57,6 +57,12 @@ def act(what: str) -> None:
     if what == "raise":
         time.sleep(0.3)  # the others are in a collective by now
         raise ValueError("the third layer\nis missing")
+    if what == "leave and raise":
+        import torch.distributed as dist
+
+        dist.destroy_process_group()  # the others lose a peer now, and only then does this one fail
+        time.sleep(0.4)
+        raise ValueError("the third layer is missing")
     if what == "sys.exit":
         sys.exit(3)
     if what == "os._exit":
