@@ -38,6 +38,8 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
     for step in range(1, config.steps + 1):
         if step == 2 and ctx.rank == config.on_rank:
             act(config.does)
+        elif step == 2 and config.does == "echo first":
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")  # as gloo has it
         value = torch.full((1,), float(ctx.rank + 1))
         dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
         total += value
@@ -57,10 +59,7 @@ def act(what: str) -> None:
     if what == "raise":
         time.sleep(0.3)  # the others are in a collective by now
         raise ValueError("the third layer\nis missing")
-    if what == "leave and raise":
-        import torch.distributed as dist
-
-        dist.destroy_process_group()  # the others lose a peer now, and only then does this one fail
+    if what == "echo first":
         time.sleep(0.4)
         raise ValueError("the third layer is missing")
     if what == "sys.exit":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import CommandLineError, SettingsError, TopologyError
-from jobs.job import spec_under_torchrun
+from jobs.torchrun import spec_under_torchrun
 from tests.jobs.submitting import ROOT
 from workloads.base import WorkloadError
 

@@ -112,7 +112,7 @@ def test_a_directory_with_packages_of_the_same_names(typed: Submit, tmp_path: Pa
     ("does", "says", "traceback"),
     [
         ("raise", "ValueError: the third layer is missing", True),
-        ("leave and raise", "ValueError: the third layer is missing", True),
+        ("echo first", "ValueError: the third layer is missing", True),
         ("sys.exit", "called sys.exit(3) before its work was done", True),
         ("os._exit", "exited with code 0 before its work was done", False),
         ("SIGKILL", "killed by SIGKILL", False),
