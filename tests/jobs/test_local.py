@@ -190,9 +190,7 @@ def test_an_interrupted_line_ends_its_job(typed: Submit, signum: signal.Signals)
     line.process.send_signal(signum)
     code, _, err = line.finish(20)
     assert code == 130
-    assert err.splitlines()[-1] == (
-        f"meshrun: error: interrupted by {signum.name}; the job was ended, all its processes are gone"
-    )
+    assert err.splitlines()[-1].startswith(f"meshrun: error: interrupted by {signum.name}; the job was ended")
     assert line.left() == {}
     assert line.result()["status"] == "interrupted"
 
@@ -284,13 +282,14 @@ def test_a_breakpoint_stops_in_the_debug_executor(typed: Submit) -> None:
 
 @pytest.mark.parametrize(
     ("does", "code", "says"),
-    [("raise", 1, "rank 0: ValueError"), ("sys.exit", 1, "rank 0: called sys.exit(3)"), ("SIGINT", 130, "interrupted")],
+    [("raise", 1, ": ValueError"), ("sys.exit", 1, ": called sys.exit(3)"), ("SIGINT", 130, "interrupted")],
 )
 def test_failures_in_the_debug_executor(typed: Submit, does: str, code: int, says: str) -> None:
     line = typed("mine:ENTRY", "--executor", "debug", f"does={does}", "on_rank=0")
     got, _, err = line.finish()
     assert got == code
     assert says in err.splitlines()[-1]
+    assert code == 130 or "the job failed: rank 0" in err.splitlines()[-1]
 
 
 def test_on_a_terminal_there_is_a_bar(typed: Submit) -> None:
