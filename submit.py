@@ -3,11 +3,16 @@
 python submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 
 def main() -> int:
+    # Until there is something to end, Ctrl-C ends this process without a traceback of half-done imports.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     # Ours, whatever `jobs` or `workloads` PYTHONPATH may hold; what is below them follows from the package.
     here = str(Path(__file__).resolve().parent)
     sys.path.insert(0, here)

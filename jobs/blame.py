@@ -10,7 +10,7 @@ import re
 import signal
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -43,19 +43,17 @@ class Failure:
         return f"rank {self.rank} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
 
 
-# What gloo, NCCL and the store say when it is the other side that went away.
+# What gloo, NCCL and the store say when it is the other side that went away, each with a mark of its own: a user's
+# "connection refused" by some server is the user's.
 _LOST_PEER = re.compile(
-    r"connection (was )?(closed|reset|refused)|connection aborted|broken pipe|socket closed|remote process exited"
-    r"|failed to recv|wait timeout|timed out waiting|socket timeout|gloo.*(read|write) (error|timeout)"
-    r"|nccl (communicator was )?(aborted|remote)|ncclremoteerror|ncclsystemerror|watchdog|store->get|broken tcpstore",
+    r"gloo/transport|\[c10d\]|\bnccl|process ?group|tcpstore|socketpoll|store->|watchdog"
+    r"|connection closed by peer \[|timed out waiting \d+ms|wait timeout after \d+ms|application timeout caused pair",
     re.IGNORECASE,
 )
 
 
 def kind_of(error: BaseException) -> Kind:
     """Whether an exception is the rank's own, or only says that a peer is gone (anywhere in its chain of causes)."""
-    if isinstance(error, SystemExit):
-        return "exit"
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -63,11 +61,10 @@ def kind_of(error: BaseException) -> Kind:
         name = type(cause).__name__
         if name in ("DistNetworkError", "DistStoreError", "RendezvousError"):
             return "lost_peer"
-        comes_from_torch = name == "DistBackendError" or type(cause) is RuntimeError
-        if (comes_from_torch or isinstance(cause, ConnectionError)) and _LOST_PEER.search(str(cause)):
+        if (name == "DistBackendError" or type(cause) is RuntimeError) and _LOST_PEER.search(str(cause)):
             return "lost_peer"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return "error"
+    return "exit" if isinstance(error, SystemExit) else "error"
 
 
 def failure_of(error: BaseException, rank: int, host: str, when: float, log: str) -> Failure:
@@ -110,6 +107,21 @@ def failure_of_exit(code: int, rank: int, host: str, when: float, log: str) -> F
         hint = " (out of memory, or somebody's kill -9)" if name == "SIGKILL" else ""
         return Failure(rank, host, when, "killed", f"killed by {name}{hint}", log=log)
     return Failure(rank, host, when, "exit", f"exited with code {code} before its work was done", log=log)
+
+
+def silent(failure: Failure, ranks: Sequence[tuple[int, str, str]]) -> Failure:
+    """The failure of a job in which nobody failed of himself: some ranks gave up on others, which still run.
+
+    Args:
+        failure: of the first that gave up.
+        ranks: those that still run: rank, host, and what they last did.
+    """
+    named = ", ".join(f"rank {rank} on {host} ({last})" for rank, host, last in ranks[:8])
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return replace(
+        failure,
+        message=f"{failure.message} -- nobody failed by itself; still running when others gave up: {named}{more}",
+    )
 
 
 def blame(failures: Sequence[Failure]) -> Failure:

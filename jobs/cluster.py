@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -59,6 +58,14 @@ class ClusterConfig(Spec):
             parse_minutes(value)
         return value
 
+    @field_validator("partition", "account", "qos", "interface")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        mistake = name_mistake(value) if value is not None else None
+        if mistake:
+            raise ValueError(mistake)
+        return value
+
     @field_validator("env", mode="before")
     @classmethod
     def _env(cls, value: object) -> object:
@@ -74,6 +81,13 @@ class ClusterConfig(Spec):
         }
 
 
+def name_mistake(name: str) -> str | None:
+    """Why `name` cannot be a partition, account, qos or interface; None where it can."""
+    if not name or name.startswith("-") or any(c.isspace() or not c.isprintable() for c in name):
+        return "must be a name without spaces or a leading dash"
+    return None
+
+
 def env_name_mistake(name: str) -> str | None:
     """Why `name` cannot be an environment variable of a job; None where it can."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -87,13 +101,7 @@ def env_name_mistake(name: str) -> str | None:
 
 def shipped_configs() -> Path:
     """The directory of the configs that come with meshrun, in a checkout and in a wheel alike."""
-    spec = importlib.util.find_spec("cluster_configs")
-    beside = Path(__file__).resolve().parent.parent / "cluster_configs"
-    if beside.is_dir():
-        return beside
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).resolve().parent.parent / "cluster_configs"
 
 
 def find_cluster(name: str) -> Path:
@@ -104,7 +112,7 @@ def find_cluster(name: str) -> Path:
     """
     looks_like_path = os.sep in name or name.endswith((".yaml", ".yml"))
     if looks_like_path:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises where there is no such user)
         if path.is_file():
             return path.resolve()
         raise ClusterConfigError(f"--cluster {name}: no such file; give a YAML file or a name of cluster_configs/")

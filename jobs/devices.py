@@ -26,10 +26,15 @@ def choose_device(info: RankInfo) -> DeviceChoice:
 
     The visible GPUs are taken as they are (CUDA_VISIBLE_DEVICES is never rewritten). Emulated hosts share one box, so
     there the rank itself is the index and all ranks need a GPU. On a cluster it is the local rank modulo the GPUs
-    that this process sees: under GPU binding a rank sees only its own.
+    that this process sees: under GPU binding a rank sees only its own. torchrun binds nothing, so there every rank of
+    the host needs one.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    needed, index = (info.world_size, info.rank) if info.launcher == "local" else (1, info.local_rank % max(count, 1))
+    if info.launcher == "local":
+        needed, index = info.world_size, info.rank
+    else:
+        needed = info.local_world_size if info.launcher == "torchrun" else 1
+        index = info.local_rank % max(count, 1)
     if count >= needed:
         return DeviceChoice(
             torch.device("cuda", index), f"GPU {index} of {count} ({torch.cuda.get_device_name(index)})"

@@ -11,7 +11,9 @@ Here the packages are taken from where this very file is, whatever the path says
 from __future__ import annotations
 
 import os
+import select
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +43,22 @@ def main() -> None:
     # submitit names its files by this process's id where the executor has no scheduler to name the job.
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
+        _await_pickle(Path(sys.argv[1]) / f"{os.getpid()}_submitted.pkl")
     from submitit.core.submission import submitit_main
 
     submitit_main()
+
+
+def _await_pickle(path: Path, at_most_s: float = 30.0) -> None:
+    """submitit names the pickle by this process, so it comes after it; if the owner is gone, it never will."""
+    owner = int(os.environ.get("MESHRUN_OWNER_FD", "-1"))
+    deadline = time.monotonic() + at_most_s
+    while not path.exists():
+        if owner >= 0 and select.select([owner], [], [], 0)[0]:
+            sys.exit("the command line that started this job is gone")
+        if time.monotonic() > deadline:
+            sys.exit(f"the job's pickle did not come within {at_most_s:g} s: {path}")
+        time.sleep(0.005)
 
 
 if __name__ == "__main__":

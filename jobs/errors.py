@@ -99,7 +99,7 @@ USER_ERRORS = (UserError, WorkloadError)
 """What ends in one line and exit 2 when it is raised before the job starts."""
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
+def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` (did you mean 'x'?)` for a close match of `given` among `known`, else nothing."""
-    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -102,6 +103,20 @@ def _sbatch_text(spec: JobSpec, parameters: dict[str, Any]) -> str:
     return _make_sbatch_string(command=_slurm_command(folder), folder=folder, **{"time": None, **parameters})
 
 
+def check_slurm() -> None:
+    """Refuses a Slurm job where there is no Slurm, before anything is written.
+
+    Raises:
+        SubmissionError: sbatch or srun is not on the PATH.
+    """
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        raise SubmissionError(
+            f"--executor slurm: {' and '.join(missing)} not found on PATH; submit from a login node, "
+            "or use --executor local"
+        )
+
+
 def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
     """Hands the job to submitit; the run directory exists already.
 
@@ -151,7 +166,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             return executor.submit(job)
         except (FailedJobError, RuntimeError, OSError) as error:
             words = " ".join(str(error).split())
-            raise SubmissionError(f"sbatch refused the job: {words}") from None
+            raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
 
 
 def debug_env(spec: JobSpec) -> dict[str, str]:

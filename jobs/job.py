@@ -4,29 +4,27 @@ The same call under every launcher: a Slurm step, the local executor's forked ra
 
     torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
 
-runs a workload with no submission at all; `--run-dir DIR` may come before the settings.
+runs a workload with no submission at all (jobs/torchrun.py).
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 from jobs import blame
-from jobs.errors import USER_ERRORS, TopologyError
-from jobs.records import Attempt, RunDirectory, default_run_dir, finite, write_json
-from jobs.spec import JobSpec, ResourceSpec
+from jobs.records import Attempt, RunDirectory, write_json
+from jobs.spec import JobSpec
 from jobs.topology import RankInfo, mesh_table
 from workloads import registry
-from workloads.base import RunContext, Shape
+from workloads.base import RunContext, Shape, to_json
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +59,9 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
     try:
         return _run(spec, info, attempt)
     except BaseException as error:
-        failure = blame.failure_of(error, info.rank, info.host, time.time(), str(attempt.log(info.rank)))
-        write_json(attempt.failure(info.rank), finite(failure.to_json()))
+        path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
+        failure = blame.failure_of(error, info.rank, info.host, time.time(), str(path) if path.exists() else "")
+        write_json(attempt.failure(info.rank), failure.to_json())
         log.error(blame.ENDS + "%s", failure.message)
         raise
 
@@ -93,7 +92,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
     try:
         shape = Shape(placement.nodes, placement.local_world_size)
         mesh_spec = entry.mesh_spec(config, shape)
-        device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, _seconds(spec.collective_timeout_s))
+        device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
         if placement.rank == 0:
             log.info("%d ranks on %s; %s a rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
             log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, placement.hosts))
@@ -106,7 +105,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
             hosts=placement.hosts,
             device=choice.device,
             mesh=device_mesh,
-            paths=RunDirectory(spec.run_dir).paths(info.attempt),
+            paths=RunDirectory(spec.run_dir).paths(info.attempt, info.rank),
             attempt=info.attempt,
         )
         run = entry.hook("run")
@@ -127,7 +126,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
             "torch": torch.__version__,
             "attempt": info.attempt,
             "seconds": round(time.time() - started, 3),
-            "result": finite(result),
+            "result": to_json(result),
         }
         write_json(RunDirectory(spec.run_dir).result, record)
         return record
@@ -135,12 +134,6 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
         # After a failure the peers may be gone: closing NCCL's communicators would wait for them.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
-
-
-def _seconds(seconds: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=seconds)
 
 
 def _threads(count: int) -> str:
@@ -162,107 +155,7 @@ def _configure_logging(who: str) -> None:
     root.setLevel(logging.INFO)
 
 
-# --- torchrun -m jobs.job ---------------------------------------------------------------------------------------------
-
-
-def spec_under_torchrun(argv: list[str], env: Mapping[str, str]) -> JobSpec:
-    """The job that `torchrun ... -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]` means.
-
-    Every rank builds the same; the run directory's default is named by torchrun's own run id.
-
-    Raises:
-        UserError, WorkloadError: as the command line of submit.py would.
-    """
-    from jobs import settings
-    from jobs.errors import CommandLineError
-
-    words = list(argv)
-    run_dir: Path | None = None
-    if "--run-dir" in words:
-        at = words.index("--run-dir")
-        if at + 1 >= len(words):
-            raise CommandLineError("--run-dir: needs a directory")
-        run_dir = Path(words[at + 1]).absolute()
-        del words[at : at + 2]
-    if not words or words[0].startswith("-"):
-        raise CommandLineError("usage: torchrun ... -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]")
-    info = RankInfo.from_env(env)
-    if info.world_size % info.local_world_size:
-        raise CommandLineError(f"{info.world_size} ranks, {info.local_world_size} on this host: hosts must be alike")
-    resources = ResourceSpec(nodes=info.world_size // info.local_world_size, gpus_per_node=info.local_world_size)
-    import_path = (str(Path.cwd()),)
-    entry = registry.load(words[0], import_path)
-    config, _ = settings.build(entry.config, None, settings.parse_overrides(words[1:]))
-    validate = entry.hook("validate")
-    if validate:
-        validate(config, resources.shape)
-    entry.mesh_spec(config, resources.shape)
-    return JobSpec(
-        workload=words[0],
-        settings=config.model_dump(mode="json"),
-        resources=resources,
-        executor="torchrun",
-        cluster="none",
-        run_dir=run_dir or _shared_run_dir(words[0], info, env),
-        import_path=import_path,
-        threads_per_rank=max(1, int(env.get("OMP_NUM_THREADS", "1"))),
-    )
-
-
-def _shared_run_dir(workload: str, info: RankInfo, env: Mapping[str, str]) -> Path:
-    """One name that all ranks come to: rank 0 picks it and tells the others through torchrun's store."""
-    store = _torchruns_store(info, env)
-    key = f"meshrun/run_dir/{info.job_id}-{info.attempt}"
-    if info.rank == 0:
-        store.set(key, str(default_run_dir(workload)))
-    return Path(store.get(key).decode())
-
-
-def _torchruns_store(info: RankInfo, env: Mapping[str, str]) -> Any:
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    rank_zero_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and info.rank == 0
-    assert info.master_addr is not None
-    assert info.master_port is not None
-    return dist.TCPStore(
-        info.master_addr, info.master_port, is_master=rank_zero_serves, timeout=timedelta(seconds=300),
-        wait_for_workers=False, multi_tenant=True,
-    )  # fmt: skip
-
-
-def main(argv: list[str], env: Mapping[str, str]) -> int:
-    """The torchrun door; one rank.
-
-    Returns:
-        The exit code: 0 done, 2 the user's mistake (said once, by rank 0). A failure raises.
-    """
-    try:
-        spec = spec_under_torchrun(argv, env)
-        info = RankInfo.from_env(env)
-        # Rank 0 alone makes the run directory, or refuses it; a folder that another rank had put there would be in use.
-        store, made = _torchruns_store(info, env), f"meshrun/made/{info.job_id}-{info.attempt}"
-        if info.rank != 0:
-            store.wait([made])
-        elif info.attempt > 0:
-            store.set(made, "1")
-        else:
-            directory = RunDirectory.create(spec.run_dir)
-            write_json(directory.job, spec.model_dump(mode="json"))
-            store.set(made, "1")
-            prepare = (entry := registry.load(spec.workload, spec.import_path)).hook("prepare")
-            if prepare:
-                prepare(entry.config.model_validate(spec.settings), directory.data)
-    except (*USER_ERRORS, TopologyError) as error:
-        if env.get("RANK", "0") == "0":
-            print(f"meshrun: error: {error}", file=sys.stderr)
-        return 2
-    record = run_rank(spec, env)
-    if record is not None:
-        print(json.dumps({"run_dir": str(spec.run_dir), **record}))
-    return 0
-
-
 if __name__ == "__main__":
+    from jobs.torchrun import main
+
     sys.exit(main(sys.argv[1:], os.environ))

@@ -9,7 +9,6 @@ have given it and calls the very same Job; from there on nothing is local any mo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import logging
@@ -28,11 +27,11 @@ from typing import Any
 
 from submitit.local import local as submitit_local
 
-from jobs import blame
+from jobs import blame, processes
 from jobs.blame import Failure
 from jobs.errors import Interrupted, JobFailed
 from jobs.job import Job
-from jobs.records import Attempt, RunDirectory, finite, read_json, write_json
+from jobs.records import Attempt, RunDirectory, read_json, write_json
 from jobs.spec import JobSpec
 from jobs.topology import local_env
 from workloads import registry
@@ -158,7 +157,7 @@ class Supervisor:
                     "seconds": round(time.time() - watch.started, 3),
                     "error": str(error),
                     "traceback": getattr(error, "traceback", ""),
-                    "failure": finite(watch.blamed.to_json()) if watch.blamed else None,
+                    "failure": watch.blamed.to_json() if watch.blamed else None,
                 },
             )
             raise
@@ -182,9 +181,11 @@ class _Watch:
         self.owner = int(os.environ.pop(OWNER_FD, "-1"))
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
-        # A closed terminal is the owner's business: a job that nobody waits for runs on.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _adopt_orphans()
+        # A closed terminal is the owner's business: a job that nobody waits for runs on. submitit's handler of USR2
+        # would end the job to requeue it, which nothing here could do.
+        for signum in (signal.SIGHUP, signal.SIGUSR2, signal.SIGCONT):
+            signal.signal(signum, signal.SIG_IGN)
+        processes.adopt_orphans()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signalled = signum
@@ -258,6 +259,11 @@ class _Watch:
                 self._settle()
                 failures = [f for rank in self.ranks if rank.exit_code is not None and (f := self._failure(rank))]
                 self.blamed = blame.blame(failures)
+                running = [
+                    (rank.rank, rank.host, self._last_word(rank)) for rank in self.ranks if rank.exit_code is None
+                ]
+                if self.blamed.kind == "lost_peer" and running:
+                    self.blamed = blame.silent(self.blamed, running)
                 raise JobFailed(self.blamed.headline(), self.blamed.traceback)
             if all(rank.exit_code is not None for rank in self.ranks):
                 return
@@ -265,6 +271,14 @@ class _Watch:
             if deadline is not None and time.monotonic() > deadline:
                 raise JobFailed(f"the time limit of {limit} min was reached; ask for more with --time")
             time.sleep(POLL_S)
+
+    def _last_word(self, rank: _Rank) -> str:
+        """What a rank that still runs last said of itself."""
+        try:
+            path = self.attempt.heartbeat(rank.rank)
+            return f"last in step {path.read_text().strip()}, {time.time() - path.stat().st_mtime:.0f} s ago"
+        except OSError:
+            return "has not ended a step"
 
     def _settle(self) -> None:
         """Waits a moment for records and deaths that belong to the same event."""
@@ -316,18 +330,15 @@ class _Watch:
                     os.killpg(rank.pid, signum)
             while time.monotonic() < deadline:
                 self._reap()
-                for pid in _children():
-                    if all(pid != rank.pid for rank in self.ranks):
-                        with contextlib.suppress(ProcessLookupError, PermissionError):
-                            os.kill(pid, signal.SIGKILL)
-                if not _children() and all(rank.exit_code is not None for rank in self.ranks):
+                processes.kill_children(but={rank.pid for rank in self.ranks}, within_s=0.1)
+                if not processes.children() and all(rank.exit_code is not None for rank in self.ranks):
                     return
                 time.sleep(POLL_S)
 
 
 def _become_rank(supervisor: int, env: dict[str, str], path: Path, owner_fd: int) -> None:
     """In the forked child: makes it a process of its own, as if the launcher had started it afresh."""
-    _die_with_parent(supervisor)
+    processes.die_with_parent(supervisor)
     os.setpgid(0, 0)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_DFL)
@@ -355,43 +366,7 @@ def _without_launcher(env: Mapping[str, str]) -> dict[str, str]:
 
 def spawned_rank(run_dir: Path, supervisor: int) -> None:
     """A rank that is an interpreter of its own; the job is what its run directory says."""
-    _die_with_parent(supervisor)
+    processes.die_with_parent(supervisor)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     Job(JobSpec.model_validate(read_json(RunDirectory(run_dir).job)))()
-
-
-# --- Linux's ways of leaving no process behind; elsewhere process groups have to do -----------------------------------
-
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-
-
-def _prctl(option: int, argument: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
-
-
-def _die_with_parent(parent: int) -> None:
-    """The kernel kills this process when its parent ends, even by SIGKILL."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _adopt_orphans() -> None:
-    """Processes whose parent ends below this one become its children, so that they can be found and ended."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _children() -> list[int]:
-    """Direct children that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, rest = stat.read_text().rpartition(")")
-        except OSError:
-            continue
-        state, parent = rest.split()[:2]
-        if int(parent) == os.getpid() and state not in "ZX":
-            found.append(int(stat.parent.name))
-    return found

@@ -46,16 +46,17 @@ def torch_sees_gpus() -> bool:
 def available_memory_bytes() -> int:
     """Memory that new processes on this box can have: what is free or reclaimable, within the control group's limit."""
     limits = [_available_by_kernel()]
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit_file, used_file, reclaimable in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
+            limit, used = ((Path(folder) / name).read_text().strip() for name in (limit_file, used_file))
+            cached = re.search(rf"^{reclaimable} (\d+)$", (Path(folder) / "memory.stat").read_text(), re.MULTILINE)
         except OSError:
             continue
         if limit.isdigit():
-            limits.append(max(0, int(limit) - int(used)))
+            limits.append(max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
     return min(limits)
 
 

@@ -22,13 +22,15 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from jobs.errors import RunDirectoryError
-from workloads.base import RunPaths
+from jobs.spec import JobSpec
+from workloads.base import RunPaths, to_json
 
 
 def default_run_dir(workload: str) -> Path:
@@ -51,8 +53,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Writes beside and renames; see workloads.base.to_json for what may be in `value`."""
+    write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
@@ -61,17 +63,6 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def finite(value: Any) -> Any:
-    """`value` with every float that JSON cannot say (NaN, infinities) as its name."""
-    if (isinstance(value, float) and value in (float("inf"), float("-inf"))) or value != value:
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value
 
 
 @dataclass(frozen=True)
@@ -148,6 +139,11 @@ class RunDirectory:
     def submitit(self) -> Path:
         return self.path / "submitit"
 
+    def describe(self, spec: JobSpec) -> None:
+        """Writes down what the job is, before it starts."""
+        write_json(self.job, spec.model_dump(mode="json"))
+        write_text(self.settings, yaml.safe_dump(spec.settings, sort_keys=False))
+
     def attempt(self, number: int) -> Attempt:
         return Attempt(self.path / f"attempt-{number}", number)
 
@@ -156,8 +152,8 @@ class RunDirectory:
         numbers = [int(m[1]) for p in self.path.glob("attempt-*") if (m := re.fullmatch(r"attempt-(\d+)", p.name))]
         return self.attempt(max(numbers, default=0))
 
-    def paths(self, attempt: int) -> RunPaths:
-        """What a workload is told of the names on disk."""
+    def paths(self, attempt: int, rank: int = 0) -> RunPaths:
+        """What one rank's workload is told of the names on disk."""
         return RunPaths(
             run_dir=self.path,
             metrics=self.metrics,
@@ -165,6 +161,7 @@ class RunDirectory:
             export_dir=self.path / "export",
             checkpoint_dir=self.path / "checkpoints",
             attempt_dir=self.attempt(attempt).path,
+            heartbeat=self.attempt(attempt).heartbeat(rank),
         )
 
 
@@ -177,7 +174,7 @@ class Attempt:
 
     def make(self) -> Attempt:
         """Makes the folders; every rank may call it."""
-        for folder in (self.path, self.path / "failures", self.path / "done"):
+        for folder in (self.path, self.path / "failures", self.path / "done", self.path / "heartbeats"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self
 
@@ -194,6 +191,9 @@ class Attempt:
 
     def failure(self, rank: int) -> Path:
         return self.path / "failures" / f"{rank}.json"
+
+    def heartbeat(self, rank: int) -> Path:
+        return self.path / "heartbeats" / str(rank)
 
     def done(self, rank: int) -> Path:
         return self.path / "done" / str(rank)

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,10 +97,10 @@ def join(info: RankInfo, device: str, announcement: Path, timeout_s: float, inte
             store.add("read", 1)
     except dist.DistStoreError as error:
         raise RendezvousError(
-            f"rank {info.rank} on {info.host}: rank 0 has not answered {timeout_s + 15:g} s after the start"
+            f"rank 0{_on_host(info)} has not answered {timeout_s + 15:g} s after the start"
         ) from error
     except dist.DistNetworkError as error:
-        raise RendezvousError(f"rank {info.rank} on {info.host}: rank 0 went away during rendezvous") from error
+        raise RendezvousError(f"rank 0{_on_host(info)} went away during rendezvous") from error
     if "error" in answer:
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         raise kind(answer["error"])
@@ -125,7 +126,7 @@ def _open_store(
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise RendezvousError(
-                f"rank {info.rank}: no store at {info.master_addr}:{info.master_port} within {timeout_s:g} s"
+                f"no store at {info.master_addr}:{info.master_port} within {timeout_s:g} s"
             ) from error
     if info.rank == 0:
         address = own_address(info, interface)
@@ -154,7 +155,7 @@ def _open_store(
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise RendezvousError(
-            f"rank {info.rank} on {info.host}: rank 0 announced {said['address']}:{said['port']} on {said['host']}, "
+            f"rank 0 announced {said['address']}:{said['port']} on {said['host']}, "
             f"and it cannot be reached from here within {timeout_s:g} s"
         ) from error
 
@@ -168,15 +169,19 @@ def _read_announcement(
         if said is not None and said["identity"] == identity:
             return said
         if time.monotonic() > deadline:
-            where = f" on {info.expected_hosts[0]}" if info.expected_hosts else ""
             raise RendezvousError(
-                f"rank {info.rank} on {info.host}: rank 0{where} has not announced itself within {timeout_s:g} s "
+                f"missing: rank 0{_on_host(info)}, which has not announced itself within {timeout_s:g} s "
                 f"(in {announcement}); is it still starting, and does it see the same file system?"
             )
         time.sleep(pause)
         pause = min(pause * 1.5, 0.25)
         # Opening the directory makes an NFS client look again instead of answering from its cache.
         os.close(os.open(announcement.parent, os.O_RDONLY))
+
+
+def _on_host(info: RankInfo) -> str:
+    """` on HOST` of rank 0, where the scheduler tells."""
+    return f" on {info.expected_hosts[0]}" if info.expected_hosts else ""
 
 
 def _seat_everyone(info: RankInfo, store: dist.Store, deadline: float, timeout_s: float) -> dict[str, Any]:
@@ -251,6 +256,8 @@ def gloo_interface(info: RankInfo, interface: str | None) -> str | None:
     """The interface to give gloo, which would otherwise resolve the host's name, often to a loopback address."""
     if interface is not None:
         return interface
+    if info.launcher == "local" and sys.platform == "darwin":
+        return "lo0"
     wanted = LOOPBACK if info.launcher == "local" else _first_address() or LOOPBACK
     for _, name in socket.if_nameindex():
         if interface_address(name) == wanted:

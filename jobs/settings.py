@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from jobs.errors import SettingsError, UserError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
-Path_ = tuple[str, ...]
+Key = tuple[str, ...]
 """A setting's place: ("model", "dim")."""
 
 
@@ -66,9 +66,9 @@ class Document:
 
     data: dict[str, Any]
     source: str
-    lines: dict[Path_, int] = field(default_factory=dict)
+    lines: dict[Key, int] = field(default_factory=dict)
 
-    def where(self, path: Path_) -> str:
+    def where(self, path: Key) -> str:
         """`file:line` of a key, or of its nearest parent."""
         while path and path not in self.lines:
             path = path[:-1]
@@ -81,10 +81,10 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     Raises:
         error: not YAML, not a mapping, a key that is not text or is given twice; names file and line.
     """
-    lines: dict[Path_, int] = {}
+    lines: dict[Key, int] = {}
     within: list[yaml.Node] = []
 
-    def look_at(node: yaml.Node, path: Path_) -> None:
+    def look_at(node: yaml.Node, path: Key) -> None:
         if any(node is outer for outer in within):
             line = node.start_mark.line + 1
             raise error(f"{source}:{line}: an alias (*name) makes a value part of itself; write it out")
@@ -96,7 +96,7 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
             look_at_keys(node, path)
         within.pop()
 
-    def look_at_keys(node: yaml.MappingNode, path: Path_) -> None:
+    def look_at_keys(node: yaml.MappingNode, path: Key) -> None:
         seen: dict[Any, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -155,7 +155,7 @@ def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
 class Override:
     """One `key=value` word of the command line."""
 
-    path: Path_
+    path: Key
     text: str
 
     @property
@@ -236,7 +236,7 @@ def build(
         The configuration, and a notice for each value of the file that the command line replaced unseen.
     """
     tree: dict[str, Any] = {}
-    source: dict[Path_, str] = {}
+    source: dict[Key, str] = {}
     notices: list[str] = []
     if document is not None:
         for path, value in _flatten(cls, document.data, (), document):
@@ -245,11 +245,13 @@ def build(
                 raise error(f"{document.where(path)}: '{'.'.join(path)}' is given twice; keep one")
             _put(tree, path, value)
             source[path] = document.where(path) + ": "
-    for override in sorted(overrides, key=lambda o: len(o.path)):
+    for override in overrides:
         _check_path(cls, override.path, "", error, what, help_line)
+    for override in sorted(_whole_groups(overrides), key=lambda o: len(o.path)):
         annotation = _annotation(cls, override.path)
         group = _group(annotation)
-        if group is not None:
+        value = _parse_value(override, annotation)
+        if group is not None and not (value is None and type(None) in _options(annotation)):
             dropped = [path for path in source if path[: len(override.path)] == override.path and source[path]]
             if dropped:
                 named = ", ".join(".".join(path) for path in dropped)
@@ -257,21 +259,30 @@ def build(
                 for path in dropped:
                     del source[path]
                 _put(tree, override.path, {})
-            value = _parse_value(override, annotation)
             for path, leaf in _flatten(group, _as_group(group, value, override.key, error), override.path, None):
                 _check_path(cls, path, "", error, what, help_line)
                 _put(tree, path, leaf)
                 source[path] = ""
         else:
-            _put(tree, override.path, _parse_value(override, annotation))
+            _put(tree, override.path, value)
             source[override.path] = ""
     return validate(cls, tree, source, error=error, help_line=help_line), notices
+
+
+def _whole_groups(overrides: Sequence[Override]) -> list[Override]:
+    """`model.preset=7b` means what `model=7b` does."""
+    whole = [replace(o, path=o.path[:-1]) if o.path[1:] and o.path[-1] == "preset" else o for o in overrides]
+    keys = [override.key for override in whole]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise SettingsError(f"{key} and {key}.preset are both given on the command line; keep one")
+    return whole
 
 
 def validate(
     cls: type[Model],
     tree: Mapping[str, Any],
-    source: Mapping[Path_, str] | None = None,
+    source: Mapping[Key, str] | None = None,
     *,
     error: type[UserError] = SettingsError,
     help_line: str = "",
@@ -298,6 +309,9 @@ def validate(
             hint = did_you_mean(given, re.findall(r"'([^']+)'", str(wanted)))
             start = (source or {}).get(path, "")
             shown = f"{start}{(spell or {}).get(key, key + '=')}{given}: " if path else start
+            if mistake["type"] == "missing":
+                messages.append(f"{start}{key}: has no default and must be given; add {key}=...")
+                continue
             messages.append(
                 f"{shown}{message if message[1:2].isupper() or not path else message[:1].lower() + message[1:]}{hint}"
             )
@@ -305,7 +319,7 @@ def validate(
         raise error("; ".join(messages[:3]) + more + (f"; {help_line}" if help_line else "")) from None
 
 
-def _known_part(cls: type[BaseModel], path: Path_) -> Path_:
+def _known_part(cls: type[BaseModel], path: Key) -> Key:
     """The part of a pydantic location that is keys of ours (unions add the branch's name)."""
     known: list[str] = []
     group: type[BaseModel] | None = cls
@@ -318,10 +332,10 @@ def _known_part(cls: type[BaseModel], path: Path_) -> Path_:
 
 
 def _flatten(
-    cls: type[BaseModel] | None, data: Mapping[Any, Any], at: Path_, document: Document | None
-) -> list[tuple[Path_, Any]]:
+    cls: type[BaseModel] | None, data: Mapping[Any, Any], at: Key, document: Document | None
+) -> list[tuple[Key, Any]]:
     """Leaves by path; a value is a leaf where the class has no group of settings at that place."""
-    leaves: list[tuple[Path_, Any]] = []
+    leaves: list[tuple[Key, Any]] = []
     for key, value in data.items():
         parts = tuple(str(key).split("."))
         path = (*at, *parts)
@@ -329,7 +343,7 @@ def _flatten(
         for part in parts:
             known = group.model_fields.get(part) if group else None
             group = _group(known.annotation) if known else None
-        if group is not None:
+        if group is not None and not (value is None and known and type(None) in _options(known.annotation)):
             value = _as_group(group, value, ".".join(path), SettingsError, document.where(path) if document else "")
             leaves += _flatten(group, value, path, document)
         else:
@@ -349,9 +363,7 @@ def _as_group(
     raise error(f"{start}{key}={_show(value)}: {key} is a group of settings; give its parts ({key}.{example}=...)")
 
 
-def _check_path(
-    cls: type[BaseModel], path: Path_, where: str, error: type[UserError], what: str, help_line: str
-) -> None:
+def _check_path(cls: type[BaseModel], path: Key, where: str, error: type[UserError], what: str, help_line: str) -> None:
     group: type[BaseModel] | None = cls
     for depth, part in enumerate(path):
         if group is None:
@@ -380,7 +392,7 @@ def _all_paths(cls: type[BaseModel], at: str = "") -> list[str]:
     return paths
 
 
-def _annotation(cls: type[BaseModel], path: Path_) -> Any:
+def _annotation(cls: type[BaseModel], path: Key) -> Any:
     group: type[BaseModel] = cls
     for part in path[:-1]:
         group = _group(group.model_fields[part].annotation)  # type: ignore[assignment]
@@ -436,13 +448,13 @@ def _parse_value(override: Override, annotation: Any) -> Any:
         return text
 
 
-def _put(tree: dict[str, Any], path: Path_, value: Any) -> None:
+def _put(tree: dict[str, Any], path: Key, value: Any) -> None:
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
     tree[path[-1]] = value
 
 
-def _get(tree: Mapping[str, Any], path: Path_) -> Any:
+def _get(tree: Mapping[str, Any], path: Key) -> Any:
     value: Any = tree
     for part in path:
         if not isinstance(value, Mapping) or part not in value:

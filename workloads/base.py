@@ -9,10 +9,14 @@ function runs under Slurm, under the local executor, under torchrun, in a notebo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import math
+import time
+import traceback
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,8 +134,8 @@ class WorkloadEntry:
             `directory` (which the ranks see as ctx.paths.data_dir) whatever must not be made by every rank.
         build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
         memory_bytes: `memory_bytes(config, shape) -> int`, roughly the peak bytes of one rank. Torch-free.
-        preload: modules that may be imported once before ranks are forked (they must start no thread
-            and touch no device).
+        preload: built-in workloads only: modules that may be imported once before ranks are forked (they must
+            start no thread and touch no device). A user's module is imported by each rank.
     """
 
     name: str
@@ -151,7 +155,30 @@ class WorkloadEntry:
         if not isinstance(value, str):
             return value
         module, _, attribute = value.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError, ValueError) as error:
+            raise WorkloadError(f"workload {self.name}: {name}='{value}' cannot be found: {error}") from error
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Calls the hook, if there is one.
+
+        Raises:
+            WorkloadError: its own, or any other that it raised, on one line with the place in the hook's code.
+        """
+        function = self.hook(name)
+        if function is None:
+            return None
+        try:
+            return function(*args)
+        except WorkloadError:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            raise WorkloadError(
+                f"workload {self.name}: {name} failed at {last.filename}:{last.lineno}: {words}"
+            ) from error
 
     def mesh_spec(self, config: WorkloadConfig, shape: Shape) -> MeshSpec:
         """The mesh of a run of this shape.
@@ -159,8 +186,9 @@ class WorkloadEntry:
         Raises:
             WorkloadError: its size is not the number of ranks, or its `tp` would straddle hosts.
         """
-        make = self.hook("mesh")
-        spec = make(config, shape) if make else MeshSpec(("dp",), (shape.world_size,))
+        spec = self.call("mesh", config, shape) if self.mesh else MeshSpec(("dp",), (shape.world_size,))
+        if not isinstance(spec, MeshSpec):
+            raise WorkloadError(f"workload {self.name}: mesh returned a {type(spec).__name__}; return a MeshSpec")
         if spec.world_size != shape.world_size:
             raise WorkloadError(f"mesh {spec} has {spec.world_size} places for {shape.world_size} ranks ({shape})")
         if "tp" in spec.names:
@@ -189,6 +217,8 @@ class RunPaths:
     """Checkpoints."""
     attempt_dir: Path
     """What this incarnation alone writes."""
+    heartbeat: Path
+    """The last step that this rank ended; its time says when."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +278,7 @@ class RunContext:
     """Set on any rank (from a signal handler, say), it makes end_step return True on all."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
     """What the last end_step came to, on every rank."""
+    _last_beat: float = field(default=-math.inf, repr=False)
 
     @property
     def host(self) -> str:
@@ -274,8 +305,8 @@ class RunContext:
             NonFiniteError: on every rank, when a metric marked `finite` is not finite on some rank.
         """
         reduced = {name: metric for name, metric in metrics.items() if isinstance(metric, Reduced)}
-        mine = [float(self.stop_requested), *(float(metric.value) for metric in reduced.values())]
-        by_rank = self._gather(mine)
+        self._beat(metrics.get("step", "?"))
+        by_rank = self._gather(reduced)
 
         values: dict[str, Any] = {}
         for name, metric in metrics.items():
@@ -289,8 +320,7 @@ class RunContext:
         self.last_metrics = values
         if self.rank == 0:
             with self.paths.metrics.open("a") as file:
-                # NaN is not JSON; the error that follows says which it was.
-                file.write(json.dumps({k: _jsonable(v) for k, v in values.items()}, allow_nan=False) + "\n")
+                file.write(json.dumps(to_json(values, "metrics"), allow_nan=False) + "\n")
 
         for column, (name, metric) in enumerate(reduced.items(), start=1):
             bad = [rank for rank, row in enumerate(by_rank) if metric.finite and not math.isfinite(row[column])]
@@ -303,18 +333,61 @@ class RunContext:
                 )
         return any(row[0] for row in by_rank)
 
-    def _gather(self, mine: list[float]) -> list[list[float]]:
-        """Every rank's row, in rank order. Gathered and then reduced by each rank in one order: exact and alike."""
+    def _gather(self, reduced: Mapping[str, Reduced]) -> list[list[float]]:
+        """Every rank's wish to stop and values, in rank order, for each rank to reduce in one order: exactly alike."""
+        mine = [float(self.stop_requested), *(float(metric.value) for metric in reduced.values())]
         if self.world_size == 1:
             return [mine]
         import torch
         import torch.distributed as dist
 
-        row = torch.tensor(mine, dtype=torch.float64)
+        # The names travel along as a number, and rows have one length, so that ranks that name different metrics are
+        # told so; rows of different lengths would abort the process inside gloo.
+        names = float(zlib.crc32("\0".join(reduced).encode()))
+        row = torch.tensor([names, *mine, *[0.0] * (-(len(mine) + 1) % 32)], dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.world_size)]
         dist.all_gather(rows, row)
-        return [r.tolist() for r in rows]
+        by_rank = [r.tolist() for r in rows]
+        if any(row[0] != names for row in by_rank):
+            odd = [rank for rank, row in enumerate(by_rank) if row[0] != by_rank[0][0]]
+            raise WorkloadError(
+                f"end_step: ranks {odd[:8]} name other metrics than rank 0; the names made by mean(), total() and "
+                f"largest() must be the same on every rank, in the same order (rank {self.rank}: {', '.join(reduced)})"
+            )
+        return [row[1 : 1 + len(mine)] for row in by_rank]
+
+    def _beat(self, step: Any) -> None:
+        """Leaves word of being alive, at most once a second: what a silent rank last did can then be said."""
+        now = time.monotonic()
+        if now - self._last_beat >= 1.0:
+            self._last_beat = now
+            with contextlib.suppress(OSError):
+                self.paths.heartbeat.write_text(f"{step}\n")
 
 
-def _jsonable(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def to_json(value: Any, name: str = "result") -> Any:
+    """`value` as JSON has it: numbers of numpy and torch as plain ones, arrays as lists, paths as text, sets sorted.
+
+    Floats that JSON cannot say (NaN, infinities) become text, and so does whatever else JSON does not know, with a
+    warning that names it: a run that is done must not fail over how its result is written down.
+
+    Args:
+        value: what a workload returned, or a metric.
+        name: what it is called in the warning.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((to_json(item, name) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [to_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays, torch's tensors
+        return to_json(value.tolist(), name)
+    log.warning("%s is a %s, which JSON does not know; it is written as text", name, type(value).__name__)
+    return str(value)

@@ -57,12 +57,13 @@ def _entry(where: str, name: str) -> WorkloadEntry:
         if package in ("jobs", "workloads"):
             hint = f"; '{package}' is meshrun's own package, so yours must be called otherwise"
         raise WorkloadError(f"'{name}': no module named '{error.name}'{hint}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that calls sys.exit() must not end the command as if done
         raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_words(error)}") from error
     if not hasattr(module, attribute):
         entries = [key for key, value in vars(module).items() if isinstance(value, WorkloadEntry)]
         known = f"; it has {', '.join(entries)}" if entries else "; define a WorkloadEntry there"
-        raise WorkloadError(f"'{name}': module {module_name} ({module.__file__}) has no '{attribute}'{known}")
+        file = getattr(module, "__file__", None) or "no file: built in, or a directory without __init__.py"
+        raise WorkloadError(f"'{name}': module {module_name} ({file}) has no '{attribute}'{known}")
     entry = getattr(module, attribute)
     if not isinstance(entry, WorkloadEntry):
         raise WorkloadError(f"'{name}': is a {type(entry).__name__}, not a workloads.base.WorkloadEntry")

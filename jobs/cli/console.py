@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from typing import Any
 
-from jobs.records import finite
+from workloads.base import to_json
 
 
 class Console:
     """One command's output.
 
     Args:
-        as_json: stdout gets exactly one JSON object, at the end; everything else goes to stderr.
+        as_json: stdout gets exactly one JSON object, at the end; everything else goes to stderr, also what a user's
+            module or hook prints.
     """
 
     def __init__(self, as_json: bool) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A terminal that cannot show a character must not end a job.
+                stream.reconfigure(errors="backslashreplace")
         self.as_json = as_json
+        self._stdout = sys.stdout
         self.stream = sys.stderr if as_json else sys.stdout
+
+    def guard_stdout(self) -> contextlib.AbstractContextManager[Any]:
+        """Keeps stdout for the one object, where one was asked for."""
+        return contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
 
     def say(self, text: str = "") -> None:
         print(text, file=self.stream, flush=True)
@@ -29,4 +41,4 @@ class Console:
     def finish(self, record: dict[str, Any]) -> None:
         """The one JSON object, where it was asked for."""
         if self.as_json:
-            print(json.dumps(finite(record), allow_nan=False), flush=True)
+            print(json.dumps(to_json(record), allow_nan=False), file=self._stdout, flush=True)

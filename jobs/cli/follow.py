@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from jobs import blame, executor
+from jobs import blame, executor, processes
+from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cluster import ClusterConfig
 from jobs.errors import Interrupted, JobFailed
-from jobs.records import RunDirectory, read_json
+from jobs.records import RunDirectory, read_json, write_json
 from jobs.spec import JobSpec
 
 POLL_S = 0.1
@@ -44,24 +42,30 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
         console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
         return 0
     began = time.monotonic()
-    with _signals_interrupt():
-        job = executor.submit(spec, cluster, owned=True)
-        process = job._process
-        display = _Display(run_dir, console, total_steps)
-        try:
-            while process.poll() is None:
-                display.update()
-                time.sleep(POLL_S)
+    # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
+    processes.adopt_orphans()
+    before = processes.children()
+    process: Any = None
+    display = _Display(run_dir, console, total_steps)
+    try:
+        with interrupts.held():
+            process = executor.submit(spec, cluster, owned=True)._process
+        while process.poll() is None:
             display.update()
-            display.close()
-        except (Interrupted, BrokenPipeError) as interruption:
-            _ignore_further(spec)
+            time.sleep(POLL_S)
+        display.update(ended=True)
+        display.close()
+    except (Interrupted, BrokenPipeError) as interruption:
+        interrupts.ignore()
+        if process is not None:
             _end(process)
-            with contextlib.suppress(OSError):
-                display.close()
-                console.error(f"{interruption}; the job was ended, all its processes are gone")
-                console.finish({"status": "interrupted", "exit_code": 130, "run_dir": str(spec.run_dir)})
-            return Interrupted.exit_code
+            processes.kill_children(but=before)
+        with contextlib.suppress(OSError):
+            display.close()
+            console.error(f"{interruption}; the job was ended, no process of it is left")
+            console.finish({"status": "interrupted", "exit_code": 130, "run_dir": str(spec.run_dir)})
+        return Interrupted.exit_code
+    processes.kill_children(but=before)
     record = read_json(run_dir.result)
     if record is not None and record["status"] == "done" and process.returncode == 0:
         report(spec, record, console, time.monotonic() - began)
@@ -97,9 +101,11 @@ def _report_failure(
         log = attempt.supervisor_log
         record = {
             "status": "failed",
+            "workload": spec.workload,
             "error": f"the supervisor ended with code {code} and left no result (log: {log})",
             "traceback": _tail(log),
         }
+        write_json(run_dir.result, record)
     error = JobFailed(record["error"], record.get("traceback", ""))
     if error.traceback:
         print(error.traceback.rstrip(), file=sys.stderr)
@@ -120,29 +126,6 @@ def _tail(path: Path, lines: int = 15) -> str:
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Ctrl-C, a hang-up of the terminal and a termination raise Interrupted here."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
-    # What this process was started to ignore (under nohup, or in a script's background) it goes on ignoring.
-    signals = [s for s in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, interrupt) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _ignore_further(spec: JobSpec) -> None:
-    """From here on the job is being ended; a second Ctrl-C must not leave its processes behind."""
-    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
 
 
 def _end(process: Any) -> None:
@@ -169,7 +152,8 @@ class _Tail:
         self.position = 0
         self.rest = b""
 
-    def lines(self) -> list[str]:
+    def lines(self, ended: bool = False) -> list[str]:
+        """Args: ended: nothing will be added; what has no newline is a line too."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.position)
@@ -178,6 +162,8 @@ class _Tail:
             return []
         self.position += len(new)
         *whole, self.rest = (self.rest + new).split(b"\n")
+        if ended and self.rest:
+            whole, self.rest = [*whole, self.rest], b""
         return [line.decode("utf-8", errors="replace") for line in whole]
 
 
@@ -195,11 +181,11 @@ class _Display:
         self.rank_0_ended = False
         self.on_terminal = console.stream.isatty() and os.environ.get("TERM") != "dumb"
 
-    def update(self) -> None:
+    def update(self, ended: bool = False) -> None:
         for line in self.supervisor.lines():
             if "[supervisor] WARNING: " in line:
                 self._say(line)
-        for line in self.log.lines():
+        for line in self.log.lines(ended):
             # Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo.
             self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
             if not self.rank_0_ended:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import socket
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from jobs import blame, executor, machine, settings
+from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake
-from jobs.errors import CommandLineError, Interrupted, JobFailed, ResourceError, did_you_mean
-from jobs.records import RunDirectory, default_run_dir, write_json, write_text
+from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, name_mistake
+from jobs.errors import CommandLineError, JobFailed, ResourceError, did_you_mean
+from jobs.records import RunDirectory, default_run_dir, write_json
 from jobs.spec import JobSpec, ResourceSpec, Spec, parse_minutes
 from jobs.topology import mesh_table
 from workloads import registry
-from workloads.base import MeshSpec, WorkloadConfig, WorkloadEntry
+from workloads.base import MeshSpec, WorkloadConfig, WorkloadEntry, WorkloadError
 
+RANK_AT_LEAST_BYTES = 150 * 10**6
+"""What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""
 EXECUTORS = ("auto", "slurm", "local", "debug")
 
 
@@ -43,15 +50,17 @@ def run(given: Options, console: Console) -> int:
         UserError, WorkloadError: before anything was written or started.
         JobFailed, Interrupted: a job that was waited for ended so.
     """
-    resolved = _resolve(given, console)
+    resolved = _resolve(given)
     spec = resolved.spec
     if given.dry_run:
         _dry_run(resolved, console)
         return 0
+    if spec.executor == "slurm":
+        executor.check_slurm()
     run_dir = RunDirectory.create(spec.run_dir)
-    write_json(run_dir.job, spec.model_dump(mode="json"))
-    write_text(run_dir.settings, yaml.safe_dump(spec.settings, sort_keys=False))
-    _prepare(resolved, run_dir)
+    with _removed_unless_started(run_dir):
+        run_dir.describe(spec)
+        resolved.entry.call("prepare", resolved.config, run_dir.data)
     for line in resolved.announcements:
         console.say(line)
     console.say(f"run directory: {spec.run_dir}")
@@ -63,7 +72,8 @@ def run(given: Options, console: Console) -> int:
         from jobs.cli import follow
 
         return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
-    job = executor.submit(spec, resolved.cluster, owned=False)
+    with _removed_unless_started(run_dir):
+        job = executor.submit(spec, resolved.cluster, owned=False)
     console.say(f"submitted job {job.job_id}")
     console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
     return 0
@@ -89,7 +99,8 @@ class _Resolved:
         self.announcements = announcements
 
 
-def _resolve(given: Options, console: Console) -> _Resolved:
+def _resolve(given: Options) -> _Resolved:
+    _check_given(given)
     workload, words = given.words[0], given.words[1:]
     if given.executor is not None and given.executor not in EXECUTORS:
         close = did_you_mean(given.executor, EXECUTORS)
@@ -107,7 +118,7 @@ def _resolve(given: Options, console: Console) -> _Resolved:
 
     import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
     entry = registry.load(workload, import_path)
-    document = settings.read_yaml(Path(given.config)) if given.config else None
+    document = settings.read_yaml(Path(given.config)) if given.config is not None else None
     config, announcements = settings.build(
         entry.config,
         document,
@@ -115,18 +126,20 @@ def _resolve(given: Options, console: Console) -> _Resolved:
         help_line=f"submit.py list {workload} shows every setting",
     )
     mesh = entry.mesh_spec(config, resources.shape)
-    validate = entry.hook("validate")
-    if validate:
-        validate(config, resources.shape)
+    entry.call("validate", config, resources.shape)
+    if workload not in registry.BUILT_IN:
+        entry.hook("run")  # a misspelt name is said now, not by every rank
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
     if which in ("local", "debug"):
         announcements.append(_fit_this_box(workload, entry, config, resources))
-    run_dir = Path(given.run_dir).expanduser().absolute() if given.run_dir else default_run_dir(workload)
+    if which == "local":
+        announcements += _only_for_slurm(cluster)
+    run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     RunDirectory.check(run_dir)
     spec = JobSpec(
         workload=workload,
-        settings=config.model_dump(mode="json"),
+        settings=_plain(workload, config),
         resources=resources,
         executor=which,
         cluster=str(cluster_path),
@@ -141,11 +154,48 @@ def _resolve(given: Options, console: Console) -> _Resolved:
     return _Resolved(spec, cluster, entry, config, mesh, announcements)
 
 
+def _check_given(given: Options) -> None:
+    for flag in ("config", "run_dir", "cluster"):
+        if getattr(given, flag) == "":
+            name = flag.replace("_", "-")
+            raise CommandLineError(f"--{name} '': is empty (an unset shell variable?); give a value or leave it out")
+
+
+def _plain(workload: str, config: WorkloadConfig) -> dict[str, Any]:
+    """The settings as the ranks will read them again."""
+    plain = config.model_dump(mode="json")
+    try:
+        same = type(config).model_validate(plain) == config
+    except ValidationError as error:
+        raise WorkloadError(
+            f"workload {workload}: its settings cannot be read back from what they are written as "
+            f"({' '.join(str(error.errors()[0]['loc']).split())}: {error.errors()[0]['msg']}); use plain fields"
+        ) from None
+    if not same:
+        raise WorkloadError(
+            f"workload {workload}: its settings change when they are written and read; use plain fields"
+        )
+    return plain
+
+
+def _only_for_slurm(cluster: ClusterConfig) -> list[str]:
+    """Says which of a cluster config's keys a local job does without."""
+    names = ("setup", "partition", "account", "qos", "cpus_per_gpu", "mem_gb_per_gpu")
+    unused = [name for name in names if getattr(cluster, name)]
+    return [f"the cluster config's {', '.join(unused)}: for Slurm only, not used here"] if unused else []
+
+
 def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str) -> ResourceSpec:
     if which == "debug":
         for flag, value in (("--nodes", flags.nodes), ("--gpus-per-node", flags.gpus_per_node)):
             if value not in (None, 1):
                 raise CommandLineError(f"{flag} {value}: --executor debug runs one rank, in this process; leave it out")
+        for flag, text in (
+            *((f"--{n}", getattr(given, n)) for n in ("time", "partition", "account", "qos")),
+            ("--no-wait", "" if given.wait is False else None),
+        ):
+            if text is not None:
+                raise CommandLineError(f"{f'{flag} {text}'.strip()}: means nothing to --executor debug; leave it out")
         return ResourceSpec()
     time = given.time if given.time is not None else cluster.time
     try:
@@ -157,8 +207,8 @@ def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str
         flag = getattr(given, name)
         if flag is not None and which != "slurm":
             raise CommandLineError(f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; drop it")
-        if flag is not None and (not flag or flag.startswith("-") or any(c.isspace() for c in flag)):
-            raise CommandLineError(f"--{name} '{flag}': must be a name without spaces or a leading dash")
+        if flag is not None and (wrong := name_mistake(flag)):
+            raise CommandLineError(f"--{name} '{flag}': {wrong}")
         named[name] = flag if flag is not None else getattr(cluster, name)
     return ResourceSpec(
         nodes=flags.nodes or cluster.nodes,
@@ -195,15 +245,18 @@ def _fit_this_box(workload: str, entry: WorkloadEntry, config: WorkloadConfig, r
     if gpus >= world_size:
         return f"{ranks} on this box, one GPU each ({gpus} visible), nccl"
     why = "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
-    estimate = entry.hook("memory_bytes")
-    if estimate:
-        each, available = estimate(config, resources.shape), machine.available_memory_bytes()
-        if each * world_size > available:
-            raise ResourceError(
-                f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this box "
-                f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
-                "fewer ranks, or a cluster"
-            )
+    each = RANK_AT_LEAST_BYTES
+    if entry.memory_bytes:
+        each = entry.call("memory_bytes", config, resources.shape)
+        if not isinstance(each, int):
+            raise WorkloadError(f"workload {workload}: memory_bytes returned {each!r}; return a number of bytes")
+    available = machine.available_memory_bytes()
+    if each * world_size > available:
+        raise ResourceError(
+            f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this box "
+            f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
+            "fewer ranks, or a cluster"
+        )
     return f"{ranks} on this box's CPU over gloo ({why})"
 
 
@@ -220,16 +273,12 @@ def _total_steps(config: WorkloadConfig) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
-def _prepare(resolved: _Resolved, run_dir: RunDirectory) -> None:
-    """What must be done once, before the ranks; a run directory that it fails in does not stay behind."""
-    prepare = resolved.entry.hook("prepare")
-    if prepare is None:
-        return
+@contextlib.contextmanager
+def _removed_unless_started(run_dir: RunDirectory) -> Iterator[None]:
+    """A run directory in which nothing was started does not stay behind: the corrected line can name it again."""
     try:
-        prepare(resolved.config, run_dir.data)
+        yield
     except BaseException:
-        import shutil
-
         shutil.rmtree(run_dir.path, ignore_errors=True)
         raise
 
@@ -286,16 +335,19 @@ def _debug(spec: JobSpec, console: Console) -> int:
     began = time.monotonic()
     os.environ.update(executor.rank_env(spec))
     os.environ.update(executor.debug_env(spec))
+    interrupts.as_python_does()
+    result = RunDirectory(spec.run_dir).result
     try:
         record = Job(spec)()
     except (Exception, SystemExit) as error:  # sys.exit(0) in the middle of the work is no success
         traceback.print_exc()
-        message = blame.failure_of(error, 0, "", 0, "").message
+        message = f"rank 0 on {socket.gethostname()}: {blame.failure_of(error, 0, '', 0, '').message}"
+        write_json(result, {"status": "failed", "workload": spec.workload, "error": message})
         console.finish({"status": "failed", "exit_code": 1, "run_dir": str(spec.run_dir), "error": message})
-        raise JobFailed(f"rank 0: {message}") from None
+        raise JobFailed(message) from None
     except KeyboardInterrupt:
-        console.finish({"status": "interrupted", "exit_code": 130, "run_dir": str(spec.run_dir)})
-        raise Interrupted(2) from None
+        write_json(result, {"status": "interrupted", "workload": spec.workload, "error": "interrupted by SIGINT"})
+        raise
     assert record is not None
     from jobs.cli.follow import report
 

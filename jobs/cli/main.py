@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import options
+from jobs.cli import interrupts, options
 from jobs.cli.console import Console
 from jobs.errors import EXIT_USER_ERROR, USER_ERRORS, CommandLineError, Interrupted, JobFailed, did_you_mean
 from workloads import registry
@@ -20,25 +20,39 @@ def main(argv: Sequence[str]) -> int:
     """
     console = Console(as_json="--json" in argv)
     try:
-        return _dispatch(options.parse(argv), console)
-    except SystemExit as done:  # argparse, after --help
-        return int(done.code or 0)
-    except USER_ERRORS as mistake:
-        line = " ".join(str(mistake).split())
+        with interrupts.raised(), console.guard_stdout():
+            return _run(argv, console)
+    except (Interrupted, KeyboardInterrupt):
+        with contextlib.suppress(OSError):
+            console.error("interrupted")
+            console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader of our output is gone; nothing is left to say, and the exit must not try to flush.
+        sys.stdout = None
+        return Interrupted.exit_code
+
+
+def _run(argv: Sequence[str], console: Console) -> int:
+    try:
+        try:
+            given = options.parse(argv)
+        except SystemExit as done:  # argparse, after --help
+            return int(done.code or 0)
+        return _dispatch(given, console)
+    except BrokenPipeError:
+        raise
+    except (*USER_ERRORS, OSError) as mistake:
+        line = str(mistake)
+        if isinstance(mistake, OSError):  # a path that cannot be looked at; whoever knew a better line has said it
+            line = f"{mistake.filename or 'the current directory'}: {mistake.strerror or mistake}; give another path"
+        line = " ".join(line.split())
         console.error(line)
         console.finish({"status": "refused", "exit_code": EXIT_USER_ERROR, "error": line})
         return EXIT_USER_ERROR
     except JobFailed as failure:
         console.error(f"the job failed: {failure}")
         return failure.exit_code
-    except (Interrupted, KeyboardInterrupt):
-        with contextlib.suppress(OSError):
-            console.error("interrupted")
-        return Interrupted.exit_code
-    except BrokenPipeError:
-        # The reader of our output is gone; nothing is left to say, and the exit must not try to flush.
-        sys.stdout = None
-        return Interrupted.exit_code
 
 
 def _dispatch(given: options.Options, console: Console) -> int:

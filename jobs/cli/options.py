@@ -133,6 +133,9 @@ def parse(argv: Sequence[str]) -> Options:
     given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        flag = unknown[0].partition("=")[0]
-        raise CommandLineError(f"unknown flag {flag}{did_you_mean(flag, known)}; see submit.py --help")
+        flag, equals, value = unknown[0].partition("=")
+        hint = did_you_mean(flag, known, cutoff=0.75)
+        if equals and not hint:
+            hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}={value})"
+        raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
     return Options(**vars(given))

@@ -81,7 +81,7 @@ LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection cl
         (DistBackendError("NCCL communicator was aborted on rank 1"), "lost_peer"),
         (DistBackendError("invalid usage"), "error"),
         (DistNetworkError("anything"), "lost_peer"),
-        (ConnectionResetError("Connection reset by peer"), "lost_peer"),
+        (ConnectionResetError("Connection reset by peer"), "error"),  # some server's, not a rank's
         (ValueError("Connection closed by peer"), "error"),
         (SystemExit(3), "exit"),
         (KeyboardInterrupt(), "error"),

@@ -1,0 +1,64 @@
+"""Ctrl-C, a hang-up of the terminal and a termination, as one exception that can be held back for a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from jobs.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+
+_held = False
+_came: int | None = None
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _came
+    if _held:
+        _came = signum
+    else:
+        raise Interrupted(signum)
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Inside, the signals raise Interrupted.
+
+    What this process was started to ignore (under nohup, or in a script's background) it goes on ignoring.
+    """
+    ours = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, _interrupt) for signum in ours}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Inside, the signals wait; one that came is raised at the end, unless something else is."""
+    global _held, _came
+    _held, _came = True, None
+    try:
+        yield
+    finally:
+        _held = False
+    if _came is not None:
+        raise Interrupted(_came)
+
+
+def ignore() -> None:
+    """From here on this process only cleans up; a second Ctrl-C must not leave processes behind."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def as_python_does() -> None:
+    """Ctrl-C is KeyboardInterrupt again and the others end the process: what a debugger and a bare script expect."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
