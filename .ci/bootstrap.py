@@ -31,7 +31,8 @@ def main() -> int:
     if sys.version_info < (3, 10):  # noqa: UP036 (this is where the minimum is enforced)
         return fail(f"Python {sys.version.split()[0]} is too old; 3.10 or newer is needed: make PYTHON=python3.12")
     python = venv / "bin" / "python"
-    if not python.exists():
+    if not works(python):
+        shutil.rmtree(venv, ignore_errors=True)  # there is none, or its making was interrupted
         print(f"setup: making a virtual environment in {venv} with {sys.executable}", flush=True)
         made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
         if made.returncode:
@@ -55,6 +56,13 @@ def main() -> int:
     run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), "--editable", target])
     print(f"setup: done; {venv}/bin/meshrun is ready", flush=True)
     return 0
+
+
+def works(python: Path) -> bool:
+    """Whether there is an environment whose making was not interrupted."""
+    if not python.exists():
+        return False
+    return subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def choose_torch(pip: list[str], version: str) -> tuple[list[str], str]:

@@ -12,10 +12,11 @@ from pydantic import Field, field_validator
 
 from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
-from jobs.spec import ExecutorName, Spec, parse_minutes
+from jobs.spec import ExecutorName, parse_minutes
+from workloads.base import StrictModel
 
 
-class ClusterConfig(Spec):
+class ClusterConfig(StrictModel):
     """What one cluster's users share: defaults, site settings, deadlines."""
 
     executor: Literal["auto", "slurm", "local", "debug"] = "auto"

@@ -99,8 +99,10 @@ def _sbatch_text(spec: JobSpec, parameters: dict[str, Any]) -> str:
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = RunDirectory(spec.run_dir).submitit
-    # Left to itself submitit asks for 5 minutes; a job that does not say gets what its partition gives.
-    return _make_sbatch_string(command=_slurm_command(folder), folder=folder, **{"time": None, **parameters})
+    # Left to itself submitit asks for 5 minutes and a wckey; a job that does not say gets what its partition gives.
+    return _make_sbatch_string(
+        command=_slurm_command(folder), folder=folder, **{"time": None, "wckey": None, **parameters}
+    )
 
 
 def check_slurm() -> None:

@@ -6,22 +6,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from workloads.base import Shape
+from workloads.base import Shape, StrictModel
 
 ExecutorName = Literal["slurm", "local", "debug"]
 
 
-class Spec(BaseModel):
-    """Base: immutable, unknown keys refused, each field's docstring its description."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class ResourceSpec(Spec):
+class ResourceSpec(StrictModel):
     """What a job asks the scheduler for."""
 
     nodes: int = Field(default=1, ge=1)
@@ -43,7 +35,7 @@ class ResourceSpec(Spec):
         return Shape(self.nodes, self.gpus_per_node)
 
 
-class JobSpec(Spec):
+class JobSpec(StrictModel):
     """One job, resolved: nothing in it is decided again later.
 
     It is also written to the run directory, so it holds plain data only.

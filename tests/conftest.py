@@ -16,12 +16,26 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, path_without_sbatch: str) -> None:
     """The suite itself may run in a Slurm job, or where sbatch is on PATH; tests of the real thing keep both."""
     if request.node.get_closest_marker("slurm"):
         return
     for name in list(os.environ):
         if name.startswith(LAUNCHERS) or name in TORCHRUN:
             monkeypatch.delenv(name)
-    path = [d for d in os.environ["PATH"].split(os.pathsep) if not (Path(d) / "sbatch").exists()]
-    monkeypatch.setenv("PATH", os.pathsep.join(path))
+    monkeypatch.setenv("PATH", path_without_sbatch)
+
+
+@pytest.fixture(scope="session")
+def path_without_sbatch(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PATH, with every folder that holds sbatch replaced by one of links to all else in it."""
+    folders = []
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        if (folder / "sbatch").exists():
+            shadow = tmp_path_factory.mktemp("path")
+            for program in folder.iterdir():
+                if program.name != "sbatch":
+                    (shadow / program.name).symlink_to(program)
+            folder = shadow
+        folders.append(str(folder))
+    return os.pathsep.join(folders)

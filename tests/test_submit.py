@@ -23,10 +23,30 @@ MINE = textwrap.dedent(
     """
     from workloads.base import WorkloadConfig, WorkloadEntry, MeshSpec
 
+    from pydantic import computed_field
+
     class Config(WorkloadConfig):
         steps: int = 2
 
-    ENTRY = WorkloadEntry(name="mine", config=Config, run="nowhere:run", summary="Mine.")
+    class Required(WorkloadConfig):
+        must: int
+
+    class Computed(WorkloadConfig):
+        @computed_field
+        def double(self) -> int:
+            return 2
+
+    def run(config, ctx):
+        pass
+
+    ENTRY = WorkloadEntry(name="mine", config=Config, run=run, summary="Mine.")
+    REQUIRED = WorkloadEntry(name="m", config=Required, run=run)
+    COMPUTED = WorkloadEntry(name="m", config=Computed, run=run)
+    NO_RUN = WorkloadEntry(name="m", config=Config, run="mine:rum")
+    BAD_VALIDATE = WorkloadEntry(name="m", config=Config, run=run, validate=lambda config, shape: 1 / 0)
+    BAD_PREPARE = WorkloadEntry(name="m", config=Config, run=run, prepare=lambda config, directory: 1 / 0)
+    NO_MESH = WorkloadEntry(name="m", config=Config, run=run, mesh=lambda config, shape: None)
+    NO_BYTES = WorkloadEntry(name="m", config=Config, run=run, memory_bytes=lambda config, shape: "lots")
     BAD_MESH = WorkloadEntry(name="m", config=Config, run="x:y", mesh=lambda config, shape: MeshSpec(("dp",), (7,)))
     NO_CONFIG = WorkloadEntry(name="m", config=dict, run="x:y")
     NUMBER = 5
@@ -149,7 +169,10 @@ BAD = [
     Bad(tp_fsdp("global_batch_size=7", nodes=2), ["global_batch_size=7 is not divisible by dp=2", "8"]),
     Bad(tp_fsdp("global_batch_size=8", "microbatch_size=3"), ["global_batch_size=8", "microbatch_size", "9"]),
     Bad(tp_fsdp("compile=true", nodes=2, gpus_per_node=2), ["compile=true", "dp=2 and tp=2"]),
-    Bad(tp_fsdp("model=7b", gpus_per_node=8), ["tp_fsdp needs about", "GiB for 8 ranks", "are available", "smaller"]),
+    Bad(
+        [*tp_fsdp("model=7b", gpus_per_node=8), "--dry-run"],
+        ["tp_fsdp needs about", "GiB for 8 ranks", "are available", "smaller"],
+    ),
     # data
     Bad(["tp_fsdp", "data.path=gone.txt"], ["data.path=gone.txt"]),
     Bad(["tp_fsdp", "data.path=*.none"], ["data.path=*.none"]),
@@ -173,6 +196,40 @@ BAD = [
     Bad(["mine:BAD_MESH"], ["mesh dp 7 has 7 places for 1 ranks"], {"mine.py": MINE}),
     Bad(["broken:ENTRY"], ["'broken:ENTRY'", "SyntaxError", "broken.py"], {"broken.py": "def (:\n"}),
     Bad(["broken:ENTRY"], ["'broken:ENTRY'", "no_such_library"], {"broken.py": "import no_such_library\n"}),
+    Bad(["broken:ENTRY"], ["SystemExit: no config"], {"broken.py": "import sys\nsys.exit('no config')\n"}),
+    Bad(["broken:ENTRY"], ["SystemExit: 0", "broken.py:1"], {"broken.py": "raise SystemExit(0)\n"}),
+    Bad(["sys:ENTRY"], ["module sys", "built in", "has no 'ENTRY'"]),
+    Bad(["folder:ENTRY"], ["module folder", "has no 'ENTRY'"], {"folder/a.txt": ""}),
+    Bad(["mine:BAD_VALIDATE"], ["validate failed at", "mine.py:", "ZeroDivisionError"], {"mine.py": MINE}),
+    Bad(["mine:BAD_PREPARE", "--executor", "local"], ["prepare failed at", "ZeroDivisionError"], {"mine.py": MINE}),
+    Bad(["mine:NO_MESH"], ["mesh returned a NoneType", "MeshSpec"], {"mine.py": MINE}),
+    Bad(["mine:NO_BYTES"], ["memory_bytes returned 'lots'", "number of bytes"], {"mine.py": MINE}),
+    Bad(["mine:NO_RUN"], ["run='mine:rum' cannot be found"], {"mine.py": MINE}),
+    Bad(["mine:REQUIRED"], ["must: has no default and must be given; add must="], {"mine.py": MINE}),
+    Bad(["mine:COMPUTED"], ["settings cannot be read back", "use plain fields"], {"mine.py": MINE}),
+    Bad(["mine:ENTRY", "--nodes", "9000", "--gpus-per-node", "8"], ["72000 ranks", "GiB"], {"mine.py": MINE}),
+    # what would be ignored
+    Bad(["tp_fsdp", "--config", ""], ["--config ''", "empty"]),
+    Bad(["tp_fsdp", "--run-dir", ""], ["--run-dir ''", "empty"]),
+    Bad(["tp_fsdp", "--cluster="], ["--cluster ''", "empty"]),
+    Bad(["tp_fsdp", "--steps=3"], ["unknown flag --steps", "without dashes: steps=3"]),
+    Bad(["tp_fsdp", "--executor", "debug", "--time", "5"], ["--time 5", "nothing to --executor debug"]),
+    Bad(["tp_fsdp", "--executor", "debug", "--no-wait"], ["--no-wait", "nothing to --executor debug"]),
+    Bad(["list", "--nodes", "3"], ["list takes no --nodes"]),
+    Bad(["tp_fsdp", "model=160m", "model.preset=1b"], ["model", "both given"]),
+    Bad(["tp_fsdp", "--env", "MESHRUN_X=1"], ["MESHRUN_X", "launcher's own"]),
+    Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=2"], ["OMP_NUM_THREADS", "--threads-per-rank"]),
+    Bad(["tp_fsdp", "--executor", "slurm"], ["sbatch and srun not found on PATH", "--executor local"]),
+    # paths that cannot be looked at
+    Bad(["tp_fsdp", "--run-dir", "r" * 300], ["r" * 300, "too long"]),
+    Bad(["tp_fsdp", "--cluster", "./" + "c" * 300], ["c" * 300, "too long"]),
+    Bad(["tp_fsdp", "data.path=" + "d" * 300], ["d" * 300, "too long"]),
+    Bad(
+        ["tp_fsdp", "--cluster", "c.yaml"],
+        ["c.yaml:2", "partition", "without spaces"],
+        {"c.yaml": 'executor: slurm\npartition: "gpu\\n#SBATCH --mail-user=x"\n'},
+    ),
+    Bad(["tp_fsdp", "--cluster", "c.yaml"], ["c.yaml:1", "true and false"], {"c.yaml": "nodes: true\n"}),
 ]
 
 

@@ -42,11 +42,8 @@ class NonFiniteError(RuntimeError):
     """A metric that had to be finite was not; the message names the metric, the step, the ranks and their hosts."""
 
 
-class WorkloadConfig(BaseModel):
-    """Base class of every workload's settings: typed, immutable, unknown keys refused.
-
-    The string under a field is its meaning; `submit.py list WORKLOAD` prints it.
-    """
+class StrictModel(BaseModel):
+    """Typed and immutable; unknown keys, infinities and a `true` for a number are refused."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -61,6 +58,13 @@ class WorkloadConfig(BaseModel):
             if annotation is not bool and bool not in get_args(annotation) and annotation is not Any:
                 raise ValueError("true and false are not accepted here")
         return value
+
+
+class WorkloadConfig(StrictModel):
+    """Base class of every workload's settings.
+
+    The string under a field is its meaning; `submit.py list WORKLOAD` prints it.
+    """
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,8 @@ class WorkloadEntry:
             return function(*args)
         except WorkloadError:
             raise
+        except OSError as error:
+            raise WorkloadError(f"{error.filename}: {error.strerror or error}; give another path") from error
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             words = " ".join(f"{type(error).__name__}: {error}".split())

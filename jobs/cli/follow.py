@@ -179,7 +179,12 @@ class _Display:
         self.bar: Any = None
         self.last_line = 0.0
         self.rank_0_ended = False
-        self.on_terminal = console.stream.isatty() and os.environ.get("TERM") != "dumb"
+        # A terminal of no width (a bare pty) shows no bar.
+        self.on_terminal = (
+            console.stream.isatty()
+            and os.environ.get("TERM") != "dumb"
+            and os.get_terminal_size(console.stream.fileno()).columns > 0
+        )
 
     def update(self, ended: bool = False) -> None:
         for line in self.supervisor.lines():

@@ -22,17 +22,17 @@ from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, name_mistake
 from jobs.errors import CommandLineError, JobFailed, ResourceError, did_you_mean
 from jobs.records import RunDirectory, default_run_dir, write_json
-from jobs.spec import JobSpec, ResourceSpec, Spec, parse_minutes
+from jobs.spec import JobSpec, ResourceSpec, parse_minutes
 from jobs.topology import mesh_table
 from workloads import registry
-from workloads.base import MeshSpec, WorkloadConfig, WorkloadEntry, WorkloadError
+from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 
 RANK_AT_LEAST_BYTES = 150 * 10**6
 """What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""
 EXECUTORS = ("auto", "slurm", "local", "debug")
 
 
-class _Flags(Spec):
+class _Flags(StrictModel):
     """The flags that are numbers or times, typed; the rest is text and checked where it is used."""
 
     nodes: int | None = Field(default=None, ge=1)
@@ -280,6 +280,9 @@ def _removed_unless_started(run_dir: RunDirectory) -> Iterator[None]:
         yield
     except BaseException:
         shutil.rmtree(run_dir.path, ignore_errors=True)
+        if run_dir.path.parent.name == "runs":
+            with contextlib.suppress(OSError):  # not empty: other runs are there
+                run_dir.path.parent.rmdir()
         raise
 
 

@@ -26,6 +26,7 @@ class Config(WorkloadConfig):
     """What rank `on_rank` does in step 2."""
     on_rank: int = 1
     pause_seconds: float = 0.0
+    returns: str = ""
     names: tuple[str, ...] = ()
     """Environment variables whose values are the result."""
 
@@ -43,7 +44,8 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         value = torch.full((1,), float(ctx.rank + 1))
         dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
         total += value
-        ctx.end_step({"step": step, "loss": mean(float(ctx.rank))})
+        odd = config.does == "other metrics" and ctx.rank == config.on_rank
+        ctx.end_step({"step": step, "loss": mean(float(ctx.rank)), **({"odd": mean(1.0)} if odd else {})})
         time.sleep(config.pause_seconds)
     environment = {name: os.environ.get(name) for name in config.names}
     return {
@@ -52,7 +54,16 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cwd": str(Path.cwd()),
         **environment,
+        **({"extra": extra(config.returns)} if config.returns else {}),
     }
+
+
+def extra(what: str) -> Any:
+    import numpy as np
+    import torch
+
+    values = {"tensor": torch.ones(2), "array": np.float32(1.5), "path": Path("a/b"), "set": {2, 1}, "object": Config}
+    return values[what]
 
 
 def act(what: str) -> None:
@@ -74,6 +85,9 @@ def act(what: str) -> None:
         subprocess.Popen(["sleep", "600"], start_new_session="own session" in what)
         if "and raise" in what:
             raise ValueError("left a child behind")
+    if what == "shout":
+        print("\N{LATIN SMALL LETTER U WITH DIAERESIS}ber alles")
+        sys.stdout.write("the last words, without a newline")
     if what == "breakpoint":
         breakpoint()
 

@@ -132,6 +132,8 @@ def test_the_rank_that_failed_is_named_and_its_siblings_echo_is_not(
     assert ("Traceback" in err) == traceback
     assert "onnection closed" not in err
     record = line.result()
+    # The sooner of the two that is written down; the job has ended since.
+    assert time.time() - record["failure"]["when"] < 20
     assert record["status"] == "failed"
     assert (record["failure"]["rank"], record["failure"]["host"]) == (2, "host1")
     assert says in record["error"]
@@ -166,8 +168,48 @@ def test_a_rank_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Pat
 def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(typed: Submit, tmp_path: Path) -> None:
     (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\n")
     line = typed("mine:ENTRY", "--cluster", "quick.yaml", *TWO, "does=hang")
-    assert line.finish()[0] == 1
+    code, _, err = line.finish()
+    assert code == 1
+    # It did not fail; but the one that gave up on it is not to blame alone.
+    last = err.splitlines()[-1]
+    assert "nobody failed by itself; still running when others gave up: rank 1 on host0 (last in step 1, " in last
     line.assert_nothing_left()
+
+
+def test_rank_0_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text("executor: local\nrendezvous_timeout_s: 3\n")
+    line = typed("mine:ENTRY", "--cluster", "quick.yaml", *FOUR, "--env", "HANG_AT_IMPORT_ON=0")
+    code, _, err = line.finish()
+    assert code == 1
+    assert "missing: rank 0 on host0" in err.splitlines()[-1]
+    assert "still running when others gave up: rank 0 on host0" in err.splitlines()[-1]
+    line.assert_nothing_left()
+
+
+def test_ranks_that_name_other_metrics_are_told(typed: Submit) -> None:
+    code, _, err = typed("mine:ENTRY", *TWO, "does=other metrics").finish()
+    assert code == 1
+    assert "end_step: ranks [1] name other metrics than rank 0" in err
+    assert "SIGABRT" not in err
+
+
+@pytest.mark.parametrize("what", ["tensor", "array", "path", "set", "object"])
+def test_a_result_that_json_does_not_know_does_not_fail_the_run(typed: Submit, what: str) -> None:
+    line = typed("mine:ENTRY", f"returns={what}")
+    code, out, err = line.finish()
+    assert code == 0, err
+    expected = {"tensor": [1.0, 1.0], "array": 1.5, "path": "a/b", "set": [1, 2], "object": "Config"}[what]
+    value = line.result()["result"]["extra"]
+    assert value == expected if what != "object" else value.startswith("<class")
+    assert ("written as text" in out) == (what == "object")
+
+
+def test_a_terminal_that_knows_no_unicode_does_not_end_the_job(typed: Submit) -> None:
+    line = typed("mine:ENTRY", "does=shout", "on_rank=0", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    code, out, err = line.finish()
+    assert code == 0, err
+    assert "\\xfcber" in out
+    assert "the last words, without a newline" in out
 
 
 @pytest.mark.parametrize(
@@ -204,6 +246,18 @@ def test_ctrl_c_while_the_job_is_starting(typed: Submit) -> None:
     line.assert_nothing_left()
 
 
+@pytest.mark.parametrize("milliseconds", [0, 30, 60, 100, 150, 200, 300, 400])
+def test_ctrl_c_at_any_moment_is_one_line_at_most(typed: Submit, milliseconds: int) -> None:
+    line = typed("mine:ENTRY", *TWO, *ENDLESS)
+    time.sleep(0.1 + milliseconds / 1000)  # Python itself is up after some 50 ms, and says what it likes before
+    line.process.send_signal(signal.SIGINT)
+    code, _, err = line.finish(20)
+    assert code == 130
+    assert err.count("\n") <= 1, err
+    assert "Traceback" not in err
+    line.assert_nothing_left()
+
+
 def test_a_killed_line_takes_its_job_along(typed: Submit) -> None:
     line = typed("mine:ENTRY", *TWO, *ENDLESS)
     line.wait_for_step(1)
@@ -213,15 +267,18 @@ def test_a_killed_line_takes_its_job_along(typed: Submit) -> None:
 
 
 def test_a_killed_supervisor_takes_its_ranks_along(typed: Submit) -> None:
-    line = typed("mine:ENTRY", *TWO, *ENDLESS)
-    line.wait_for_step(1)
+    line = typed("mine:ENTRY", *TWO, *ENDLESS, "does=grandchild in its own session")
+    line.wait_for_step(3)
     ranks = line.left()
     supervisor = next(pid for pid in ranks if int(Path(f"/proc/{pid}/stat").read_text().split()[3]) == line.process.pid)
+    os.kill(supervisor, signal.SIGUSR2)  # a scheduler's signal means nothing here, and harms nothing
+    line.wait_for_step(5)
     os.kill(supervisor, signal.SIGKILL)
     code, _, err = line.finish(20)
     assert code == 1
     assert "the supervisor ended with code -9" in err
-    line.assert_nothing_left()
+    assert line.left() == {}
+    assert line.result()["status"] == "failed"
 
 
 def test_an_ignored_hangup_stays_ignored(typed: Submit) -> None:

@@ -2,7 +2,8 @@
 
 Every matrix is drawn in blocks of rows, each from a generator of its own that is seeded by (seed, parameter name,
 block). A rank draws the blocks that its shard overlaps and keeps its rows and columns of them, so no rank ever
-needs more memory than one block, nor draws much more than its part.
+needs more memory than one block. What is cut by rows is drawn once; of what is cut by columns (wo and w2 under tensor
+parallelism, a third of a Llama) every rank of a tp group draws the same rows.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,7 @@ def test_bf16_is_close(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_the_same_run_twice_is_the_same_to_the_bit(precision: str, mode: str, tmp_path: Path) -> None:
-    config = make(precision=precision, activation_checkpointing=mode, microbatch_size=4)
+    config = make(precision=precision, activation_checkpointing=mode, microbatch_size=4, deterministic=True)
     a, b = on_gpu(config, tmp_path / "a"), on_gpu(config, tmp_path / "b")
     assert (a.losses, a.grad_norms) == (b.losses, b.grad_norms)
     assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
@@ -120,3 +123,21 @@ def test_larger_presets_train_and_report_memory_and_utilisation(
     if "mfu" in rows[-1]:
         print(preset, mode, compiled, rows[-1]["mfu"], rows[-1]["tokens_per_second"])
         assert 0.02 < rows[-1]["mfu"] < 1
+
+
+def test_the_line_from_the_shell_uses_the_gpu(tmp_path: Path) -> None:
+    """Supervisor, forked rank, device choice, rendezvous, nccl and the mesh, as a user has them."""
+    root = Path(__file__).resolve().parents[3]
+    words = ["steps=5", "sample_tokens=4", "seq_len=32", "global_batch_size=8"]
+    done = subprocess.run(
+        [sys.executable, str(root / "submit.py"), "tp_fsdp", "--executor", "local", "--json", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["device"].startswith("GPU 0 of "), record["device"]
+    assert "nccl" in done.stderr
+    assert [row["step"] for row in read_metrics(Path(record["run_dir"]))] == [1, 2, 3, 4, 5]

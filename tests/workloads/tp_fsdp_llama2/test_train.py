@@ -126,9 +126,13 @@ def test_a_vocabulary_that_tp_does_not_divide(tmp_path: Path) -> None:
     assert max(differences.values()) <= 1e-12, differences
 
 
-@pytest.mark.parametrize(("sizes", "tp"), [((1, 1), 1), ((2, 1), 1), ((1, 2), 2)], ids=str)
-def test_compiled_runs_are_the_reference(sizes: tuple[int, int], tp: int, tmp_path: Path) -> None:
-    config = make(steps=4, compile=True, tp=tp, microbatch_size=4)
+@pytest.mark.parametrize(
+    ("sizes", "tp", "mode"),
+    [((1, 1), 1, "none"), ((2, 1), 1, "none"), ((2, 1), 1, "full"), ((1, 2), 2, "none")],
+    ids=str,
+)
+def test_compiled_runs_are_the_reference(sizes: tuple[int, int], tp: int, mode: str, tmp_path: Path) -> None:
+    config = make(steps=4, compile=True, tp=tp, microbatch_size=4, activation_checkpointing=mode)
     run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=200)
     differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 1))
     print(sizes, differences)

@@ -1,0 +1,136 @@
+"""The contract: what ends a step, what JSON gets, which mesh fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workloads.worlds import run_world
+from workloads.base import (
+    MeshSpec,
+    RunContext,
+    Shape,
+    WorkloadConfig,
+    WorkloadEntry,
+    WorkloadError,
+    largest,
+    mean,
+    to_json,
+    total,
+)
+
+
+class Config(WorkloadConfig):
+    pass
+
+
+def entry(**more: Any) -> WorkloadEntry:
+    return WorkloadEntry(name="w", config=Config, run=print, **more)
+
+
+def test_coordinates_are_row_major() -> None:
+    spec = MeshSpec(("pp", "dp", "tp"), (2, 3, 4))
+    assert [spec.coordinate(rank) for rank in (0, 3, 4, 12, 23)] == [
+        (0, 0, 0), (0, 0, 3), (0, 1, 0), (1, 0, 0), (1, 2, 3)
+    ]  # fmt: skip
+    assert str(spec) == "pp 2 x dp 3 x tp 4"
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes", "says"),
+    [
+        (("dp",), (2, 2), "one name and one size"),
+        ((), (), "one name and one size"),
+        (("dp", "dp"), (2, 2), "twice"),
+        (("dp", "tp"), (2, 0), "at least 1"),
+    ],
+)
+def test_a_mesh_that_is_none(names: tuple[str, ...], sizes: tuple[int, ...], says: str) -> None:
+    with pytest.raises(WorkloadError, match=says):
+        MeshSpec(names, sizes)
+
+
+def test_a_mesh_is_dp_over_all_ranks_by_default() -> None:
+    assert entry().mesh_spec(Config(), Shape(2, 4)) == MeshSpec(("dp",), (8,))
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes", "says"),
+    [
+        (("dp", "tp"), (1, 8), "must lie within a host"),
+        (("tp", "dp"), (2, 4), "must lie within a host"),
+        (("dp", "tp"), (2, 2), "4 places for 8 ranks"),
+    ],
+)
+def test_tp_never_crosses_a_host(names: tuple[str, ...], sizes: tuple[int, ...], says: str) -> None:
+    with pytest.raises(WorkloadError, match=says):
+        entry(mesh=lambda config, shape: MeshSpec(names, sizes)).mesh_spec(Config(), Shape(2, 4))
+
+
+def test_what_json_cannot_say_gets_its_name() -> None:
+    nan, inf = float("nan"), float("inf")
+    value = {"a": nan, "b": [inf, -inf, 1.5], 3: (1, {"c": nan}), "d": None, "e": "nan", "f": True, "g": {2, 1}}
+    expected = {"a": "nan", "b": ["inf", "-inf", 1.5], "3": [1, {"c": "nan"}], "d": None, "e": "nan", "f": True}
+    assert to_json(value) == {**expected, "g": [1, 2]}
+    assert to_json({"path": Path("a"), "object": object}) == {"path": "a", "object": "<class 'object'>"}
+
+
+def end_two_steps(ctx: RunContext) -> dict[str, Any]:
+    for step in (1, 2):
+        ctx.stop_requested = step == 2 and ctx.rank == 1
+        stop = ctx.end_step(
+            {
+                "step": step,
+                "mean": mean(ctx.rank),
+                "sum": total(ctx.rank + 1),
+                "largest": largest(10 * ctx.rank),
+                "fraction": largest(0.5),
+                "plain": f"rank {ctx.rank}",
+            }
+        )
+        assert stop == (step == 2)
+    assert ctx.paths.heartbeat.read_text() == "1\n"  # at most one a second
+    return ctx.last_metrics
+
+
+@pytest.mark.dist
+def test_a_step_ends_alike_on_every_rank(tmp_path: Path) -> None:
+    results = run_world(end_two_steps, sizes=(2, 2), run_dir=tmp_path)
+    common = {"step": 2, "mean": 1.5, "sum": 10, "largest": 30, "fraction": 0.5}
+    assert [{**r, "plain": ""} for r in results] == [{**common, "plain": ""}] * 4
+    assert isinstance(results[0]["sum"], int)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{**common, "step": 1, "plain": "rank 0"}, {**common, "plain": "rank 0"}]
+
+
+def name_different_metrics(ctx: RunContext) -> str:
+    try:
+        ctx.end_step({"step": 1, "loss": mean(1.0), **({"more": mean(2.0)} if ctx.rank == 2 else {})})
+    except WorkloadError as error:
+        return str(error)
+    return "nothing was said"
+
+
+@pytest.mark.dist
+def test_metrics_that_differ_by_rank_are_said_on_every_rank() -> None:
+    said = run_world(name_different_metrics, sizes=(2, 2))
+    assert all("ranks [2] name other metrics than rank 0" in words for words in said), said
+
+
+def lose_a_number(ctx: RunContext) -> str:
+    try:
+        ctx.end_step({"step": 7, "loss": mean(float("inf") if ctx.rank == 3 else 1.0, finite=True)})
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was said"
+
+
+@pytest.mark.dist
+def test_a_loss_that_is_not_finite_names_step_rank_and_host(tmp_path: Path) -> None:
+    said = run_world(lose_a_number, sizes=(2, 2), run_dir=tmp_path)
+    assert len(set(said)) == 1
+    assert said[0].startswith("step 7: loss is inf on rank 3 on ")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == "nan"
