@@ -41,6 +41,20 @@ def test_the_example_workload_runs_and_learns(tmp_path: Path) -> None:
     assert record["result"]["final_loss"] == losses[-1] < 0.1 * losses[0]
 
 
+def test_the_output_that_it_shows_is_there_and_of_today() -> None:
+    (shown,) = re.findall(r"```\n(\$ make demo.*?)```", README, re.DOTALL)
+    for words in (
+        "setup: done",
+        "mesh dp 2 x tp 4",
+        "step 120/120",
+        "heldout_loss: ",
+        "heldout_unigram_entropy_bits: ",
+    ):
+        assert words in shown
+    loss, entropy = (float(re.findall(rf"{key}: ([0-9.]+)", shown)[0]) for key in ("heldout_loss", "entropy_nats"))
+    assert loss < entropy
+
+
 def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text("steps: 100\n")
     commands = re.findall(r"^\| `submit\.py ([^`]*)`", README, re.MULTILINE)
