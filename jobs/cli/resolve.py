@@ -1,0 +1,218 @@
+"""The command line, its YAML files and the box -> one JobSpec: everything decided, nothing done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from jobs import machine, settings
+from jobs.cli.options import Options
+from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, name_mistake
+from jobs.errors import CommandLineError, ResourceError, did_you_mean
+from jobs.records import RunDirectory, default_run_dir
+from jobs.spec import JobSpec, ResourceSpec, parse_minutes
+from workloads import registry
+from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
+
+RANK_AT_LEAST_BYTES = 150 * 10**6
+"""What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""
+EXECUTORS = ("auto", "slurm", "local", "debug")
+
+
+class _Flags(StrictModel):
+    """The flags that are numbers or times, typed; the rest is text and checked where it is used."""
+
+    nodes: int | None = Field(default=None, ge=1)
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    threads_per_rank: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A job that could be started now."""
+
+    spec: JobSpec
+    cluster: ClusterConfig
+    entry: WorkloadEntry
+    config: WorkloadConfig
+    mesh: MeshSpec
+    announcements: tuple[str, ...]
+    """What was chosen without being asked for: a line each."""
+
+
+def resolve(given: Options) -> Resolved:
+    """What a command line comes to.
+
+    Raises:
+        UserError, WorkloadError: whatever cannot work, before anything is written or started.
+    """
+    _check_given(given)
+    workload, words = given.words[0], given.words[1:]
+    if given.executor is not None and given.executor not in EXECUTORS:
+        close = did_you_mean(given.executor, EXECUTORS)
+        raise CommandLineError(f"--executor {given.executor}: must be one of {', '.join(EXECUTORS)}{close}")
+    which, cluster_path, cluster, why = choose_executor(given.executor, given.cluster)
+    flags = settings.validate(
+        _Flags,
+        {"nodes": given.nodes, "gpus_per_node": given.gpus_per_node, "threads_per_rank": given.threads_per_rank},
+        error=CommandLineError,
+        spell={"nodes": "--nodes ", "gpus_per_node": "--gpus-per-node ", "threads_per_rank": "--threads-per-rank "},
+    )
+    resources = _resources(given, flags, cluster, which)
+    if which == "slurm" and given.wait:
+        raise CommandLineError("--wait: following a Slurm job is not there yet; submit without it and use squeue")
+
+    import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
+    entry = registry.load(workload, import_path)
+    document = settings.read_yaml(Path(given.config)) if given.config is not None else None
+    config, announcements = settings.build(
+        entry.config,
+        document,
+        settings.parse_overrides(words),
+        help_line=f"submit.py list {workload} shows every setting",
+    )
+    mesh = entry.mesh_spec(config, resources.shape)
+    entry.call("validate", config, resources.shape)
+    if workload not in registry.BUILT_IN:
+        entry.hook("run")  # a misspelt name is said now, not by every rank
+
+    announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
+    if which in ("local", "debug"):
+        announcements.append(_fit_this_box(workload, entry, config, resources))
+    if which == "local":
+        announcements += _only_for_slurm(cluster)
+    run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
+    RunDirectory.check(run_dir)
+    spec = JobSpec(
+        workload=workload,
+        settings=_plain(workload, config),
+        resources=resources,
+        executor=which,
+        cluster=str(cluster_path),
+        run_dir=run_dir,
+        import_path=import_path,
+        env={**cluster.env, **_env(given)},
+        threads_per_rank=flags.threads_per_rank or cluster.threads_per_rank,
+        rendezvous_timeout_s=cluster.rendezvous_timeout_s,
+        collective_timeout_s=cluster.collective_timeout_s,
+        interface=cluster.interface,
+    )
+    return Resolved(spec, cluster, entry, config, mesh, tuple(announcements))
+
+
+def _check_given(given: Options) -> None:
+    for flag in ("config", "run_dir", "cluster"):
+        if getattr(given, flag) == "":
+            name = flag.replace("_", "-")
+            raise CommandLineError(f"--{name} '': is empty (an unset shell variable?); give a value or leave it out")
+
+
+def _plain(workload: str, config: WorkloadConfig) -> dict[str, Any]:
+    """The settings as the ranks will read them again."""
+    plain = config.model_dump(mode="json")
+    try:
+        same = type(config).model_validate(plain) == config
+    except ValidationError as error:
+        raise WorkloadError(
+            f"workload {workload}: its settings cannot be read back from what they are written as "
+            f"({' '.join(str(error.errors()[0]['loc']).split())}: {error.errors()[0]['msg']}); use plain fields"
+        ) from None
+    if not same:
+        raise WorkloadError(
+            f"workload {workload}: its settings change when they are written and read; use plain fields"
+        )
+    return plain
+
+
+def _only_for_slurm(cluster: ClusterConfig) -> list[str]:
+    """Says which of a cluster config's keys a local job does without."""
+    names = ("setup", "partition", "account", "qos", "cpus_per_gpu", "mem_gb_per_gpu")
+    unused = [name for name in names if getattr(cluster, name)]
+    return [f"the cluster config's {', '.join(unused)}: for Slurm only, not used here"] if unused else []
+
+
+def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str) -> ResourceSpec:
+    if which == "debug":
+        for flag, value in (("--nodes", flags.nodes), ("--gpus-per-node", flags.gpus_per_node)):
+            if value not in (None, 1):
+                raise CommandLineError(f"{flag} {value}: --executor debug runs one rank, in this process; leave it out")
+        for flag, text in (
+            *((f"--{n}", getattr(given, n)) for n in ("time", "partition", "account", "qos")),
+            ("--no-wait", "" if given.wait is False else None),
+        ):
+            if text is not None:
+                raise CommandLineError(f"{f'{flag} {text}'.strip()}: means nothing to --executor debug; leave it out")
+        return ResourceSpec()
+    time = given.time if given.time is not None else cluster.time
+    try:
+        time_min = parse_minutes(time) if time is not None else None
+    except ValueError as mistake:
+        raise CommandLineError(f"--time {time}: {mistake}") from None
+    named: dict[str, Any] = {}
+    for name in ("partition", "account", "qos"):
+        flag = getattr(given, name)
+        if flag is not None and which != "slurm":
+            raise CommandLineError(f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; drop it")
+        if flag is not None and (wrong := name_mistake(flag)):
+            raise CommandLineError(f"--{name} '{flag}': {wrong}")
+        named[name] = flag if flag is not None else getattr(cluster, name)
+    return ResourceSpec(
+        nodes=flags.nodes or cluster.nodes,
+        gpus_per_node=flags.gpus_per_node or cluster.gpus_per_node,
+        time_min=time_min,
+        cpus_per_gpu=cluster.cpus_per_gpu,
+        mem_gb_per_gpu=cluster.mem_gb_per_gpu,
+        **named,
+    )
+
+
+def _env(given: Options) -> dict[str, str]:
+    env: dict[str, str] = {}
+    for word in given.env:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise CommandLineError(f"--env {word}: write KEY=VALUE")
+        mistake = env_name_mistake(name)
+        if mistake:
+            raise CommandLineError(f"--env {word}: {mistake}")
+        if name in env:
+            raise CommandLineError(f"--env {name} is given twice; keep one")
+        if "\0" in value:
+            raise CommandLineError(f"--env {name}: its value holds a NUL, which no environment can")
+        env[name] = value
+    return env
+
+
+def _fit_this_box(workload: str, entry: WorkloadEntry, config: WorkloadConfig, resources: ResourceSpec) -> str:
+    """Says which devices the ranks will use; refuses a job whose ranks cannot fit this box's memory together."""
+    world_size = resources.shape.world_size
+    gpus = machine.gpu_count(os.environ)
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if gpus >= world_size:
+        return f"{ranks} on this box, one GPU each ({gpus} visible), nccl"
+    why = "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
+    each = RANK_AT_LEAST_BYTES
+    if entry.memory_bytes:
+        each = entry.call("memory_bytes", config, resources.shape)
+        if not isinstance(each, int):
+            raise WorkloadError(f"workload {workload}: memory_bytes returned {each!r}; return a number of bytes")
+    available = machine.available_memory_bytes()
+    if each * world_size > available:
+        raise ResourceError(
+            f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this box "
+            f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
+            "fewer ranks, or a cluster"
+        )
+    return f"{ranks} on this box's CPU over gloo ({why})"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
