@@ -326,7 +326,9 @@ class RunContext:
         self.last_metrics = values
         if self.rank == 0:
             with self.paths.metrics.open("a") as file:
-                file.write(json.dumps(to_json(values, "metrics"), allow_nan=False) + "\n")
+                # null and not "nan": a column of numbers stays one for whoever reads it.
+                lost = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+                file.write(json.dumps(to_json({**values, **lost}, "metrics"), allow_nan=False) + "\n")
 
         for column, (name, metric) in enumerate(reduced.items(), start=1):
             bad = [rank for rank, row in enumerate(by_rank) if metric.finite and not math.isfinite(row[column])]
