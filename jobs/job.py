@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -56,6 +57,11 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
     attempt = RunDirectory(spec.run_dir).attempt(info.attempt).make()
     _configure_logging(f"rank {info.rank}/{info.world_size} {info.host}")
     faulthandler.enable()
+    if info.launcher == "slurm":
+        # In place of submitit's handlers: scancel's SIGTERM ends the rank at once instead of after KillWait, and the
+        # warning before the time limit does not end a run that may still finish in time.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     try:
         return _run(spec, info, attempt)
     except BaseException as error:
