@@ -32,11 +32,13 @@ def main() -> int:
         return fail(f"Python {sys.version.split()[0]} is too old; 3.10 or newer is needed: make PYTHON=python3.12")
     python = venv / "bin" / "python"
     if not works(python):
-        shutil.rmtree(venv, ignore_errors=True)  # there is none, or its making was interrupted
+        if (venv / "pyvenv.cfg").is_file():
+            shutil.rmtree(venv)  # its making was interrupted
+        elif venv.exists() and any(venv.iterdir()):
+            return fail(f"{venv} is not empty and is no virtual environment; name another: make VENV=...")
         print(f"setup: making a virtual environment in {venv} with {sys.executable}", flush=True)
         made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
         if made.returncode:
-            shutil.rmtree(venv, ignore_errors=True)
             return fail(
                 f"`{sys.executable} -m venv` failed: {' '.join((made.stdout + made.stderr).split())} "
                 "(on Debian and Ubuntu: apt install python3-venv; or another Python: make PYTHON=...)"

@@ -46,8 +46,13 @@ class Failure:
 # What gloo, NCCL and the store say when it is the other side that went away, each with a mark of its own: a user's
 # "connection refused" by some server is the user's.
 _LOST_PEER = re.compile(
-    r"gloo/transport|\[c10d\]|\bnccl|process ?group|tcpstore|socketpoll|store->|watchdog"
+    r"gloo/transport|\[c10d\]|\bnccl|tcpstore|socketpoll|store->|watchdog caught collective"
     r"|connection closed by peer \[|timed out waiting \d+ms|wait timeout after \d+ms|application timeout caused pair",
+    re.IGNORECASE,
+)
+# What NCCL says of this rank's own device or use of it.
+_OWN_NCCL = re.compile(
+    r"unhandled cuda error|cuda failure|invalid (usage|argument)|internal error|duplicate gpu|out of memory",
     re.IGNORECASE,
 )
 
@@ -61,7 +66,9 @@ def kind_of(error: BaseException) -> Kind:
         name = type(cause).__name__
         if name in ("DistNetworkError", "DistStoreError", "RendezvousError"):
             return "lost_peer"
-        if (name == "DistBackendError" or type(cause) is RuntimeError) and _LOST_PEER.search(str(cause)):
+        text = str(cause)
+        comes_from_torch = name == "DistBackendError" or type(cause) is RuntimeError
+        if comes_from_torch and _LOST_PEER.search(text) and not _OWN_NCCL.search(text):
             return "lost_peer"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return "exit" if isinstance(error, SystemExit) else "error"

@@ -10,8 +10,10 @@ MeshrunError
 │   └── SubmissionError      the scheduler refused
 ├── JobFailed                exit 1: the job ran and failed; names the rank, the host and the log
 ├── TopologyError            in a rank: the environment names no rank, or hosts hold unequal numbers of them
-├── RendezvousError          in a rank: the others did not come in time, or are not of this job
-└── Interrupted              exit 130: Ctrl-C, a hang-up, a termination; the signal is in `signum`
+└── RendezvousError          in a rank: the others did not come in time, or are not of this job
+
+Interrupted                  exit 130: Ctrl-C, a hang-up, a termination; like KeyboardInterrupt no Exception, so that no
+                             `except Exception` on its way, a user's own least of all, takes it for a failure
 
 WorkloadError (workloads/base.py) is taken in: before the job starts it is the user's mistake, exit 2.
 """
@@ -82,7 +84,7 @@ class RendezvousError(MeshrunError):
     pass
 
 
-class Interrupted(MeshrunError):
+class Interrupted(BaseException):
     """A signal asked this process, or the one that the job belongs to, to end."""
 
     exit_code = EXIT_INTERRUPTED

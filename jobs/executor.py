@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ClusterConfig
-from jobs.errors import SubmissionError
+from jobs.errors import JobFailed, SubmissionError
 from jobs.records import RunDirectory
 from jobs.spec import JobSpec
 
@@ -131,7 +131,8 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
         submitit's job: a LocalJob or a SlurmJob.
 
     Raises:
-        SubmissionError: sbatch refused, in its own words.
+        SubmissionError: sbatch refused, in its own words; nothing is queued.
+        JobFailed: something broke after sbatch was called.
     """
     from jobs.job import Job
 
@@ -166,9 +167,14 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             executor = _Executor(run.submitit)
             executor.update_parameters(**submission.parameters)
             return executor.submit(job)
-        except (FailedJobError, RuntimeError, OSError) as error:
+        except FailedJobError as error:
             words = " ".join(str(error).split())
             raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
+        except (RuntimeError, OSError) as error:
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            raise JobFailed(
+                f"the submission broke off ({words}); see with squeue whether the job is queued, and cancel it if it is"
+            ) from error
 
 
 def debug_env(spec: JobSpec) -> dict[str, str]:

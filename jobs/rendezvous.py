@@ -239,13 +239,13 @@ def own_address(info: RankInfo, interface: str | None) -> str:
     """The IPv4 address that the other ranks reach this host by.
 
     Raises:
-        RendezvousError: the configured interface is not there or has no address.
+        TopologyError: the configured interface is not there or has no address.
     """
     if interface is not None:
         address = interface_address(interface)
         if address is None:
             have = ", ".join(name for _, name in socket.if_nameindex())
-            raise RendezvousError(f"interface '{interface}' has no IPv4 address on {info.host} (it has: {have})")
+            raise TopologyError(f"interface '{interface}' has no IPv4 address on {info.host} (it has: {have})")
         return address
     if info.launcher == "local":
         return LOOPBACK

@@ -250,7 +250,10 @@ def build(
     for override in sorted(_whole_groups(overrides), key=lambda o: len(o.path)):
         annotation = _annotation(cls, override.path)
         group = _group(annotation)
-        value = _parse_value(override, annotation)
+        if override in overrides:
+            value = _parse_value(override, annotation)
+        else:  # it was GROUP.preset=...
+            value = {"preset": _parse_value(override, _annotation(cls, (*override.path, "preset")))}
         if group is not None and not (value is None and type(None) in _options(annotation)):
             dropped = [path for path in source if path[: len(override.path)] == override.path and source[path]]
             if dropped:
@@ -450,7 +453,9 @@ def _parse_value(override: Override, annotation: Any) -> Any:
 
 def _put(tree: dict[str, Any], path: Key, value: Any) -> None:
     for part in path[:-1]:
-        tree = tree.setdefault(part, {})
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
     tree[path[-1]] = value
 
 

@@ -160,9 +160,16 @@ class WorkloadEntry:
             return value
         module, _, attribute = value.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError, ValueError) as error:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module + ".").startswith(error.name + "."):
+                raise  # the module is there, and something that it imports is not
             raise WorkloadError(f"workload {self.name}: {name}='{value}' cannot be found: {error}") from error
+        if not hasattr(found, attribute):
+            raise WorkloadError(
+                f"workload {self.name}: {name}='{value}' cannot be found: {module} has no '{attribute}'"
+            )
+        return getattr(found, attribute)
 
     def call(self, name: str, *args: Any) -> Any:
         """Calls the hook, if there is one.
@@ -170,16 +177,15 @@ class WorkloadEntry:
         Raises:
             WorkloadError: its own, or any other that it raised, on one line with the place in the hook's code.
         """
-        function = self.hook(name)
-        if function is None:
-            return None
         try:
-            return function(*args)
+            function = self.hook(name)
+            return None if function is None else function(*args)
         except WorkloadError:
             raise
-        except OSError as error:
-            raise WorkloadError(f"{error.filename}: {error.strerror or error}; give another path") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, OSError) and error.filename:
+                line = f"{error.filename}: {error.strerror or error}; give another path"
+                raise WorkloadError(line) from error
             last = traceback.extract_tb(error.__traceback__)[-1]
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise WorkloadError(
@@ -327,8 +333,9 @@ class RunContext:
         if self.rank == 0:
             with self.paths.metrics.open("a") as file:
                 # null and not "nan": a column of numbers stays one for whoever reads it.
-                lost = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-                file.write(json.dumps(to_json({**values, **lost}, "metrics"), allow_nan=False) + "\n")
+                plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}
+                lost = {k: None for k, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
+                file.write(json.dumps(to_json({**plain, **lost}, "metrics"), allow_nan=False) + "\n")
 
         for column, (name, metric) in enumerate(reduced.items(), start=1):
             bad = [rank for rank, row in enumerate(by_rank) if metric.finite and not math.isfinite(row[column])]
@@ -395,7 +402,7 @@ def to_json(value: Any, name: str = "result") -> Any:
         return [to_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "tolist"):  # numpy's scalars and arrays, torch's tensors
+    with contextlib.suppress(Exception):  # numpy's scalars and arrays, torch's tensors
         return to_json(value.tolist(), name)
     log.warning("%s is a %s, which JSON does not know; it is written as text", name, type(value).__name__)
     return str(value)

@@ -25,6 +25,8 @@ class Console:
                 # A terminal that cannot show a character must not end a job.
                 stream.reconfigure(errors="backslashreplace")
         self.as_json = as_json
+        self.job_started = False
+        """From then on an error is the job's, not the user's."""
         self._stdout = sys.stdout
         self.stream = sys.stderr if as_json else sys.stdout
 

@@ -44,12 +44,13 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
     began = time.monotonic()
     # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
     processes.adopt_orphans()
+    display = _Display(run_dir, console, total_steps)
     before = processes.children()
     process: Any = None
-    display = _Display(run_dir, console, total_steps)
     try:
         with interrupts.held():
             process = executor.submit(spec, cluster, owned=True)._process
+            console.job_started = True
         while process.poll() is None:
             display.update()
             time.sleep(POLL_S)
@@ -105,7 +106,9 @@ def _report_failure(
             "error": f"the supervisor ended with code {code} and left no result (log: {log})",
             "traceback": _tail(log),
         }
-        write_json(run_dir.result, record)
+        if not run_dir.result.exists():
+            with contextlib.suppress(OSError):
+                write_json(run_dir.result, record)
     error = JobFailed(record["error"], record.get("traceback", ""))
     if error.traceback:
         print(error.traceback.rstrip(), file=sys.stderr)
@@ -185,6 +188,10 @@ class _Display:
             and os.environ.get("TERM") != "dumb"
             and os.get_terminal_size(console.stream.fileno()).columns > 0
         )
+        if self.on_terminal:
+            from tqdm import tqdm
+
+            tqdm.get_lock()  # may start a process of its own, which is none of the job's
 
     def update(self, ended: bool = False) -> None:
         for line in self.supervisor.lines():

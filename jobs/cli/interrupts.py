@@ -59,6 +59,6 @@ def ignore() -> None:
 
 def as_python_does() -> None:
     """Ctrl-C is KeyboardInterrupt again and the others end the process: what a debugger and a bare script expect."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)

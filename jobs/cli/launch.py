@@ -17,8 +17,8 @@ from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
-from jobs.errors import JobFailed
-from jobs.records import RunDirectory, write_json
+from jobs.errors import JobFailed, SubmissionError
+from jobs.records import RunDirectory, default_run_dir, write_json
 from jobs.spec import JobSpec
 from jobs.topology import mesh_table
 from workloads.base import WorkloadConfig
@@ -41,8 +41,9 @@ def run(given: Options, console: Console) -> int:
         return 0
     if spec.executor == "slurm":
         executor.check_slurm()
+    existed = spec.run_dir.exists()
     run_dir = RunDirectory.create(spec.run_dir)
-    with _removed_unless_started(run_dir):
+    with _removed_on(BaseException, run_dir, existed):
         run_dir.describe(spec)
         resolved.entry.call("prepare", resolved.config, run_dir.data)
     for line in resolved.announcements:
@@ -56,7 +57,7 @@ def run(given: Options, console: Console) -> int:
         from jobs.cli import follow
 
         return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
-    with _removed_unless_started(run_dir):
+    with interrupts.held(), _removed_on(SubmissionError, run_dir, existed):
         job = executor.submit(spec, resolved.cluster, owned=False)
     console.say(f"submitted job {job.job_id}")
     console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
@@ -69,13 +70,21 @@ def _total_steps(config: WorkloadConfig) -> int | None:
 
 
 @contextlib.contextmanager
-def _removed_unless_started(run_dir: RunDirectory) -> Iterator[None]:
-    """A run directory in which nothing was started does not stay behind: the corrected line can name it again."""
+def _removed_on(error: type[BaseException], run_dir: RunDirectory, existed: bool) -> Iterator[None]:
+    """A run directory in which nothing was started does not stay behind: the corrected line can name it again.
+
+    Args:
+        error: what shows that nothing was started.
+        run_dir: what was made.
+        existed: it was there before, empty, and stays so.
+    """
     try:
         yield
-    except BaseException:
+    except error:
         shutil.rmtree(run_dir.path, ignore_errors=True)
-        if run_dir.path.parent.name == "runs":
+        if existed:
+            run_dir.path.mkdir()
+        elif run_dir.path.parent == default_run_dir("x").parent:
             with contextlib.suppress(OSError):  # not empty: other runs are there
                 run_dir.path.parent.rmdir()
         raise

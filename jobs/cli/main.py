@@ -43,6 +43,8 @@ def _run(argv: Sequence[str], console: Console) -> int:
     except BrokenPipeError:
         raise
     except (*USER_ERRORS, OSError) as mistake:
+        if console.job_started:
+            raise
         line = str(mistake)
         if isinstance(mistake, OSError):  # a path that cannot be looked at; whoever knew a better line has said it
             line = f"{mistake.filename or 'the current directory'}: {mistake.strerror or mistake}; give another path"

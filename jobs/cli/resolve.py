@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def resolve(given: Options) -> Resolved:
     mesh = entry.mesh_spec(config, resources.shape)
     entry.call("validate", config, resources.shape)
     if workload not in registry.BUILT_IN:
-        entry.hook("run")  # a misspelt name is said now, not by every rank
+        _check_run(entry)
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
     if which in ("local", "debug"):
@@ -109,6 +111,19 @@ def _check_given(given: Options) -> None:
         if getattr(given, flag) == "":
             name = flag.replace("_", "-")
             raise CommandLineError(f"--{name} '': is empty (an unset shell variable?); give a value or leave it out")
+
+
+def _check_run(entry: WorkloadEntry) -> None:
+    """A misspelt `run` is said now, not by every rank; what it imports may be on the compute nodes only."""
+    if not isinstance(entry.run, str):
+        return
+    module, _, attribute = entry.run.partition(":")
+    try:
+        there = module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        there = False
+    if not there or (module in sys.modules and not hasattr(sys.modules[module], attribute)):
+        raise WorkloadError(f"workload {entry.name}: run='{entry.run}' cannot be found")
 
 
 def _plain(workload: str, config: WorkloadConfig) -> dict[str, Any]:

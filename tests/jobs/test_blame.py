@@ -81,6 +81,9 @@ LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection cl
         (DistBackendError("NCCL communicator was aborted on rank 1"), "lost_peer"),
         (DistBackendError("invalid usage"), "error"),
         (DistNetworkError("anything"), "lost_peer"),
+        (RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error ... out of memory"), "error"),
+        (RuntimeError("[c10d] NCCL error: remote process exited or there was a network error"), "lost_peer"),
+        (RuntimeError("watchdog: loss diverged"), "error"),
         (ConnectionResetError("Connection reset by peer"), "error"),  # some server's, not a rank's
         (ValueError("Connection closed by peer"), "error"),
         (SystemExit(3), "exit"),

@@ -246,6 +246,21 @@ def test_ctrl_c_while_the_job_is_starting(typed: Submit) -> None:
     line.assert_nothing_left()
 
 
+def test_ctrl_c_while_the_data_is_prepared_leaves_nothing(typed: Submit, tmp_path: Path) -> None:
+    text = Path(__file__).with_name("sample_workload.py").read_text()
+    slow = "def slow(config, directory):\n    Path('preparing').touch()\n    try:\n        time.sleep(600)\n"
+    slow += "    except Exception:\n        pass\n"
+    (tmp_path / "mine.py").write_text(
+        text.replace("ENTRY =", slow + "\n\nENTRY =").replace("run=run", "run=run, prepare=slow")
+    )
+    line = typed("mine:ENTRY")
+    wait_until(lambda: (tmp_path / "preparing").exists(), "the preparation")
+    line.process.send_signal(signal.SIGTERM)
+    code, _, err = line.finish(20)
+    assert (code, err) == (130, "meshrun: error: interrupted\n")
+    assert not line.run_dir.exists()
+
+
 @pytest.mark.parametrize("milliseconds", [0, 30, 60, 100, 150, 200, 300, 400])
 def test_ctrl_c_at_any_moment_is_one_line_at_most(typed: Submit, milliseconds: int) -> None:
     line = typed("mine:ENTRY", *TWO, *ENDLESS)

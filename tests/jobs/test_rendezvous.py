@@ -253,7 +253,7 @@ def test_addresses_of_interfaces() -> None:
     assert own_address(info(0, ["a"]), None) == "127.0.0.1"
     assert gloo_interface(info(0, ["a"]), None) == "lo"
     assert gloo_interface(info(0, ["a"]), "ib0") == "ib0"
-    with pytest.raises(RendezvousError, match=r"interface 'nothere0' has no IPv4 address on a \(it has: .*lo"):
+    with pytest.raises(TopologyError, match=r"interface 'nothere0' has no IPv4 address on a \(it has: .*lo"):
         own_address(info(0, ["a"]), "nothere0")
 
 

@@ -381,3 +381,28 @@ def test_describe_lists_every_setting_flat_and_in_order() -> None:
 )
 def test_type_names_are_a_users_words(annotation: Any, name: str) -> None:
     assert type_name(annotation) == name
+
+
+class Optional(WorkloadConfig):
+    model: Model | None = None
+    """A group that may be left out."""
+
+
+def test_a_group_that_may_be_left_out() -> None:
+    def config(text: str, *words: str) -> Optional:
+        return build(Optional, load_yaml(text, "exp.yaml"), parse_overrides(words))[0]
+
+    assert config("model: null\n") == Optional(model=None)
+    assert config("model: {dim: 3}\n", "model=null") == Optional(model=None)
+    assert config("model: null\n", "model.dim=3") == Optional(model=Model(dim=3))
+    assert config("", "model=7b") == Optional(model=Model(preset="7b"))
+
+
+def test_a_preset_by_its_own_name_replaces_the_files_group_as_the_groups_name_does() -> None:
+    document = load_yaml("model: {preset: small, dim: 8}\n", "exp.yaml")
+    config, notices = build(Config, document, parse_overrides(["model.preset=7b"]))
+    assert config.model == Model(preset="7b")
+    assert len(notices) == 1
+    assert "model.dim" in notices[0]
+    with pytest.raises(SettingsError, match="both given"):
+        build(Config, document, parse_overrides(["model.preset=7b", "model=small"]))
