@@ -48,10 +48,8 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
     if spec.executor == "debug":
         return Submission({}, "one rank in this process", env)
     folder = RunDirectory(spec.run_dir).submitit
-    command = shlex.join([sys.executable, "-u", str(ENTRY), str(folder)])
-    return Submission(
-        {"nodes": spec.resources.nodes, "tasks_per_node": spec.resources.gpus_per_node, **_time(spec)}, command, env
-    )
+    shape = {"nodes": spec.resources.nodes, "tasks_per_node": spec.resources.gpus_per_node}
+    return Submission({**shape, **_time(spec)}, shlex.join(_entry_command(folder)), env)
 
 
 def slurm_parameters(spec: JobSpec, cluster: ClusterConfig, env: dict[str, str]) -> dict[str, Any]:
@@ -90,8 +88,9 @@ def _time(spec: JobSpec) -> dict[str, int]:
     return {} if spec.resources.time_min is None else {"timeout_min": spec.resources.time_min}
 
 
-def _slurm_command(folder: Path) -> str:
-    return shlex.join([sys.executable, "-u", str(ENTRY), str(folder)])
+def _entry_command(folder: Path) -> list[str]:
+    """What starts a process of the job: the supervisor of a local one, each task of a Slurm one."""
+    return [sys.executable, "-u", str(ENTRY), str(folder)]
 
 
 def _sbatch_text(spec: JobSpec, parameters: dict[str, Any]) -> str:
@@ -101,7 +100,7 @@ def _sbatch_text(spec: JobSpec, parameters: dict[str, Any]) -> str:
     folder = RunDirectory(spec.run_dir).submitit
     # Left to itself submitit asks for 5 minutes and a wckey; a job that does not say gets what its partition gives.
     return _make_sbatch_string(
-        command=_slurm_command(folder), folder=folder, **{"time": None, "wckey": None, **parameters}
+        command=shlex.join(_entry_command(folder)), folder=folder, **{"time": None, "wckey": None, **parameters}
     )
 
 
@@ -142,7 +141,8 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
     if spec.executor == "local":
         from jobs.local import LocalExecutor, Supervisor
 
-        local = LocalExecutor(run.submitit, run.attempt(0).supervisor_log, owned, submission.env)
+        command = _entry_command(run.submitit)
+        local = LocalExecutor(run.submitit, command, run.attempt(0).supervisor_log, owned, submission.env)
         local.update_parameters(**({"timeout_min": spec.resources.time_min} if spec.resources.time_min else {}))
         return local.submit(Supervisor(job))
     assert spec.executor == "slurm"
@@ -156,7 +156,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
 
         @property
         def _submitit_command_str(self) -> str:
-            return _slurm_command(self.folder)
+            return shlex.join(_entry_command(self.folder))
 
         def _make_submission_file_text(self, command: str, uid: str) -> str:
             return submission.text

@@ -68,20 +68,18 @@ class LocalExecutor(submitit_local.LocalExecutor):
 
     Args:
         folder: for submitit's files.
+        command: what starts the supervisor.
         log_file: the supervisor's stdout and stderr.
         owned: whether the job ends with this process (a waiting command line), whatever ends that.
         env: variables for the supervisor and so for every rank.
     """
 
-    def __init__(self, folder: Path, log_file: Path, owned: bool, env: dict[str, str]) -> None:
-        super().__init__(folder, python=sys.executable)
+    def __init__(self, folder: Path, command: list[str], log_file: Path, owned: bool, env: dict[str, str]) -> None:
+        super().__init__(folder)
+        self.command = command
         self.log_file = log_file
         self.owned = owned
         self.env = env
-
-    def command(self) -> list[str]:
-        """What is started."""
-        return [self.python, "-u", str(Path(__file__).with_name("entry.py")), str(self.folder)]
 
     def _submit_command(self, command: str) -> submitit_local.LocalJob[Any]:
         env = {**os.environ, **self.env, "SUBMITIT_EXECUTOR": "local"}
@@ -94,7 +92,7 @@ class LocalExecutor(submitit_local.LocalExecutor):
         with self.log_file.open("ab") as output:
             # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.
             process = subprocess.Popen(
-                self.command(),
+                self.command,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
