@@ -33,16 +33,36 @@ class ClusterConfig(StrictModel):
     """Slurm account."""
     qos: str | None = None
     """Slurm quality of service."""
+    max_nodes: int | None = Field(default=None, ge=1)
+    """The most hosts that a job may ask for here."""
+    max_gpus_per_node: int | None = Field(default=None, ge=1)
+    """GPUs on each host: the most that a job may ask for."""
+    max_time: str | None = None
+    """The longest time limit that a job may ask for, written as `time`."""
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How GPUs are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster of CPUs)."""
+    gpu_type: str | None = None
+    """The GPUs' type in the request, as in --gpus-per-node=h100:8."""
     cpus_per_gpu: int | None = Field(default=None, ge=1)
     """CPU cores for each rank."""
     mem_gb_per_gpu: float | None = Field(default=None, gt=0)
     """Memory in GB for each rank."""
+    sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
+    """More sbatch options by their long names; true = the bare flag, false = without it."""
+    srun_args: list[str] = Field(default_factory=list)
+    """More arguments of srun, each one word."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines before the ranks start (slurm)."""
+    """Shell lines on the first host before the ranks start (slurm)."""
+    python: str | None = None
+    """The Python that ranks run (slurm), where it is not the submitting one: in a container, say."""
+    command_prefix: list[str] = Field(default_factory=list)
+    """Words before that Python (slurm), such as apptainer exec --nv image.sif."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables for every rank."""
     interface: str | None = None
     """Network interface for rendezvous and gloo."""
+    rendezvous_ports: str | None = None
+    """Ports that rank 0 may listen on, such as 29500-29599; none = whichever is free."""
     threads_per_rank: int = Field(default=1, ge=1)
     """CPU threads of each rank's tensor operations."""
     rendezvous_timeout_s: float = Field(default=300, gt=0)

@@ -63,6 +63,10 @@ class JobSpec(StrictModel):
     """Seconds that one collective operation may wait for its peers."""
     interface: str | None = None
     """Network interface for rendezvous and gloo; none = the one that leads to the other hosts."""
+    rendezvous_ports: tuple[int, int] | None = None
+    """First and last port that rank 0 may listen on; none = whichever is free."""
+    sbatch: dict[str, str | bool] = Field(default_factory=dict)
+    """More sbatch options by their long names; true = the bare flag, false = without it."""
 
     @property
     def name(self) -> str:
