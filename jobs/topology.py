@@ -13,6 +13,7 @@ permuting the mesh instead gives wrong gathered weights under right losses.)
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ class RankInfo:
     host: str
     """What tells hosts apart: the scheduler's name of this node."""
     job_id: str
+    step_id: str = ""
+    """The scheduler's number of this step of the job; "" where a job has no steps."""
     attempt: int = 0
     """0 at first, one more after each requeue or restart."""
     node_rank: int | None = None
@@ -52,6 +55,14 @@ class RankInfo:
     master_addr: str | None = None
     """Where a store already waits (torchrun); otherwise rank 0 opens one."""
     master_port: int | None = None
+    network_peer: str | None = None
+    """An address on the cluster's own network, as the scheduler uses it: the way there leads to the other hosts too.
+    Never a loopback one."""
+
+    @property
+    def identity(self) -> str:
+        """What no other job, step or attempt shares, and all ranks of this one do: `123.0-1`."""
+        return f"{self.job_id}{self.step_id and '.' + self.step_id}-{self.attempt}"
 
     @staticmethod
     def from_env(env: Mapping[str, str]) -> RankInfo:
@@ -138,9 +149,11 @@ def _from_slurm(env: Mapping[str, str]) -> RankInfo:
             # Several slurmd may share one host's name; SLURMD_NODENAME tells them apart.
             host=_text(env, "SLURMD_NODENAME"),
             job_id=_text(env, "SLURM_JOB_ID"),
+            step_id=_text(env, "SLURM_STEP_ID"),
             attempt=_int(env, "SLURM_RESTART_COUNT", default=0),
             node_rank=_int(env, "SLURM_NODEID", default=0),
             expected_hosts=expected,
+            network_peer=_peer(env.get("SLURM_LAUNCH_NODE_IPADDR", "")),
         )
     )
 
@@ -175,6 +188,16 @@ def _checked(info: RankInfo) -> RankInfo:
             "the launcher's variables contradict themselves"
         )
     return info
+
+
+def _peer(text: str) -> str | None:
+    """The address, if it is one that another host can be reached by."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    plain = getattr(address, "ipv4_mapped", None) or address
+    return None if plain.is_loopback or plain.is_unspecified or plain.is_multicast else str(plain)
 
 
 def _text(env: Mapping[str, str], name: str) -> str:

@@ -52,9 +52,11 @@ def test_a_recorded_slurm_step_of_two_hosts() -> None:
         local_world_size=4,
         host="node1",
         job_id="332197",
+        step_id=RECORDED[5]["SLURM_STEP_ID"],
         attempt=0,
         node_rank=1,
         expected_hosts=("node0",) * 4 + ("node1",) * 4,
+        network_peer=RECORDED[5].get("SLURM_LAUNCH_NODE_IPADDR"),
     )
     assert [info.rank for info in infos] == list(range(8))
     assert all(info.host == info.expected_hosts[info.rank] for info in infos)
@@ -62,6 +64,32 @@ def test_a_recorded_slurm_step_of_two_hosts() -> None:
 
 def test_a_requeued_step_is_another_attempt() -> None:
     assert RankInfo.from_env(RECORDED[0] | {"SLURM_RESTART_COUNT": "2"}).attempt == 2
+
+
+def test_two_steps_of_a_job_and_two_attempts_of_a_step_have_different_identities() -> None:
+    names = {
+        RankInfo.from_env(RECORDED[0] | {"SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": attempt}).identity
+        for step in ("0", "1")
+        for attempt in ("0", "1")
+    }
+    assert names == {"332197.0-0", "332197.0-1", "332197.1-0", "332197.1-1"}
+    assert RankInfo.from_env(TORCHRUN).identity == "abc-2"
+
+
+@pytest.mark.parametrize(
+    ("address", "peer"),
+    [
+        ("10.77.0.1", "10.77.0.1"),
+        ("127.0.0.1", None),
+        ("0.0.0.0", None),
+        ("::1", None),
+        ("::ffff:127.0.0.1", None),
+        ("node0", None),
+        ("", None),
+    ],
+)
+def test_the_launchers_address_is_a_peer_unless_it_leads_nowhere(address: str, peer: str | None) -> None:
+    assert RankInfo.from_env(RECORDED[0] | {"SLURM_LAUNCH_NODE_IPADDR": address}).network_peer == peer
 
 
 def test_a_step_on_part_of_a_job_goes_by_the_steps_variables() -> None:
