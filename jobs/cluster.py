@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from jobs import sbatch
 from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
-from jobs.spec import ExecutorName, parse_minutes
+from jobs.spec import ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 
 
@@ -70,7 +71,7 @@ class ClusterConfig(StrictModel):
     collective_timeout_s: float = Field(default=600, gt=0)
     """Seconds that one collective may wait for its peers."""
 
-    @field_validator("time", mode="before")
+    @field_validator("time", "max_time", mode="before")
     @classmethod
     def _time(cls, value: object) -> object:
         if isinstance(value, int) and not isinstance(value, bool):
@@ -79,7 +80,59 @@ class ClusterConfig(StrictModel):
             parse_minutes(value)
         return value
 
-    @field_validator("partition", "account", "qos", "interface")
+    @field_validator("rendezvous_ports", mode="before")
+    @classmethod
+    def _ports(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # one port
+        if isinstance(value, str):
+            parse_ports(value)
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _sbatch(cls, value: dict[str, str | int | bool | None]) -> dict[str, str | int | bool | None]:
+        for name, given in value.items():
+            mistake = sbatch.option_mistake(name, given)
+            if mistake:
+                raise ValueError(f"'{name}': {mistake}")
+        return value
+
+    @field_validator("srun_args", "command_prefix")
+    @classmethod
+    def _words(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if not word or any(not c.isprintable() for c in word):
+                raise ValueError(f"{word!r} is empty or holds a line break; write one word an entry")
+        return value
+
+    @field_validator("srun_args")
+    @classmethod
+    def _srun_args(cls, value: list[str]) -> list[str]:
+        for word in value:
+            name = word.partition("=")[0]
+            if not word.startswith("-"):
+                raise ValueError(f"'{word}' is no option; write the option and its value as one word: --name=value")
+            if name in sbatch.SRUN_OWNED:
+                raise ValueError(f"'{word}': srun's {name} is part of the job; use {sbatch.SRUN_OWNED[name]}")
+        return value
+
+    @field_validator("setup")
+    @classmethod
+    def _setup(cls, value: list[str]) -> list[str]:
+        for line in value:
+            if "\0" in line or line.lstrip().startswith("#SBATCH"):
+                raise ValueError("setup holds shell lines; options of sbatch go under sbatch:")
+        return value
+
+    @field_validator("python")
+    @classmethod
+    def _python(cls, value: str | None) -> str | None:
+        if value is not None and (not value or any(not c.isprintable() for c in value)):
+            raise ValueError("must be the path of a Python, or its name on the ranks' PATH")
+        return value
+
+    @field_validator("partition", "account", "qos", "interface", "gpu_type")
     @classmethod
     def _name(cls, value: str | None) -> str | None:
         mistake = name_mistake(value) if value is not None else None

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs import sbatch
 from jobs.cluster import ClusterConfig
 from jobs.errors import JobFailed, SubmissionError
 from jobs.records import RunDirectory
 from jobs.spec import JobSpec
-
-ENTRY = Path(__file__).with_name("entry.py")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Submission:
     """What is handed to submitit, and what that comes to."""
 
     parameters: dict[str, Any]
-    """For submitit's executor."""
+    """What the scheduler is asked for."""
     text: str
     """The batch script (slurm), or the command (local, debug)."""
     env: dict[str, str]
@@ -43,8 +44,7 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
     """The submission of a job: pure, so that `--dry-run` prints exactly what would happen."""
     env = rank_env(spec)
     if spec.executor == "slurm":
-        parameters = slurm_parameters(spec, cluster, env)
-        return Submission(parameters, _sbatch_text(spec, parameters), env)
+        return Submission(slurm_parameters(spec, cluster), sbatch.script(spec, cluster, env), env)
     if spec.executor == "debug":
         return Submission({}, "one rank in this process", env)
     folder = RunDirectory(spec.run_dir).submitit
@@ -52,36 +52,10 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
     return Submission({**shape, **_time(spec)}, shlex.join(_entry_command(folder)), env)
 
 
-def slurm_parameters(spec: JobSpec, cluster: ClusterConfig, env: dict[str, str]) -> dict[str, Any]:
-    """submitit's parameters for a Slurm job, in sbatch's own names."""
-    resources = spec.resources
-    parameters: dict[str, Any] = {
-        "job_name": spec.name,
-        "nodes": resources.nodes,
-        "ntasks_per_node": resources.gpus_per_node,
-        "gpus_per_node": resources.gpus_per_node,
-        "stderr_to_stdout": True,
-        # A TP group of consecutive ranks must lie within a host, whatever SLURM_DISTRIBUTION is inherited.
-        # One dead rank ends all. srun does not inherit --cpus-per-task since 22.05.
-        "srun_args": ["--distribution=block", "--kill-on-bad-exit=1", "--export=ALL"],
-        "additional_parameters": {"distribution": "block", "requeue": True, "export": "ALL"},
-        "setup": [
-            *cluster.setup,
-            *(f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())),
-        ],
-    }
-    if resources.time_min is not None:
-        parameters["time"] = resources.time_min
-    for name in ("partition", "account", "qos"):
-        value = getattr(resources, name)
-        if value is not None:
-            parameters[name] = value
-    if resources.cpus_per_gpu is not None:
-        parameters["cpus_per_task"] = resources.cpus_per_gpu
-        parameters["srun_args"].append(f"--cpus-per-task={resources.cpus_per_gpu}")
-    if resources.mem_gb_per_gpu is not None:
-        parameters["mem"] = f"{math.ceil(resources.mem_gb_per_gpu * resources.gpus_per_node * 1024)}M"
-    return parameters
+def slurm_parameters(spec: JobSpec, cluster: ClusterConfig) -> dict[str, Any]:
+    """What the script asks of sbatch and of srun."""
+    given = sbatch.options(spec, cluster)
+    return {"sbatch": given, "srun": sbatch.srun_arguments(spec, cluster, given), "setup": cluster.setup}
 
 
 def _time(spec: JobSpec) -> dict[str, int]:
@@ -89,26 +63,22 @@ def _time(spec: JobSpec) -> dict[str, int]:
 
 
 def _entry_command(folder: Path) -> list[str]:
-    """What starts a process of the job: the supervisor of a local one, each task of a Slurm one."""
-    return [sys.executable, "-u", str(ENTRY), str(folder)]
+    """What starts the supervisor of a local job."""
+    return [sys.executable, "-u", str(sbatch.ENTRY), str(folder)]
 
 
-def _sbatch_text(spec: JobSpec, parameters: dict[str, Any]) -> str:
-    # submitit's own renderer, private but the only one; its version is bounded in pyproject.toml.
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    folder = RunDirectory(spec.run_dir).submitit
-    # Left to itself submitit asks for 5 minutes and a wckey; a job that does not say gets what its partition gives.
-    return _make_sbatch_string(
-        command=shlex.join(_entry_command(folder)), folder=folder, **{"time": None, "wckey": None, **parameters}
-    )
+ANSWER_WITHIN_S = 60
+"""Seconds that sbatch gets to answer; a busy controller may take some."""
 
 
-def check_slurm() -> None:
-    """Refuses a Slurm job where there is no Slurm, before anything is written.
+def check_slurm(submission: Submission) -> str:
+    """Asks Slurm whether it would take the job, before anything is written.
+
+    Returns:
+        Slurm's own words on when and where it would start; may be empty.
 
     Raises:
-        SubmissionError: sbatch or srun is not on the PATH.
+        SubmissionError: sbatch or srun is not on the PATH, or sbatch would refuse the job, in its own words.
     """
     missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     if missing:
@@ -116,6 +86,39 @@ def check_slurm() -> None:
             f"--executor slurm: {' and '.join(missing)} not found on PATH; submit from a login node, "
             "or use --executor local"
         )
+    try:
+        answer = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=submission.text,
+            env=sbatch.clean(os.environ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_WITHIN_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise SubmissionError(
+            f"`sbatch --test-only` has not answered within {ANSWER_WITHIN_S} s; nothing is queued; try again, "
+            "or ask `sinfo` whether Slurm is up"
+        ) from None
+    words = "; ".join(line.strip() for line in (answer.stderr + answer.stdout).splitlines() if line.strip())
+    if answer.returncode:
+        raise SubmissionError(f"sbatch would refuse the job: {words or f'exit code {answer.returncode}'}")
+    return words
+
+
+@contextlib.contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Inside, this process's environment is what a job may be submitted from; submitit's sbatch inherits it."""
+    before = dict(os.environ)
+    kept = sbatch.clean(before)
+    for name in set(before) - set(kept):
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
@@ -154,18 +157,17 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
         def name(cls) -> str:
             return "slurm"
 
-        @property
-        def _submitit_command_str(self) -> str:
-            return shlex.join(_entry_command(self.folder))
-
         def _make_submission_file_text(self, command: str, uid: str) -> str:
             return submission.text
 
-    with warnings.catch_warnings():
+    # The logs' directory is there before the job is: Slurm would end it without a word.
+    run.attempt(0).make()
+    with warnings.catch_warnings(), _clean_environment():
         warnings.simplefilter("ignore")
         try:
             executor = _Executor(run.submitit)
-            executor.update_parameters(**submission.parameters)
+            resources = spec.resources
+            executor.update_parameters(nodes=resources.nodes, ntasks_per_node=resources.gpus_per_node)
             return executor.submit(job)
         except FailedJobError as error:
             words = " ".join(str(error).split())

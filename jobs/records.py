@@ -6,6 +6,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
     metrics.jsonl       one line a step, from rank 0
     result.json         how the whole run ended
     data/ export/ checkpoints/
+    slurm.log           Slurm's own words, and what the site's set-up printed
     submitit/           submitit's pickles and the rendered submission
     attempt-0/          what one incarnation alone wrote
         rendezvous.json     where rank 0's store listens
@@ -134,6 +135,10 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         return self.path / "data"
+
+    @property
+    def slurm_log(self) -> Path:
+        return self.path / "slurm.log"
 
     @property
     def submitit(self) -> Path:

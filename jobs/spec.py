@@ -65,12 +65,14 @@ class JobSpec(StrictModel):
     """Network interface for rendezvous and gloo; none = the one that leads to the other hosts."""
     rendezvous_ports: tuple[int, int] | None = None
     """First and last port that rank 0 may listen on; none = whichever is free."""
+    job_name: str | None = None
+    """The name in the scheduler's queue; none = the workload's."""
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
     """More sbatch options by their long names; true = the bare flag, false = without it."""
 
     @property
     def name(self) -> str:
-        """A short name for the scheduler's queue: the workload's, without its package."""
+        """The workload's name, short and without its package."""
         return re.sub(r"[^\w.-]", "-", self.workload.partition(":")[0].rpartition(".")[2])
 
     @field_validator("run_dir")
@@ -78,6 +80,19 @@ class JobSpec(StrictModel):
     def _absolute(cls, value: Path) -> Path:
         assert value.is_absolute()
         return value
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """`29500-29599` or `29500` -> the first and the last port.
+
+    Raises:
+        ValueError: any other text, or ports that are none.
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text.strip())
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1024 <= first <= last <= 65535:
+        raise ValueError("ports are FIRST-LAST, from 1024 to 65535, such as 29500-29599")
+    return first, last
 
 
 def parse_minutes(text: str) -> int:

@@ -9,6 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 
 import yaml
 
@@ -40,7 +41,8 @@ def run(given: Options, console: Console) -> int:
         _dry_run(resolved, console)
         return 0
     if spec.executor == "slurm":
-        executor.check_slurm()
+        words = executor.check_slurm(executor.render(spec, resolved.cluster))
+        resolved = replace(resolved, announcements=(*resolved.announcements, *([words] if words else [])))
     existed = spec.run_dir.exists()
     run_dir = RunDirectory.create(spec.run_dir)
     with _removed_on(BaseException, run_dir, existed):

@@ -45,6 +45,8 @@ class Options:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    job_name: str | None = None
+    sbatch: list[str] = field(default_factory=list)
     threads_per_rank: str | None = None
     env: list[str] = field(default_factory=list)
     run_dir: str | None = None
@@ -102,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     one("--partition", "NAME", "Slurm partition")
     one("--account", "NAME", "Slurm account")
     one("--qos", "NAME", "Slurm quality of service")
+    one("--job-name", "NAME", "the job's name in Slurm's queue (default: the workload's)")
+    switch(
+        "--sbatch",
+        "any other option of sbatch by its long name, such as mail-user=me@site or exclusive; may be repeated",
+        metavar="KEY[=VALUE]",
+        action="append",
+        default=[],
+    )
     one("--threads-per-rank", "T", "CPU threads of each rank's tensor operations (default: the cluster config's)")
     switch(
         "--env",

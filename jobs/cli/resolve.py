@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from jobs import machine, settings
+from jobs import machine, sbatch, settings
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, name_mistake
-from jobs.errors import CommandLineError, ResourceError, did_you_mean
+from jobs.errors import CommandLineError, ResourceError, RunDirectoryError, did_you_mean
 from jobs.records import RunDirectory, default_run_dir
-from jobs.spec import JobSpec, ResourceSpec, parse_minutes
+from jobs.spec import JobSpec, ResourceSpec, parse_minutes, parse_ports
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 
@@ -64,9 +65,10 @@ def resolve(given: Options) -> Resolved:
         error=CommandLineError,
         spell={"nodes": "--nodes ", "gpus_per_node": "--gpus-per-node ", "threads_per_rank": "--threads-per-rank "},
     )
-    resources = _resources(given, flags, cluster, which)
-    if which == "slurm" and given.wait:
-        raise CommandLineError("--wait: following a Slurm job is not there yet; submit without it and use squeue")
+    found, said = _from_environment(os.environ) if which == "slurm" else ({}, [])
+    resources = _resources(given, flags, cluster, which, found)
+    _check_limits(given, cluster, cluster_path, resources)
+    options = _sbatch_options(given, cluster, which, found)
 
     import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
     entry = registry.load(workload, import_path)
@@ -85,10 +87,13 @@ def resolve(given: Options) -> Resolved:
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
     if which in ("local", "debug"):
         announcements.append(_fit_this_box(workload, entry, config, resources))
+    announcements += said
     if which == "local":
         announcements += _only_for_slurm(cluster)
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     RunDirectory.check(run_dir)
+    if which == "slurm" and (mistake := sbatch.path_mistake(run_dir)):
+        raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
     spec = JobSpec(
         workload=workload,
         settings=_plain(workload, config),
@@ -102,6 +107,9 @@ def resolve(given: Options) -> Resolved:
         rendezvous_timeout_s=cluster.rendezvous_timeout_s,
         collective_timeout_s=cluster.collective_timeout_s,
         interface=cluster.interface,
+        rendezvous_ports=parse_ports(cluster.rendezvous_ports) if cluster.rendezvous_ports is not None else None,
+        job_name=given.job_name,
+        sbatch=options,
     )
     return Resolved(spec, cluster, entry, config, mesh, tuple(announcements))
 
@@ -145,12 +153,90 @@ def _plain(workload: str, config: WorkloadConfig) -> dict[str, Any]:
 
 def _only_for_slurm(cluster: ClusterConfig) -> list[str]:
     """Says which of a cluster config's keys a local job does without."""
-    names = ("setup", "partition", "account", "qos", "cpus_per_gpu", "mem_gb_per_gpu")
+    names = (
+        *("setup", "partition", "account", "qos", "cpus_per_gpu", "mem_gb_per_gpu"),
+        *("gpu_type", "sbatch", "srun_args", "python", "command_prefix"),
+    )
     unused = [name for name in names if getattr(cluster, name)]
     return [f"the cluster config's {', '.join(unused)}: for Slurm only, not used here"] if unused else []
 
 
-def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str) -> ResourceSpec:
+def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What sbatch would take from the environment, by option, and a line on each that is used or is not."""
+    found, said = {}, []
+    for name, value in sorted(env.items()):
+        if not name.startswith("SBATCH_"):
+            continue
+        option = sbatch.FROM_ENVIRONMENT.get(name)
+        if option is None:
+            said.append(f"{name}={value} in your environment is not used; if it is meant, use --sbatch")
+        else:
+            found[option] = value
+            said.append(f"{option} {value}, from {name} in your environment, unless the line says otherwise")
+    return found, said
+
+
+def _sbatch_options(
+    given: Options, cluster: ClusterConfig, which: str, found: Mapping[str, str]
+) -> dict[str, str | bool]:
+    """The options of sbatch that are added: the line's win over the environment's, those over the config's."""
+    if which != "slurm":
+        for flag, value in (("--sbatch", " ".join(given.sbatch)), ("--job-name", given.job_name)):
+            if value:
+                raise CommandLineError(
+                    f"{flag} {value}: is for Slurm, and this job runs with --executor {which}; drop it"
+                )
+        return {}
+    if given.job_name is not None and (not given.job_name or any(not c.isprintable() for c in given.job_name)):
+        raise CommandLineError(f"--job-name {given.job_name!r}: is empty or holds a line break; give another name")
+    options: dict[str, str | bool] = {
+        name: configured if isinstance(configured, bool) else str(configured)
+        for name, configured in cluster.sbatch.items()
+        if configured is not None
+    }
+    for name, text in found.items():
+        if name not in ("partition", "account", "qos", "time"):
+            if mistake := sbatch.option_mistake(name, text):
+                raise CommandLineError(f"{name} '{text}' in the environment (SBATCH_{name.upper()}): {mistake}")
+            options[name] = text
+    seen: set[str] = set()
+    for word in given.sbatch:
+        name, equals, text = word.partition("=")
+        value: str | bool = text if equals else True
+        if mistake := sbatch.option_mistake(name, value):
+            raise CommandLineError(f"--sbatch {word!r}: {mistake}")
+        if name in seen:
+            raise CommandLineError(f"--sbatch {name} is given twice; keep one")
+        seen.add(name)
+        options[name] = value
+    if cluster.mem_gb_per_gpu is not None and (twice := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
+        raise CommandLineError(
+            f"--sbatch {sorted(twice)[0]}: the cluster config says mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g}; keep one"
+        )
+    return options
+
+
+def _check_limits(given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec) -> None:
+    """What a cluster's config allows, said before the scheduler is asked."""
+    at_most = f"{_shown(path)} allows at most"
+    if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
+        raise ResourceError(f"--nodes {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); take fewer")
+    if cluster.max_gpus_per_node is not None and resources.gpus_per_node > cluster.max_gpus_per_node:
+        raise ResourceError(
+            f"--gpus-per-node {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
+            "take fewer, and more --nodes"
+        )
+    if cluster.max_time is not None and resources.time_min is not None:
+        longest = parse_minutes(cluster.max_time)
+        if resources.time_min > longest:
+            raise ResourceError(
+                f"--time {given.time or cluster.time}: {at_most} {cluster.max_time} (max_time); ask for less"
+            )
+
+
+def _resources(
+    given: Options, flags: _Flags, cluster: ClusterConfig, which: str, found: Mapping[str, str]
+) -> ResourceSpec:
     if which == "debug":
         for flag, value in (("--nodes", flags.nodes), ("--gpus-per-node", flags.gpus_per_node)):
             if value not in (None, 1):
@@ -162,7 +248,7 @@ def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str
             if text is not None:
                 raise CommandLineError(f"{f'{flag} {text}'.strip()}: means nothing to --executor debug; leave it out")
         return ResourceSpec()
-    time = given.time if given.time is not None else cluster.time
+    time = given.time if given.time is not None else found.get("time", cluster.time)
     try:
         time_min = parse_minutes(time) if time is not None else None
     except ValueError as mistake:
@@ -172,9 +258,10 @@ def _resources(given: Options, flags: _Flags, cluster: ClusterConfig, which: str
         flag = getattr(given, name)
         if flag is not None and which != "slurm":
             raise CommandLineError(f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; drop it")
-        if flag is not None and (wrong := name_mistake(flag)):
-            raise CommandLineError(f"--{name} '{flag}': {wrong}")
-        named[name] = flag if flag is not None else getattr(cluster, name)
+        chosen = flag if flag is not None else found.get(name)
+        if chosen is not None and (wrong := name_mistake(chosen)):
+            raise CommandLineError(f"--{name} '{chosen}': {wrong}")
+        named[name] = chosen if chosen is not None else getattr(cluster, name)
     return ResourceSpec(
         nodes=flags.nodes or cluster.nodes,
         gpus_per_node=flags.gpus_per_node or cluster.gpus_per_node,

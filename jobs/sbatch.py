@@ -1,0 +1,233 @@
+"""A Slurm job as the batch script that a person would have written. Pure text; jobs/executor.py hands it in.
+
+Options, in order: what the job is, then what the user or the site added. Everything that came from a flag or a file is
+quoted for whoever reads it: sbatch reads the #SBATCH lines, bash the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.records import RunDirectory
+from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from jobs.cluster import ClusterConfig
+
+ENTRY = Path(__file__).with_name("entry.py")
+
+WARNING_S = 90
+"""Seconds before the time limit at which Slurm sends the ranks USR2, unless --sbatch signal=USR2@N says otherwise."""
+
+OWNED = {
+    **dict.fromkeys(("nodes", "ntasks"), "--nodes and --gpus-per-node"),
+    **dict.fromkeys(("ntasks-per-node", "gpus", "gpus-per-node", "gpus-per-task"), "--gpus-per-node"),
+    **dict.fromkeys(("ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket"), "--gpus-per-node"),
+    **{name: f"--{name}" for name in ("time", "partition", "account", "qos", "job-name")},
+    **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cpus_per_gpu in the cluster config"),
+    **dict.fromkeys(("output", "error", "open-mode", "input"), "--run-dir: logs lie in the run directory"),
+    "array": "one line a job: each has a run directory of its own",
+    "wait": "--wait",
+    "test-only": "--dry-run",
+    **dict.fromkeys(("wrap", "parsable", "quiet", "help", "usage", "version"), "nothing: it has no place in a job"),
+}
+"""sbatch options that the job decides, and what to use in their place."""
+
+SRUN_OWNED = {
+    **dict.fromkeys(("-N", "--nodes", "-n", "--ntasks", "--ntasks-per-node"), "--nodes and --gpus-per-node"),
+    **dict.fromkeys(("-o", "--output", "-e", "--error", "-i", "--input", "--open-mode"), "--run-dir"),
+    **dict.fromkeys(("-m", "--distribution"), "distribution under sbatch:"),
+    **dict.fromkeys(("-c", "--cpus-per-task"), "cpus_per_gpu"),
+    **dict.fromkeys(("-K", "--kill-on-bad-exit", "--export", "--multi-prog", "-W", "--wait"), "nothing: it is fixed"),
+}
+"""srun options that the job decides, and what to use in their place."""
+
+
+def option_mistake(name: str, value: object) -> str | None:
+    """Why an extra sbatch option cannot be given; None where it can."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        return "write sbatch's long option without its dashes, such as mail-user=me@site or exclusive"
+    if name in OWNED:
+        return f"sbatch's --{name} is part of the job; use {OWNED[name]}"
+    if isinstance(value, str) and any(not c.isprintable() for c in value):
+        return "its value holds a line break or another control character"
+    if name == "gres" and "gpu" in str(value):
+        return "GPUs are part of the job; use --gpus-per-node, and gpu_request: gres in the cluster config"
+    if name == "signal" and not re.fullmatch(r"USR2@[0-9]{1,5}", str(value)):
+        return "ranks listen to USR2 only; write signal=USR2@SECONDS"
+    if name == "distribution" and not re.match(r"(block|cyclic|plane=[0-9]+|arbitrary)\b", str(value)):
+        return "must start with block, cyclic, plane=SIZE or arbitrary"
+    return None
+
+
+def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
+    """sbatch's options by their long names, in the order of the script; True is a bare flag."""
+    resources, count = spec.resources, str(spec.resources.gpus_per_node)
+    asked = f"{cluster.gpu_type}:{count}" if cluster.gpu_type else count
+    gpus = {"gpus-per-node": asked} if cluster.gpu_request == "gpus-per-node" else {"gres": f"gpu:{asked}"}
+    wanted: dict[str, Any] = {
+        "job-name": spec.job_name or spec.name,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "time": resources.time_min,
+        "nodes": resources.nodes,
+        "ntasks-per-node": count,
+        **(gpus if cluster.gpu_request != "none" else {}),
+        "cpus-per-task": resources.cpus_per_gpu,
+        "mem": None
+        if resources.mem_gb_per_gpu is None
+        else f"{math.ceil(resources.mem_gb_per_gpu * resources.gpus_per_node * 1024)}M",
+        # A TP group of consecutive ranks lies within a host, whatever the site's default is.
+        "distribution": "block",
+        "export": "ALL",
+        "requeue": "no-requeue" not in spec.sbatch,
+        "signal": f"USR2@{WARNING_S}",
+    }
+    extra = dict(spec.sbatch)
+    if extra.get("requeue") is False:
+        extra["no-requeue"] = True
+    if "gres" in extra and "gres" in wanted:  # GPUs, and something else beside them
+        extra["gres"] = f"{wanted['gres']},{extra['gres']}"
+    wanted |= extra
+    # Logs come last: they are nobody's to change.
+    wanted |= {"open-mode": "append", "output": str(RunDirectory(spec.run_dir).slurm_log)}
+    return {
+        name: value if value is True else str(value)
+        for name, value in wanted.items()
+        if value is not None and value is not False
+    }
+
+
+def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, str | bool]) -> list[str]:
+    """srun's own arguments, but for its logs, which depend on the attempt."""
+    arguments = [
+        f"--distribution={given['distribution']}",
+        "--kill-on-bad-exit=1",  # else the others run to their time-out when one rank dies
+        "--export=ALL",  # else a job that was submitted with --export=NONE finds no bash
+    ]
+    if "cpus-per-task" in given:
+        arguments.append(f"--cpus-per-task={given['cpus-per-task']}")  # not inherited since Slurm 22.05
+    return [*arguments, *cluster.srun_args]
+
+
+def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
+    """What srun starts for every rank."""
+    folder = RunDirectory(spec.run_dir).submitit
+    return [*cluster.command_prefix, cluster.python or sys.executable, "-u", str(ENTRY), str(folder)]
+
+
+def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str:
+    """The whole batch script.
+
+    Args:
+        spec: the job.
+        cluster: its cluster.
+        env: variables of every rank.
+    """
+    given = options(spec, cluster)
+    lines = ["#!/bin/bash"]
+    lines += [
+        f"#SBATCH --{name}" + ("" if value is True else f"={_quoted(str(value))}") for name, value in given.items()
+    ]
+    if cluster.setup:
+        lines += ["", "# The site's set-up; a line that fails ends the job.", "set -e", *cluster.setup, "set +e"]
+    lines += ["", "# Every rank's environment."]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    if "cpus-per-task" in given:
+        lines.append(f"export SRUN_CPUS_PER_TASK={given['cpus-per-task']}")
+    lines += [
+        "",
+        "# A requeue starts the script again, as the next attempt.",
+        f"run={shlex.quote(str(spec.run_dir))}",
+        'attempt="$run/attempt-${SLURM_RESTART_COUNT:-0}"',
+        'mkdir -p "$attempt"',
+        "",
+        "# One rank a GPU; one that fails ends all.",
+        "export SUBMITIT_EXECUTOR=slurm",
+        "status=0",
+        _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
+        '    --open-mode=append --output="$attempt/rank-%t.log" --error="$attempt/rank-%t.log" \\',
+        f"    {shlex.join(rank_command(spec, cluster))} \\",
+        '    2>>"$attempt/srun.log" || status=$?',
+        "",
+        "# Who failed, and why, in one line here and in result.json.",
+        'if [ "$status" -ne 0 ]; then',
+        f'    {shlex.join([sys.executable, str(ENTRY)])} --ended "$run" "${{SLURM_RESTART_COUNT:-0}}" "$status"',
+        "fi",
+        'exit "$status"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    return words[0] + " \\\n" + "".join(f"    {shlex.quote(word)} \\\n" for word in words[1:])[:-1]
+
+
+def _quoted(value: str) -> str:
+    """For sbatch, which knows double quotes and in them the backslash, and expands nothing."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def path_mistake(path: Path) -> str | None:
+    """Why a run directory cannot be named to Slurm; None where it can."""
+    # In the names of its logs Slurm replaces what follows %, and a backslash switches that off.
+    bad = [c for c in str(path) if c in "%\\" or not c.isprintable()]
+    return f"holds {bad[0]!r}, which Slurm cannot have in the name of a log; give another directory" if bad else None
+
+
+INHERITED = (
+    "SLURM_",
+    "SBATCH_",
+    "SRUN_",
+    "SALLOC_",
+    "SLURMD_",
+    "MESHRUN_",
+    "SUBMITIT_",
+    "TORCHELASTIC_",
+    "PMI_",
+    "PMIX_",
+)
+OF_TORCHRUN = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
+DEVICES_OF_A_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG", "SLURM_TIME_FORMAT")
+"""How commands find their cluster; without SLURM_CONF they may find none."""
+
+
+def clean(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment to submit from: without what a surrounding job, step or launcher says of itself.
+
+    A job that is submitted from inside a job would inherit its array, its GPU count (srun then dies with "Step
+    requested GRES but job doesn't have GRES"), its rank. SBATCH_* variables would win over the script's lines: those
+    that say where a job runs were read when it was resolved, and are in the script.
+    """
+    in_a_job = "SLURM_JOB_ID" in env
+    return {
+        name: value
+        for name, value in env.items()
+        if name in OF_THE_SITE
+        or not (name.startswith(INHERITED) or name in OF_TORCHRUN or (in_a_job and name in DEVICES_OF_A_JOB))
+    }
+
+
+FROM_ENVIRONMENT = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_RESERVATION": "reservation",
+    "SBATCH_WCKEY": "wckey",
+}
+"""Variables of sbatch's own that people keep in their profile, and the option each stands for."""
