@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -15,6 +17,9 @@ from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
 from jobs.spec import ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
+
+_TEXT_OR_NUMBER: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
+"""For editors: what is text here may look like a number in YAML."""
 
 
 class ClusterConfig(StrictModel):
@@ -26,7 +31,7 @@ class ClusterConfig(StrictModel):
     """Hosts of a job that does not say."""
     gpus_per_node: int = Field(default=1, ge=1)
     """GPUs (ranks) on each host of a job that does not say."""
-    time: str | None = None
+    time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """Time limit as Slurm writes it: 90 (minutes), 12:30:00, 2-12."""
     partition: str | None = None
     """Slurm partition."""
@@ -38,7 +43,7 @@ class ClusterConfig(StrictModel):
     """The most hosts that a job may ask for here."""
     max_gpus_per_node: int | None = Field(default=None, ge=1)
     """GPUs on each host: the most that a job may ask for."""
-    max_time: str | None = None
+    max_time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """The longest time limit that a job may ask for, written as `time`."""
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     """How GPUs are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster of CPUs)."""
@@ -58,11 +63,13 @@ class ClusterConfig(StrictModel):
     """The Python that ranks run (slurm), where it is not the submitting one: in a container, say."""
     command_prefix: list[str] = Field(default_factory=list)
     """Words before that Python (slurm), such as apptainer exec --nv image.sif."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, str] = Field(
+        default_factory=dict, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
+    )
     """Environment variables for every rank."""
     interface: str | None = None
     """Network interface for rendezvous and gloo."""
-    rendezvous_ports: str | None = None
+    rendezvous_ports: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """Ports that rank 0 may listen on, such as 29500-29599; none = whichever is free."""
     threads_per_rank: int = Field(default=1, ge=1)
     """CPU threads of each rank's tensor operations."""
@@ -173,6 +180,14 @@ def env_name_mistake(name: str) -> str | None:
     return None
 
 
+def json_schema() -> str:
+    """The JSON schema of a cluster config, for editors: `python -m jobs.cluster > cluster_configs/schema.json`."""
+    schema = ClusterConfig.model_json_schema()
+    for part in schema["properties"].values():
+        part.pop("title", None)
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
+
+
 def shipped_configs() -> Path:
     """The directory of the configs that come with meshrun, in a checkout and in a wheel alike."""
     return Path(__file__).resolve().parent.parent / "cluster_configs"
@@ -232,3 +247,7 @@ def choose_executor(flag: str | None, cluster: str | None) -> tuple[ExecutorName
     if has_sbatch:
         return "slurm", path, config, "sbatch is on PATH"
     return "local", path, config, "no sbatch on PATH"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json_schema())

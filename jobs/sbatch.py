@@ -153,7 +153,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "export SUBMITIT_EXECUTOR=slurm",
         "status=0",
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
-        '    --open-mode=append --output="$attempt/rank-%t.log" --error="$attempt/rank-%t.log" \\',
+        '    --open-mode=append --output="$attempt/rank-%t.log" \\',
         f"    {shlex.join(rank_command(spec, cluster))} \\",
         '    2>>"$attempt/srun.log" || status=$?',
         "",

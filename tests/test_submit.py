@@ -89,6 +89,15 @@ def tp_fsdp(*words: str, nodes: int = 1, gpus_per_node: int = 1) -> list[str]:
     return ["tp_fsdp", "--nodes", str(nodes), "--gpus-per-node", str(gpus_per_node), *words]
 
 
+def slurm(*words: str, says: list[str]) -> Bad:
+    return Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", *words], says)
+
+
+def site(config: str, *words: str, says: list[str]) -> Bad:
+    files: dict[str, str | bytes] = {"c.yaml": f"executor: slurm\n{config}\n"}
+    return Bad(["tp_fsdp", "--cluster", "c.yaml", "--dry-run", *words], says, files)
+
+
 SHORT = {"short.txt": "too short"}
 BAD = [
     # the line itself
@@ -113,7 +122,6 @@ BAD = [
     Bad(["tp_fsdp", "--threads-per-rank", "0"], ["--threads-per-rank 0", "greater than or equal to 1"]),
     Bad(["tp_fsdp", "--executor", "slrum"], ["--executor slrum", "did you mean 'slurm'?"]),
     Bad(["tp_fsdp", "--executor", "debug", "--nodes", "2"], ["--nodes 2", "debug runs one rank"]),
-    Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--wait"], ["--wait", "squeue"]),
     Bad(["tp_fsdp", "--partition", "gpu"], ["--partition gpu", "--executor local", "drop it"]),
     Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--qos", "a b"], ["--qos 'a b'", "without spaces"]),
     Bad(["tp_fsdp", "--time", "soon"], ["--time soon", "12:30:00"]),
@@ -230,6 +238,37 @@ BAD = [
         {"c.yaml": 'executor: slurm\npartition: "gpu\\n#SBATCH --mail-user=x"\n'},
     ),
     Bad(["tp_fsdp", "--cluster", "c.yaml"], ["c.yaml:1", "true and false"], {"c.yaml": "nodes: true\n"}),
+    # what is for Slurm
+    slurm("--sbatch", "nodes=3", says=["--sbatch 'nodes=3'", "use --nodes and --gpus-per-node"]),
+    slurm("--sbatch=-p=gpu", says=["--sbatch '-p=gpu'", "without its dashes"]),
+    slurm("--sbatch", "", says=["--sbatch ''", "long option"]),
+    slurm("--sbatch", "comment=a\nb", says=["comment", "line break"]),
+    slurm("--sbatch", "nice=1", "--sbatch", "nice=2", says=["--sbatch nice is given twice"]),
+    slurm("--sbatch", "array=0-3", says=["array", "one line a job"]),
+    slurm("--sbatch", "signal=USR1@9", says=["signal", "signal=USR2@SECONDS"]),
+    slurm("--job-name", "", says=["--job-name ''", "is empty"]),
+    slurm("--job-name", "a\nb", says=["--job-name", "line break"]),
+    slurm("--partition=-p", says=["--partition '-p'", "leading dash"]),
+    slurm("--run-dir", "a%j", says=["a%j", "'%'", "another directory"]),
+    slurm("--run-dir", "a\\b", says=["a\\\\b", "another directory"]),
+    Bad(["tp_fsdp", "--sbatch", "nice=1"], ["--sbatch nice=1", "--executor local", "drop it"]),
+    Bad(["tp_fsdp", "--job-name", "x"], ["--job-name x", "--executor local", "drop it"]),
+    site("max_nodes: 2", "--nodes", "3", says=["--nodes 3", "c.yaml allows at most 2", "max_nodes"]),
+    site("max_gpus_per_node: 2", "--gpus-per-node", "4", says=["--gpus-per-node 4", "at most 2", "max_gpus_per_node"]),
+    site("max_time: 60", "--time", "2:00:00", says=["--time 2:00:00", "at most 60", "max_time"]),
+    site("max_time: 1:00:00\ntime: 90", says=["--time 90", "at most 1:00:00"]),
+    site("max_time: soon", says=["c.yaml:2", "max_time", "12:30:00"]),
+    site("sbatch: {nodes: 3}", says=["c.yaml:2", "'nodes'", "use --nodes"]),
+    site("sbatch: {comment: [a]}", says=["c.yaml:2", "sbatch"]),
+    site("srun_args: [--ntasks=3]", says=["c.yaml:2", "--ntasks", "--gpus-per-node"]),
+    site("srun_args: [hostname]", says=["c.yaml:2", "'hostname' is no option"]),
+    site('srun_args: ["--a\\nb"]', says=["c.yaml:2", "line break"]),
+    site("gpu_request: gpus", says=["c.yaml:2", "gpu_request", "gpus-per-node"]),
+    site("gpu_type: h 100", says=["c.yaml:2", "gpu_type", "without spaces"]),
+    site("rendezvous_ports: 1-2", says=["c.yaml:2", "rendezvous_ports", "29500-29599"]),
+    site("rendezvous_ports: 30000-29999", says=["c.yaml:2", "rendezvous_ports", "FIRST-LAST"]),
+    site('python: ""', says=["c.yaml:2", "python"]),
+    site("mem_gb_per_gpu: 4", "--sbatch", "mem=0", says=["--sbatch mem", "mem_gb_per_gpu: 4", "keep one"]),
 ]
 
 
@@ -287,6 +326,30 @@ def test_with_json_a_refusal_is_also_one_object(bad: Bad, tmp_path: Path, capsys
     assert err == f"meshrun: error: {record['error']}\n"
 
 
+def test_sbatchs_own_variables_are_read_once_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "ACCOUNT": "mine",
+        "PARTITION": "theirs",
+        "TIMELIMIT": "1:00:00",
+        "RESERVATION": "r",
+        "DISTRIBUTION": "cyclic",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    assert main(["tp_fsdp", "--executor", "slurm", "--dry-run", "--partition", "gpu"]) == 0
+    out, _ = capsys.readouterr()
+    for line in ("--account=mine", "--partition=gpu", "--time=60", "--reservation=r", "--distribution=block"):
+        assert f"#SBATCH {line}\n" in out
+    assert "account mine, from SBATCH_ACCOUNT in your environment" in out
+    assert "SBATCH_DISTRIBUTION=cyclic in your environment is not used" in out
+    monkeypatch.setenv("SBATCH_ACCOUNT", "a b")
+    assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 2
+    assert "--account 'a b' (from SBATCH_ACCOUNT)" in capsys.readouterr().err
+
+
 def test_the_table_is_as_long_as_it_should_be() -> None:
     assert len(BAD) >= 45
     assert len({name(bad) + str(bad.files) for bad in BAD}) == len(BAD)
@@ -299,7 +362,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, capsys: p
     assert main(["tp_fsdp", "--nodes", "2", "--gpus-per-node", "4", "--executor", "slurm", "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for words in ("host1  4: dp1 tp0", "#SBATCH --nodes=2", "srun --unbuffered", "OMP_NUM_THREADS=1", "steps: 120"):
+    for words in ("host1  4: dp1 tp0", "#SBATCH --nodes=2", "--kill-on-bad-exit=1", "OMP_NUM_THREADS=1", "steps: 120"):
         assert words in out
     assert tree(tmp_path) == {}
 

@@ -195,20 +195,20 @@ def _sbatch_options(
         if configured is not None
     }
     for name, text in found.items():
-        if name not in ("partition", "account", "qos", "time"):
-            if mistake := sbatch.option_mistake(name, text):
-                raise CommandLineError(f"{name} '{text}' in the environment (SBATCH_{name.upper()}): {mistake}")
-            options[name] = text
+        if name in ("partition", "account", "qos", "time"):
+            continue
+        if wrong := sbatch.option_mistake(name, text):
+            raise CommandLineError(f"{name} '{text}' in the environment (SBATCH_{name.upper()}): {wrong}")
+        options[name] = text
     seen: set[str] = set()
     for word in given.sbatch:
         name, equals, text = word.partition("=")
-        value: str | bool = text if equals else True
-        if mistake := sbatch.option_mistake(name, value):
+        if mistake := sbatch.option_mistake(name, text if equals else True):
             raise CommandLineError(f"--sbatch {word!r}: {mistake}")
         if name in seen:
             raise CommandLineError(f"--sbatch {name} is given twice; keep one")
         seen.add(name)
-        options[name] = value
+        options[name] = text if equals else True
     if cluster.mem_gb_per_gpu is not None and (twice := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
         raise CommandLineError(
             f"--sbatch {sorted(twice)[0]}: the cluster config says mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g}; keep one"
@@ -260,7 +260,8 @@ def _resources(
             raise CommandLineError(f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; drop it")
         chosen = flag if flag is not None else found.get(name)
         if chosen is not None and (wrong := name_mistake(chosen)):
-            raise CommandLineError(f"--{name} '{chosen}': {wrong}")
+            origin = f" (from SBATCH_{name.upper()})" if flag is None else ""
+            raise CommandLineError(f"--{name} '{chosen}'{origin}: {wrong}")
         named[name] = chosen if chosen is not None else getattr(cluster, name)
     return ResourceSpec(
         nodes=flags.nodes or cluster.nodes,

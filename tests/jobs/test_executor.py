@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +11,10 @@ import pytest
 from jobs import executor
 from jobs.cluster import ClusterConfig
 from jobs.errors import SubmissionError
-from jobs.executor import ENTRY, render
+from jobs.executor import render
 from jobs.records import RunDirectory
+from jobs.sbatch import ENTRY
 from jobs.spec import JobSpec, ResourceSpec
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def make_spec(run_dir: Path, **changes: object) -> JobSpec:
@@ -29,62 +27,6 @@ def make_spec(run_dir: Path, **changes: object) -> JobSpec:
         "run_dir": run_dir,
     }
     return JobSpec.model_validate(fields | changes)
-
-
-def test_a_full_batch_script_is_the_golden_one(tmp_path: Path) -> None:
-    resources = ResourceSpec(
-        nodes=2,
-        gpus_per_node=4,
-        time_min=90,
-        partition="gpu",
-        account="my-project",
-        qos="normal",
-        cpus_per_gpu=8,
-        mem_gb_per_gpu=62.5,
-    )
-    spec = make_spec(tmp_path / "run", resources=resources, env={"NCCL_DEBUG": "WARN", "GREETING": "it's $HOME"})
-    text = render(spec, ClusterConfig(setup=["module load cuda"])).text
-    for there, placeholder in (
-        (str(tmp_path / "run"), "{RUN_DIR}"),
-        (sys.executable, "{PYTHON}"),
-        (str(ENTRY), "{ENTRY}"),
-    ):
-        text = text.replace(there, placeholder)
-    assert text == (GOLDEN / "slurm-2x4.sbatch").read_text()
-
-
-def test_a_job_that_does_not_say_leaves_out_what_the_site_decides(tmp_path: Path) -> None:
-    text = render(make_spec(tmp_path / "run"), ClusterConfig()).text
-    for flag in ("time", "partition", "account", "qos", "mem", "cpus-per-task"):
-        assert f"--{flag}" not in text
-
-
-def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
-    text = render(make_spec(tmp_path / "a b"), ClusterConfig()).text
-    assert f"#SBATCH --output='{tmp_path}/a b/submitit/%j_0_log.out'" in text
-    last = text.strip().splitlines()[-1]
-    assert last.endswith(f"'{tmp_path}/a b/submitit'")
-
-
-AWKWARD = {
-    "SPACES": "  two  spaces  ",
-    "QUOTES": 'it\'s "quoted"',
-    "DOLLAR": "$HOME ${PATH} $(id) `id`",
-    "LINES": "one\ntwo\n",
-    "BACKSLASH": "a\\nb\\",
-    "GLOB": "* ? [a]",
-    "EMPTY": "",
-    "OTHER": "ü ; & | > < # !",
-}
-
-
-def test_any_value_survives_the_shell(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path / "run", env=AWKWARD)
-    exports = [line for line in render(spec, ClusterConfig()).parameters["setup"] if line.startswith("export ")]
-    script = "\n".join(exports) + "\nenv -0\n"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
-    got = dict(item.split("=", 1) for item in done.stdout.decode().split("\0") if item)
-    assert {name: got[name] for name in AWKWARD} == AWKWARD
 
 
 def test_the_ranks_variables(tmp_path: Path) -> None:
@@ -130,7 +72,7 @@ def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> N
 
 def test_what_sbatch_gets_is_what_was_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler(tmp_path, monkeypatch, "echo Submitted batch job 42")
-    spec = make_spec(tmp_path / "run", env=AWKWARD)
+    spec = make_spec(tmp_path / "run", env={"A": "b\nc"})
     RunDirectory.create(spec.run_dir)
     job = executor.submit(spec, ClusterConfig(), owned=False)
     assert job.job_id == "42"
@@ -144,3 +86,40 @@ def test_a_refusal_is_passed_on_in_sbatchs_own_words(tmp_path: Path, monkeypatch
     with pytest.raises(SubmissionError, match="invalid partition specified: gpuu") as caught:
         executor.submit(spec, ClusterConfig(), owned=False)
     assert "\n" not in str(caught.value)
+
+
+def test_slurm_is_asked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler(tmp_path, monkeypatch, "")
+    (tmp_path / "bin" / "sbatch").write_text('#!/bin/sh\necho "sbatch: error: $*" >&2; cat >/dev/null; exit 1\n')
+    with pytest.raises(SubmissionError, match="sbatch would refuse the job: sbatch: error: --test-only"):
+        executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
+
+
+def test_a_scheduler_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler(tmp_path, monkeypatch, "")
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(executor, "ANSWER_WITHIN_S", 0.2)
+    with pytest.raises(SubmissionError, match=r"has not answered within 0.2 s; nothing is queued"):
+        executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
+
+
+def test_sbatch_gets_a_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler(tmp_path, monkeypatch, f"env > {tmp_path}/env; echo Submitted batch job 42")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SBATCH_DISTRIBUTION", "cyclic")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/mine.conf")
+    spec = make_spec(tmp_path / "run")
+    RunDirectory.create(spec.run_dir)
+    executor.submit(spec, ClusterConfig(), owned=False)
+    seen = (tmp_path / "env").read_text()
+    assert "SLURM_CONF=/etc/slurm/mine.conf" in seen
+    assert "SLURM_ARRAY" not in seen
+    assert "SBATCH_" not in seen
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "3"
+
+
+def test_the_logs_directory_is_there_before_the_job_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(tmp_path / "run")
+    scheduler(tmp_path, monkeypatch, f"[ -d {spec.run_dir}/attempt-0 ] && echo Submitted batch job 42")
+    RunDirectory.create(spec.run_dir)
+    assert executor.submit(spec, ClusterConfig(), owned=False).job_id == "42"

@@ -1,0 +1,204 @@
+"""The batch script is pinned, what is added to it is checked, and nothing in it is read otherwise than it was given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import sbatch
+from jobs.cluster import ClusterConfig, find_cluster, json_schema, load_cluster, shipped_configs
+from jobs.executor import rank_env
+from jobs.spec import JobSpec, ResourceSpec
+from tests.jobs.test_executor import make_spec
+
+GOLDEN = Path(__file__).parent / "golden"
+SHIPPED = sorted(path.stem for path in shipped_configs().glob("*.yaml") if path.stem != "local")
+
+
+def shipped_spec(name: str, run_dir: Path, **changes: object) -> tuple[JobSpec, ClusterConfig]:
+    """The job that `submit.py tp_fsdp --cluster NAME` means."""
+    cluster = load_cluster(find_cluster(name))
+    from jobs.cli.options import parse
+    from jobs.cli.resolve import resolve
+
+    words = ["tp_fsdp", "--cluster", name, "--run-dir", str(run_dir)]
+    return resolve(parse(words)).spec.model_copy(update=changes), cluster
+
+
+def pinned(text: str, run_dir: Path) -> str:
+    places = ((str(run_dir), "{RUN_DIR}"), (sys.executable, "{PYTHON}"), (str(sbatch.ENTRY), "{ENTRY}"))
+    for there, placeholder in places:
+        text = text.replace(there, placeholder)
+    return text
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_script_of_each_shipped_config_is_the_golden_one(name: str, tmp_path: Path) -> None:
+    spec, cluster = shipped_spec(name, tmp_path / "run")
+    text = pinned(sbatch.script(spec, cluster, rank_env(spec)), tmp_path / "run")
+    assert text == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def everything(run_dir: Path) -> tuple[JobSpec, ClusterConfig]:
+    resources = ResourceSpec(
+        nodes=2,
+        gpus_per_node=4,
+        time_min=90,
+        partition="gpu",
+        account="my-project",
+        qos="normal",
+        cpus_per_gpu=8,
+        mem_gb_per_gpu=62.5,
+    )
+    spec = make_spec(
+        run_dir,
+        resources=resources,
+        env={"NCCL_DEBUG": "WARN", "GREETING": "it's $HOME"},
+        job_name='the "best" one',
+        sbatch={"mail-user": "me@site", "exclusive": True, "distribution": "plane=2", "requeue": False, "hold": False},
+    )
+    return spec, ClusterConfig(
+        setup=["module load cuda"], gpu_request="gres", gpu_type="h100", srun_args=["--mpi=none", "--label"]
+    )
+
+
+def test_a_full_script_is_the_golden_one(tmp_path: Path) -> None:
+    spec, cluster = everything(tmp_path / "run")
+    text = pinned(sbatch.script(spec, cluster, rank_env(spec)), tmp_path / "run")
+    assert text == (GOLDEN / "everything.sbatch").read_text()
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "everything"])
+def test_bash_takes_every_golden_script(name: str) -> None:
+    done = subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sbatch")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_job_that_does_not_say_leaves_out_what_the_site_decides(tmp_path: Path) -> None:
+    text = sbatch.script(make_spec(tmp_path / "run"), ClusterConfig(), {})
+    for flag in ("time", "partition", "account", "qos", "mem", "cpus-per-task"):
+        assert f"--{flag}" not in text
+
+
+def test_a_cluster_of_cpus_is_asked_for_no_gpus(tmp_path: Path) -> None:
+    given = sbatch.options(make_spec(tmp_path / "run"), ClusterConfig(gpu_request="none"))
+    assert not {"gres", "gpus-per-node"} & set(given)
+    assert given["ntasks-per-node"] == "4"
+
+
+def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
+    text = sbatch.script(make_spec(tmp_path / "a b"), ClusterConfig(), {})
+    assert f'#SBATCH --output="{tmp_path}/a b/slurm.log"' in text
+    assert f"run='{tmp_path}/a b'" in text
+    assert f"'{tmp_path}/a b/submitit' \\" in text
+
+
+@pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])
+def test_a_run_directory_that_slurm_would_rewrite_is_refused(name: str, tmp_path: Path) -> None:
+    assert "which Slurm cannot have" in (sbatch.path_mistake(tmp_path / name) or "")
+
+
+AWKWARD = {
+    "SPACES": "  two  spaces  ",
+    "QUOTES": 'it\'s "quoted"',
+    "DOLLAR": "$HOME ${PATH} $(id) `id`",
+    "LINES": "one\ntwo\n#SBATCH --nodes=9\n",
+    "BACKSLASH": "a\\nb\\",
+    "GLOB": "* ? [a]",
+    "EMPTY": "",
+    "DASH": "--nodes=9",
+    "OTHER": "ü ; & | > < # !",
+}
+
+
+def test_any_value_survives_the_shell(tmp_path: Path) -> None:
+    """The script itself, with an srun that only says what it was started with."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nenv -0 > "$run_dir/env"; printf "%s\\n" "$@" > "$run_dir/words"\n')
+    (tmp_path / "srun").chmod(0o755)
+    run_dir = tmp_path / "r; $HOME 'x\" y"
+    run_dir.mkdir()
+    cluster = ClusterConfig(srun_args=["--comment=a b; $HOME `id` \"x'"], command_prefix=["a b", "$c"])
+    text = sbatch.script(make_spec(run_dir), cluster, AWKWARD)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "run_dir": str(run_dir)}
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    got = dict(item.split("=", 1) for item in (run_dir / "env").read_text().split("\0") if item)
+    assert {name: got[name] for name in AWKWARD} == AWKWARD
+    words = (run_dir / "words").read_text().splitlines()
+    assert cluster.srun_args[0] in words
+    assert words[-5:] == ["$c", sys.executable, "-u", str(sbatch.ENTRY), f"{run_dir}/submitit"]
+    assert f"--output={run_dir}/attempt-0/rank-%t.log" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("nodes", "3", "use --nodes and --gpus-per-node"),
+        ("gpus-per-task", "1", "use --gpus-per-node"),
+        ("time", "10", "use --time"),
+        ("output", "x", "--run-dir"),
+        ("array", "0-3", "one line a job"),
+        ("gres", "gpu:4", "GPUs are part of the job"),
+        ("signal", "USR1@60", "ranks listen to USR2 only"),
+        ("signal", "B:USR2@60", "ranks listen to USR2 only"),
+        ("distribution", "diagonal", "must start with block"),
+        ("--nice", "3", "without its dashes"),
+        ("-p", "gpu", "without its dashes"),
+        ("Nice", "3", "without its dashes"),
+        ("nice\n#SBATCH --x", "3", "without its dashes"),
+        ("comment", "a\nb", "line break"),
+        ("comment", "a\0b", "line break"),
+    ],
+)
+def test_options_that_cannot_be_added(name: str, value: str, words: str) -> None:
+    assert words in (sbatch.option_mistake(name, value) or "nothing")
+
+
+def test_options_that_can(tmp_path: Path) -> None:
+    for name, value in {"mail-user": "me@site", "exclusive": True, "nice": "3", "gres": "craynetwork:1"}.items():
+        assert sbatch.option_mistake(name, value) is None
+    spec = make_spec(tmp_path / "run", sbatch={"gres": "nic:1", "signal": "USR2@300", "mem": "0"})
+    given = sbatch.options(spec, ClusterConfig(gpu_request="gres"))
+    assert (given["gres"], given["signal"], given["mem"]) == ("gpu:4,nic:1", "USR2@300", "0")
+
+
+def test_srun_gets_the_distribution_that_sbatch_gets(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run", sbatch={"distribution": "cyclic"})
+    cluster = ClusterConfig()
+    assert "--distribution=cyclic" in sbatch.srun_arguments(spec, cluster, sbatch.options(spec, cluster))
+
+
+def test_the_environment_of_a_surrounding_job_is_left_behind() -> None:
+    inside = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_GPUS_PER_NODE": "4",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SBATCH_DISTRIBUTION": "cyclic",
+        "SRUN_CPUS_PER_TASK": "2",
+        "SLURMD_NODENAME": "node1",
+        "PMIX_RANK": "0",
+        "MESHRUN_PROCID": "0",
+        "SUBMITIT_EXECUTOR": "local",
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": "3",
+        "MASTER_ADDR": "node0",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    stays = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "x", "RANKING": "1", "HOME": "/home/me"}
+    assert sbatch.clean({**inside, **stays}) == stays
+    # What somebody set on a login node is theirs.
+    assert sbatch.clean({"CUDA_VISIBLE_DEVICES": "1"}) == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_the_json_schema_is_current() -> None:
+    shipped = (shipped_configs() / "schema.json").read_text()
+    assert shipped == json_schema(), "run: python -m jobs.cluster > cluster_configs/schema.json"
+
+
+@pytest.mark.parametrize("name", ["local", *SHIPPED])
+def test_each_shipped_config_names_the_schema(name: str) -> None:
+    assert find_cluster(name).read_text().startswith("# yaml-language-server: $schema=schema.json\n")
