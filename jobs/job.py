@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 from jobs import blame
@@ -61,7 +62,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         # In place of submitit's handlers: scancel's SIGTERM ends the rank at once instead of after KillWait, and the
         # warning before the time limit does not end a run that may still finish in time.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, _warned if info.rank == 0 else signal.SIG_IGN)
     try:
         return _run(spec, info, attempt)
     except BaseException as error:
@@ -122,6 +123,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
         meeting.finish(spec.collective_timeout_s)
         if placement.rank != 0:
             return None
+        context.paths.refuse_if_superseded()
         record = {
             "status": "done",
             "workload": spec.workload,
@@ -140,6 +142,10 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
         # After a failure the peers may be gone: closing NCCL's communicators would wait for them.
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _warned(signum: int, frame: FrameType | None) -> None:
+    log.warning("Slurm says that the time limit is near; the run goes on until it is done or ended")
 
 
 def _threads(count: int) -> str:

@@ -167,6 +167,7 @@ class RunDirectory:
             checkpoint_dir=self.path / "checkpoints",
             attempt_dir=self.attempt(attempt).path,
             heartbeat=self.attempt(attempt).heartbeat(rank),
+            next_attempt=self.attempt(attempt + 1).path,
         )
 
 

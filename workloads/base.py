@@ -42,6 +42,10 @@ class NonFiniteError(RuntimeError):
     """A metric that had to be finite was not; the message names the metric, the step, the ranks and their hosts."""
 
 
+class SupersededError(RuntimeError):
+    """A newer incarnation of this job has begun: this one, which its scheduler has lost sight of, must end."""
+
+
 class StrictModel(BaseModel):
     """Typed and immutable; unknown keys, infinities and a `true` for a number are refused."""
 
@@ -231,6 +235,21 @@ class RunPaths:
     """What this incarnation alone writes."""
     heartbeat: Path
     """The last step that this rank ended; its time says when."""
+    next_attempt: Path | None = None
+    """Is there as soon as a newer incarnation of the job has begun; then this one must write nothing more."""
+
+    def refuse_if_superseded(self) -> None:
+        """Called before what belongs to the whole run is written.
+
+        A scheduler that has lost a host starts the job elsewhere while the old ranks may still run for a while.
+
+        Raises:
+            SupersededError: a newer incarnation of this job has begun.
+        """
+        if self.next_attempt is not None and self.next_attempt.exists():
+            raise SupersededError(
+                f"the scheduler has started this job again ({self.next_attempt.name}), so this incarnation of it ends"
+            )
 
 
 @dataclass(frozen=True)
@@ -315,6 +334,7 @@ class RunContext:
 
         Raises:
             NonFiniteError: on every rank, when a metric marked `finite` is not finite on some rank.
+            SupersededError: on rank 0, when a newer incarnation of this job has begun.
         """
         reduced = {name: metric for name, metric in metrics.items() if isinstance(metric, Reduced)}
         self._beat(metrics.get("step", "?"))
@@ -331,6 +351,7 @@ class RunContext:
                 values[name] = metric
         self.last_metrics = values
         if self.rank == 0:
+            self.paths.refuse_if_superseded()
             with self.paths.metrics.open("a") as file:
                 # null and not "nan": a column of numbers stays one for whoever reads it.
                 plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}

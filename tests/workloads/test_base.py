@@ -12,7 +12,9 @@ from tests.workloads.worlds import run_world
 from workloads.base import (
     MeshSpec,
     RunContext,
+    RunPaths,
     Shape,
+    SupersededError,
     WorkloadConfig,
     WorkloadEntry,
     WorkloadError,
@@ -104,6 +106,20 @@ def test_a_step_ends_alike_on_every_rank(tmp_path: Path) -> None:
     assert isinstance(results[0]["sum"], int)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{**common, "step": 1, "plain": "rank 0"}, {**common, "plain": "rank 0"}]
+
+
+def test_an_incarnation_that_was_started_again_writes_nothing_more(tmp_path: Path) -> None:
+    newer = tmp_path / "attempt-1"
+    paths = RunPaths(
+        *(tmp_path / name for name in ("", "metrics.jsonl", "data", "export", "checkpoints", "attempt-0", "beat")),
+        newer,
+    )
+    ctx = RunContext(0, 1, 0, 1, 0, ("node0",), device=None, mesh=None, paths=paths)  # type: ignore[arg-type]
+    assert ctx.end_step({"step": 1}) is False
+    newer.mkdir()
+    with pytest.raises(SupersededError, match=r"started this job again \(attempt-1\)"):
+        ctx.end_step({"step": 2})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1}]
 
 
 def name_different_metrics(ctx: RunContext) -> str:
