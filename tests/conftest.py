@@ -1,12 +1,24 @@
-"""What every test starts from: no launcher's variables, and no scheduler that happens to be on this machine."""
+"""What every test starts from: no launcher's variables, and no scheduler that happens to be on this machine.
+
+Tests that use a fixture of `tests/slurm` (`slurm`, `slurm_accounting`, `make_cluster`, `any_cluster`) have a real Slurm
+of several hosts on this machine and the marker `slurm`. With `--cluster NAME` those of `any_cluster` run on the user's
+own cluster instead, and the others, which need a cluster that may be broken, are skipped.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.slurm.harness import Cluster, why_not_here
 
 settings.register_profile("shared_box", deadline=None, print_blob=True)
 settings.load_profile("shared_box")
@@ -15,15 +27,54 @@ LAUNCHERS = ("SLURM_", "SBATCH_", "MESHRUN_", "SUBMITIT_", "TORCHELASTIC_", "SRU
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+HARNESS = ("slurm", "slurm_accounting", "make_cluster")
+"""The fixtures that are clusters of the tests' own."""
+ANY = "any_cluster"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cluster",
+        metavar="NAME|PATH",
+        help="run the tests of a real cluster on this one, as `submit.py --cluster NAME|PATH` finds it",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Who uses a cluster is marked so; before -m is looked at, hence first."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if ANY in fixtures:
+            item.add_marker("real_cluster")
+        if ANY in fixtures or any(name in fixtures for name in HARNESS):
+            item.add_marker("slurm")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """What the daemons said is half of why a test of theirs failed."""
+    report = yield
+    if report.failed:
+        for cluster in getattr(item, "funcargs", {}).values():
+            if isinstance(cluster, Cluster):
+                report.sections.append((f"Slurm's logs in {cluster.root}", cluster.logs()))
+    return report
+
+
 @pytest.fixture(autouse=True)
 def no_launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, path_without_sbatch: str) -> None:
-    """The suite itself may run in a Slurm job, or where sbatch is on PATH; tests of the real thing keep both."""
-    if request.node.get_closest_marker("slurm"):
-        return
+    """The suite itself may run in a Slurm job, or where sbatch is on PATH.
+
+    Tests of a real Slurm keep PATH, and reach theirs through `cluster.env`; the user's own needs SLURM_CONF, too.
+    """
+    is_slurm = request.node.get_closest_marker("slurm") is not None
+    kept = ("SLURM_CONF",) if is_slurm and request.config.getoption("--cluster") else ()
     for name in list(os.environ):
-        if name.startswith(LAUNCHERS) or name in TORCHRUN:
+        if (name.startswith(LAUNCHERS) or name in TORCHRUN) and name not in kept:
             monkeypatch.delenv(name)
-    monkeypatch.setenv("PATH", path_without_sbatch)
+    if not is_slurm:
+        monkeypatch.setenv("PATH", path_without_sbatch)
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +90,80 @@ def path_without_sbatch(tmp_path_factory: pytest.TempPathFactory) -> str:
             folder = shadow
         folders.append(str(folder))
     return os.pathsep.join(folders)
+
+
+@dataclass(frozen=True)
+class AnyCluster:
+    """Where a test runs that any Slurm cluster must pass: the tests' own, or the user's with `--cluster`."""
+
+    env: dict[str, str]
+    """The environment for submit.py and for Slurm's clients."""
+    words: list[str]
+    """submit.py's words that choose the cluster."""
+    directory: Path
+    """The test's own, visible on all hosts."""
+
+
+def harness_or_skip(request: pytest.FixtureRequest, accounting: bool = False) -> None:
+    """Skips the test where it cannot have its cluster; continuous integration has it, so there it fails."""
+    if request.config.getoption("--cluster"):
+        pytest.skip("needs a cluster that may be broken: not with --cluster")
+    reason = why_not_here(accounting)
+    if reason and os.environ.get("CI", "").lower() in ("true", "1"):
+        pytest.fail(f"with CI set, this must run: {reason}", pytrace=False)
+    if reason:
+        pytest.skip(reason)
+
+
+def started(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, accounting: bool) -> Iterator[Cluster]:
+    harness_or_skip(request, accounting)
+    with Cluster(factory.mktemp("slurm"), accounting=accounting) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two hosts of four GPUs; after each test its jobs are gone and what it broke is whole again."""
+    yield from started(request, tmp_path_factory, accounting=False)
+
+
+@pytest.fixture(scope="session")
+def slurm_accounting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """As `slurm`, with slurmdbd: sacct, QOS, and accounts, of which the user may use `my-project` only."""
+    yield from started(request, tmp_path_factory, accounting=True)
+
+
+@pytest.fixture(autouse=True)
+def settled(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for name in ("slurm", "slurm_accounting"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).settle()
+
+
+@pytest.fixture
+def make_cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Cluster]]:
+    """Called with Cluster's arguments but `root`: a cluster of the test's own, started; it ends with the test."""
+    with ExitStack() as stack:
+
+        def make(**arguments: Any) -> Cluster:
+            harness_or_skip(request, bool(arguments.get("accounting")))
+            return stack.enter_context(Cluster(tmp_path_factory.mktemp("slurm"), **arguments))
+
+        yield make
+
+
+@pytest.fixture
+def any_cluster(request: pytest.FixtureRequest) -> Iterator[AnyCluster]:
+    """The tests' own cluster of two hosts, or the user's with `--cluster`."""
+    name = request.config.getoption("--cluster")
+    if name is None:
+        cluster = request.getfixturevalue("slurm")
+        yield AnyCluster(cluster.env, ["--cluster", "slurm"], request.getfixturevalue("tmp_path"))
+        return
+    if os.sep in name or name.endswith((".yaml", ".yml")):
+        name = str(Path(name).expanduser().resolve())  # the test runs submit.py elsewhere
+    with tempfile.TemporaryDirectory(prefix=".meshrun-test-", dir=Path.cwd()) as folder:
+        yield AnyCluster(dict(os.environ), ["--cluster", name], Path(folder))
