@@ -201,8 +201,9 @@ OF_TORCHRUN = (
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
 DEVICES_OF_A_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
-OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG", "SLURM_TIME_FORMAT")
-"""How commands find their cluster; without SLURM_CONF they may find none."""
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG", "SLURM_TIME_FORMAT", "SLURM_HOSTFILE")
+"""How commands find their cluster (without SLURM_CONF they may find none); SLURM_HOSTFILE is what arbitrary
+distribution reads, and nothing else does."""
 
 
 def clean(env: Mapping[str, str]) -> dict[str, str]:
