@@ -1,0 +1,219 @@
+"""What a user types reaches Slurm, the shell and the ranks exactly, or is refused; and Slurm is asked first."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import AnyCluster
+from tests.jobs.submitting import SUBMIT, submit
+from tests.jobs.test_sbatch import AWKWARD, SHIPPED
+from tests.slurm.harness import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+
+
+def done(directory: Path, *words: str, env: dict[str, str], code: int = 0) -> dict[str, Any]:
+    """The sample workload on Slurm to its end; its result.json."""
+    line = submit(directory, "mine:ENTRY", "--wait", *words, env=env)
+    ended, out, err = line.finish(120)
+    assert ended == code, out + err
+    return {**line.result(), "stdout": out, "stderr": err}
+
+
+def refused(directory: Path, *words: str, env: dict[str, str]) -> str:
+    """The one line that a refusal is; nothing is queued, nothing written."""
+    line = submit(directory, "mine:ENTRY", *words, env=env)
+    before = {"mine.py", *(path.name for path in directory.iterdir() if path.name not in ("run", "__pycache__"))}
+    code, out, err = line.finish()
+    assert (code, out) == (2, ""), out + err
+    assert err.startswith("meshrun: error: ")
+    assert err.count("\n") == 1
+    assert {path.name for path in directory.iterdir()} - {"__pycache__"} == before
+    queue = subprocess.run(["squeue", "--noheader"], env=env, capture_output=True, text=True)
+    assert queue.stdout == ""
+    return err
+
+
+# --- Slurm is asked first ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--partition", "gpuu"], "invalid partition specified: gpuu"),
+        (["--nodes", "9"], "Requested node configuration is not available"),
+        (["--gpus-per-node", "5"], "Requested node configuration is not available"),
+        (["--sbatch", "constraint=ib"], "Invalid feature specification"),
+        (["--sbatch", "reservation=none"], "Requested reservation is invalid"),
+        (["--sbatch", "mem=900G"], "Requested node configuration is not available"),
+        (["--sbatch", "nonsense=1"], "unrecognized option '--nonsense=1'"),
+        (["--sbatch", "begin=someday"], "begin"),
+    ],
+    ids=str,
+)
+def test_what_slurm_would_refuse_is_refused_in_its_words(
+    words: list[str], says: str, slurm: Cluster, tmp_path: Path
+) -> None:
+    line = refused(tmp_path, *words, env=slurm.env)
+    assert line.startswith("meshrun: error: sbatch would refuse the job: ")
+    assert says in line
+
+
+def test_an_account_that_is_not_ones_own(slurm_accounting: Cluster, tmp_path: Path) -> None:
+    assert "nvalid account" in refused(tmp_path, "--account", "theirs", env=slurm_accounting.env)
+    result = done(tmp_path, "--account", "my-project", "--qos", "normal", env=slurm_accounting.env)
+    assert result["status"] == "done"
+
+
+def test_a_scheduler_that_is_down(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.kill_slurmctld()
+    line = submit(tmp_path, "mine:ENTRY", env=slurm.env)
+    code, out, err = line.finish(100)
+    assert (code, out) == (2, "")
+    assert "Unable to contact slurm controller" in err or "has not answered within" in err
+    assert err.count("\n") == 1
+    assert not line.run_dir.exists()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_sbatch_accepts_the_script_of_each_shipped_config(name: str, typed: Cluster, tmp_path: Path) -> None:
+    words = ["tp_fsdp", "--cluster", name, "--dry-run", "--json", "--run-dir", str(tmp_path / "run"), "tp=1"]
+    shown = subprocess.run([sys.executable, SUBMIT, *words, "global_batch_size=64"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    text = json.loads(shown.stdout)["submission"]["text"]
+    answer = subprocess.run(
+        ["sbatch", "--test-only"], input=text, env=typed.env, capture_output=True, text=True, timeout=60
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.fixture(scope="module")
+def typed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A cluster as the shipped examples describe theirs: hosts of 8 GPUs with a type, a partition `gpu`."""
+    from tests.conftest import harness_or_skip
+
+    harness_or_skip(request)
+    partitions = {"gpu": "Default=YES MaxTime=INFINITE"}
+    arguments: dict[str, Any] = {"gpus": 8, "gpu_type": "h100", "cpus": 128, "memory_mb": 2_000_000}
+    with Cluster(tmp_path_factory.mktemp("typed"), partitions=partitions, **arguments) as cluster:
+        yield cluster
+
+
+# --- what arrives -----------------------------------------------------------------------------------------------------
+
+
+NAMES = ['it\'s; "a" $HOME `id` \\ #x', "--nodes=9", " lead", "ü*?"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_name_arrives_exactly(name: str, slurm: Cluster, tmp_path: Path) -> None:
+    line = submit(
+        tmp_path, "mine:ENTRY", f"--job-name={name}", f"--sbatch=comment={name}", "--sbatch=hold", env=slurm.env
+    )
+    code, out, err = line.finish()
+    assert code == 0, out + err
+    job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+    seen = slurm.run("squeue", "--noheader", "--format=%j\n%k", f"--jobs={job}")
+    assert seen == f"{name}\n{name}\n"
+
+
+def test_values_and_paths_arrive_exactly(slurm: Cluster, tmp_path: Path) -> None:
+    directory = tmp_path / "a b; $HOME 'x\" ü"
+    directory.mkdir()
+    words = [word for name, value in AWKWARD.items() for word in ("--env", f"{name}={value}")]
+    result = done(directory, f"names={json.dumps(list(AWKWARD))}", *words, env=slurm.env)["result"]
+    assert {name: result[name] for name in AWKWARD} == AWKWARD
+    assert result["cwd"] == str(directory)
+
+
+def test_the_run_directory_is_ones_own(any_cluster: AnyCluster) -> None:
+    result = done(any_cluster.directory, *any_cluster.words, env=any_cluster.env)
+    run = any_cluster.directory / "run"
+    assert result["status"] == "done"
+    assert stat.S_IMODE(run.stat().st_mode) == 0o700
+    assert (run / "attempt-0" / "rank-0.log").read_text()
+    assert (run / "slurm.log").exists()
+
+
+@pytest.mark.parametrize(
+    "config", ["gpu_request: gres", "gpu_request: none", "sbatch: {export: NONE}", "cpus_per_gpu: 3"]
+)
+def test_what_a_site_says(config: str, slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(f"executor: slurm\n{config}\nsetup: [export FROM_SETUP=yes]\n")
+    names = '["SLURM_CPUS_PER_TASK", "FROM_SETUP", "CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS"]'
+    result = done(tmp_path, "--cluster", "site.yaml", "--gpus-per-node", "2", f"names={names}", env=slurm.env)["result"]
+    assert result["FROM_SETUP"] == "yes"
+    assert result["SLURM_CPUS_PER_TASK"] == ("3" if "cpus" in config else None)
+    # Every rank sees all of its host's GPUs, and its device is its local rank among them.
+    assert result["CUDA_VISIBLE_DEVICES"] == (None if "none" in config else "0,1")
+
+
+def test_a_prefix_and_another_python(slurm: Cluster, tmp_path: Path) -> None:
+    """As in a container site: each rank's Python is started by something else."""
+    wrapper = tmp_path / "in image"
+    wrapper.write_text('#!/bin/sh\nexport IMAGE="$1"; shift; exec "$@"\n')
+    wrapper.chmod(0o755)
+    prefix = json.dumps([str(wrapper), "a b.sif"])
+    (tmp_path / "site.yaml").write_text(f"executor: slurm\ncommand_prefix: {prefix}\npython: {sys.executable}\n")
+    result = done(tmp_path, "--cluster", "site.yaml", 'names=["IMAGE"]', env=slurm.env)["result"]
+    assert result["IMAGE"] == "a b.sif"
+
+
+def test_setup_that_fails_ends_the_job(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text('executor: slurm\nsetup: ["ls /no/such/module", "touch went-on"]\n')
+    result = done(tmp_path, "--cluster", "site.yaml", env=slurm.env, code=1)
+    assert result["status"] == "failed"
+    assert "/no/such/module" in result["stderr"]
+    assert not (tmp_path / "went-on").exists()
+
+
+def test_submitting_from_inside_a_job(slurm: Cluster, tmp_path: Path) -> None:
+    """The outer job's array, GPUs, distribution and rank are not the inner one's."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    words = ["mine:ENTRY", "--nodes", "2", "--gpus-per-node", "1", "--wait", "--run-dir", "run"]
+    names = '["SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "OUTER"]'
+    (inner / "mine.py").write_bytes((Path(SUBMIT).parent / "tests" / "jobs" / "sample_workload.py").read_bytes())
+    script = "\n".join(
+        [
+            "#!/bin/bash",
+            "#SBATCH --array=3 --nodes=1 --ntasks=2 --gpus-per-node=2 --distribution=cyclic --cpus-per-task=2",
+            f"#SBATCH --output={tmp_path}/outer.log --chdir={shlex.quote(str(inner))}",
+            # As a sweep's controller does: one process of a step submits the next job.
+            f"srun --ntasks=1 {shlex.join([sys.executable, SUBMIT, *words, f'names={names}'])}",
+            "echo outer ended $?",
+        ]
+    )
+    env = {**slurm.env, "OUTER": "kept", "MESHRUN_PROCID": "5"}
+    subprocess.run(["sbatch", "--wait"], input=script, env=env, text=True, check=True, timeout=120)
+    said = (tmp_path / "outer.log").read_text()
+    assert "outer ended 0" in said, said
+    result = json.loads((inner / "run" / "result.json").read_text())
+    assert (result["status"], result["nodes"], result["gpus_per_node"]) == ("done", 2, 1)
+    assert result["result"]["hosts"] == ["node0", "node1"]
+    assert {name: result["result"][name] for name in ("SLURM_ARRAY_TASK_ID", "OUTER")} == {
+        "SLURM_ARRAY_TASK_ID": None,
+        "OUTER": "kept",
+    }
+
+
+@pytest.mark.parametrize("uneven", [["node0", "node1", "node1", "node1"]])
+def test_unequal_hosts_end_the_job_with_the_table(uneven: list[str], slurm: Cluster, tmp_path: Path) -> None:
+    """Only arbitrary distribution can do that to our jobs; all ranks end, and say who sits where."""
+    (tmp_path / "hosts").write_text("\n".join(uneven) + "\n")
+    env = {**slurm.env, "SLURM_HOSTFILE": str(tmp_path / "hosts")}
+    words = ["--nodes", "2", "--gpus-per-node", "2", "--sbatch", "distribution=arbitrary"]
+    result = done(tmp_path, *words, env=env, code=1)
+    table = "hosts hold unequal numbers of ranks"
+    assert table in result["error"]
+    assert "node0: rank 0; node1: ranks 1 2 3" in result["error"]
+    logs = [(tmp_path / "run" / "attempt-0" / f"rank-{rank}.log").read_text() for rank in range(4)]
+    assert all(table in log for log in logs)

@@ -1,0 +1,111 @@
+"""What a Slurm job trains is what the local executor trains, bit for bit, however Slurm lays out the ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.submitting import ROOT
+from tests.slurm.harness import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+SETTINGS = [
+    *("model.dim=64", "model.n_heads=8", "model.n_kv_heads=4", "model.ffn_dim=96", "model.n_layers=2"),
+    *("steps=5", "seq_len=32", "global_batch_size=8", "microbatch_size=1", "warmup_steps=2", "grad_clip=0.5"),
+    *("sample_tokens=4", "eval_windows=8", "export=true"),
+]
+
+
+def train(folder: Path, *words: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """One tp_fsdp job from the shell to its end; its result.json."""
+    line = [sys.executable, str(ROOT / "submit.py"), "tp_fsdp", *words, *SETTINGS]
+    done = subprocess.run(
+        [*line, "--wait", "--run-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=folder.parent,
+        env=env,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+def trained(folder: Path) -> tuple[list[tuple[Any, ...]], dict[str, bytes]]:
+    """What must not differ by a bit: every step's loss and gradient norm, and the exported weights."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = {path.name: path.read_bytes() for path in sorted((folder / "export").glob("*.safetensors"))}
+    assert len(steps) == 5
+    assert weights
+    return [(step["step"], step["loss"], step["grad_norm"]) for step in steps], weights
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int], Any]:
+    """What the local executor trains on nodes x gpus with that tp; each is run once."""
+
+    @cache
+    def run(nodes: int, gpus: int, tp: int) -> Any:
+        folder = tmp_path_factory.mktemp("local") / "run"
+        shape = ["--nodes", str(nodes), "--gpus-per-node", str(gpus), f"tp={tp}"]
+        train(folder, "--executor", "local", *shape)
+        return trained(folder)
+
+    return run
+
+
+def placed(folder: Path) -> list[tuple[int, str, int]]:
+    """Of every rank, by the scheduler's number: its rank, its host as the log says, the scheduler's number again."""
+    found = []
+    for log in sorted((folder / "attempt-0").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1])):
+        line = next(line for line in log.read_text().splitlines() if "the scheduler's number is" in line)
+        rank = int(line.split("[rank ")[1].split("/")[0])
+        found.append((rank, line.split(" on ")[1].split(";")[0], int(line.rsplit(" ", 1)[1])))
+    return found
+
+
+def test_two_hosts_of_four(slurm: Cluster, tmp_path: Path, local: Callable[..., Any]) -> None:
+    result = train(tmp_path / "run", "--nodes", "2", "--gpus-per-node", "4", "tp=4", env=slurm.env)
+    assert (result["mesh"], result["nodes"]) == ({"dp": 2, "tp": 4}, 2)
+    assert placed(tmp_path / "run") == [(rank, f"node{rank // 4}", rank) for rank in range(8)]
+    assert trained(tmp_path / "run") == local(2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "order"),
+    [("cyclic", [0, 4, 1, 5, 2, 6, 3, 7]), ("plane=2", [0, 1, 4, 5, 2, 3, 6, 7])],
+)
+def test_ranks_that_slurm_deals_out_over_the_hosts(
+    distribution: str, order: list[int], slurm: Cluster, tmp_path: Path, local: Callable[..., Any]
+) -> None:
+    words = ["--nodes", "2", "--gpus-per-node", "4", "tp=4", "--sbatch", f"distribution={distribution}"]
+    train(tmp_path / "run", *words, env=slurm.env)
+    # The scheduler's rank 1 is on the second host; renumbered, a TP group's ranks share one.
+    assert placed(tmp_path / "run") == [(rank, f"node{rank // 4}", number) for number, rank in enumerate(order)]
+    assert trained(tmp_path / "run") == local(2, 4, 4)
+
+
+def test_four_hosts_of_two(make_cluster: Callable[..., Cluster], tmp_path: Path, local: Callable[..., Any]) -> None:
+    cluster = make_cluster(hosts=4, gpus=2)
+    result = train(tmp_path / "run", "--nodes", "4", "--gpus-per-node", "2", "tp=2", env=cluster.env)
+    assert result["mesh"] == {"dp": 4, "tp": 2}
+    assert trained(tmp_path / "run") == local(4, 2, 2)
+
+
+def test_rank_0_on_the_lists_second_host(slurm: Cluster, tmp_path: Path, local: Callable[..., Any]) -> None:
+    """Arbitrary distribution; the rendezvous and the mesh follow rank 0 and not the head of the node list."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1\n" * 4 + "node0\n" * 4)
+    env = {**slurm.env, "SLURM_HOSTFILE": str(hosts)}
+    words = ["--nodes", "2", "--gpus-per-node", "4", "tp=4", "--sbatch", "distribution=arbitrary"]
+    train(tmp_path / "run", *words, "--env", "KEEP=1", env=env)
+    assert placed(tmp_path / "run") == [(rank, f"node{1 - rank // 4}", rank) for rank in range(8)]
+    assert trained(tmp_path / "run") == local(2, 4, 4)
