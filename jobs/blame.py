@@ -111,7 +111,10 @@ def failure_of_exit(code: int, rank: int, host: str, when: float, log: str) -> F
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        hint = " (out of memory, or somebody's kill -9)" if name == "SIGKILL" else ""
+        hint = {
+            "SIGKILL": " (out of memory, or somebody's kill -9)",
+            "SIGTERM": " (somebody's kill, or the scheduler's)",
+        }.get(name, "")
         return Failure(rank, host, when, "killed", f"killed by {name}{hint}", log=log)
     return Failure(rank, host, when, "exit", f"exited with code {code} before its work was done", log=log)
 

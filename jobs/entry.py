@@ -2,6 +2,8 @@
 
     python jobs/entry.py SUBMITIT_FOLDER            what submitit pickled there
     python jobs/entry.py --rank RUN_DIR SUPERVISOR  one rank of a local job, where ranks cannot be forked
+    python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
+                                                    in a Slurm job's batch script, after srun has failed
 
 submitit would start `python -m submitit.core._submit`, which puts the current directory first on the path: in a
 directory that has a `jobs/` or `workloads/` of its own, the pickle would then be opened with the wrong packages.
@@ -34,6 +36,9 @@ def pin(root: Path = ROOT) -> None:
 
 
 def main() -> None:
+    if sys.argv[1] == "--ended":
+        _ended(*sys.argv[2:])
+        return
     pin()
     if sys.argv[1] == "--rank":
         from jobs.local import spawned_rank
@@ -47,6 +52,17 @@ def main() -> None:
     from submitit.core.submission import submitit_main
 
     submitit_main()
+
+
+def _ended(*arguments: str) -> None:
+    """Says who failed; whatever becomes of that, the script goes on to its own exit code."""
+    try:
+        pin()
+        from jobs.outcome import ended
+
+        print(ended(*arguments), file=sys.stderr, flush=True)
+    except BaseException as error:
+        print(f"meshrun: who failed could not be told: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def _await_pickle(path: Path, at_most_s: float = 30.0) -> None:

@@ -3,6 +3,7 @@
 runs/20261122-081530-tp_fsdp-3f9c/
     job.json            the job as resolved: workload, every setting, shape, environment
     settings.yaml       the workload's settings alone; `--config` takes it
+    submission.json     which job of the scheduler's, or process of this box, it became
     metrics.jsonl       one line a step, from rank 0
     result.json         how the whole run ended
     data/ export/ checkpoints/
@@ -14,16 +15,19 @@ runs/20261122-081530-tp_fsdp-3f9c/
         failures/3.json     what ended a rank
         done/3              a rank that finished its work
         supervisor.log      the local executor's own words
+        srun.log            srun's own words
+        metrics.jsonl result.json   an earlier attempt's, moved here when the next one began
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,21 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What a run directory became when it was started: how to find it again."""
+
+    executor: str
+    job_id: str
+    """The scheduler's number; of a local job, its supervisor's process id."""
+    submitted: str
+    """When, in UTC: 2026-11-22T08:15:30Z."""
+    host: str
+    """Where it was submitted from; a local job runs there."""
+    process_started: str = ""
+    """Of a local job: what tells its process from a later one with the same id."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,10 @@ class RunDirectory:
         return self.path / "settings.yaml"
 
     @property
+    def submission(self) -> Path:
+        return self.path / "submission.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -148,6 +171,36 @@ class RunDirectory:
         """Writes down what the job is, before it starts."""
         write_json(self.job, spec.model_dump(mode="json"))
         write_text(self.settings, yaml.safe_dump(spec.settings, sort_keys=False))
+
+    def record_submission(self, submitted: Submitted) -> None:
+        """Writes down what the job became, so that `submit.py wait` finds it again."""
+        write_json(self.submission, asdict(submitted))
+
+    def submitted(self) -> Submitted | None:
+        """What the job became; None where it was not submitted, or not by a version that wrote it down."""
+        record = read_json(self.submission)
+        if not isinstance(record, dict):
+            return None
+        try:
+            return Submitted(**{name: record[name] for name in Submitted.__dataclass_fields__ if name in record})
+        except TypeError:
+            return None
+
+    def begin(self, attempt: int) -> None:
+        """Puts aside what an earlier attempt left at the top, so that what is there is this attempt's.
+
+        For rank 0, before anything of this attempt is written there; calling it again changes nothing.
+        """
+        if attempt == 0:
+            return
+        earlier = self.attempt(attempt - 1).path
+        earlier.mkdir(mode=0o700, parents=True, exist_ok=True)
+        record = read_json(self.result)
+        older = not isinstance(record, dict) or record.get("attempt", 0) < attempt
+        for path, stale in ((self.metrics, True), (self.result, older)):
+            if stale and not (earlier / path.name).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(earlier / path.name)
 
     def attempt(self, number: int) -> Attempt:
         return Attempt(self.path / f"attempt-{number}", number)
@@ -191,6 +244,10 @@ class Attempt:
     @property
     def supervisor_log(self) -> Path:
         return self.path / "supervisor.log"
+
+    @property
+    def srun_log(self) -> Path:
+        return self.path / "srun.log"
 
     def log(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.log"

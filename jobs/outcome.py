@@ -1,0 +1,485 @@
+"""How a Slurm job ended: failures on disk, srun's words and Slurm's state -> the record in result.json.
+
+The batch script asks when srun has failed (`jobs/entry.py --ended`), and whoever follows the job when the script itself
+could not: its host died, the time was up, somebody cancelled it. Both come to the same record, since both read the
+same files; what is in them decides, and what Slurm says where they hold nothing of a rank's own.
+
+A rank that raised has left a record, with its traceback. One that was killed, or left without a word, is known only
+from a line of srun's. Its peers fail with records of their own that say they lost somebody, or are ended by srun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jobs import blame, slurm
+from jobs.blame import Failure
+from jobs.errors import TopologyError
+from jobs.records import Attempt, RunDirectory, read_json, write_json
+from jobs.slurm import JobState
+from jobs.topology import expand_hosts
+
+# --- srun's words -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskEnd:
+    """One rank that ended badly, as srun reports it."""
+
+    rank: int
+    host: str
+    code: int
+    """As subprocess has it: the exit status, or minus the signal that killed it."""
+    echo: bool
+    """srun or Slurm was already ending the others when it ended, so it says nothing of its own."""
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True)
+class SrunWords:
+    """What srun's log says."""
+
+    ends: tuple[TaskEnd, ...] = ()
+    """In the order in which srun learnt of them."""
+    cause: str = ""
+    """What ended all from outside, before any rank had failed: TIMEOUT, PREEMPTED, NODE_FAIL, CANCELLED, or nothing."""
+    lost_hosts: tuple[str, ...] = ()
+    complaint: str = ""
+    """The first line that says why srun itself could not go on."""
+
+    def end_of(self, rank: int) -> TaskEnd | None:
+        return next((end for end in self.ends if end.rank == rank), None)
+
+
+_END = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$")
+_ENDING = re.compile(r"srun: (?:launch/slurm: _step_signal: )?Terminating StepId=")
+_CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO (.*?))? \*\*\*", re.IGNORECASE)
+_ABORTED = re.compile(r"srun: (?:Job step aborted|got SIGCONT|forcing job termination|error: Timed out waiting for)")
+_LOST = re.compile(r"srun: error: Node failure on (\S+)")
+_COMPLAINT = re.compile(r"\b(?:error|fatal|unrecognized|invalid|not found|no such)\b", re.IGNORECASE)
+_DUE_TO = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}
+_SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals()}
+
+
+def read_srun(text: str) -> SrunWords:
+    """srun's stderr, read in order: what comes after the first end of anything is that end's echo."""
+    ends: list[TaskEnd] = []
+    lost: list[str] = []
+    cause = complaint = ""
+    over = False  # somebody or something has begun to end the whole step
+    for line in map(str.rstrip, text.splitlines()):
+        if match := _END.match(line):
+            ends += _task_ends(match[1], match[2], match[3], over)
+        elif _ENDING.match(line):
+            over = True
+        elif match := _LOST.match(line):
+            lost += _hosts(match[1])
+            cause = cause if over else "NODE_FAIL"
+            over = True
+        elif match := _CANCELLED.search(line):
+            due = _cause_of(match[1])
+            if not over or (due and cause == "CANCELLED"):  # "aborted" may come first, and the reason after it
+                cause = due
+            over = True
+        elif _ABORTED.match(line):
+            cause = cause if over else "CANCELLED"
+            over = True
+        elif not complaint and not over and _COMPLAINT.search(line):
+            complaint = line
+    return SrunWords(tuple(ends), cause, tuple(lost), complaint)
+
+
+def _cause_of(due_to: str | None) -> str:
+    """The state that goes with `CANCELLED AT ... DUE TO ...`; empty where it is the end of some rank's."""
+    if due_to is None or due_to.upper().startswith("SIGNAL"):
+        return "CANCELLED"
+    return next((state for words, state in _DUE_TO.items() if due_to.upper().startswith(words)), "")
+
+
+def _task_ends(hosts: str, tasks: str, how: str, over: bool) -> list[TaskEnd]:
+    memory = how.lower().startswith("out of memory")
+    if match := re.match(r"Exited with exit code (\d+)", how):
+        code = int(match[1])
+    elif memory:
+        code = -signal.SIGKILL
+    elif how in _SIGNALS:
+        code = -_SIGNALS[how]
+    else:
+        return []
+    ranks = [
+        rank
+        for part in tasks.split(",")
+        for first, _, last in [part.partition("-")]
+        for rank in range(int(first), int(last or first) + 1)
+    ]
+    names = _hosts(hosts)
+    # One line may speak of several hosts, for each of which it holds as many tasks.
+    per_host = len(ranks) // len(names) if len(ranks) % len(names) == 0 else len(ranks)
+    return [TaskEnd(rank, names[i // per_host], code, over, memory) for i, rank in enumerate(ranks)]
+
+
+def _hosts(text: str) -> list[str]:
+    if not re.search(r"[\[,]", text):
+        return [text]
+    try:
+        return list(expand_hosts(text)) or [text]
+    except TopologyError:
+        return [text]
+
+
+# --- who or what ended it ---------------------------------------------------------------------------------------------
+
+_SETTLED_BY_ITSELF = frozenset({-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE})
+"""Signals that no peer's end brings about; an abort may be how a library answers the loss of a peer."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that is known of one attempt's end."""
+
+    workload: str
+    attempt: int
+    job_id: str
+    world_size: int
+    now: float
+    """Seconds since the epoch."""
+    failures: Sequence[Failure] = ()
+    """What ranks have left on disk."""
+    done: frozenset[int] = frozenset()
+    """Ranks that finished their work."""
+    words: SrunWords = SrunWords()
+    status: int | None = None
+    """srun's exit code, where it is known."""
+    state: JobState | None = None
+    """What Slurm says of the job, where it was asked."""
+    time_min: int | None = None
+    hosts: tuple[str, ...] = ()
+    """The host of every rank, as far as that is known without it."""
+    logs: Mapping[int, str] = field(default_factory=dict)
+    """The log of each rank that has one."""
+    last_lines: Mapping[int, str] = field(default_factory=dict)
+    """The error that a rank's log ends with, of ranks that left no record."""
+    last_steps: Mapping[int, str] = field(default_factory=dict)
+    """Where a rank was last seen, in words."""
+    script_says: str = ""
+    """The end of slurm.log, for a job that never came to srun."""
+
+    def host_of(self, rank: int) -> str:
+        known = {**{end.rank: end.host for end in self.words.ends}, **{f.rank: f.host for f in self.failures}}
+        if rank in known:
+            return known[rank]
+        return self.hosts[rank] if rank < len(self.hosts) else "a host"
+
+    def of_exit(self, code: int, rank: int, when: float) -> Failure:
+        """The failure of a rank that has left none itself."""
+        failure = blame.failure_of_exit(code, rank, self.host_of(rank), when, self.logs.get(rank, ""))
+        after = " (its work was done by then)" if rank in self.done else ""
+        said = f": {self.last_lines[rank]}" if code > 0 and rank in self.last_lines else ""
+        return replace(failure, message=failure.message + after + said)
+
+
+def outcome(seen: Evidence) -> dict[str, Any]:
+    """The record of a job that failed: whom to blame, or what Slurm did. Pure.
+
+    In this order: a rank's own failure; what Slurm says it did; a rank that left in silence while others waited for it;
+    the first that lost a peer; whatever srun complained of.
+    """
+    found = _own_failure(seen)
+    if found is not None:
+        error, failure = found.headline(), found
+    else:
+        failure = None
+        error = _what_slurm_did(seen)
+        if not error:
+            failure = _silence(seen)
+            error = failure.headline() if failure else _without_a_rank(seen)
+    return {
+        "status": "failed",
+        "workload": seen.workload,
+        "attempt": seen.attempt,
+        "job_id": seen.job_id,
+        "slurm_state": seen.state.state if seen.state else None,
+        "error": error,
+        "traceback": failure.traceback if failure else "",
+        "failure": failure.to_json() if failure else None,
+    }
+
+
+def _own_failure(seen: Evidence) -> Failure | None:
+    """The first that failed by itself."""
+    recorded = {failure.rank: failure for failure in seen.failures}
+    order = {end.rank: place for place, end in enumerate(seen.words.ends)}
+    own = [f for f in seen.failures if f.kind != "lost_peer"]
+    if _cause(seen):
+        # What a rank says while Slurm ends it, such as "a worker was killed", is not what ended the job.
+        own = [f for f in own if (end := seen.words.end_of(f.rank)) is None or not end.echo]
+    first_own = min((order.get(f.rank, len(order)) for f in own), default=len(order))
+    began, ended = min((f.when for f in own), default=seen.now), max((f.when for f in own), default=seen.now)
+    for place, end in enumerate(seen.words.ends):
+        if end.echo or end.rank in recorded:
+            continue
+        if end.code == -signal.SIGTERM and _all_were_terminated(seen):
+            continue
+        # srun says when only by the order of its lines. A rank that was killed before another left is the earlier
+        # event, since a record is followed by the seconds that an interpreter takes to end.
+        earlier = place < first_own and end.code in _SETTLED_BY_ITSELF
+        failure = seen.of_exit(end.code, end.rank, (began - 1e-3) if earlier else ended + 1e-3 * (place + 1))
+        if end.out_of_memory or (end.code == -signal.SIGKILL and seen.state and seen.state.state == "OUT_OF_MEMORY"):
+            failure = replace(failure, message="killed by SIGKILL: its host's memory, or the job's share, was used up")
+        own.append(failure)
+    return blame.blame(own) if own else None
+
+
+def _all_were_terminated(seen: Evidence) -> bool:
+    """Whether the first SIGTERM went to several ranks at once: then it was not one rank's misfortune."""
+    if seen.state is not None and seen.state.preempted:
+        return True
+    return sum(end.code == -signal.SIGTERM and not end.echo for end in seen.words.ends) > 1
+
+
+def _cause(seen: Evidence) -> str:
+    """The state of Slurm's that says that Slurm ended the job, or nothing."""
+    state = seen.state.state if seen.state else ""
+    if state in ("TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"):
+        return state
+    if seen.words.cause:
+        return seen.words.cause
+    if seen.state is not None and seen.state.preempted:
+        return "PREEMPTED"
+    return ""
+
+
+def _what_slurm_did(seen: Evidence) -> str:
+    job, cause = f"job {seen.job_id}", _cause(seen)
+    at = f"; rank 0 was {seen.last_steps[0]}" if 0 in seen.last_steps else ""
+    if cause == "TIMEOUT":
+        limit = f" of {seen.time_min} min" if seen.time_min else ""
+        return f"{job} reached its time limit{limit}; ask for more with --time{at}"
+    if cause == "CANCELLED":
+        by = f" by {_user(seen.state.by)}" if seen.state and seen.state.by else ""
+        never = seen.state is not None and not seen.words.ends and not seen.logs
+        return f"{job} was cancelled{by}" + (" before it started" if never else at)
+    if cause == "PREEMPTED":
+        return f"{job} was preempted by Slurm{at}"
+    if cause == "NODE_FAIL":
+        which = ", ".join(seen.words.lost_hosts)
+        return (f"{which} failed, and {job} with it" if which else f"a host of {job}'s failed") + at
+    if cause == "BOOT_FAIL":
+        return f"a host of {job}'s did not start"
+    if cause == "DEADLINE":
+        return f"{job} could not end before its deadline"
+    if cause == "OUT_OF_MEMORY":
+        return f"{job} used more memory than it asked for; see mem_gb_per_gpu in the cluster config{at}"
+    if seen.words.ends and _all_were_terminated(seen):
+        return f"every rank of {job} got a SIGTERM: Slurm's, as when it preempts with a grace time, or somebody's{at}"
+    return ""
+
+
+def _user(uid: str) -> str:
+    try:
+        return pwd.getpwuid(int(uid)).pw_name
+    except (ValueError, KeyError, OverflowError):
+        return f"user {uid}"
+
+
+def _silence(seen: Evidence) -> Failure | None:
+    """The failure of a job in which nobody was seen to fail: some left without a word, or only lost others."""
+    recorded = {failure.rank for failure in seen.failures}
+    lost = [failure for failure in seen.failures if failure.kind == "lost_peer"]
+    ended = {end.rank for end in seen.words.ends}
+    completed = seen.state is not None and seen.state.state == "COMPLETED"
+    # srun speaks of every rank that it saw end badly or had to end: a rank that is in nobody's words exited with 0.
+    if (lost and (ended or seen.status is not None)) or completed:
+        left = [r for r in range(seen.world_size) if r not in recorded and r not in ended and r not in seen.done]
+        if left:
+            return seen.of_exit(0, left[0], seen.now)
+    if not lost:
+        return None
+    failure = blame.blame(lost)
+    running = [
+        (end.rank, seen.host_of(end.rank), seen.last_steps.get(end.rank, "has not ended a step"))
+        for end in seen.words.ends
+        if end.echo and end.rank not in recorded
+    ]
+    return blame.silent(failure, running) if running else failure
+
+
+def _without_a_rank(seen: Evidence) -> str:
+    """What there is to say where no rank has left anything."""
+    job = f"job {seen.job_id}"
+    if seen.words.complaint:
+        code = f" with code {seen.status}" if seen.status is not None else ""
+        return f"{job}: srun ended{code}: {seen.words.complaint}"
+    if seen.status is not None:
+        return f"{job}: srun ended with code {seen.status} and no rank has said why"
+    state = seen.state.state if seen.state else "ended"
+    if not seen.logs:
+        said = f"; its last words: {seen.script_says}" if seen.script_says else ""
+        return f"{job} is {state}, and its script ended before any rank was started{said}"
+    return f"{job} is {state}, and no rank has left a result or said why"
+
+
+# --- gathering --------------------------------------------------------------------------------------------------------
+
+RECORD_WITHIN_S = 2.0
+"""Seconds that another host's record of a failure may take to be seen here."""
+_AT_MOST_BYTES = 1_000_000
+
+
+def gather(
+    run: RunDirectory,
+    attempt: int,
+    *,
+    status: int | None = None,
+    state: JobState | None = None,
+    nodelist: str = "",
+    sleep: Callable[[float], None] = time.sleep,
+) -> Evidence:
+    """Reads what an attempt has left on disk.
+
+    Args:
+        run: the run directory.
+        attempt: which incarnation.
+        status: srun's exit code, where it is known.
+        state: what Slurm says, where it was asked.
+        nodelist: the job's hosts, as Slurm writes them.
+        sleep: waits; for tests.
+    """
+    job = read_json(run.job) or {}
+    resources = job.get("resources") or {}
+    nodes, per_node = int(resources.get("nodes", 1)), int(resources.get("gpus_per_node", 1))
+    world_size = nodes * per_node
+    there = run.attempt(attempt)
+    words = read_srun(_text(there.srun_log))
+    if words.cause == "CANCELLED":  # srun says that Slurm ended the step, and the batch script's own log why
+        due = [m[1] for m in _CANCELLED.finditer(_text(run.slurm_log)) if m[0].startswith("*** JOB")]
+        words = replace(words, cause=_cause_of(due[-1] if due else None) or words.cause)
+    found = {rank: failure for rank in range(world_size) if (failure := _failure(there, rank))}
+    # An exception ends Python with code 1, and its record was written before: on a shared file system it may be on its
+    # way. Each is opened by its name, since a folder's list may be an old one.
+    deadline = time.monotonic() + RECORD_WITHIN_S
+    missing = [end.rank for end in words.ends if end.code == 1 and not end.echo and end.rank not in found]
+    while missing and time.monotonic() < deadline:
+        sleep(0.2)
+        found |= {rank: failure for rank in missing if (failure := _failure(there, rank))}
+        missing = [rank for rank in missing if rank not in found]
+    logs = {rank: str(there.log(rank)) for rank in range(world_size) if there.log(rank).exists()}
+    without_record = [end.rank for end in words.ends if not end.echo and end.rank not in found][:8]
+    of_interest = [0, *[end.rank for end in words.ends if end.echo and end.rank not in found][:9]]
+    submitted = run.submitted()
+    names = _hosts(nodelist or (state.nodes if state else ""))
+    hosts = tuple(name for name in names for _ in range(per_node)) if len(names) == nodes else ()
+    return Evidence(
+        workload=str(job.get("workload", "")),
+        attempt=attempt,
+        job_id=submitted.job_id if submitted else os.environ.get("SLURM_JOB_ID", ""),
+        world_size=world_size,
+        now=time.time(),
+        failures=tuple(found.values()),
+        done=frozenset(rank for rank in range(world_size) if there.done(rank).exists()),
+        words=words,
+        status=status,
+        state=state,
+        time_min=resources.get("time_min"),
+        hosts=hosts,
+        logs=logs,
+        last_lines={r: line for r in without_record if _ERROR.search(line := _last_line(there.log(r)))},
+        last_steps={r: last for r in of_interest if (last := last_word(there, r))},
+        script_says=_last_line(run.slurm_log),
+    )
+
+
+def last_word(attempt: Attempt, rank: int) -> str:
+    """What a rank last said of itself; empty where it has not ended a step."""
+    try:
+        path = attempt.heartbeat(rank)
+        return f"last in step {path.read_text().strip()}, {max(0.0, time.time() - path.stat().st_mtime):.0f} s ago"
+    except OSError:
+        return ""
+
+
+_ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such file|not found", re.IGNORECASE)
+
+
+def _failure(attempt: Attempt, rank: int) -> Failure | None:
+    with contextlib.suppress(TypeError, OSError):
+        record = read_json(attempt.failure(rank))
+        if record is not None:
+            failure, log = Failure(**record), attempt.log(rank)
+            return failure if failure.log or not log.exists() else replace(failure, log=str(log))
+    return None
+
+
+def _text(path: Path) -> str:
+    """A log's text; of a very long one, its beginning."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_AT_MOST_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 10_000))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def conclude(run: RunDirectory, attempt: int, seen: Evidence) -> dict[str, Any]:
+    """Leaves the record in the run directory, unless one is there that says more; gives the one that counts.
+
+    A "done" of this attempt stands, and so does whatever a later attempt has written.
+    """
+    record = outcome(seen)
+    there = read_json(run.result)
+    if isinstance(there, dict):
+        same = there.get("attempt", 0) == attempt
+        says_more = there.get("status") == "done" or (there.get("failure") and not record["failure"])
+        if there.get("attempt", 0) > attempt or (same and says_more):
+            return there
+    if run.last_attempt().number <= attempt:
+        with contextlib.suppress(OSError):
+            write_json(run.result, record)
+    return record
+
+
+# --- in the batch script ----------------------------------------------------------------------------------------------
+
+_ASK_WITHIN_S = 5.0
+
+
+def ended(run_dir: str, attempt: str, status: str) -> str:
+    """What the batch script runs when srun has failed: leaves result.json.
+
+    Args:
+        run_dir: the run directory.
+        attempt: the script's incarnation.
+        status: srun's exit code.
+
+    Returns:
+        One line for the script's log.
+    """
+    run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
+    seen = gather(run, number, status=int(status), nodelist=env.get("SLURM_JOB_NODELIST", ""))
+    ends = seen.words.ends
+    if ends and not seen.words.cause and not seen.failures and all(end.code == -signal.SIGTERM for end in ends):
+        # A preemption with a grace time looks like somebody's kill; Slurm knows.
+        answer = slurm.ask_scontrol(env.get("SLURM_JOB_ID", seen.job_id), slurm.environment(env), _ASK_WITHIN_S)
+        seen = replace(seen, state=answer if isinstance(answer, JobState) else None)
+    record = conclude(run, number, seen)
+    if record["status"] == "done":
+        return f"meshrun: attempt {number}: the work is done, and srun ended with code {status} after it"
+    return f"meshrun: attempt {number} failed: {record['error']}"

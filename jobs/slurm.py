@@ -1,0 +1,245 @@
+"""What Slurm says of a job: squeue while it knows it, then sacct, scontrol where squeue cannot be used.
+
+The JSON that Slurm's commands can print changes between its versions, so a few columns are asked for instead. Parsing
+is pure. Every question is a load on a controller that thousands share: `jobs/cli/follow.py` asks once a second at
+first and every ten seconds later on; the run directory, which costs nobody anything, is looked at more often.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jobs import sbatch
+
+ANSWER_WITHIN_S = 30.0
+"""Seconds that each command gets."""
+
+LASTING = frozenset(
+    {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "REVOKED"}
+)
+"""States after which nothing comes (https://slurm.schedmd.com/squeue.html#SECTION_JOB-STATE-CODES)."""
+MAY_RETURN = frozenset({"NODE_FAIL", "PREEMPTED", "REQUEUED"})
+"""States that are the end too, unless Slurm puts the job back into the queue, which takes it a moment."""
+WAITING = frozenset({"PENDING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One answer."""
+
+    state: str
+    """Slurm's name of it, such as PENDING."""
+    reason: str = ""
+    """Why it waits, or ended; Slurm's word."""
+    nodes: str = ""
+    """The hosts it has, as Slurm writes them: `node[0-1]`."""
+    start: str = ""
+    """Of a job that waits: when Slurm expects it to start, `2026-11-22T08:15:30` in the cluster's time; else empty."""
+    by: str = ""
+    """Of a cancelled job: the numeric user id of who did it, where accounting knows."""
+    restarts: int | None = None
+    preempted: bool = False
+    """Whether Slurm has begun to preempt it; only scontrol says."""
+    source: str = "squeue"
+
+    @property
+    def waits(self) -> bool:
+        return self.state in WAITING
+
+    @property
+    def may_return(self) -> bool:
+        return self.state in MAY_RETURN
+
+    @property
+    def ended(self) -> bool:
+        return self.state in LASTING or self.may_return
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Slurm answers, and knows no such job: it ended longer ago than Slurm remembers (MinJobAge, often 5 minutes)."""
+
+    words: str = ""
+    """Why accounting, which remembers longer, could not help."""
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Nobody could be asked: the controller restarts, or is busy, or there is no Slurm here."""
+
+    words: str
+
+
+Answer = JobState | Forgotten | NoAnswer
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Said:
+    code: int
+    out: str
+    err: str
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment to ask in: without the user's preferences for other columns and other dates."""
+    ours = ("SQUEUE_", "SACCT_", "SCONTROL_")
+    kept = {name: value for name, value in sbatch.clean(env).items() if not name.startswith(ours)}
+    return {**kept, "SLURM_TIME_FORMAT": "standard"}
+
+
+def _run(words: Sequence[str], env: Mapping[str, str], within_s: float) -> _Said | NoAnswer:
+    try:
+        done = subprocess.run(
+            list(words),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=within_s,
+        )
+    except subprocess.TimeoutExpired:
+        return NoAnswer(f"{words[0]} has not answered within {within_s:g} s")
+    except OSError as error:
+        return NoAnswer(f"{words[0]}: {error.strerror or error}")
+    return _Said(done.returncode, done.stdout, done.stderr)
+
+
+def ask(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> Answer:
+    """What Slurm knows of a job.
+
+    Args:
+        job_id: the job.
+        env: the environment to ask in; see `environment`.
+        within_s: seconds that each of the commands gets.
+    """
+    squeue = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_COLUMNS}"], env, within_s)
+    queued = squeue if isinstance(squeue, NoAnswer) else read_squeue(squeue.code, squeue.out, squeue.err, job_id)
+    if isinstance(queued, JobState):
+        if queued.state != "CANCELLED":
+            return queued
+        accounted = _ask_sacct(job_id, env, within_s)  # squeue does not say by whom
+        by = accounted.by if isinstance(accounted, JobState) and accounted.state == "CANCELLED" else ""
+        return replace(queued, by=by)
+    accounted = _ask_sacct(job_id, env, within_s)
+    if isinstance(queued, Forgotten):
+        return accounted if isinstance(accounted, JobState) else Forgotten(accounted.words)
+    # The controller does not answer: what accounting calls an end is one; "running" may be long past.
+    if isinstance(accounted, JobState) and accounted.state in LASTING:
+        return accounted
+    if isinstance(squeue, NoAnswer) and "has not answered" not in squeue.words:  # no squeue here
+        shown = ask_scontrol(job_id, env, within_s)
+        if not isinstance(shown, NoAnswer):
+            return shown
+    return queued
+
+
+def _ask_sacct(job_id: str, env: Mapping[str, str], within_s: float) -> Answer:
+    words = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}"]
+    said = _run([*words, "--format=JobID,State,NodeList"], env, within_s)
+    return said if isinstance(said, NoAnswer) else read_sacct(said.code, said.out, said.err, job_id)
+
+
+def ask_scontrol(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> Answer:
+    """What the controller itself knows; the only one that says whether a job is being preempted."""
+    said = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
+    return said if isinstance(said, NoAnswer) else read_scontrol(said.code, said.out, said.err)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+_COLUMNS = "%i|%T|%S|%N|%r"  # the reason comes last: it is prose
+
+
+def _words(text: str) -> str:
+    """A command's complaint on one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines)[:300]
+
+
+def _is_unknown(err: str) -> bool:
+    return "invalid job id" in err.lower()
+
+
+def read_squeue(code: int, out: str, err: str, job_id: str) -> Answer:
+    """squeue's output, in `_COLUMNS`."""
+    for line in out.splitlines():
+        fields = line.strip().split("|", 4)
+        if len(fields) == 5 and fields[0] == job_id:
+            state, start, nodes, reason = fields[1:]
+            waits = state in WAITING
+            return JobState(
+                state=state,
+                reason="" if reason == "None" else reason,
+                nodes=nodes,
+                start=start if waits and re.match(r"\d{4}-", start) else "",
+            )
+    if _is_unknown(err) or (code == 0 and not err.strip()):
+        return Forgotten()
+    return NoAnswer(_words(err) or f"squeue ended with code {code}")
+
+
+def read_sacct(code: int, out: str, err: str, job_id: str) -> Answer:
+    """sacct's output; `CANCELLED by 1000` says who."""
+    for line in out.splitlines():
+        fields = line.strip().split("|")
+        if len(fields) == 3 and fields[0] == job_id and fields[1]:
+            state, _, by = fields[1].partition(" by ")
+            nodes = "" if fields[2] == "None assigned" else fields[2]
+            return JobState(state.strip(), nodes=nodes, by=by.strip(), source="sacct")
+    if code == 0 and not err.strip():
+        return Forgotten()
+    return NoAnswer(_words(err) or f"sacct ended with code {code}")
+
+
+def read_scontrol(code: int, out: str, err: str) -> Answer:
+    """`scontrol --oneliner show job`: KEY=VALUE words; values that hold spaces are of no interest here."""
+    found = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", out))
+    if "JobState" not in found:
+        return Forgotten() if _is_unknown(err) else NoAnswer(_words(err) or f"scontrol ended with code {code}")
+    state, start, restarts = found["JobState"], found.get("StartTime", ""), found.get("Restarts", "")
+    return JobState(
+        state=state,
+        reason="" if found.get("Reason", "None") == "None" else found["Reason"],
+        nodes="" if found.get("NodeList", "(null)") == "(null)" else found["NodeList"],
+        start=start if state in WAITING and re.match(r"\d{4}-", start) else "",
+        restarts=int(restarts) if restarts.isdecimal() else None,
+        preempted=bool(re.match(r"\d{4}-", found.get("PreemptTime", ""))),
+        source="scontrol",
+    )
+
+
+# --- what a reason means ----------------------------------------------------------------------------------------------
+
+_HINTS = (
+    (r"PartitionNodeLimit", "the partition has or allows fewer hosts than --nodes: cancel, and ask for less"),
+    (r"PartitionTimeLimit", "--time is more than the partition allows: cancel, and ask for less"),
+    (r"Partition(Down|Inactive)", "the partition takes no jobs now"),
+    (
+        r"ReqNodeNotAvail|Nodes required for job are",
+        "hosts that it needs are down, drained or reserved; it starts when they are back (see sinfo)",
+    ),
+    (r"NodeDown", "a host that it needs is down (see sinfo)"),
+    (r"BadConstraints", "no hosts meet what it asks for: cancel, and ask for something else"),
+    (r"launch failed requeued held", "it could not be started and is held: slurm.log in the run directory may say why"),
+    (r"JobHeldUser", "it is held; let it go with `scontrol release`"),
+    (r"JobHeldAdmin|job requeued in held state", "it is held by the site; ask there"),
+    (r"DependencyNeverSatisfied", "what it waits for has failed: it will never start; cancel it"),
+    (r"Invalid(Account|QOS)|AssociationJobLimit|Assoc\w*(Limit|Max)|QOS\w*(Limit|Max)", "a limit of your account's"),
+    (r"(Assoc|QOS)Grp\w*", "your account's or QOS's share is in use; it starts when others of it end"),
+    (r"Reservation", "its reservation has not begun"),
+    (r"BeginTime", "Slurm starts it (again) at a set time"),
+)
+
+
+def hint(state: JobState) -> str:
+    """What a reason that needs explaining means for the one who waits; empty where there is nothing to add."""
+    if not state.waits:
+        return ""
+    return next((text for pattern, text in _HINTS if re.match(pattern, state.reason)), "")
