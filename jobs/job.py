@@ -63,7 +63,10 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         # warning before the time limit does not end a run that may still finish in time.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, _warned if info.rank == 0 else signal.SIG_IGN)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
+        if info.rank == 0:
+            RunDirectory(spec.run_dir).begin(info.attempt)
         return _run(spec, info, attempt)
     except BaseException as error:
         path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
@@ -85,11 +88,15 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
 
     torch.set_num_threads(spec.threads_per_rank)
     choice = devices.choose_device(info)
-    interface = rendezvous.gloo_interface(info, spec.interface)
-    if interface is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-
-    meeting = rendezvous.join(info, choice.device.type, attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface)
+    meeting = rendezvous.join(
+        info,
+        choice.device.type,
+        attempt.rendezvous,
+        spec.rendezvous_timeout_s,
+        spec.interface,
+        spec.rendezvous_ports,
+    )
+    os.environ.update(rendezvous.socket_variables(info, meeting.address, spec.interface, os.environ))
     placement = meeting.placement
     _configure_logging(f"rank {placement.rank}/{placement.world_size} node {placement.node_rank}")
     log.info("local rank %d on %s; the scheduler's number is %d", placement.local_rank, info.host, info.rank)

@@ -1,35 +1,51 @@
 """RankInfo -> initialised process group: the ranks of one job find each other, and nobody else's.
 
-Rank 0 binds a store on a port that the kernel picks, and announces it in the attempt's own folder of the run
-directory by an atomic rename; so no port is hoped for, and no rank can read another job's announcement. Every rank
-reports where it sits; rank 0 numbers them host by host and answers all with one table, or with one error.
-Every wait ends at the job's rendezvous deadline and says who is missing.
+Rank 0 listens on its own address, on a port that is free (of the configured range, or of the kernel's choice), writes
+into its store whose it is, and announces it in the attempt's own folder of the run directory by an atomic rename. So
+no port is hoped for, no rank reads another job's announcement, and one whose announced port has meanwhile gone to
+somebody else sees that the store there is not its own. Every rank reports where it sits; rank 0 numbers them host by
+host and answers all with one table, or with one error. Every wait ends at the job's rendezvous deadline and says who
+is missing.
 """
 
 from __future__ import annotations
 
+import array
+import errno
+import functools
 import json
 import logging
 import os
+import secrets
 import socket
 import struct
 import sys
+import threading
 import time
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from jobs.errors import RendezvousError, TopologyError
+from jobs.errors import MeshrunError, RendezvousError, TopologyError
 from jobs.records import read_json, write_json
 from jobs.topology import Placement, RankInfo, Seat, number_by_host, place, seat_table
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LOOPBACK = "127.0.0.1"
+GRACE_S = 15.0
+"""Rank 0 answers at the deadline at the latest; for so much longer its answer may take to arrive."""
+OWNER = "meshrun/owner"
+"""The store's key that says whose it is: identity and nonce. Without the job's prefix, so that others find it too."""
 
 
 @dataclass
@@ -39,6 +55,8 @@ class Rendezvous:
     placement: Placement
     store: dist.Store
     """Prefixed with the job's identity."""
+    address: str
+    """This host's own, on the network of rank 0's store."""
 
     def finish(self, timeout_s: float) -> None:
         """Holds rank 0, whose process is the store, until every rank has come here.
@@ -62,7 +80,14 @@ class Rendezvous:
                     time.sleep(0.01)
 
 
-def join(info: RankInfo, device: str, announcement: Path, timeout_s: float, interface: str | None) -> Rendezvous:
+def join(
+    info: RankInfo,
+    device: str,
+    announcement: Path,
+    timeout_s: float,
+    interface: str | None,
+    ports: tuple[int, int] | None = None,
+) -> Rendezvous:
     """Meets the job's other ranks.
 
     Args:
@@ -73,31 +98,40 @@ def join(info: RankInfo, device: str, announcement: Path, timeout_s: float, inte
         timeout_s: seconds until everyone must be there.
         interface: network interface whose address rank 0 announces; None = loopback for emulated hosts, else the
             one that leads to the other hosts.
+        ports: first and last port that rank 0 may listen on; None = whichever is free.
 
     Raises:
-        RendezvousError: ranks are missing at the deadline (named, with their hosts where known).
-        TopologyError: hosts hold unequal numbers of ranks, or some have GPUs and others not.
+        RendezvousError: ranks are missing at the deadline (named, with their hosts where known), no port is free, or
+            what listens where rank 0 announced itself is not its store.
+        TopologyError: hosts hold unequal numbers of ranks, or some have GPUs and others not; or this host's network
+            interface is not there, is down or has no address.
     """
     deadline = time.monotonic() + timeout_s
-    identity = f"{info.job_id}-{info.attempt}"
-    raw = _open_store(info, identity, announcement, deadline, timeout_s, interface)
-    store = dist.PrefixStore(f"meshrun/{identity}", raw)
+    if info.master_addr is not None and info.master_port is not None:
+        address = own_address(info, interface, info.master_addr)
+        raw: dist.Store = _launchers_store(info, info.master_addr, info.master_port, timeout_s)
+    elif info.rank == 0:
+        raw, address = _serve(info, announcement, timeout_s, interface, ports)
+    else:
+        if interface is not None:
+            own_address(info, interface, None)  # before meeting, so that the host with the broken one is named
+        raw, address_of_rank_0 = _find_store(info, announcement, deadline, timeout_s)
+        address = own_address(info, interface, address_of_rank_0)
+    store = dist.PrefixStore(f"meshrun/{info.identity}", raw)
     seat = Seat(info.rank, info.host, info.local_rank, os.getpid(), device)
     try:
-        store.set(f"seat/{info.rank}", json.dumps(seat.to_json()))
         if info.rank == 0:
+            store.set(f"seat/{info.rank}", json.dumps(seat.to_json()))
             answer = _seat_everyone(info, store, deadline, timeout_s)
             store.set("table", json.dumps(answer))
             if "error" in answer:
                 _linger(store, answer["present"])
         else:
-            # rank 0 answers at the deadline at the latest; the grace is for its answer to arrive.
-            store.wait(["table"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 15))
-            answer = json.loads(store.get("table"))
-            store.add("read", 1)
-    except dist.DistStoreError as error:
+            seconds = max(1.0, deadline - time.monotonic()) + GRACE_S
+            answer = _beside(lambda: _take_seat(store, seat, seconds)).result(seconds + 2)
+    except (dist.DistStoreError, futures.TimeoutError) as error:
         raise RendezvousError(
-            f"rank 0{_on_host(info)} has not answered {timeout_s + 15:g} s after the start"
+            f"rank 0{_on_host(info)} has not answered {timeout_s + GRACE_S:g} s after the start"
         ) from error
     except dist.DistNetworkError as error:
         raise RendezvousError(f"rank 0{_on_host(info)} went away during rendezvous") from error
@@ -105,78 +139,221 @@ def join(info: RankInfo, device: str, announcement: Path, timeout_s: float, inte
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         raise kind(answer["error"])
     seats = [Seat(**seat) for seat in answer["seats"]]
-    return Rendezvous(place(seats, info.rank), store)
+    return Rendezvous(place(seats, info.rank), store, address)
 
 
-def _open_store(
-    info: RankInfo, identity: str, announcement: Path, deadline: float, timeout_s: float, interface: str | None
-) -> dist.Store:
-    if info.master_addr is not None and info.master_port is not None:
-        # torchrun: its agent, or rank 0 beside it, holds the store.
-        agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        try:
-            return dist.TCPStore(
-                info.master_addr,
-                info.master_port,
-                info.world_size,
-                is_master=info.rank == 0 and not agent_store,
-                timeout=timedelta(seconds=timeout_s),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise RendezvousError(
-                f"no store at {info.master_addr}:{info.master_port} within {timeout_s:g} s"
-            ) from error
-    if info.rank == 0:
-        address = own_address(info, interface)
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((address, 0))
-        listener.listen(4096)
-        port = listener.getsockname()[1]
-        store = dist.TCPStore(
-            address,
-            port,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        write_json(announcement, {"address": address, "port": port, "identity": identity, "host": info.host})
-        return store
-    said = _read_announcement(info, identity, announcement, deadline, timeout_s)
+def _launchers_store(info: RankInfo, address: str, port: int, timeout_s: float) -> dist.Store:
+    """torchrun's: its agent, or rank 0 beside it, holds the store."""
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return dist.TCPStore(
-            said["address"],
-            said["port"],
-            is_master=False,
-            timeout=timedelta(seconds=max(1.0, deadline - time.monotonic())),
+            address,
+            port,
+            info.world_size,
+            is_master=info.rank == 0 and not agent_store,
+            timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
+            multi_tenant=True,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise RendezvousError(
-            f"rank 0 announced {said['address']}:{said['port']} on {said['host']}, "
-            f"and it cannot be reached from here within {timeout_s:g} s"
-        ) from error
+        raise RendezvousError(f"no store at {address}:{port} within {timeout_s:g} s") from error
 
 
-def _read_announcement(
-    info: RankInfo, identity: str, announcement: Path, deadline: float, timeout_s: float
-) -> dict[str, Any]:
+def _beside(call: Callable[[], T]) -> futures.Future[T]:
+    """Calls in a thread of its own, which may be left behind.
+
+    Where somebody listens and never answers, torch's client waits for ever whatever its time-out is: while it
+    connects, in check(), and in wait() and get(), which wait for the server to take note that they gave up (2.13).
+    """
+    future: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    return future
+
+
+# --- rank 0: a store, bound before it is announced --------------------------------------------------------------------
+
+
+def _serve(
+    info: RankInfo, announcement: Path, timeout_s: float, interface: str | None, ports: tuple[int, int] | None
+) -> tuple[dist.Store, str]:
+    """Opens the store, puts the job's name on it and announces it; what prevents that is announced in its place.
+
+    Returns:
+        The store and its address.
+    """
+    try:
+        address = own_address(info, interface, info.network_peer)
+        listener = listen(info, address, ports)
+    except MeshrunError as error:
+        write_json(announcement, {"identity": info.identity, "host": info.host, "error": str(error)})
+        raise
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    nonce = secrets.token_hex(8)
+    store.set(OWNER, f"{info.identity} {nonce}")
+    said = {"address": address, "port": port, "identity": info.identity, "nonce": nonce, "host": info.host}
+    write_json(announcement, said)
+    return store, address
+
+
+def listen(info: RankInfo, address: str, ports: tuple[int, int] | None) -> socket.socket:
+    """A socket that listens on `address`: on a port of the range, or without one on a port of the kernel's choice.
+
+    The range is walked from a place that depends on the job, so that jobs which start together do not all try the
+    same ports.
+
+    Raises:
+        RendezvousError: every port of the range is taken, or the system allows none.
+    """
+    first, last = ports or (0, 0)
+    count = last - first + 1
+    offset = zlib.crc32(info.identity.encode()) % count
+    for port in (first + (offset + step) % count for step in range(count)):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        if ports is not None:
+            # An earlier store's connections in TIME_WAIT do not keep the port; one that still listens does.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+            listener.listen(4096)  # of two that could bind with SO_REUSEADDR, one can listen: only this makes it ours
+            return listener
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE:
+                raise RendezvousError(
+                    f"rank 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
+                    + (f"; rendezvous_ports of the cluster config is {first}-{last}" if ports else "")
+                ) from error
+    raise RendezvousError(
+        f"rank 0 on {info.host} finds every port of rendezvous_ports {first}-{last} taken on {address}; "
+        "widen the range in the cluster config, or leave it out where no firewall asks for one"
+    )
+
+
+# --- the others: the store that was announced, if it is the job's own -------------------------------------------------
+
+
+def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: float) -> tuple[dist.Store, str]:
+    """The store that rank 0 announced.
+
+    Whatever else is met there is no reason to give up before the deadline: rank 0 may announce itself anew.
+
+    Returns:
+        The store and its address.
+    """
+    said: dict[str, Any] | None = None
+    asking: futures.Future[dist.Store] | None = None
+    others, problem = "", ""
     pause = 0.01
     while True:
-        said = read_json(announcement)
-        if said is not None and said["identity"] == identity:
-            return said
-        if time.monotonic() > deadline:
-            raise RendezvousError(
-                f"missing: rank 0{_on_host(info)}, which has not announced itself within {timeout_s:g} s "
-                f"(in {announcement}); is it still starting, and does it see the same file system?"
-            )
-        time.sleep(pause)
+        latest = _read(announcement)
+        if latest is not None and latest["identity"] != info.identity:
+            others, latest = f", where the announcement is that of {latest['identity']}", None
+        if latest is not None and latest != said:
+            if "error" in latest:
+                raise RendezvousError(latest["error"])
+            said, asking, problem = latest, None, ""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        if said is not None and asking is None:
+            asking = _beside(functools.partial(_connect, said, left))
+        if said is None or asking is None:
+            time.sleep(min(pause, left))
+        elif futures.wait([asking], min(pause, left)).done:
+            try:
+                store = asking.result()
+                store.set_timeout(timedelta(seconds=timeout_s))
+                return store, said["address"]
+            except (OSError, RendezvousError, dist.DistError) as error:
+                known, problem = problem, _problem(error)
+            if problem != known:
+                log.warning("%s; asking again until the deadline", _announced(said, problem))
+            asking = None
+            time.sleep(min(pause, left))
         pause = min(pause * 1.5, 0.25)
+    if said is None:
+        raise RendezvousError(
+            f"missing: rank 0{_on_host(info)}, which has not announced itself within {timeout_s:g} s "
+            f"(in {announcement}{others}); is it still starting, and does it see the same file system?"
+        )
+    raise RendezvousError(
+        f"{_announced(said, problem or 'where something listens that does not answer')}; asked for {timeout_s:g} s"
+    )
+
+
+def _read(announcement: Path) -> dict[str, Any] | None:
+    try:
         # Opening the directory makes an NFS client look again instead of answering from its cache.
         os.close(os.open(announcement.parent, os.O_RDONLY))
+        return read_json(announcement)
+    except OSError:  # ESTALE: another file has taken its name since it was opened
+        return None
+
+
+def _connect(said: dict[str, Any], seconds: float) -> dist.Store:
+    """The announced store.
+
+    Raises:
+        OSError: nobody is reached there.
+        DistError: who is there is no store.
+        RendezvousError: it is another's.
+    """
+    address, port = said["address"], said["port"]
+    # First without torch, whose client says why it was refused in its own log alone, and overstays its time-out.
+    socket.create_connection((address, port), timeout=min(seconds, 10)).close()
+    store = dist.TCPStore(
+        address, port, is_master=False, timeout=timedelta(seconds=min(seconds, 2)), wait_for_workers=False
+    )
+    owner = store.get(OWNER).decode() if store.check([OWNER]) else ""
+    if owner != f"{said['identity']} {said['nonce']}":
+        theirs, mine = owner.partition(" ")[0], said["identity"]
+        if not theirs:
+            whose = f"not one of meshrun's, and this is {mine}"
+        elif theirs == mine:
+            whose = f"that of another start of {mine}"
+        else:
+            whose = f"that of {theirs}, not that of {mine}"
+        raise RendezvousError(f"and the store there is {whose}")
+    return store
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, RendezvousError):
+        return str(error)
+    if isinstance(error, dist.DistError):
+        return "where something listens that is no store"
+    return (
+        f"and it cannot be reached from here ({getattr(error, 'strerror', None) or error}); is rank 0 still there, and "
+        "does no firewall lie between? The cluster config's interface and rendezvous_ports choose another way"
+    )
+
+
+def _announced(said: dict[str, Any], problem: str) -> str:
+    return f"rank 0 announced {said['address']}:{said['port']} on {said['host']}, {problem}"
+
+
+def _take_seat(store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
+    """Reports the seat; rank 0's answer."""
+    store.set(f"seat/{seat.rank}", json.dumps(seat.to_json()))
+    store.wait(["table"], timedelta(seconds=seconds))
+    answer: dict[str, Any] = json.loads(store.get("table"))
+    store.add("read", 1)
+    return answer
 
 
 def _on_host(info: RankInfo) -> str:
@@ -235,53 +412,181 @@ def init_process_group(meeting: Rendezvous, device: torch.device, backend: str, 
 # --- addresses --------------------------------------------------------------------------------------------------------
 
 
-def own_address(info: RankInfo, interface: str | None) -> str:
-    """The IPv4 address that the other ranks reach this host by.
+@dataclass(frozen=True)
+class Interface:
+    """A network interface of this host (netdevice(7))."""
+
+    name: str
+    addresses: tuple[str, ...]
+    """IPv4, the primary one first."""
+    is_up: bool
+    """Switched on."""
+    is_running: bool
+    """And its cable leads somewhere."""
+    has_ipv6: bool
+    """An address beyond its own cable."""
+
+    @property
+    def is_usable(self) -> bool:
+        return self.is_up and self.is_running and bool(self.addresses)
+
+    def __str__(self) -> str:
+        state = "" if self.is_up and self.is_running else " without a link" if self.is_up else " down"
+        return f"{self.name}{state}{' ' + self.addresses[0] if self.addresses else ''}"
+
+
+def own_address(info: RankInfo, interface: str | None, peer: str | None) -> str:
+    """The IPv4 address that the other ranks reach this host by; never a name, which may mean 127.0.1.1 on the host.
+
+    Args:
+        info: this rank.
+        interface: the configured one; None = as follows: loopback for emulated hosts; else the address that the kernel
+            would send from to reach `peer`; else that of the first interface that is up, bridges of virtual machines
+            and containers last.
+        peer: an address of the network that all hosts are on, where one is known.
 
     Raises:
-        TopologyError: the configured interface is not there or has no address.
+        TopologyError: the configured interface is not there, is down or has no IPv4 address; or no interface has one
+            that other hosts could reach.
     """
+    here = interfaces()
+    is_alone = info.local_world_size == info.world_size or info.launcher == "local"
     if interface is not None:
-        address = interface_address(interface)
-        if address is None:
-            have = ", ".join(name for _, name in socket.if_nameindex())
-            raise TopologyError(f"interface '{interface}' has no IPv4 address on {info.host} (it has: {have})")
-        return address
+        return _address_of(interface, here, info, is_alone)
     if info.launcher == "local":
         return LOOPBACK
-    return _first_address() or LOOPBACK
+    source = _source_towards(peer) if peer else None
+    if source is not None and (is_alone or not _is_loopback(source)):
+        holder = _holder(source, here)
+        if holder is None or holder.is_usable:
+            return source
+    usable = [known for known in here if known.is_usable and not _is_loopback(known.addresses[0])]
+    if usable:
+        return min(usable, key=_is_far_fetched).addresses[0]
+    if is_alone:
+        return LOOPBACK
+    raise TopologyError(
+        f"no network interface of {info.host} is up and has an IPv4 address that the other hosts could reach "
+        f"(it has: {', '.join(map(str, here))})" + _ipv6_note(here)
+    )
 
 
-def gloo_interface(info: RankInfo, interface: str | None) -> str | None:
-    """The interface to give gloo, which would otherwise resolve the host's name, often to a loopback address."""
-    if interface is not None:
-        return interface
-    if info.launcher == "local" and sys.platform == "darwin":
-        return "lo0"
-    wanted = LOOPBACK if info.launcher == "local" else _first_address() or LOOPBACK
-    for _, name in socket.if_nameindex():
-        if interface_address(name) == wanted:
-            return name
-    return None
+def _address_of(interface: str, here: list[Interface], info: RankInfo, is_alone: bool) -> str:
+    found = next((known for known in here if known.name == interface), None)
+    if found is not None and found.is_usable and (is_alone or not _is_loopback(found.addresses[0])):
+        return found.addresses[0]
+    if found is None:
+        problem = "does not exist"
+    elif not found.is_up:
+        problem = "is down"
+    elif not found.is_running:
+        problem = "has no link"
+    elif not found.addresses:
+        problem = "has no IPv4 address" + _ipv6_note([found])
+    else:
+        problem = f"has the address {found.addresses[0]}, by which no other host can reach it"
+    raise TopologyError(
+        f"interface '{interface}' of the cluster config {problem} on {info.host} (it has: {', '.join(map(str, here))})"
+    )
 
 
-def _first_address() -> str | None:
-    """The first interface's address that is not a loopback one."""
-    for _, name in socket.if_nameindex():
-        address = interface_address(name)
-        if address is not None and not address.startswith("127."):
-            return address
-    return None
+def _ipv6_note(here: list[Interface]) -> str:
+    return ", only IPv6, which ranks do not meet over" if any(known.has_ipv6 for known in here) else ""
 
 
-def interface_address(name: str) -> str | None:
-    """The IPv4 address of a network interface (netdevice(7)); None where it has none."""
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
+
+
+def _is_far_fetched(known: Interface) -> bool:
+    """Whether other hosts are hardly behind it: bridges of virtual machines and containers, self-given addresses."""
+    bridges = ("docker", "virbr", "br-", "cni", "podman", "lxc", "lxd", "veth", "vnet")
+    return known.name.startswith(bridges) or known.addresses[0].startswith("169.254.")
+
+
+def _source_towards(peer: str) -> str | None:
+    """The IPv4 address that the kernel would send from to reach `peer`; nothing is sent."""
     try:
-        import fcntl
-
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            request = struct.pack("256s", name.encode()[:15])
-            siocgifaddr = 0x8915
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24])
-    except (OSError, ImportError):
+            probe.connect((peer, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
         return None
+
+
+def _holder(address: str, here: list[Interface]) -> Interface | None:
+    return next((known for known in here if address in known.addresses), None)
+
+
+def interfaces() -> list[Interface]:
+    """This host's network interfaces in the kernel's order; none where it is not Linux."""
+    if sys.platform != "linux":
+        return []
+    import fcntl
+
+    siocgifconf, siocgifflags, iff_up, iff_running, entry = 0x8912, 0x8913, 0x1, 0x40, 40
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # All addresses, the further ones of an interface too, which may be the ones that the kernel sends from.
+        room = array.array("B", bytes(1024 * entry))
+        answer = fcntl.ioctl(probe.fileno(), siocgifconf, struct.pack("iP", len(room), room.buffer_info()[0]))
+        listed = room.tobytes()[: struct.unpack("iP", answer)[0]]
+        addresses: dict[str, list[str]] = {}
+        for at in range(0, len(listed), entry):
+            label = listed[at : at + 16].split(b"\0")[0].decode()
+            name = label.partition(":")[0]
+            addresses.setdefault(name, []).append(socket.inet_ntoa(listed[at + 20 : at + 24]))
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), siocgifflags, struct.pack("16s24x", name.encode()))
+            except OSError:
+                continue  # it has gone since
+            (flags,) = struct.unpack_from("H", answer, 16)
+            found.append(
+                Interface(
+                    name,
+                    tuple(addresses.get(name, ())),
+                    is_up=bool(flags & iff_up),
+                    is_running=bool(flags & iff_running),
+                    has_ipv6=name in _with_ipv6(),
+                )
+            )
+    return found
+
+
+def _with_ipv6() -> set[str]:
+    """The interfaces with an IPv6 address that is neither loopback nor link-local (/proc/net/if_inet6)."""
+    try:
+        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line.split()[5] for line in lines if line.split()[3] not in ("10", "20")}
+
+
+def socket_variables(info: RankInfo, address: str, interface: str | None, env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that keep gloo and NCCL to the network that the ranks met on.
+
+    gloo would otherwise resolve the host's name, often to a loopback address. NCCL finds its own way, InfiniBand
+    included, and is told only where an interface is configured. What the job's environment says already stands.
+
+    Args:
+        info: this rank.
+        address: this host's own (`Rendezvous.address`).
+        interface: the configured one.
+        env: the rank's environment.
+
+    Returns:
+        What is to be added to the environment.
+    """
+    holder = _holder(address, interfaces())
+    gloo = interface or (holder.name if holder is not None else "")
+    if not gloo and info.launcher == "local" and sys.platform == "darwin":
+        gloo = "lo0"
+    wanted = {"GLOO_SOCKET_IFNAME": gloo} if gloo else {}
+    if interface is not None:
+        wanted["NCCL_SOCKET_IFNAME"] = f"={interface}"  # without the =, eth1 would stand for eth10, too
+    for name in [name for name in wanted if env.get(name)]:
+        if env[name] != wanted[name] and interface is not None and info.local_rank == 0:
+            log.info("%s=%s of the environment wins over interface %s", name, env[name], interface)
+        del wanted[name]
+    return wanted

@@ -6,9 +6,15 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import random
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -39,8 +45,7 @@ def info(rank: int, hosts: Sequence[str], job_id: str = "7", attempt: int = 0, *
         host=host,
         job_id=job_id,
         attempt=attempt,
-        expected_hosts=tuple(hosts),
-        **more,
+        **{"expected_hosts": tuple(hosts), **more},
     )
 
 
@@ -64,7 +69,18 @@ def prepare_rank() -> None:
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
 
-def _rank(end: Connection, me: RankInfo, announcement: Path, timeout_s: float, value: float, pause_s: float) -> None:
+Ports = tuple[int, int]
+
+
+def _rank(
+    end: Connection,
+    me: RankInfo,
+    announcement: Path,
+    timeout_s: float,
+    value: float,
+    pause_s: float,
+    ports: Ports | None,
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -74,7 +90,7 @@ def _rank(end: Connection, me: RankInfo, announcement: Path, timeout_s: float, v
     time.sleep(pause_s)
     began = time.monotonic()
     try:
-        meeting = rendezvous.join(me, "cpu", announcement, timeout_s, None)
+        meeting = rendezvous.join(me, "cpu", announcement, timeout_s, None, ports)
         rendezvous.init_process_group(meeting, torch.device("cpu"), "gloo", 30)
         total = torch.tensor([value])
         dist.all_reduce(total)
@@ -110,9 +126,10 @@ class Meeting:
         timeout_s: float = 30,
         value: float = 1.0,
         pauses: Sequence[float] = (),
+        ports: Ports | None = None,
     ) -> list[Connection]:
         late = [*pauses, *[0.0] * len(infos)]
-        return [self.start(_rank, me, announcement, timeout_s, value, late[i]) for i, me in enumerate(infos)]
+        return [self.start(_rank, me, announcement, timeout_s, value, late[i], ports) for i, me in enumerate(infos)]
 
     def results(self, ends: Sequence[Connection]) -> list[Any]:
         deadline = time.monotonic() + DEADLINE_S
@@ -188,6 +205,16 @@ def test_unequal_hosts_are_refused_with_the_table_on_all_ranks(meeting: Meeting,
     assert "a: ranks 0 1 2; b: rank 3" in came[0].error
 
 
+def test_where_the_scheduler_does_not_say_who_should_be_where_those_who_came_are_shown(
+    meeting: Meeting, tmp_path: Path
+) -> None:
+    infos = [info(r, ["a", "b", "a", "b"], expected_hosts=()) for r in (0, 1, 2)]
+    came = meeting.results(meeting.come(infos, tmp_path / "r.json", timeout_s=3))
+    assert {c.error for c in came} == {
+        "3 of 4 ranks came within 3 s; missing: rank 3; present: a: ranks 0 2; b: rank 1"
+    }
+
+
 def test_two_jobs_at_once_do_not_mix(meeting: Meeting, tmp_path: Path) -> None:
     infos = {job: [info(r, ["a", "a"], job_id=job) for r in range(2)] for job in ("1", "2")}
     ends = []
@@ -211,13 +238,19 @@ def test_a_stale_announcement_is_ignored(meeting: Meeting, tmp_path: Path, stale
     assert json.loads(announcement.read_text())["identity"] == "7-0"
 
 
-def test_an_address_where_nobody_listens_is_named(meeting: Meeting, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    write_json(tmp_path / "r.json", {"address": "127.0.0.1", "port": port, "identity": "7-0", "host": "a"})
-    (came,) = meeting.results(meeting.come([info(1, ["a", "b"])], tmp_path / "r.json", timeout_s=2))
-    assert came.kind == "RendezvousError"
-    assert f"rank 0 announced 127.0.0.1:{port} on a, and it cannot be reached" in came.error
+def announce(announcement: Path, port: int, identity: str = "7-0", nonce: str = "n0") -> None:
+    """What rank 0 on host a said before its port went to somebody else."""
+    said = {"address": "127.0.0.1", "port": port, "identity": identity, "nonce": nonce, "host": "a"}
+    write_json(announcement, said)
+
+
+def port_of(announcement: Path) -> int:
+    """Where rank 0 listens, once it has said so."""
+    end = time.monotonic() + DEADLINE_S
+    while not announcement.exists():
+        assert time.monotonic() < end, "rank 0 has not announced itself"
+        time.sleep(0.02)
+    return int(json.loads(announcement.read_text())["port"])
 
 
 def _dies_at_its_seat(end: Connection, me: RankInfo, announcement: Path) -> None:
@@ -242,19 +275,478 @@ def test_a_rank_0_that_dies_while_they_wait_is_said_to_be_gone(meeting: Meeting,
     assert came.seconds < 20
 
 
+def _stops_at_its_seat(end: Connection, me: RankInfo, announcement: Path) -> None:
+    from jobs import rendezvous
+
+    def stop(me: RankInfo, store: Any, *_: object) -> None:
+        while not store.check(["seat/1"]):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    rendezvous._seat_everyone = stop  # type: ignore[assignment]
+    rendezvous.join(me, "cpu", announcement, 30, None)
+
+
+def _is_patient_for_a_second(end: Connection, me: RankInfo, announcement: Path) -> None:
+    from jobs import rendezvous
+
+    rendezvous.GRACE_S = 1.0
+    _rank(end, me, announcement, 3, 1.0, 0, None)
+
+
+def test_a_rank_0_that_was_stopped_keeps_nobody_waiting_for_ever(meeting: Meeting, tmp_path: Path) -> None:
+    end = meeting.start(_is_patient_for_a_second, info(1, ["a", "b"]), tmp_path / "r.json")
+    meeting.start(_stops_at_its_seat, info(0, ["a", "b"]), tmp_path / "r.json")
+    (came,) = meeting.results([end])
+    assert came.kind == "RendezvousError"
+    assert came.error == "rank 0 on a has not answered 4 s after the start"
+    assert came.seconds < 20
+
+
+# --- ports ------------------------------------------------------------------------------------------------------------
+
+
+def free_range(count: int) -> Ports:
+    """Ports in a row that nobody has, below those that the kernel hands out by itself."""
+    for _ in range(100):
+        first = random.randrange(12_000, 32_000 - count)
+        try:
+            with ExitStack() as opened:
+                for port in range(first, first + count):
+                    opened.enter_context(socket.create_server(("", port)))
+            return first, first + count - 1
+        except OSError:
+            continue
+    raise AssertionError("no free ports")
+
+
+@contextmanager
+def taken(ports: Sequence[int]) -> Iterator[None]:
+    """Somebody else's, in every way that a port can be taken."""
+
+    def bound_only(port: int) -> socket.socket:
+        keeper = socket.socket()
+        keeper.bind(("127.0.0.1", port))
+        return keeper
+
+    ways: list[Callable[[int], socket.socket]] = [
+        lambda port: socket.create_server(("127.0.0.1", port)),
+        lambda port: socket.create_server(("", port)),
+        lambda port: socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True),
+        bound_only,
+    ]
+    with ExitStack() as opened:
+        for index, port in enumerate(ports):
+            opened.enter_context(ways[index % len(ways)](port))
+        yield
+
+
+@pytest.mark.parametrize("free", [0, 3, 5], ids=["the first", "one between", "the last"])
+def test_the_one_free_port_of_a_range_is_found(meeting: Meeting, tmp_path: Path, free: int) -> None:
+    first, last = free_range(6)
+    with taken([port for port in range(first, last + 1) if port != first + free]):
+        infos = [info(r, ["a", "b"]) for r in range(2)]
+        came = meeting.results(meeting.come(infos, tmp_path / "r.json", ports=(first, last)))
+    assert [c.total for c in came] == [2.0, 2.0]
+    assert port_of(tmp_path / "r.json") == first + free
+
+
+def test_a_range_without_a_free_port_is_said_to_all_at_once(meeting: Meeting, tmp_path: Path) -> None:
+    first, last = free_range(5)
+    with taken(range(first, last + 1)):
+        infos = [info(r, ["a", "b"]) for r in range(2)]
+        came = meeting.results(
+            meeting.come(infos, tmp_path / "r.json", timeout_s=50, ports=(first, last), pauses=[0.5, 0])
+        )
+    assert {c.kind for c in came} == {"RendezvousError"}
+    assert {c.error for c in came} == {
+        f"rank 0 on a finds every port of rendezvous_ports {first}-{last} taken on 127.0.0.1; "
+        "widen the range in the cluster config, or leave it out where no firewall asks for one"
+    }
+    assert all(c.seconds < 10 for c in came)
+
+
+def test_connections_of_an_earlier_store_do_not_keep_its_port() -> None:
+    from jobs.rendezvous import listen
+
+    ports = free_range(1)
+    server = listen(info(0, ["a"]), "127.0.0.1", ports)
+    client = socket.create_connection(("127.0.0.1", ports[0]))
+    accepted, _ = server.accept()
+    accepted.close()  # the side that closes first waits; that of the server keeps the port from a plain bind()
+    client.recv(1)
+    client.close()
+    server.close()
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", ports[0]))
+    listen(info(0, ["a"], attempt=1), "127.0.0.1", ports).close()
+
+
+def test_a_port_has_one_listener_however_many_try_at_once() -> None:
+    """Bound at the same time by all, with SO_REUSEADDR; only listen() decides."""
+    from jobs.errors import RendezvousError
+    from jobs.rendezvous import listen
+
+    first, last = free_range(4)
+    won: list[socket.socket] = []
+    lost: list[str] = []
+    ready = threading.Barrier(12)
+
+    def take() -> None:
+        ready.wait()
+        try:
+            won.append(listen(info(0, ["a"]), "127.0.0.1", (first, last)))
+        except RendezvousError as error:
+            lost.append(str(error))
+
+    threads = [threading.Thread(target=take) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(sock.getsockname()[1] for sock in won) == list(range(first, last + 1))
+    assert len(lost) == 8
+    for sock in won:
+        sock.close()
+
+
+def test_jobs_do_not_all_begin_at_the_same_port() -> None:
+    from jobs.rendezvous import listen
+
+    ports = free_range(100)
+    began = set()
+    for job in range(20):
+        with listen(info(0, ["a"], job_id=str(5000 + job)), "127.0.0.1", ports) as listener:
+            began.add(listener.getsockname()[1])
+    assert len(began) > 10
+
+
+def test_what_forbids_to_listen_is_said() -> None:
+    from jobs.rendezvous import listen
+
+    expected = (
+        r"rank 0 on a cannot listen on 203\.0\.113\.1:29500: .*; rendezvous_ports of the cluster config is 29500-"
+    )
+    with pytest.raises(RendezvousError, match=expected):
+        listen(info(0, ["a"]), "203.0.113.1", (29500, 29501))
+
+
+def test_eight_jobs_at_once_in_a_range_of_eight_ports(meeting: Meeting, tmp_path: Path) -> None:
+    ports = free_range(8)
+    jobs = {str(100 + n): 10.0**n for n in range(8)}
+    ends = []
+    for order in (0, 1):
+        for job, value in jobs.items():
+            announcement = tmp_path / job / "r.json"
+            announcement.parent.mkdir(exist_ok=True)
+            # The second ranks come when all eight stores are open.
+            if order == 1:
+                for other in jobs:
+                    port_of(tmp_path / other / "r.json")
+            me = info(order, ["a", "b"], job_id=job)
+            ends += meeting.come([me], announcement, value=value, ports=ports)
+    came = meeting.results(ends)
+    assert [c.error for c in came] == [""] * 16
+    assert [c.total for c in came] == [2 * value for value in jobs.values()] * 2
+    assert {port_of(tmp_path / job / "r.json") for job in jobs} == set(range(ports[0], ports[1] + 1))
+
+
+# --- who is at the announced port -------------------------------------------------------------------------------------
+
+
+def _store(end: Connection, owner: str) -> None:
+    """A store of torch's, of whomever."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if owner:
+        store.set("meshrun/owner", owner)
+    end.send(store.port)
+    time.sleep(600)
+
+
+def _stopped_store(end: Connection) -> None:
+    """Torch's own, of a process that was stopped or hangs in the kernel."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("meshrun/owner", "7-0 n0")
+    end.send(store.port)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _server(end: Connection, answers: bytes | None) -> None:
+    """Not a store: says something to everybody and closes, or (None) never says anything."""
+    server = socket.create_server(("127.0.0.1", 0))
+    end.send(server.getsockname()[1])
+    kept = []
+    while True:
+        connection, _ = server.accept()
+        if answers is None:
+            kept.append(connection)
+            continue
+        connection.sendall(answers)
+        connection.close()
+
+
+IMPOSTORS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+    "another job's store": (_store, ("8-0 n1",), "and the store there is that of 8-0, not that of 7-0"),
+    "its predecessor's": (_store, ("7-3 n1",), "and the store there is that of 7-3, not that of 7-0"),
+    "another start's": (_store, ("7-0 n1",), "and the store there is that of another start of 7-0"),
+    "another program's store": (_store, ("",), "and the store there is not one of meshrun's"),
+    "a store that was stopped": (_stopped_store, (), "where something listens that does not answer"),
+    "a server that never answers": (_server, (None,), "where something listens that does not answer"),
+    "a server that closes": (_server, (b"",), "where something listens that is no store"),
+    "a server of something else": (_server, (b"SSH-2.0-OpenSSH_9.2\r\n",), "where something listens that is no store"),
+}
+
+
+def impostors(meeting: Meeting) -> dict[str, int]:
+    """The ports of one of each."""
+    ends = {name: meeting.start(target, *args) for name, (target, args, _) in IMPOSTORS.items()}
+    return dict(zip(ends, meeting.results(list(ends.values())), strict=True))
+
+
+def test_whoever_else_is_at_the_announced_port_is_not_joined_and_is_named(meeting: Meeting, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()[1]
+    expected = {name: why for name, (_, _, why) in IMPOSTORS.items()}
+    expected["nobody"] = "and it cannot be reached from here (Connection refused)"
+    ports = {**impostors(meeting), "nobody": nobody}
+    ends = []
+    for name, port in ports.items():
+        announce(tmp_path / f"{name}.json", port)
+        ends += meeting.come([info(1, ["a", "b"])], tmp_path / f"{name}.json", timeout_s=10)
+    for (name, port), came in zip(ports.items(), meeting.results(ends), strict=True):
+        assert came.kind == "RendezvousError", name
+        assert came.error.startswith(f"rank 0 announced 127.0.0.1:{port} on a, {expected[name]}"), name
+        assert came.error.endswith("asked for 10 s"), name
+        assert "\n" not in came.error
+        assert came.seconds < 25, name
+
+
+def test_a_newer_announcement_is_followed_whoever_was_at_the_older_ones_port(meeting: Meeting, tmp_path: Path) -> None:
+    ports = impostors(meeting)
+    ends = []
+    for name, port in ports.items():
+        announce(tmp_path / f"{name}.json", port)
+        infos = [info(r, ["a", "b"]) for r in range(2)]
+        ends += meeting.come(infos, tmp_path / f"{name}.json", pauses=[4, 0])
+    came = meeting.results(ends)
+    assert [c.error for c in came] == [""] * len(ends)
+    assert [c.total for c in came] == [2.0] * len(ends)
+
+
+# --- a requeue, and what is left of the attempt before ----------------------------------------------------------------
+
+
+def _lingers(end: Connection, me: RankInfo, announcement: Path, ports: Ports, how: str) -> None:
+    """Rank 0 of the earlier attempt, which the scheduler has not ended, or not wholly."""
+    from jobs import rendezvous
+
+    def linger(me: RankInfo, store: Any, *_: object) -> None:
+        child = os.fork() if how == "its child holds the port" else 1
+        if child == 0:
+            time.sleep(600)
+        end.send(child)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how != "alive":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+    rendezvous._seat_everyone = linger  # type: ignore[assignment]
+    rendezvous.join(me, "cpu", announcement, 60, None, ports)
+
+
+@pytest.mark.parametrize("how", ["alive", "stopped", "its child holds the port"])
+def test_a_requeued_job_meets_beside_its_lingering_predecessor(meeting: Meeting, tmp_path: Path, how: str) -> None:
+    """The same run directory, range and job, and so also the same place to begin in the range."""
+    ports = free_range(2)
+    for attempt in ("attempt-0", "attempt-1"):
+        (tmp_path / attempt).mkdir()
+    old = meeting.start(_lingers, info(0, ["a", "b"]), tmp_path / "attempt-0" / "r.json", ports, how)
+    (child,) = meeting.results([old])
+    try:
+        infos = [info(r, ["a", "b"], attempt=1) for r in range(2)]
+        ends = meeting.come(infos, tmp_path / "attempt-1" / "r.json", ports=ports, value=5)
+        # A rank of the earlier attempt that is still on its way finds the predecessor's own place, or nobody.
+        late = meeting.come([info(1, ["a", "b"])], tmp_path / "attempt-0" / "r.json", timeout_s=4)
+        came = meeting.results(ends)
+        assert [c.error for c in came] == ["", ""]
+        assert [c.total for c in came] == [10.0, 10.0]
+        was, now = (port_of(tmp_path / attempt / "r.json") for attempt in ("attempt-0", "attempt-1"))
+        assert {was, now} == set(ports)
+        assert how == "alive" or meeting.results(late)[0].kind == "RendezvousError"
+    finally:
+        if child > 1:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_straggler_of_the_earlier_attempt_is_not_let_into_the_newer_ones_store(
+    meeting: Meeting, tmp_path: Path
+) -> None:
+    """Rank 0 died, and the requeued one got its very port."""
+    ports = free_range(1)
+    for attempt in ("attempt-0", "attempt-1"):
+        (tmp_path / attempt).mkdir()
+    announce(tmp_path / "attempt-0" / "r.json", ports[0])
+    infos = [info(r, ["a", "b"], attempt=1) for r in range(2)]
+    ends = meeting.come(infos, tmp_path / "attempt-1" / "r.json", ports=ports, pauses=[0, 6])
+    assert port_of(tmp_path / "attempt-1" / "r.json") == ports[0]
+    (straggler,) = meeting.results(meeting.come([info(1, ["a", "b"])], tmp_path / "attempt-0" / "r.json", timeout_s=2))
+    assert straggler.kind == "RendezvousError"
+    assert "and the store there is that of 7-1, not that of 7-0" in straggler.error
+    assert [c.total for c in meeting.results(ends)] == [2.0, 2.0]
+
+
 # --- addresses --------------------------------------------------------------------------------------------------------
 
 
-def test_addresses_of_interfaces() -> None:
-    from jobs.rendezvous import gloo_interface, interface_address, own_address
+def slurm_info(**more: Any) -> RankInfo:
+    """Rank 0 of two, each on a host of its own."""
+    return dataclasses.replace(info(0, ["a", "b"]), launcher="slurm", **more)
 
-    assert interface_address("lo") == "127.0.0.1"
-    assert interface_address("nothere0") is None
-    assert own_address(info(0, ["a"]), None) == "127.0.0.1"
-    assert gloo_interface(info(0, ["a"]), None) == "lo"
-    assert gloo_interface(info(0, ["a"]), "ib0") == "ib0"
-    with pytest.raises(TopologyError, match=r"interface 'nothere0' has no IPv4 address on a \(it has: .*lo"):
-        own_address(info(0, ["a"]), "nothere0")
+
+def test_addresses_of_this_machine() -> None:
+    from jobs.rendezvous import own_address
+
+    assert own_address(info(0, ["a"]), None, None) == "127.0.0.1"
+    assert own_address(info(0, ["a"]), "lo", None) == "127.0.0.1"
+    with pytest.raises(TopologyError, match=r"interface 'nothere0' .*does not exist on a \(it has: .*lo 127\.0\.0\.1"):
+        own_address(info(0, ["a"]), "nothere0", None)
+    with pytest.raises(TopologyError, match=r"'lo' .*has the address 127\.0\.0\.1, by which no other host can reach"):
+        own_address(slurm_info(), "lo", None)
+
+
+ASK = """
+import json, sys
+from jobs import errors, rendezvous
+from jobs.topology import RankInfo
+for launcher, world, interface, peer in json.loads(sys.argv[1]):
+    info = RankInfo(launcher, 0, world, 0, 1, "a", "7", network_peer=peer)
+    try:
+        address = rendezvous.own_address(info, interface, peer)
+        print(json.dumps([address, rendezvous.socket_variables(info, address, interface, {})]))
+    except errors.TopologyError as error:
+        print(json.dumps([str(error), {}]))
+"""
+
+
+def ask(network: str, *questions: tuple[str, int, str | None, str | None]) -> list[tuple[str, dict[str, str]]]:
+    """What own_address answers to (launcher, ranks, interface, peer) on a host with this network, and the variables."""
+    from tests.slurm.harness import PATH, _unshare
+
+    script = f'set -e; export PATH={PATH}; ip link set lo up; {network}\nexec "$@"'
+    words = [sys.executable, "-c", ASK, json.dumps(questions)]
+    done = subprocess.run(
+        [*_unshare(), "--mount-proc", "bash", "-c", script, "bash", *words], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def cable(name: str, *addresses: str, up: bool = True, far_end_up: bool = True) -> str:
+    """Shell lines that make an interface."""
+    lines = [f"ip link add {name} type veth peer name far-{name}"]
+    lines += [f"ip address add {address} dev {name}" + (" nodad" if ":" in address else "") for address in addresses]
+    lines += [f"ip link set {name} up"] if up else []
+    lines += [f"ip link set far-{name} up"] if far_end_up else []
+    return "; ".join(lines) + "; "
+
+
+@pytest.fixture
+def needs_namespaces() -> None:
+    from tests.slurm.harness import why_not_here
+
+    reason = why_not_here()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("needs_namespaces")
+def test_the_address_is_the_one_that_leads_to_the_others() -> None:
+    network = (
+        cable("docker0", "172.17.0.1/16") + cable("eth0", "10.1.0.5/24", "10.2.0.5/24") + cable("ib0", "10.3.0.5/24")
+    )
+    eth0, ib0, docker0 = ({"GLOO_SOCKET_IFNAME": name} for name in ("eth0", "ib0", "docker0"))
+    assert ask(
+        network,
+        ("slurm", 2, None, "10.3.0.1"),
+        ("slurm", 2, None, "10.3.0.5"),  # this very host's own, as on the first host of a job
+        ("slurm", 2, None, "10.2.0.1"),  # by the second address of an interface
+        ("slurm", 2, None, "10.9.0.1"),  # no way there
+        ("slurm", 2, None, None),
+        ("slurm", 2, None, "127.0.1.1"),
+        ("slurm", 2, None, "172.17.0.9"),
+        ("torchrun", 2, None, "localhost"),
+        ("torchrun", 1, None, "localhost"),
+        ("local", 2, None, None),
+        ("slurm", 2, "ib0", "10.1.0.1"),
+    ) == [
+        ("10.3.0.5", ib0),
+        ("10.3.0.5", ib0),
+        ("10.2.0.5", eth0),
+        ("10.1.0.5", eth0),
+        ("10.1.0.5", eth0),
+        ("10.1.0.5", eth0),
+        ("172.17.0.1", docker0),
+        ("10.1.0.5", eth0),
+        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "lo"}),
+        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "lo"}),
+        ("10.3.0.5", {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=ib0"}),
+    ]
+
+
+@pytest.mark.usefixtures("needs_namespaces")
+def test_an_interface_that_cannot_be_used_is_said_to_be_so() -> None:
+    network = (
+        cable("off0", "10.1.0.5/24", up=False)
+        + cable("cut0", "10.2.0.5/24", far_end_up=False)
+        + cable("six0", "fd00::5/64")
+        + cable("none0")
+    )
+    answers = [
+        answer
+        for answer, _ in ask(
+            network,
+            ("slurm", 2, "off0", None),
+            ("slurm", 2, "cut0", None),
+            ("slurm", 2, "six0", None),
+            ("slurm", 2, "none0", None),
+            ("slurm", 2, "eth0", None),
+            ("slurm", 2, None, "10.2.0.1"),
+            ("slurm", 1, None, None),
+        )
+    ]
+    has = answers[0].partition(" (it has: ")[2]
+    assert "off0 down 10.1.0.5" in has
+    assert "cut0 without a link 10.2.0.5" in has
+    assert "lo 127.0.0.1" in has
+    ipv6 = ", only IPv6, which ranks do not meet over"
+    assert [answer.partition(" (it has: ")[0] for answer in answers] == [
+        "interface 'off0' of the cluster config is down on a",
+        "interface 'cut0' of the cluster config has no link on a",
+        f"interface 'six0' of the cluster config has no IPv4 address{ipv6} on a",
+        "interface 'none0' of the cluster config has no IPv4 address on a",
+        "interface 'eth0' of the cluster config does not exist on a",
+        "no network interface of a is up and has an IPv4 address that the other hosts could reach",
+        "127.0.0.1",
+    ]
+    assert answers[5].endswith(f"){ipv6}")
+
+
+def test_what_the_environment_says_of_sockets_wins_and_is_said_to(caplog: pytest.LogCaptureFixture) -> None:
+    from jobs.rendezvous import socket_variables
+
+    caplog.set_level("INFO")
+    me = info(0, ["a"])
+    assert socket_variables(me, "127.0.0.1", None, {"NCCL_SOCKET_IFNAME": "ib0"}) == {"GLOO_SOCKET_IFNAME": "lo"}
+    assert not caplog.messages
+    assert socket_variables(me, "10.0.0.1", "ib0", {"NCCL_SOCKET_IFNAME": "eth3", "GLOO_SOCKET_IFNAME": ""}) == {
+        "GLOO_SOCKET_IFNAME": "ib0"
+    }
+    assert caplog.messages == ["NCCL_SOCKET_IFNAME=eth3 of the environment wins over interface ib0"]
 
 
 # --- the mesh's own groups --------------------------------------------------------------------------------------------
