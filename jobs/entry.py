@@ -12,6 +12,7 @@ Here the packages are taken from where this very file is, whatever the path says
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -51,6 +52,8 @@ def main() -> None:
         _await_pickle(Path(sys.argv[1]) / f"{os.getpid()}_submitted.pkl")
     from submitit.core.submission import submitit_main
 
+    # That a pickle was read is nobody's news; a rank's log begins with the rank.
+    logging.getLogger("submitit").setLevel(logging.WARNING)
     submitit_main()
 
 

@@ -172,6 +172,13 @@ class Evidence:
     """Where a rank was last seen, in words."""
     script_says: str = ""
     """The end of slurm.log, for a job that never came to srun."""
+    srun_log: str = ""
+    slurm_log: str = ""
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether no rank, nor srun, nor Slurm has left a word on how it ended."""
+        return not (self.failures or self.words.ends or self.words.cause or self.words.complaint or self.state)
 
     def host_of(self, rank: int) -> str:
         known = {**{end.rank: end.host for end in self.words.ends}, **{f.rank: f.host for f in self.failures}}
@@ -318,14 +325,14 @@ def _without_a_rank(seen: Evidence) -> str:
     job = f"job {seen.job_id}"
     if seen.words.complaint:
         code = f" with code {seen.status}" if seen.status is not None else ""
-        return f"{job}: srun ended{code}: {seen.words.complaint}"
+        return f"{job}: srun ended{code}: {seen.words.complaint} (log: {seen.srun_log})"
     if seen.status is not None:
-        return f"{job}: srun ended with code {seen.status} and no rank has said why"
-    state = seen.state.state if seen.state else "ended"
+        return f"{job}: srun ended with code {seen.status} and no rank has said why (log: {seen.srun_log})"
+    state = f" ({seen.state.state})" if seen.state else ""
     if not seen.logs:
         said = f"; its last words: {seen.script_says}" if seen.script_says else ""
-        return f"{job} is {state}, and its script ended before any rank was started{said}"
-    return f"{job} is {state}, and no rank has left a result or said why"
+        return f"{job} ended{state} before any rank was started{said} (log: {seen.slurm_log})"
+    return f"{job} ended{state}, and no rank has left a result or said why (log: {seen.srun_log})"
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------
@@ -395,6 +402,8 @@ def gather(
         last_lines={r: line for r in without_record if _ERROR.search(line := _last_line(there.log(r)))},
         last_steps={r: last for r in of_interest if (last := last_word(there, r))},
         script_says=_last_line(run.slurm_log),
+        srun_log=str(there.srun_log),
+        slurm_log=str(run.slurm_log),
     )
 
 

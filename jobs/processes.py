@@ -45,6 +45,20 @@ def children() -> set[int]:
     return found
 
 
+def started(pid: int) -> str:
+    """When a process started, in the kernel's ticks: what tells it from a later one with the same id.
+
+    Returns:
+        Empty where there is no such process, or it has ended and only nobody has asked how.
+    """
+    try:
+        _, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    except OSError:
+        return ""
+    fields = rest.split()
+    return "" if fields[0] in "ZX" else fields[19]
+
+
 def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
     """Kills every child but those named, and the orphans that each death may hand down, until none is left."""
     deadline = time.monotonic() + within_s

@@ -1,27 +1,38 @@
-"""Starts a local job and follows it: rank 0's progress on the way, then the result, or who failed and why."""
+"""Follows a job: its place in the queue, rank 0's progress, then the result, or who failed and why.
+
+A local job that was started to be waited for belongs to the command line, and ends with it. Any other belongs to Slurm,
+or to itself: whoever follows it may leave, and come back with `submit.py wait`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shlex
+import socket
 import sys
+import threading
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs import blame, executor, processes
+from jobs import executor, outcome, processes, slurm
 from jobs.cli import interrupts
 from jobs.cli.console import Console
+from jobs.cli.progress import Display
 from jobs.cluster import ClusterConfig
-from jobs.errors import Interrupted, JobFailed
-from jobs.records import RunDirectory, read_json, write_json
+from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, JobFailed
+from jobs.records import RunDirectory, Submitted, read_json, write_json
+from jobs.slurm import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
 
 POLL_S = 0.1
 END_S = 10.0
 """Seconds that an interrupted job gets to end its ranks, before its supervisor is killed (and they with it)."""
-PLAIN_LINE_EVERY_S = 5.0
+
+
+# --- a local job of this command line's -------------------------------------------------------------------------------
 
 
 def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, total_steps: int | None) -> int:
@@ -35,21 +46,22 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
     """
     run_dir = RunDirectory(spec.run_dir)
     if not wait:
-        job = executor.submit(spec, cluster, owned=False)
-        pid = job._process.pid
-        console.say(f"started as process {pid}; it goes on without this terminal")
-        console.say(f"  progress: tail -f {run_dir.metrics}\n  end it:   kill {pid}")
-        console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
-        return 0
+        with interrupts.held():
+            process = _start(spec, cluster, run_dir, owned=False)
+        console.say(f"started as process {process.pid}; it goes on without this terminal")
+        console.say(f"  follow it: {come_back(run_dir)}\n  end it:    kill {process.pid}")
+        job_id = str(process.pid)
+        console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job_id})
+        return EXIT_DONE
     began = time.monotonic()
     # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
     processes.adopt_orphans()
-    display = _Display(run_dir, console, total_steps)
+    display = Display(run_dir, console, total_steps)
     before = processes.children()
-    process: Any = None
+    process = None
     try:
         with interrupts.held():
-            process = executor.submit(spec, cluster, owned=True)._process
+            process = _start(spec, cluster, run_dir, owned=True)
             console.job_started = True
         while process.poll() is None:
             display.update()
@@ -68,67 +80,21 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
         return Interrupted.exit_code
     processes.kill_children(but=before)
     record = read_json(run_dir.result)
-    if record is not None and record["status"] == "done" and process.returncode == 0:
-        report(spec, record, console, time.monotonic() - began)
-        return 0
-    return _report_failure(spec, run_dir, record, process.returncode, console)
+    if record is None or (record["status"] == "done" and process.returncode != 0):
+        record = _without_result(run_dir, f"with code {process.returncode} ")
+    return report_end(run_dir, record, console, time.monotonic() - began)
 
 
-def report(spec: JobSpec, record: dict[str, Any], console: Console, seconds: float) -> None:
-    """What a job that is done came to, `seconds` after it was submitted."""
-    console.say(f"done in {seconds:.1f} s")
-    result = record.get("result")
-    if isinstance(result, dict):
-        for key, value in result.items():
-            shown = f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
-            console.say(f"  {key}: {shown}" if "\n" not in shown else f"  {key}:\n" + _indent(shown))
-    console.finish({**record, "exit_code": 0, "run_dir": str(spec.run_dir)})
+def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: bool) -> Any:
+    process = executor.submit(spec, cluster, owned=owned)._process
+    run_dir.record_submission(
+        Submitted("local", str(process.pid), _now(), socket.gethostname(), processes.started(process.pid))
+    )
+    return process
 
 
-def _printable(text: str) -> str:
-    """Generated text may hold what a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def _report_failure(
-    spec: JobSpec, run_dir: RunDirectory, record: dict[str, Any] | None, code: int, console: Console
-) -> int:
-    attempt = run_dir.last_attempt()
-    if record is None or record["status"] == "done":
-        log = attempt.supervisor_log
-        record = {
-            "status": "failed",
-            "workload": spec.workload,
-            "error": f"the supervisor ended with code {code} and left no result (log: {log})",
-            "traceback": _tail(log),
-        }
-        if not run_dir.result.exists():
-            with contextlib.suppress(OSError):
-                write_json(run_dir.result, record)
-    error = JobFailed(record["error"], record.get("traceback", ""))
-    if error.traceback:
-        print(error.traceback.rstrip(), file=sys.stderr)
-    elif (record.get("failure") or {}).get("log"):
-        tail = _tail(Path(record["failure"]["log"]))
-        if tail:
-            print(f"the end of its log:\n{tail}", file=sys.stderr)
-    console.error(f"the job failed: {error}")
-    console.finish({**record, "exit_code": 1, "run_dir": str(spec.run_dir)})
-    return error.exit_code
-
-
-def _tail(path: Path, lines: int = 15) -> str:
-    try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-    except OSError:
-        return ""
-
-
-# --- interruption -----------------------------------------------------------------------------------------------------
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _end(process: Any) -> None:
@@ -144,110 +110,391 @@ def _end(process: Any) -> None:
         process.wait()
 
 
-# --- progress ---------------------------------------------------------------------------------------------------------
+def _without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
+    """The record of a local job whose supervisor could not leave one."""
+    log = run_dir.last_attempt().supervisor_log
+    record = {
+        "status": "failed",
+        "workload": (read_json(run_dir.job) or {}).get("workload", ""),
+        "error": f"the supervisor ended {how}and left no result (log: {log})",
+        "traceback": _tail(log),
+    }
+    if not run_dir.result.exists():
+        with contextlib.suppress(OSError):
+            write_json(run_dir.result, record)
+    return record
 
 
-class _Tail:
-    """The whole lines that were added to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.position = 0
-        self.rest = b""
-
-    def lines(self, ended: bool = False) -> list[str]:
-        """Args: ended: nothing will be added; what has no newline is a line too."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.position)
-                new = file.read()
-        except OSError:
-            return []
-        self.position += len(new)
-        *whole, self.rest = (self.rest + new).split(b"\n")
-        if ended and self.rest:
-            whole, self.rest = [*whole, self.rest], b""
-        return [line.decode("utf-8", errors="replace") for line in whole]
+# --- a job that goes on by itself -------------------------------------------------------------------------------------
 
 
-class _Display:
-    """Rank 0's log and metrics: a bar on a terminal, plain lines otherwise."""
+def submit_slurm(spec: JobSpec, cluster: ClusterConfig) -> Submitted:
+    """Queues a job and writes down what it became. A signal that comes meanwhile is raised by the caller's `held`.
 
-    def __init__(self, run_dir: RunDirectory, console: Console, total_steps: int | None) -> None:
-        self.log = _Tail(run_dir.attempt(0).log(0))
-        self.supervisor = _Tail(run_dir.attempt(0).supervisor_log)
-        self.metrics = _Tail(run_dir.metrics)
-        self.console = console
-        self.total_steps = total_steps
-        self.bar: Any = None
-        self.last_line = 0.0
-        self.rank_0_ended = False
-        # A terminal of no width (a bare pty) shows no bar.
-        self.on_terminal = (
-            console.stream.isatty()
-            and os.environ.get("TERM") != "dumb"
-            and os.get_terminal_size(console.stream.fileno()).columns > 0
+    Raises:
+        SubmissionError, JobFailed: as executor.submit.
+    """
+    # A Ctrl-C is sent to sbatch too, which would end in the middle of its request: it inherits that it is held.
+    with interrupts.blocked():
+        job = executor.submit(spec, cluster, owned=False)
+    submitted = Submitted("slurm", str(job.job_id), _now(), socket.gethostname())
+    try:
+        RunDirectory(spec.run_dir).record_submission(submitted)
+    except OSError as error:
+        raise JobFailed(
+            f"job {job.job_id} is queued, and cannot be followed: its number could not be written down "
+            f"({error.strerror}); see squeue, and end it with scancel {job.job_id}"
+        ) from error
+    return submitted
+
+
+def come_back(run_dir: RunDirectory) -> str:
+    """The line that follows a job again."""
+    path = run_dir.path
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return f"submit.py wait {shlex.quote(str(path))}"
+
+
+def detached(run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException) -> int:
+    """Says how to come back to a job that is left to itself.
+
+    Returns:
+        The exit code of an interruption.
+    """
+    interrupts.ignore()
+    job, end = f"job {submitted.job_id}", f"scancel {submitted.job_id}"
+    if submitted.executor != "slurm":
+        job, end = f"process {submitted.job_id}", f"kill {submitted.job_id}"
+    with contextlib.suppress(OSError):
+        line = f"{why}; detached; {job} goes on; come back: {come_back(run_dir)}; end it: {end}"
+        print(f"meshrun: {line}", file=sys.stderr, flush=True)
+        console.finish(
+            {
+                "status": "detached",
+                "exit_code": Interrupted.exit_code,
+                "run_dir": str(run_dir.path),
+                "job_id": submitted.job_id,
+            }
         )
-        if self.on_terminal:
-            from tqdm import tqdm
+    return Interrupted.exit_code
 
-            tqdm.get_lock()  # may start a process of its own, which is none of the job's
 
-    def update(self, ended: bool = False) -> None:
-        for line in self.supervisor.lines():
-            if "[supervisor] WARNING: " in line:
-                self._say(line)
-        for line in self.log.lines(ended):
-            # Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo.
-            self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
-            if not self.rank_0_ended:
-                self._say(line)
-        steps = []
-        for line in self.metrics.lines():
-            with contextlib.suppress(json.JSONDecodeError):
-                steps.append(json.loads(line))
-        for metrics in steps:
-            self._step(metrics, last=metrics is steps[-1])
+def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from_the_start: bool = True) -> int:
+    """Follows a job that goes on by itself, to its end. A queue has no deadline, so neither has this.
 
-    def _say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line, file=self.console.stream)
-        else:
-            self.console.say(line)
+    Args:
+        run_dir: the job's.
+        submitted: what it became.
+        console: where it is shown.
+        from_the_start: it was submitted just now; else what is long past is not shown again.
 
-    def _step(self, metrics: dict[str, Any], last: bool) -> None:
-        step = metrics.get("step")
-        if not isinstance(step, int):
-            return
-        if self.on_terminal:
-            if self.bar is None:
-                from tqdm import tqdm
+    Returns:
+        The exit code: the job's, or 130 where the wait was interrupted and the job left to itself.
+    """
+    began = time.monotonic()
+    display = None
+    try:
+        display = Display(run_dir, console, _total_steps(run_dir), from_the_start)
+        job = (_SlurmJob if submitted.executor == "slurm" else _LocalJob)(run_dir, submitted, display)
+        over = job.was_over()
+        while not over and not from_the_start and not job.is_known():
+            # Of a job that is long over only its end is told.
+            over = job.is_over()
+            time.sleep(POLL_S)
+        if not (over or job.is_over()):
+            while not job.is_over():
+                display.update()
+                time.sleep(POLL_S)
+            display.update(ended=True)
+        display.close()
+        record = job.record()
+    except (Interrupted, BrokenPipeError) as interruption:
+        with contextlib.suppress(OSError):
+            if display is not None:
+                display.close()
+        return detached(run_dir, submitted, console, interruption)
+    seconds = time.monotonic() - began if from_the_start else record.get("seconds")
+    return report_end(run_dir, {**record, "job_id": submitted.job_id}, console, seconds)
 
-                self.bar = tqdm(
-                    total=self.total_steps, unit="step", file=self.console.stream, dynamic_ncols=True, leave=True
-                )
-            self.bar.n = step
-            if last:
-                self.bar.set_postfix_str(_words(metrics), refresh=False)
-                self.bar.refresh()
-            return
+
+def _total_steps(run_dir: RunDirectory) -> int | None:
+    steps = ((read_json(run_dir.job) or {}).get("settings") or {}).get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+class _Result:
+    """result.json, read when it changes."""
+
+    def __init__(self, run_dir: RunDirectory) -> None:
+        self.run_dir = run_dir
+        self._seen: tuple[int, int] | None = None
+        self._record: dict[str, Any] | None = None
+        self.since = 0.0
+        """When the file was written, in seconds since the epoch."""
+        self.changes = 0
+
+    def read(self) -> dict[str, Any] | None:
+        """The newest attempt's record; one of an earlier attempt is not the end."""
+        try:
+            stat = self.run_dir.result.stat()
+            seen = (stat.st_ino, stat.st_mtime_ns)
+        except OSError:
+            self._seen = self._record = None
+            return None
+        if seen != self._seen:
+            record = read_json(self.run_dir.result)
+            self._seen, self._record = seen, record if isinstance(record, dict) else None
+            self.since, self.changes = stat.st_mtime, self.changes + 1
+        if self._record is not None and self._record.get("attempt", 0) < self.run_dir.last_attempt().number:
+            return None
+        return self._record
+
+
+class _LocalJob:
+    """A local job that nobody waited for: a process of this box, or of another one."""
+
+    def __init__(self, run_dir: RunDirectory, submitted: Submitted, display: Display) -> None:
+        self.run_dir, self.submitted = run_dir, submitted
+        self.result = _Result(run_dir)
+        self.gone_since: float | None = None
+        self.here = submitted.host == socket.gethostname()
+        if not self.here and not self.was_over():
+            display.say(f"the job runs on {submitted.host}; from here its end is seen by its result alone")
+
+    def _runs(self) -> bool:
+        pid, started = self.submitted.job_id, self.submitted.process_started
+        return bool(started) and processes.started(int(pid)) == started
+
+    def was_over(self) -> bool:
+        return self.result.read() is not None and not (self.here and self._runs())
+
+    def is_known(self) -> bool:
+        return True
+
+    def is_over(self) -> bool:
+        if not self.here:
+            return self.result.read() is not None
+        if self._runs():
+            return False
+        self.gone_since = self.gone_since or time.monotonic()
+        return self.result.read() is not None or time.monotonic() - self.gone_since > 1.0
+
+    def record(self) -> dict[str, Any]:
+        return self.result.read() or _without_result(self.run_dir)
+
+
+ASK_EVERY_S = (1.0, 10.0)
+"""Slurm is asked this often at first and this often in the end; at once when result.json has changed."""
+RESULT_WITHIN_S = 10.0
+"""Seconds that a shared file system may take to show here what another host has written."""
+RECORD_WITHIN_S = 2.0
+"""The same, of a failure's record: where it does not come, the rest of the run directory tells as much."""
+STAYS_S = 10.0
+"""Seconds after which a state that may be followed by a restart is taken for the end."""
+UNREACHABLE_S = 600.0
+"""Seconds without any answer of Slurm's after which the wait, not the job, is given up."""
+LONG_AGO_S = 30.0
+
+
+class _SlurmJob:
+    """A job of Slurm's: what Slurm says of it, and what it leaves in its run directory."""
+
+    def __init__(self, run_dir: RunDirectory, submitted: Submitted, display: Display) -> None:
+        self.run_dir, self.job_id, self.display = run_dir, submitted.job_id, display
+        self.env = slurm.environment(os.environ)
+        self.result = _Result(run_dir)
+        self.answer: slurm.Answer | None = None
+        self._coming: list[slurm.Answer] = []
+        self._asking: threading.Thread | None = None
+        self._ask_at = 0.0
+        self._interval = ASK_EVERY_S[0]
+        self._changes = 0
+        self._kind = ""
+        self._since = 0.0
+        """Since when Slurm has given the same answer."""
+        self._result_since: float | None = None
+        self._shown = ""
+        self._shown_start: datetime | None = None
+
+    # What Slurm says.
+
+    def _ask(self) -> None:
+        """Asks in a thread of its own: a busy controller takes half a minute, and progress is shown meanwhile."""
+        if self._asking is not None:
+            if self._asking.is_alive():
+                return
+            self._asking = None
+            self._hear(self._coming.pop())
+        if self.result.changes != self._changes:
+            self._changes, self._ask_at, self._interval = self.result.changes, 0.0, ASK_EVERY_S[0]
         now = time.monotonic()
-        if step == 1 or step == self.total_steps or now - self.last_line >= PLAIN_LINE_EVERY_S:
-            self.last_line = now
-            of = f"/{self.total_steps}" if self.total_steps else ""
-            self.console.say(f"step {step}{of}  {_words(metrics)}")
+        if now < self._ask_at:
+            return
+        self._ask_at = now + self._interval
+        self._interval = min(self._interval * 1.3, ASK_EVERY_S[1])
+        self._asking = threading.Thread(
+            target=lambda: self._coming.append(slurm.ask(self.job_id, self.env)), daemon=True
+        )
+        self._asking.start()
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+    def _hear(self, answer: slurm.Answer) -> None:
+        self.answer = answer
+        kind = answer.state if isinstance(answer, JobState) else type(answer).__name__
+        if kind != self._kind:
+            self._kind, self._since, self._interval = kind, time.monotonic(), ASK_EVERY_S[0]
+        line = _line(self.job_id, answer)
+        start = _time_of(answer.start) if isinstance(answer, JobState) else None
+        # An estimate changes with every job of others that ends; a quarter of an hour is worth a line.
+        moved = start and (not self._shown_start or abs(start - self._shown_start) > timedelta(minutes=15))
+        if line and (line != self._shown or moved):
+            self._shown, self._shown_start = line, start
+            self.display.say(line + _expected(start))
+            advice = slurm.hint(answer) if isinstance(answer, JobState) else ""
+            if advice:
+                self.display.say(f"  {advice}")
+
+    # Whether that is the end.
+
+    def was_over(self) -> bool:
+        """Whether it is over for certain, without asking."""
+        record = self.result.read()
+        return record is not None and record.get("status") == "done"
+
+    def is_known(self) -> bool:
+        """Whether Slurm has been asked."""
+        return self.answer is not None
+
+    def is_over(self) -> bool:
+        """Asks Slurm, when it is time to, and weighs its answer against what is on disk."""
+        record = self.result.read()
+        self._ask()
+        now = time.monotonic()
+        self._result_since = (self._result_since or now) if record is not None else None
+        done = record is not None and record.get("status") == "done"
+        if done and self._result_since is not None and now - self._result_since > RESULT_WITHIN_S:
+            return True
+        answer, since = self.answer, now - self._since
+        if isinstance(answer, JobState):
+            if answer.state == "COMPLETING":
+                return done or (record is not None and since > STAYS_S)
+            if answer.ended:
+                within = RESULT_WITHIN_S if answer.state == "COMPLETED" else RECORD_WITHIN_S
+                return since > STAYS_S if answer.may_return else record is not None or since > within
+            # Accounting may never hear of an end; the controller, which has forgotten the job, is the one to believe.
+            return answer.source == "sacct" and since > 60
+        if isinstance(answer, Forgotten):
+            return record is not None or since > RECORD_WITHIN_S
+        if isinstance(answer, NoAnswer):
+            old = record is not None and time.time() - self.result.since > LONG_AGO_S
+            return done or (old and since > RECORD_WITHIN_S) or since > UNREACHABLE_S
+        return False
+
+    def record(self) -> dict[str, Any]:
+        """How it ended; written down where nobody else could."""
+        record, answer = self.result.read(), self.answer
+        state = answer if isinstance(answer, JobState) and answer.ended else None
+        if record is not None and (record.get("status") == "done" or record.get("failure") or state is None):
+            if record.get("status") == "done" and state is not None and state.state != "COMPLETED":
+                self.display.say(f"its work is done; Slurm says {state.state} ({state.reason or 'no reason'})")
+            return record
+        workload = (read_json(self.run_dir.job) or {}).get("workload", "")
+        unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
+        if isinstance(answer, NoAnswer):
+            error = (
+                f"Slurm could not be asked for {UNREACHABLE_S / 60:g} min ({answer.words}); job {self.job_id} may "
+                f"still run; come back: {come_back(self.run_dir)}"
+            )
+            return {**unknown, "error": error}
+        attempt = self.run_dir.last_attempt().number
+        seen = outcome.gather(self.run_dir, attempt, state=state)
+        if seen.says_nothing:
+            error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
+                f" (accounting: {answer.words})" if isinstance(answer, Forgotten) and answer.words else ""
+            )
+            return {**unknown, "error": error}
+        return outcome.conclude(self.run_dir, attempt, seen)
 
 
-_SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
+def _line(job_id: str, answer: slurm.Answer) -> str:
+    """What is said of an answer, when it is another than before."""
+    job = f"job {job_id}"
+    if isinstance(answer, NoAnswer):
+        return f"{job}: Slurm does not answer ({answer.words}); it is asked again, and the run directory watched"
+    if isinstance(answer, Forgotten):
+        return ""
+    if answer.ended or answer.state == "COMPLETING":
+        return f"{job}: {answer.state}"
+    where = f" on {answer.nodes}" if answer.nodes else ""
+    why = f" ({answer.reason})" if answer.reason else ""
+    return f"{job}: {answer.state}{where}{why}"
 
 
-def _words(metrics: dict[str, Any]) -> str:
-    """The metrics that people watch, briefly."""
-    shown = [key for key in _SHOWN if isinstance(metrics.get(key), (int, float))]
-    shown = shown or [key for key, value in metrics.items() if key != "step" and isinstance(value, (int, float))][:5]
-    return "  ".join(f"{key} {metrics[key]:.4g}" for key in shown)
+def _time_of(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+def _expected(start: datetime | None) -> str:
+    """Where jobs have no time limit Slurm reckons with a year; that is no estimate."""
+    if start is None or start - datetime.now() > timedelta(days=90):
+        return ""
+    return f", expected to start {start:%Y-%m-%d %H:%M}"
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def report_end(run_dir: RunDirectory, record: dict[str, Any], console: Console, seconds: float | None) -> int:
+    """What the job came to.
+
+    Args:
+        run_dir: the job's.
+        record: what result.json holds.
+        console: where it is shown.
+        seconds: how long it took; none = nobody knows.
+
+    Returns:
+        The exit code.
+    """
+    if record["status"] == "done":
+        report(run_dir.path, record, console, seconds)
+        return EXIT_DONE
+    failure = record.get("failure") or {}
+    if record.get("traceback"):
+        print(record["traceback"].rstrip(), file=sys.stderr)
+    elif failure.get("log") and (tail := _tail(Path(failure["log"]))):
+        print(f"the end of its log:\n{tail}", file=sys.stderr)
+    told = {"failed": "the job failed: ", "unknown": ""}.get(record["status"], f"the job was {record['status']}: ")
+    console.error(told + record["error"])
+    console.finish({**record, "exit_code": EXIT_FAILED, "run_dir": str(run_dir.path)})
+    return EXIT_FAILED
+
+
+def report(run_dir: Path, record: dict[str, Any], console: Console, seconds: float | None) -> None:
+    """The result of a job that is done."""
+    console.say("done" if seconds is None else f"done in {seconds:.1f} s")
+    result = record.get("result")
+    if isinstance(result, dict):
+        for key, value in result.items():
+            shown = f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
+            console.say(f"  {key}: {shown}" if "\n" not in shown else f"  {key}:\n" + _indent(shown))
+    console.finish({**record, "exit_code": EXIT_DONE, "run_dir": str(run_dir)})
+
+
+def _printable(text: str) -> str:
+    """Generated text may hold what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    try:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

@@ -51,6 +51,16 @@ def held() -> Iterator[None]:
         raise Interrupted(_came)
 
 
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Inside, the signals reach neither this process nor the programs it starts; one that came is there at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore() -> None:
     """From here on this process only cleans up; a second Ctrl-C must not leave processes behind."""
     for signum in SIGNALS:

@@ -18,7 +18,7 @@ from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
-from jobs.errors import JobFailed, SubmissionError
+from jobs.errors import Interrupted, JobFailed, SubmissionError
 from jobs.records import RunDirectory, default_run_dir, write_json
 from jobs.spec import JobSpec
 from jobs.topology import mesh_table
@@ -59,10 +59,28 @@ def run(given: Options, console: Console) -> int:
         from jobs.cli import follow
 
         return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
-    with interrupts.held(), _removed_on(SubmissionError, run_dir, existed):
-        job = executor.submit(spec, resolved.cluster, owned=False)
-    console.say(f"submitted job {job.job_id}")
-    console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job.job_id})
+    return _queue(resolved, run_dir, existed, console, wait)
+
+
+def _queue(resolved: Resolved, run_dir: RunDirectory, existed: bool, console: Console, wait: bool) -> int:
+    """Submits a Slurm job, and follows it where that is asked for."""
+    from jobs.cli import follow
+
+    submitted = None
+    try:
+        with interrupts.held(), _removed_on(SubmissionError, run_dir, existed):
+            submitted = follow.submit_slurm(resolved.spec, resolved.cluster)
+            console.job_started = True
+    except Interrupted as interruption:
+        if submitted is None:
+            raise
+        return follow.detached(run_dir, submitted, console, interruption)
+    console.say(f"submitted job {submitted.job_id}")
+    if wait:
+        return follow.watch(run_dir, submitted, console)
+    console.say(f"  follow it: {follow.come_back(run_dir)}\n  end it:    scancel {submitted.job_id}")
+    job_id = submitted.job_id
+    console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(run_dir.path), "job_id": job_id})
     return 0
 
 
@@ -160,5 +178,5 @@ def _debug(spec: JobSpec, console: Console) -> int:
     assert record is not None
     from jobs.cli.follow import report
 
-    report(spec, record, console, time.monotonic() - began)
+    report(spec.run_dir, record, console, time.monotonic() - began)
     return 0

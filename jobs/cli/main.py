@@ -66,6 +66,10 @@ def _dispatch(given: options.Options, console: Console) -> int:
         from jobs.cli.list import run
 
         return run(given, console)
+    if first == "wait":
+        from jobs.cli.wait import run as wait
+
+        return wait(given, console)
     if first in options.VERBS:
         raise CommandLineError(f"'{first}' is a reserved word, and this version does nothing for it yet; see --help")
     if ":" not in first and first not in registry.BUILT_IN:

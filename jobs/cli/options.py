@@ -17,7 +17,8 @@ VERBS = (
 
 USAGE = """\
 submit.py WORKLOAD [options] [key=value ...]
-       submit.py list [WORKLOAD]"""
+       submit.py list [WORKLOAD]
+       submit.py wait RUN"""
 
 EPILOG = """\
 examples:
@@ -25,6 +26,7 @@ examples:
   submit.py tp_fsdp --executor local --dry-run
   submit.py list tp_fsdp          the workload's settings: type, default, meaning
   submit.py my_package.my_module:ENTRY --gpus-per-node 2
+  submit.py wait runs/NAME        follows a job that runs, or says how it ended
 
 exit codes: 0 done, 1 the job failed, 2 your mistake, 130 interrupted
 """
@@ -124,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     switch("--dry-run", "print the resolved job, the mesh and the exact submission; run and write nothing")
     switch(
         "--wait",
-        "follow the job to its end (default: local jobs only)",
+        "follow the job to its end, however long it queues (default: local jobs only). Ctrl-C ends a local job, and "
+        "leaves a Slurm job running; `submit.py wait RUN` comes back to it",
         action=argparse.BooleanOptionalAction,
         default=None,
     )

@@ -1,0 +1,169 @@
+"""What a running job shows: rank 0's log and steps, read from the run directory; a bar on a terminal, else lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs import blame
+from jobs.cli.console import Console
+from jobs.records import RunDirectory
+
+PLAIN_LINE_EVERY_S = 5.0
+LINES_BEFORE = 10
+"""Lines of rank 0's log that someone sees who comes when the job already runs."""
+NEWEST_EVERY_S = 1.0
+"""Looking for a newer attempt lists the run directory, which a shared file system minds."""
+
+
+class _Tail:
+    """The whole lines that were added to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inode = 0
+        self.position = 0
+        self.rest = b""
+
+    def lines(self, ended: bool = False) -> list[str]:
+        """Args: ended: nothing will be added; what has no newline is a line too."""
+        try:
+            with self.path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self.inode:  # another file by this name: an earlier attempt's was put aside
+                    self.inode, self.position, self.rest = inode, 0, b""
+                file.seek(self.position)
+                new = file.read()
+        except OSError:
+            return []
+        self.position += len(new)
+        *whole, self.rest = (self.rest + new).split(b"\n")
+        if ended and self.rest:
+            whole, self.rest = [*whole, self.rest], b""
+        return [line.decode("utf-8", errors="replace") for line in whole]
+
+
+class Display:
+    """The progress of one job, attempt after attempt.
+
+    Args:
+        run_dir: where it leaves its traces.
+        console: where they are shown.
+        total_steps: the last step, where that is known.
+        from_the_start: else only the last lines of what was there before are shown.
+    """
+
+    def __init__(
+        self, run_dir: RunDirectory, console: Console, total_steps: int | None, from_the_start: bool = True
+    ) -> None:
+        self.run_dir = run_dir
+        self.console = console
+        self.total_steps = total_steps
+        self.bar: Any = None
+        # A terminal of no width (a bare pty) shows no bar.
+        self.on_terminal = (
+            console.stream.isatty()
+            and os.environ.get("TERM") != "dumb"
+            and os.get_terminal_size(console.stream.fileno()).columns > 0
+        )
+        if self.on_terminal:
+            from tqdm import tqdm
+
+            tqdm.get_lock()  # may start a process of its own, which is none of the job's
+        self.looked = time.monotonic()
+        self.metrics = _Tail(run_dir.metrics)
+        self._begin(run_dir.last_attempt().number)
+        self.late = not from_the_start
+
+    def _begin(self, number: int) -> None:
+        """Turns to an attempt; the steps of the one before stay in the file until this one's rank 0 puts them aside."""
+        self.number = number
+        attempt = self.run_dir.attempt(number)
+        self.log = _Tail(attempt.log(0))
+        self.launcher = _Tail(attempt.supervisor_log)
+        self.srun = _Tail(attempt.srun_log)
+        self.last_line = 0.0
+        self.rank_0_ended = False
+        self.late = False
+        self.close()
+
+    def update(self, ended: bool = False) -> None:
+        """Shows what is new. Args: ended: nothing will be added."""
+        if ended or time.monotonic() - self.looked >= NEWEST_EVERY_S:
+            self.looked = time.monotonic()
+            newest = self.run_dir.last_attempt().number
+            if newest > self.number:
+                self._begin(newest)
+                self.say(f"attempt {newest} begins: the job was started again")
+        for line in self.launcher.lines():
+            if "[supervisor] WARNING: " in line:
+                self.say(line)
+        for line in self.srun.lines():
+            if _OF_INTEREST.search(line):
+                self.say(line)
+        lines = []
+        for line in self.log.lines(ended):
+            # Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo.
+            self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
+            if not self.rank_0_ended:
+                lines.append(line)
+        for line in lines[-LINES_BEFORE:] if self.late else lines:
+            self.say(line)
+        steps = []
+        for line in self.metrics.lines():
+            with contextlib.suppress(json.JSONDecodeError):
+                steps.append(json.loads(line))
+        for metrics in steps[-1:] if self.late else steps:
+            self._step(metrics, last=metrics is steps[-1])
+        self.late = False
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=self.console.stream)
+        else:
+            self.console.say(line)
+
+    def _step(self, metrics: dict[str, Any], last: bool) -> None:
+        step = metrics.get("step")
+        if not isinstance(step, int):
+            return
+        if self.on_terminal:
+            if self.bar is None:
+                from tqdm import tqdm
+
+                self.bar = tqdm(
+                    total=self.total_steps, unit="step", file=self.console.stream, dynamic_ncols=True, leave=True
+                )
+            self.bar.n = step
+            if last:
+                self.bar.set_postfix_str(_words(metrics), refresh=False)
+                self.bar.refresh()
+            return
+        now = time.monotonic()
+        if step == 1 or step == self.total_steps or now - self.last_line >= PLAIN_LINE_EVERY_S:
+            self.last_line = now
+            of = f"/{self.total_steps}" if self.total_steps else ""
+            self.console.say(f"step {step}{of}  {_words(metrics)}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+_OF_INTEREST = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)
+"""Of srun's words while a job starts: why its step has to wait."""
+_SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
+
+
+def _words(metrics: dict[str, Any]) -> str:
+    """The metrics that people watch, briefly."""
+    shown = [key for key in _SHOWN if isinstance(metrics.get(key), (int, float))]
+    shown = shown or [key for key, value in metrics.items() if key != "step" and isinstance(value, (int, float))][:5]
+    return "  ".join(f"{key} {metrics[key]:.4g}" for key in shown)
