@@ -21,7 +21,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-from jobs import blame
+from jobs import blame, processes
 from jobs.records import Attempt, RunDirectory, write_json
 from jobs.spec import JobSpec
 from jobs.topology import RankInfo, mesh_table
@@ -54,7 +54,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
     Raises:
         BaseException: whatever ended the rank, after leaving a record of it in the run directory.
     """
-    info = RankInfo.from_env(env)
+    info = RankInfo.from_env(env, processes.ancestry())
     attempt = RunDirectory(spec.run_dir).attempt(info.attempt).make()
     _configure_logging(f"rank {info.rank}/{info.world_size} {info.host}")
     faulthandler.enable()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Set
 from pathlib import Path
 
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -70,3 +71,42 @@ def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+
+
+def ancestry() -> tuple[tuple[int, str], ...]:
+    """This process and those above it, nearest first: each one's id and the name that it was called by.
+
+    A name is the first word of a command line, or the title that a daemon gave itself (`slurmstepd: [123.0]`).
+    Where nothing above can have been hidden (by a container's own process numbers, or a /proc that shows only one's
+    own) the last pair is `(0, "kernel")`. Empty where Linux's /proc does not tell.
+    """
+    try:
+        pid = int(Path("/proc/self").readlink().name)
+    except (OSError, ValueError):
+        return ()
+    if pid != os.getpid():  # another namespace's /proc: its numbers mean nothing here
+        return ()
+    found: list[tuple[int, str]] = []
+    while pid > 0 and len(found) < 1000:
+        try:
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+            _, _, rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")
+        except OSError:
+            return tuple(found)
+        found.append((pid, name.decode(errors="replace")))
+        pid = int(rest.split()[1])
+    return (*found, (0, "kernel")) if _sees_all() else tuple(found)
+
+
+def _sees_all() -> bool:
+    """Whether this process's /proc is the machine's own, or the one in which the host's slurmd is."""
+    try:
+        if os.readlink("/proc/self/ns/pid") == _INITIAL_PID_NAMESPACE:  # noqa: PTH115 (no path, but a name)
+            return True
+    except OSError:
+        return False
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            if comm.read_bytes() == b"slurmd\n":
+                return True
+    return False

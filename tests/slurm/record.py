@@ -22,23 +22,50 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.processes import ancestry
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDED = Path(os.environ.get("REC", "x"))
+RECORDED = ROOT / "tests" / "jobs" / "recorded"
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-DROPPED = (
-    "SLURM_CLUSTER_NAME SLURM_CONF SLURM_HOSTFILE SLURM_JOB_ACCOUNT SLURM_JOB_GID SLURM_JOB_NAME SLURM_JOB_UID "
-    "SLURM_JOB_USER SLURM_NODE_ALIASES SLURM_PRIO_PROCESS SLURM_SRUN_COMM_HOST SLURM_SRUN_COMM_PORT "
-    "SLURM_STEP_LAUNCHER_PORT SLURM_SUBMIT_DIR SLURM_SUBMIT_HOST SLURM_TOPOLOGY_ADDR SLURM_TOPOLOGY_ADDR_PATTERN "
-    "SLURM_UMASK SLURM_WORKING_CLUSTER"
-).split()
+TORCHRUN = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+]
+DROPPED = [
+    "SLURM_CLUSTER_NAME",
+    "SLURM_CONF",
+    "SLURM_HOSTFILE",
+    "SLURM_JOB_ACCOUNT",
+    "SLURM_JOB_GID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_UID",
+    "SLURM_JOB_USER",
+    "SLURM_LABELIO",
+    "SLURM_NODE_ALIASES",
+    "SLURM_PRIO_PROCESS",
+    "SLURM_SRUN_COMM_HOST",
+    "SLURM_SRUN_COMM_PORT",
+    "SLURM_STEP_LAUNCHER_PORT",
+    "SLURM_SUBMIT_DIR",
+    "SLURM_SUBMIT_HOST",
+    "SLURM_TOPOLOGY_ADDR",
+    "SLURM_TOPOLOGY_ADDR_PATTERN",
+    "SLURM_UMASK",
+    "SLURM_WORKING_CLUSTER",
+]
 """This machine's names and numbers, which say nothing of ranks."""
 
 
@@ -47,142 +74,224 @@ class Kind:
     """One kind of step, or of shell.
 
     The script runs in a bash at the login host. `$PROBE` is the probe; what it prints goes to `$TO/<world>`, through
-    `srun --label` where the processes are ranks, and to `$TO/outside...` where they are not.
+    `srun --label` where the processes are ranks, and to `$TO/outside` where they are not.
     """
 
-    name: str
     what: str
     script: str
     cluster: str = "plain"
-    files: Mapping[str, str] = field(default_factory=dict)
-    """Scripts that it submits, written to `$TO`."""
+    job: str = ""
+    """A batch script that it submits, `$TO/job.sh`."""
 
 
-STEPS = "srun --label --nodes=2 --ntasks-per-node=2 $PROBE > $TO/step"
-BATCH = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --output=/dev/null\n"
-WAIT = "sbatch --wait --quiet"
+TWO_BY_TWO = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=2 --output=/dev/null\n"
+SUBMIT = "sbatch --wait --quiet $TO/job.sh"
+USE_SAVED = """xargs -0 -a $TO/env sh -c 'exec env -i "$@" $PROBE' sh"""
+"""Runs the probe with an environment that `env -0 > $TO/env` has saved, and nothing else."""
 
-KINDS = (
+KINDS = {
     # Every way to lay ranks out.
-    Kind(
-        "block",
+    "block": Kind(
         "as submit.py starts it: a batch job's srun, with GPUs",
-        f"{WAIT} $TO/job.sh",
-        files={
-            "job.sh": "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --distribution=block\n"
-            "#SBATCH --output=/dev/null\n"
-            "srun --label --distribution=block --kill-on-bad-exit=1 --export=ALL $PROBE > $TO/step\n"
-        },
+        SUBMIT,
+        job="#!/bin/bash\n"
+        "#SBATCH --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --distribution=block --output=/dev/null\n"
+        "srun --label --distribution=block --kill-on-bad-exit=1 --export=ALL $PROBE > $TO/step\n",
     ),
-    Kind("direct", "srun from the login host, two nodes by their own choice of tasks", STEPS),
-    Kind("cyclic", "rank 1 on the second host", f"srun --distribution=cyclic {STEPS[5:]}"),
-    Kind(
-        "plane",
+    "direct": Kind(
+        "srun without a job around it",
+        "srun --label --nodes=2 --ntasks-per-node=2 $PROBE > $TO/step",
+    ),
+    "cyclic": Kind(
+        "rank 1 on the second host",
+        "srun --label --nodes=2 --ntasks-per-node=2 --distribution=cyclic $PROBE > $TO/step",
+    ),
+    "plane": Kind(
         "two ranks on each host in turn",
         "srun --label --nodes=2 --ntasks-per-node=4 --distribution=plane=2 $PROBE > $TO/step",
     ),
-    Kind(
-        "arbitrary",
-        "rank 0 on the second host",
-        "printf '%s\\n' node1 node0 node0 node1 > $TO/hosts.txt; "
-        "SLURM_HOSTFILE=$TO/hosts.txt srun --label --ntasks=4 --distribution=arbitrary $PROBE > $TO/step",
+    "arbitrary": Kind(
+        "rank 0 on the second host, the others here and there",
+        "printf 'node%s\\n' 1 0 0 1 > $TO/.hosts; export SLURM_HOSTFILE=$TO/.hosts; "
+        "srun --label --ntasks=4 --distribution=arbitrary $PROBE > $TO/step",
     ),
-    Kind("arbitrary-blocks", "block by block, the second host first", "printf '%s\\n' node1 node1 node0 node0 > "
-         "$TO/hosts.txt; SLURM_HOSTFILE=$TO/hosts.txt srun --label --ntasks=4 --distribution=arbitrary $PROBE > $TO/step"),
-    Kind("uneven", "no --ntasks-per-node: 7 and 1", "srun --label --nodes=2 --ntasks=8 $PROBE > $TO/step"),
-    Kind("uneven-cyclic", "2, 2 and 1", "srun --label --nodes=3 --ntasks=5 --distribution=cyclic $PROBE > $TO/step"),
-    Kind("one-host", "two ranks on one host", "srun --label --nodes=1 --ntasks=2 $PROBE > $TO/step"),
-    Kind("one-rank-a-host", "one GPU each", "srun --label --nodes=3 --ntasks-per-node=1 --gpus-per-task=1 $PROBE > $TO/step"),
-    Kind("multi-prog", "srun --multi-prog", "echo \"* $PROBE\" > $TO/programs; "
-         "srun --label --nodes=2 --ntasks=4 --ntasks-per-node=2 --multi-prog $TO/programs > $TO/step"),
-    Kind("wrapped", "a shell between the step and the rank", "srun --label --nodes=2 --ntasks-per-node=1 "
-         "bash -c '$PROBE; true' > $TO/step"),
-    Kind("container", "a process namespace of its own, as container runtimes make",
-         "srun --label --nodes=2 --ntasks-per-node=1 unshare --pid --fork --mount-proc $PROBE > $TO/step"),
-    Kind("terminal", "srun --pty", "script --quiet --command 'srun --ntasks=1 --pty $PROBE' /dev/null "
-         "< /dev/null | sed 's/^/0: /; s/\\r//' > $TO/step"),
-    # Steps beside the whole.
-    Kind("subset", "a step on two of the job's three hosts", "salloc --quiet --nodes=3 --ntasks-per-node=2 "
-         "srun --label --nodes=2 --ntasks=4 --nodelist=node1,node2 $PROBE > $TO/step"),
-    Kind("subset-cyclic", "by --relative, against the job's own distribution", "salloc --quiet --nodes=3 --ntasks-per-node=2 "
-         "--distribution=block srun --label --nodes=2 --ntasks=4 --relative=1 --distribution=cyclic $PROBE > $TO/step"),
-    Kind("overlap", "two steps of one job at once", "salloc --quiet --nodes=2 --ntasks-per-node=1 bash -c '"
-         "for world in a b; do srun --overlap --label bash -c \"$PROBE; sleep 1\" > $TO/$world & done; wait'"),
-    Kind("het", "two components, the first on the last host",
-         "srun --label --ntasks=1 --nodelist=node2 : --nodes=2 --ntasks=3 --nodelist=node0,node1 $PROBE > $TO/step"),
-    Kind("het-cyclic", "distributions of their own", "srun --label --nodes=1 --ntasks=2 --distribution=block : --nodes=2 --ntasks=4 "
-         "--ntasks-per-node=2 --distribution=cyclic $PROBE > $TO/step"),
-    Kind(
-        "het-batch",
-        "a het job's batch shell, a step on both components and two at once on one each",
-        f"{WAIT} $TO/job.sh",
-        files={
-            "job.sh": "#!/bin/bash\n#SBATCH --nodes=1 --ntasks=2 --nodelist=node1 --output=/dev/null\n#SBATCH hetjob\n"
-            "#SBATCH --nodes=2 --ntasks=2 --nodelist=node0,node2\n"
-            "$PROBE > $TO/outside\n"
-            "srun --label --het-group=0,1 $PROBE > $TO/both\n"
-            "srun --label --het-group=0 bash -c '$PROBE; sleep 1' > $TO/first &\n"
-            "srun --label --het-group=1 bash -c '$PROBE; sleep 1' > $TO/second\nwait\n"
-        },
+    "arbitrary-blocks": Kind(
+        "host by host, the second host first",
+        "printf 'node%s\\n' 1 1 0 0 > $TO/.hosts; export SLURM_HOSTFILE=$TO/.hosts; "
+        "srun --label --ntasks=4 --distribution=arbitrary $PROBE > $TO/step",
     ),
-    Kind(
-        "array",
+    "uneven": Kind(
+        "no --ntasks-per-node: 7 and 1",
+        "srun --label --nodes=2 --ntasks=8 $PROBE > $TO/step",
+    ),
+    "uneven-cyclic": Kind(
+        "2, 2 and 1",
+        "srun --label --nodes=3 --ntasks=5 --distribution=cyclic $PROBE > $TO/step",
+    ),
+    "one-host": Kind(
+        "no second host",
+        "srun --label --nodes=1 --ntasks=2 $PROBE > $TO/step",
+    ),
+    "gpus-per-task": Kind(
+        "one rank a host, one GPU a rank",
+        "srun --label --nodes=3 --ntasks-per-node=1 --gpus-per-task=1 $PROBE > $TO/step",
+    ),
+    "multi-prog": Kind(
+        "srun --multi-prog",
+        'echo "* $PROBE" > $TO/.programs; '
+        "srun --label --nodes=2 --ntasks=4 --ntasks-per-node=2 --multi-prog $TO/.programs > $TO/step",
+    ),
+    "wrapped": Kind(
+        "a shell between the step and the rank",
+        "srun --label --nodes=2 --ntasks-per-node=1 bash -c '$PROBE; true' > $TO/step",
+    ),
+    "container": Kind(
+        "process numbers of its own, as container runtimes make them",
+        "srun --label --nodes=2 --ntasks-per-node=1 unshare --pid --fork --mount-proc $PROBE > $TO/step",
+    ),
+    "terminal": Kind(
+        "srun --pty",
+        "script --quiet --command 'srun --ntasks=1 --pty $PROBE' /dev/null < /dev/null "
+        "| tr -d '\\r' | sed 's/^/0: /' > $TO/step",
+    ),
+    # Steps on part of a job, or beside others.
+    "subset": Kind(
+        "a step on two of the job's three hosts",
+        "salloc --quiet --nodes=3 --ntasks-per-node=2 "
+        "srun --label --nodes=2 --ntasks=4 --nodelist=node1,node2 $PROBE > $TO/step",
+    ),
+    "subset-cyclic": Kind(
+        "a step with another distribution than its job's, from the second host on",
+        "salloc --quiet --nodes=3 --ntasks-per-node=2 --distribution=block "
+        "srun --label --nodes=2 --ntasks=4 --relative=1 --distribution=cyclic $PROBE > $TO/step",
+    ),
+    "overlap": Kind(
+        "two steps of one job at once",
+        "salloc --quiet --nodes=2 --ntasks-per-node=1 bash -c 'for world in a b; do "
+        'srun --overlap --label bash -c "$PROBE; sleep 1" > $TO/$world & done; wait\'',
+    ),
+    "array": Kind(
         "two jobs of an array",
-        f"{WAIT} --array=3-4 $TO/job.sh",
-        files={"job.sh": BATCH + "srun --label $PROBE > $TO/$SLURM_ARRAY_TASK_ID\n"},
+        "sbatch --wait --quiet --array=3-4 $TO/job.sh",
+        job=TWO_BY_TWO + "srun --label $PROBE > $TO/$SLURM_ARRAY_TASK_ID\n",
     ),
-    Kind(
-        "requeued",
-        "before and after a requeue, which the job itself asks for",
-        "sbatch --quiet --requeue --wait $TO/job.sh",
-        files={
-            "job.sh": BATCH + "srun --label $PROBE > $TO/${SLURM_RESTART_COUNT:-first}\n"
-            "if [ -z \"$SLURM_RESTART_COUNT\" ]; then scontrol requeue $SLURM_JOB_ID; sleep 30; fi\n"
-        },
+    "requeued": Kind(
+        "before and after a requeue, for which the job itself asks",
+        "sbatch --wait --quiet --requeue $TO/job.sh",
+        job=TWO_BY_TWO + "srun --label $PROBE > $TO/${SLURM_RESTART_COUNT:-first}\n"
+        'if [ -z "$SLURM_RESTART_COUNT" ]; then scontrol requeue $SLURM_JOB_ID; sleep 30; fi\n',
     ),
-    # Names.
-    Kind("host-lists", "names of two numbers, and another", "srun --label --nodes=5 --ntasks-per-node=1 $PROBE > $TO/step", "racks"),
-    Kind("shared-host", "several slurmd on one host",
-         "srun --label --nodelist=node0,blade[1-2] --ntasks-per-node=2 --distribution=cyclic $PROBE > $TO/step", "shared"),
-    # Shells that hold an allocation and are no rank of it.
-    Kind("batch-shell", "the batch script itself", f"{WAIT} $TO/job.sh", files={"job.sh": BATCH + "$PROBE > $TO/outside\n"}),
-    Kind("salloc-shell", "and a step from there", "salloc --quiet --nodes=2 --ntasks-per-node=2 --cpus-per-task=2 --gpus-per-node=2 "
-         "bash -c '$PROBE > $TO/outside; srun --label --cpus-per-task=2 $PROBE > $TO/step'"),
-    Kind("interactive-step", "LaunchParameters=use_interactive_step: the shell is on the first node; and a step from there",
-         "echo '$PROBE > $TO/outside; srun --label $PROBE > $TO/step' > $TO/typed; "
-         "script --quiet --command 'salloc --nodes=2 --ntasks-per-node=2' /dev/null < $TO/typed",
-         "interactive"),
+    # Jobs of several components.
+    "het": Kind(
+        "the first component on the last host",
+        "srun --label --ntasks=1 --nodelist=node2 : --nodes=2 --ntasks=3 --nodelist=node0,node1 $PROBE > $TO/step",
+    ),
+    "het-cyclic": Kind(
+        "distributions of their own",
+        "srun --label --nodes=1 --ntasks=2 --distribution=block "
+        ": --nodes=2 --ntasks-per-node=2 --distribution=cyclic $PROBE > $TO/step",
+    ),
+    "het-batch": Kind(
+        "a batch script, a step on both components, and at once two on one each",
+        SUBMIT,
+        job="#!/bin/bash\n"
+        "#SBATCH --nodes=1 --ntasks=2 --nodelist=node1 --output=/dev/null\n"
+        "#SBATCH hetjob\n"
+        "#SBATCH --nodes=2 --ntasks=2 --nodelist=node0,node2\n"
+        "$PROBE > $TO/outside\n"
+        "srun --label --het-group=0,1 $PROBE > $TO/both\n"
+        "srun --label --het-group=0 bash -c '$PROBE; sleep 1' > $TO/first &\n"
+        "srun --label --het-group=1 bash -c '$PROBE; sleep 1' > $TO/second\n"
+        "wait\n",
+    ),
+    # Hosts and their names.
+    "host-lists": Kind(
+        "names with two numbers, and another",
+        "srun --label --nodes=5 --ntasks-per-node=1 --distribution=block $PROBE > $TO/step",
+        "racks",
+    ),
+    "host-lists-batch": Kind(
+        "the same from a batch script, on some of the hosts",
+        SUBMIT,
+        "racks",
+        "#!/bin/bash\n#SBATCH --nodelist=gpu7,rack1-n02,rack2-n[01-02] --ntasks-per-node=2 --output=/dev/null\n"
+        "srun --label --distribution=block $PROBE > $TO/step\n",
+    ),
+    "shared-host": Kind(
+        "several slurmd on one host",
+        "srun --label --nodelist=node0,blade[1-2] --ntasks-per-node=2 --distribution=cyclic $PROBE > $TO/step",
+        "shared",
+    ),
+    # Shells that hold an allocation, and are no rank of it.
+    "batch-shell": Kind(
+        "the batch script itself",
+        SUBMIT,
+        job=TWO_BY_TWO + "$PROBE > $TO/outside\n",
+    ),
+    "salloc-shell": Kind(
+        "the shell, and a step from there",
+        "salloc --quiet --nodes=2 --ntasks-per-node=2 --cpus-per-task=2 --gpus-per-node=2 "
+        "bash -c '$PROBE > $TO/outside; srun --label --cpus-per-task=2 $PROBE > $TO/step'",
+    ),
+    "interactive-step": Kind(
+        "LaunchParameters=use_interactive_step, the shell is on the first host; and a step from there",
+        "echo '$PROBE > $TO/outside; srun --label $PROBE > $TO/step' | salloc --quiet --nodes=2 --ntasks-per-node=2",
+        "interactive",
+    ),
     # What is left of a step where it does not belong.
-    Kind(
-        "nested-batch",
-        "a job submitted from inside a rank: its batch shell, and its step",
-        f"srun --nodes=2 --ntasks-per-node=2 bash -c '[ $SLURM_PROCID != 3 ] || {WAIT} $TO/job.sh'",
-        files={"job.sh": "#!/bin/bash\n#SBATCH --nodes=1 --ntasks=2 --output=/dev/null\n$PROBE > $TO/outside\n"
-               "srun --label --ntasks-per-node=2 $PROBE > $TO/step\n"},
+    "nested-batch": Kind(
+        "a job that a rank submitted: its batch script, and its step",
+        f"srun --nodes=2 --ntasks-per-node=2 bash -c '[ $SLURM_PROCID != 3 ] || {SUBMIT}'",
+        job="#!/bin/bash\n#SBATCH --nodes=1 --ntasks=2 --output=/dev/null\n"
+        "$PROBE > $TO/outside\n"
+        "srun --label --ntasks-per-node=2 $PROBE > $TO/step\n",
     ),
-    Kind("nested-salloc", "an allocation made from inside a rank: its shell, and its step",
-         "srun --nodes=2 --ntasks-per-node=1 bash -c '[ $SLURM_PROCID != 1 ] || salloc --quiet --nodes=1 --ntasks=2 "
-         "bash -c \"$PROBE > $TO/outside; srun --label --nodes=1 --ntasks=2 $PROBE > $TO/step\"'"),
-    Kind("nested-srun", "a step started from inside a rank of the same job",
-         "salloc --quiet --nodes=2 --ntasks-per-node=2 srun --nodes=1 --ntasks=1 "
-         "srun --overlap --label --nodes=2 --ntasks=4 --ntasks-per-node=2 $PROBE > $TO/step"),
-    Kind("another-steps-variables", "rank 1's whole environment, in another step",
-         "salloc --quiet --nodes=1 --ntasks=2 bash -c 'srun bash -c \"[ \\$SLURM_PROCID = 0 ] || env -0 > $TO/env\"; "
-         "srun --ntasks=1 xargs -0 -a $TO/env sh -c \"exec env -i \\\"\\$@\\\" $PROBE\" sh > $TO/outside'"),
-    Kind("another-ranks-variables", "rank 0's whole environment, in rank 1",
-         "srun --ntasks=2 bash -c 'if [ $SLURM_PROCID = 0 ]; then env -0 > $TO/.env; mv $TO/.env $TO/env; sleep 2; "
-         "else until [ -e $TO/env ]; do sleep 0.1; done; xargs -0 -a $TO/env sh -c \"exec env -i \\\"\\$@\\\" $PROBE\" sh; fi' > $TO/outside"),
-    Kind("detached", "a shell that was started in a step and is no more below it, as tmux's",
-         "srun --ntasks=1 bash -c '(setsid bash -c \"sleep 0.5; $PROBE > $TO/outside\" &); sleep 2'"),
-    Kind("saved", "a rank's environment, at the login host",
-         "srun --nodes=2 --ntasks=2 bash -c '[ $SLURM_PROCID = 0 ] || env -0 > $TO/env'; "
-         "xargs -0 -a $TO/env sh -c \"exec env -i \\\"\\$@\\\" $PROBE\" sh > $TO/outside"),
-    # torchrun in a step.
-    Kind("torchrun", "one agent a host, two ranks each",
-         "srun --nodes=2 --ntasks-per-node=1 bash -c '$PYTHON -m torch.distributed.run --nnodes=2 --nproc-per-node=2 "
-         "--rdzv-backend=c10d --rdzv-endpoint=10.77.0.10:29511 --rdzv-id=told --no-python "
-         "bash -c \"echo \\\\$RANK: \\$($PROBE)\"' > $TO/step"),
-)  # fmt: skip
+    "nested-salloc": Kind(
+        "an allocation that a rank made: its shell, and its step",
+        "srun --nodes=2 --ntasks-per-node=1 bash -c '[ $SLURM_PROCID != 1 ] || salloc --quiet --nodes=1 --ntasks=2 "
+        'bash -c "$PROBE > $TO/outside; srun --label --nodes=1 --ntasks=2 $PROBE > $TO/step"\'',
+    ),
+    "nested-srun": Kind(
+        "a step that a rank of the same job started",
+        "salloc --quiet --nodes=2 --ntasks-per-node=2 srun --nodes=1 --ntasks=1 "
+        "srun --overlap --label --nodes=2 --ntasks=4 --ntasks-per-node=2 $PROBE > $TO/step",
+    ),
+    "another-steps-variables": Kind(
+        "rank 1's whole environment, in the next step",
+        f"echo {shlex.quote(USE_SAVED)} > $TO/.use; "
+        "salloc --quiet --nodes=1 --ntasks=2 bash -c '"
+        'srun bash -c "[ \\$SLURM_PROCID = 0 ] || env -0 > $TO/env"; srun --ntasks=1 sh $TO/.use > $TO/outside\'',
+    ),
+    "another-ranks-variables": Kind(
+        "rank 0's whole environment, in rank 1",
+        f"echo {shlex.quote(USE_SAVED)} > $TO/.use; "
+        "srun --ntasks=2 bash -c 'if [ $SLURM_PROCID = 0 ]; then env -0 > $TO/.env; mv $TO/.env $TO/env; sleep 1; "
+        "else until [ -e $TO/env ]; do sleep 0.1; done; sh $TO/.use; fi' > $TO/outside",
+    ),
+    "detached": Kind(
+        "a shell that was started in a step and is no more below it, as tmux's",
+        "srun --ntasks=1 bash -c '(setsid bash -c \"sleep 0.5; $PROBE > $TO/outside\" &); sleep 2'",
+    ),
+    "saved": Kind(
+        "a rank's whole environment, at the login host",
+        "srun --nodes=2 --ntasks=2 bash -c '[ $SLURM_PROCID = 0 ] || env -0 > $TO/env'; "
+        + USE_SAVED
+        + " > $TO/outside",
+    ),
+    # torchrun.
+    "torchrun": Kind(
+        "one agent a host in a step, and two ranks each; here the truth is torchrun's own word",
+        "echo 'echo $RANK: $($PROBE)' > $TO/.worker; "
+        "srun --nodes=2 --ntasks-per-node=1 bash -c '$PYTHON -m torch.distributed.run --nnodes=2 --nproc-per-node=2 "
+        "--node-rank=$SLURM_NODEID --master-addr=10.77.0.10 --master-port=29511 --rdzv-id=told --no-python "
+        "bash $TO/.worker' > $TO/step",
+    ),
+    "after-torchrun": Kind(
+        "a step that a rank under torchrun started, whose variables are left over",
+        "export TORCHELASTIC_RUN_ID=told RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 GROUP_RANK=0 "
+        "MASTER_ADDR=node0 MASTER_PORT=29511; srun --label --nodes=2 --ntasks-per-node=2 $PROBE > $TO/step",
+    ),
+}
 
 
 def main(names: Sequence[str]) -> None:
@@ -209,23 +318,22 @@ def main(names: Sequence[str]) -> None:
         "shared": lambda root: Shared(root, hosts=1, gpus=0),
         "interactive": lambda root: Cluster(root, hosts=2, LaunchParameters="use_interactive_step"),
     }
-    kinds = [kind for kind in KINDS if kind.name in names or not names]
-    for name, make in makers.items():
-        wanted = [kind for kind in kinds if kind.cluster == name]
+    for which, make in makers.items():
+        wanted = [name for name in names or KINDS if KINDS[name].cluster == which]
         if wanted:
             with tempfile.TemporaryDirectory(prefix="record") as folder, make(Path(folder)) as cluster:
-                for kind in wanted:
-                    value = record(kind, cluster, Path(folder))
-                    write(value)
-                    print(f"{kind.name}: {len(value['processes'])} processes", flush=True)
+                for name in wanted:
+                    processes = record(name, cluster, Path(folder) / "to")
+                    write(name, cluster.run("srun", "--version").split()[-1], processes)
+                    print(f"{name}: {len(processes)} processes", flush=True)
 
 
-def record(kind: Kind, cluster: Any, folder: Path) -> dict[str, Any]:
+def record(name: str, cluster: Any, folder: Path) -> list[dict[str, Any]]:
     """Runs one kind and gathers what its probes left."""
-    to = folder / "to" / kind.name
+    kind, to = KINDS[name], folder / name
     to.mkdir(parents=True)
-    for name, text in kind.files.items():
-        (to / name).write_text(text)
+    (to / ".said").mkdir()
+    (to / "job.sh").write_text(kind.job)
     env = cluster.env | {
         "TO": str(to),
         "PROBE": f"{sys.executable} -m tests.slurm.record --probe",
@@ -235,35 +343,17 @@ def record(kind: Kind, cluster: Any, folder: Path) -> dict[str, Any]:
     }
     done = subprocess.run(["bash", "-c", kind.script], env=env, cwd=to, capture_output=True, text=True, timeout=120)
     found = []
-    for world in sorted(path for path in to.iterdir() if path.name[0] != "." and path.suffix != ".json"):
-        if world.name in kind.files or world.name in ("env", "hosts.txt", "programs", "typed"):
-            continue
-        for line in world.read_text().splitlines():
-            label, _, token = line.strip().rpartition(":")
-            said = json.loads((to / f"{token[-8:]}.json").read_text())
-            rank = None if world.name.startswith("outside") else int(label)
-            found.append({"truth": {"world": world.name, "rank": rank}, **said})
+    for world in to.glob("[!.]*"):
+        if world.name not in ("job.sh", "env"):
+            for line in world.read_text().splitlines():
+                label, _, token = line.strip().rpartition(":")
+                said = json.loads((to / ".said" / token[-8:]).read_text())
+                rank = None if world.name == "outside" else int(label)
+                found.append({"truth": {"world": world.name, "rank": rank}, **said})
     if not found:
-        raise RuntimeError(f"{kind.name}: nothing was recorded: {done.stdout}{done.stderr}")
-    found.sort(key=lambda one: (one["truth"]["world"], one["truth"]["rank"] or 0))
+        raise RuntimeError(f"{name}: nothing was recorded: {done.stdout}{done.stderr}")
     _name_nodes(found)
-    shared = dict(set.intersection(*(set(one["env"].items()) for one in found)))
-    processes = [
-        {
-            "truth": one["truth"] if one["truth"]["rank"] is not None else None,
-            "ancestry": one["ancestry"],
-            "env": {name: value for name, value in sorted(one["env"].items()) if name not in shared},
-        }
-        for one in found
-    ]
-    slurm = cluster.run("srun", "--version").split()[-1]
-    return {
-        "kind": kind.name,
-        "what": kind.what,
-        "slurm": slurm,
-        "shared": dict(sorted(shared.items())),
-        "processes": processes,
-    }
+    return sorted(found, key=lambda one: (one["truth"]["world"], one["truth"]["rank"] or 0))
 
 
 def _name_nodes(found: Sequence[dict[str, Any]]) -> None:
@@ -277,13 +367,17 @@ def _name_nodes(found: Sequence[dict[str, Any]]) -> None:
         one["truth"]["node"] = one["hostname"] + (f" {one['step']}" if several else "")
 
 
-def write(value: Mapping[str, Any]) -> None:
+def write(name: str, version: str, processes: Sequence[dict[str, Any]]) -> None:
     """One line a process, so that a new recording can be read as a diff."""
-    head = {name: value[name] for name in ("kind", "what", "slurm", "shared")}
-    lines = ",\n".join("  " + json.dumps(one, sort_keys=True) for one in value["processes"])
-    text = json.dumps(head, indent=1)[:-2] + ',\n "processes": [\n' + lines + "\n ]\n}\n"
-    RECORDED.mkdir(exist_ok=True)
-    (RECORDED / f"{value['kind']}.json").write_text(text)
+    shared = dict(set.intersection(*(set(one["env"].items()) for one in processes)))
+    head = {"what": KINDS[name].what, "slurm": version, "shared": dict(sorted(shared.items()))}
+    lines = []
+    for one in processes:
+        own = {variable: value for variable, value in sorted(one["env"].items()) if variable not in shared}
+        truth = None if one["truth"]["rank"] is None else one["truth"]
+        lines.append("  " + json.dumps({"truth": truth, "ancestry": one["ancestry"], "env": own}))
+    text = json.dumps(head, indent=1)[:-2] + ',\n "processes": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    (RECORDED / f"{name}.json").write_text(text)
 
 
 def probe() -> None:
@@ -291,29 +385,26 @@ def probe() -> None:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if (name.startswith(("SLURM_", "SLURMD_", "TORCHELASTIC_")) or name in TORCHRUN) and name not in DROPPED
+        if (name.startswith(("SLURM_", "SLURMD_")) or name in TORCHRUN) and name not in DROPPED
     }
-    above = ancestry()
-    own = [pid for pid, _ in above].index(int(os.environ["PROBE_BELOW"])) if _at_login(above) else len(above)
-    # Above the recorder is this machine's business.
-    names = [Path(name).name if index < own or pid == 0 else "..." for index, (pid, name) in enumerate(above)]
+    above, recorder = ancestry(), int(os.environ["PROBE_BELOW"])
+    pids = [pid for pid, _ in above]
+    # At the login host, what is above the recorder is this machine's business.
+    ours = pids.index(recorder) if recorder in pids else len(pids)
+    token = secrets.token_hex(4)
     said = {
         "hostname": socket.gethostname(),
-        "ancestry": [[pid, name] for (pid, _), name in zip(above, names, strict=True)],
+        "ancestry": [
+            [pid, Path(name).name if at < ours or pid == 0 else "..."] for at, (pid, name) in enumerate(above)
+        ],
         "env": kept,
     }
-    token = secrets.token_hex(4)
-    path = Path(os.environ["TO"]) / f"{token}.json"
-    path.write_text(json.dumps(said))
+    (Path(os.environ["TO"]) / ".said" / token).write_text(json.dumps(said))
     print(token)
 
 
-def _at_login(above: Sequence[tuple[int, str]]) -> bool:
-    return int(os.environ["PROBE_BELOW"]) in [pid for pid, _ in above] and (0, "kernel") in above
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--probe"]:
+    if sys.argv[1:] == ["--probe"]:
         probe()
     else:
         main(sys.argv[1:])
