@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import AnyCluster
+from tests.conftest import AnyCluster, running
 from tests.jobs.submitting import SUBMIT, submit
 from tests.jobs.test_sbatch import AWKWARD, SHIPPED
 from tests.slurm.harness import Cluster
@@ -98,12 +98,8 @@ def test_sbatch_accepts_the_script_of_each_shipped_config(name: str, typed: Clus
 @pytest.fixture(scope="module")
 def typed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A cluster as the shipped examples describe theirs: hosts of 8 GPUs with a type, a partition `gpu`."""
-    from tests.conftest import harness_or_skip
-
-    harness_or_skip(request)
-    partitions = {"gpu": "Default=YES MaxTime=INFINITE"}
     arguments: dict[str, Any] = {"gpus": 8, "gpu_type": "h100", "cpus": 128, "memory_mb": 2_000_000}
-    with Cluster(tmp_path_factory.mktemp("typed"), partitions=partitions, **arguments) as cluster:
+    with running(request, tmp_path_factory, partitions={"gpu": "Default=YES MaxTime=INFINITE"}, **arguments) as cluster:
         yield cluster
 
 
