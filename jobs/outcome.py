@@ -267,7 +267,7 @@ def _cause(seen: Evidence) -> str:
 
 def _what_slurm_did(seen: Evidence) -> str:
     job, cause = f"job {seen.job_id}", _cause(seen)
-    at = f"; rank 0 was {seen.last_steps[0]}" if 0 in seen.last_steps else ""
+    at = f"; rank 0 was {seen.last_steps[0].partition(',')[0]}" if 0 in seen.last_steps else ""
     if cause == "TIMEOUT":
         limit = f" of {seen.time_min} min" if seen.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"

@@ -394,7 +394,8 @@ class _SlurmJob:
         """How it ended; written down where nobody else could."""
         record, answer = self.result.read(), self.answer
         state = answer if isinstance(answer, JobState) and answer.ended else None
-        if record is not None and (record.get("status") == "done" or record.get("failure") or state is None):
+        knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
+        if record is not None and (record.get("status") == "done" or record.get("failure") or not knows_more):
             if record.get("status") == "done" and state is not None and state.state != "COMPLETED":
                 self.display.say(f"its work is done; Slurm says {state.state} ({state.reason or 'no reason'})")
             return record

@@ -1,0 +1,245 @@
+"""A Slurm job as its user follows it: the queue, the progress, the end; leaving it and coming back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.submitting import SUBMIT, Line, submit, wait_until
+from tests.slurm.harness import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+
+TWO = ("--nodes", "2", "--gpus-per-node", "1")
+LONG = ("steps=100000", "pause_seconds=0.05")
+END_S = 90
+"""Far more than any of these jobs takes; what must be quick is measured."""
+
+Follow = Callable[..., Line]
+
+
+@pytest.fixture
+def follow(tmp_path: Path) -> Iterator[Follow]:
+    """`follow(cluster, ...)` is a line with --wait, whose output goes to files that can be read while it runs."""
+    lines: list[Line] = []
+
+    def type_line(cluster: Cluster, *words: str, **popen: Any) -> Line:
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            popen = {"stdout": out, "stderr": err, "start_new_session": True, **popen}
+            lines.append(submit(tmp_path, "mine:ENTRY", "--wait", *TWO, *words, env=cluster.env, **popen))
+        return lines[-1]
+
+    yield type_line
+    for line in lines:
+        line.kill_everything()
+
+
+def out(line: Line) -> str:
+    return (line.directory / "out").read_text()
+
+
+def err(line: Line) -> str:
+    return (line.directory / "err").read_text()
+
+
+def code(line: Line) -> int:
+    return line.process.wait(END_S)
+
+
+def come_back(cluster: Cluster, line: Line, *words: str) -> subprocess.CompletedProcess[str]:
+    """`submit.py wait run`, to its end."""
+    return subprocess.run(
+        [sys.executable, SUBMIT, "wait", "run", *words],
+        cwd=line.directory,
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=END_S,
+    )
+
+
+def job_id(line: Line) -> str:
+    path = line.run_dir / "submission.json"
+    wait_until(path.exists, "a submission")
+    return str(json.loads(path.read_text())["job_id"])
+
+
+def says(line: Line, words: str) -> None:
+    wait_until(lambda: words in out(line) or line.process.poll() is not None, f"'{words}'", END_S)
+    assert words in out(line), out(line) + err(line)
+
+
+def occupy(cluster: Cluster) -> str:
+    """A job that has every host for itself."""
+    sleep = cluster.run("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    return str(cluster.wait_job_state(sleep.strip(), "RUNNING") and sleep.strip())
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "slurm_accounting"])
+def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.FixtureRequest, follow: Follow) -> None:
+    slurm: Cluster = request.getfixturevalue(cluster)
+    line = follow(slurm, "steps=4")
+    assert code(line) == 0, err(line)
+    shown = out(line)
+    places = [shown.find(words) for words in ("submitted job ", ": RUNNING on node[0-1]", "step 4/4", "total: 12")]
+    assert -1 not in places, shown
+    assert places == sorted(places)
+    assert err(line) == ""
+    assert line.result()["result"]["hosts"] == ["node0", "node1"]
+    # And again, when it is long over: from disk, without the progress.
+    before = time.monotonic()
+    again = come_back(slurm, line, "--json")
+    assert again.returncode == 0, again.stderr
+    record = json.loads(again.stdout)
+    assert (record["status"], record["exit_code"], record["job_id"]) == ("done", 0, job_id(line))
+    assert record["result"]["total"] == 12
+    assert "step 4/4" not in again.stderr
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    ("does", "message", "traceback"),
+    [
+        ("raise", "ValueError: the third layer is missing", True),
+        ("sys.exit", "called sys.exit(3) before its work was done", True),
+        ("os._exit", "exited with code 0 before its work was done", False),
+        ("SIGKILL", "killed by SIGKILL", False),
+    ],
+)
+def test_a_rank_that_dies_ends_the_job_and_is_named(
+    does: str, message: str, traceback: bool, slurm: Cluster, follow: Follow, record_property: Any
+) -> None:
+    line = follow(slurm, f"does={does}")
+    assert code(line) == 1, out(line)
+    ended = time.time()
+    last = err(line).splitlines()[-1]
+    assert last.startswith(f"meshrun: error: the job failed: rank 1 on node1: {message}")
+    assert last.endswith(f"(log: {line.run_dir}/attempt-0/rank-1.log)")
+    assert ("Traceback" in err(line), 'mine.py", line' in err(line)) == (traceback, traceback)
+    assert "onnection closed" not in err(line)
+    record = line.result()
+    assert (record["status"], record["failure"]["rank"], record["failure"]["host"]) == ("failed", 1, "node1")
+    assert message in record["error"]
+    assert f"attempt 0 failed: rank 1 on node1: {message}" in (line.run_dir / "slurm.log").read_text()
+    # The step's end is written by rank 0 just before; of a rank that left no record that is the time it was last seen.
+    died = (line.run_dir / "metrics.jsonl").stat().st_mtime
+    record_property("seconds_from_death_to_exit", round(ended - died, 2))
+    assert ended - died < 20
+    assert slurm.job_state(job_id(line)) == "FAILED"
+    again = come_back(slurm, line)
+    assert again.returncode == 1
+    assert again.stderr.splitlines()[-1] == last
+    assert "step" not in again.stdout
+
+
+def test_what_ends_before_any_rank_is_told_in_its_own_words(slurm: Cluster, follow: Follow, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("executor: slurm\npython: /no/such/python\n")
+    line = follow(slurm, "--cluster", "c.yaml")
+    assert code(line) == 1
+    last = err(line).splitlines()[-1]
+    assert "exited with code 2 before its work was done: slurmstepd" in last
+    assert "execve(): /no/such/python: No such file or directory" in last
+    assert f"(log: {line.run_dir}/attempt-0/rank-" in last
+
+
+def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, follow: Follow) -> None:
+    blocker = occupy(slurm)
+    line = follow(slurm)
+    says(line, ": PENDING (Resources)")
+    os.killpg(line.process.pid, signal.SIGINT)  # as a terminal does: to all that the line has started
+    assert code(line) == 130
+    job = job_id(line)
+    assert err(line) == (
+        f"meshrun: interrupted by SIGINT; detached; job {job} goes on; come back: submit.py wait run; "
+        f"end it: scancel {job}\n"
+    )
+    assert slurm.job_state(job) == "PENDING"
+    slurm.run("scancel", blocker)
+    back = come_back(slurm, line)
+    assert back.returncode == 0, back.stderr
+    assert "step 3/3" in back.stdout
+    assert "total: 9" in back.stdout
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_other_ways_to_leave_it(signum: signal.Signals, slurm: Cluster, follow: Follow) -> None:
+    line = follow(slurm, *LONG, "--json")
+    line.wait_for_step(2)
+    line.process.send_signal(signum)
+    assert code(line) == 130
+    record = json.loads(out(line))
+    assert (record["status"], record["exit_code"], record["job_id"]) == ("detached", 130, job_id(line))
+    assert err(line).splitlines()[-1].startswith(f"meshrun: interrupted by {signum.name}; detached; job ")
+    steps = len(line.metrics())
+    line.wait_for_step(steps + 5)
+    assert slurm.job_state(job_id(line)) == "RUNNING"
+
+
+def test_a_job_that_is_cancelled_while_it_is_followed(slurm_accounting: Cluster, follow: Follow) -> None:
+    line = follow(slurm_accounting, *LONG)
+    line.wait_for_step(2)
+    slurm_accounting.run("scancel", job_id(line))
+    cancelled = time.monotonic()
+    assert code(line) == 1
+    assert time.monotonic() - cancelled < 20
+    last = err(line).splitlines()[-1]
+    assert f"the job failed: job {job_id(line)} was cancelled by {slurm_accounting.user}; rank 0 was last in" in last
+    assert line.result()["error"] in last
+    assert line.result()["slurm_state"] == "CANCELLED"
+
+
+def test_a_job_that_is_cancelled_in_the_queue(slurm: Cluster, follow: Follow) -> None:
+    occupy(slurm)
+    line = follow(slurm)
+    says(line, ": PENDING (Resources)")
+    slurm.run("scancel", job_id(line))
+    assert code(line) == 1
+    assert err(line).splitlines()[-1].endswith(f"job {job_id(line)} was cancelled before it started")
+
+
+def test_a_controller_that_restarts_is_waited_for(slurm: Cluster, follow: Follow) -> None:
+    line = follow(slurm, "steps=400", "pause_seconds=0.05")
+    line.wait_for_step(2)
+    slurm.kill_slurmctld()
+    says(line, "Slurm does not answer (")
+    slurm.start_slurmctld()
+    assert code(line) == 0, err(line)
+    assert out(line).count("Slurm does not answer") == 1
+    assert "total: 1200" in out(line)
+
+
+def test_a_job_that_slurm_starts_again_is_followed_to_its_real_end(slurm: Cluster, follow: Follow) -> None:
+    line = follow(slurm, "steps=60", "pause_seconds=0.1")
+    line.wait_for_step(3)
+    slurm.run("scontrol", "requeue", job_id(line))
+    assert code(line) == 0, err(line)
+    shown = out(line)
+    places = [shown.find(words) for words in (": PENDING (BeginTime)", "attempt 1 begins", "step 60/60", "total: 180")]
+    assert -1 not in places, shown
+    assert places == sorted(places)
+    assert line.result()["attempt"] == 1
+
+
+@pytest.mark.parametrize("does", ["raise", "train"])
+def test_a_job_that_slurm_has_forgotten(does: str, slurm: Cluster, follow: Follow) -> None:
+    """A run directory outlives Slurm's memory (MinJobAge), here because its job's number is of long ago."""
+    line = follow(slurm, f"does={does}")
+    expected = 1 if does == "raise" else 0
+    assert code(line) == expected
+    path = line.run_dir / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": "7"}))
+    assert come_back(slurm, line).returncode == expected
+    (line.run_dir / "result.json").unlink()
+    again = come_back(slurm, line)
+    assert again.returncode == 1
+    told = "ValueError: the third layer is missing" if does == "raise" else "Slurm no longer knows job 7"
+    assert told in again.stderr.splitlines()[-1]
