@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 SETTINGS = [
     *("model.dim=64", "model.n_heads=8", "model.n_kv_heads=4", "model.ffn_dim=96", "model.n_layers=2"),
-    *("steps=5", "seq_len=32", "global_batch_size=8", "microbatch_size=1", "warmup_steps=2", "grad_clip=0.5"),
-    *("sample_tokens=4", "eval_windows=8", "export=true"),
+    *("steps=5", "seq_len=32", "global_batch_size=8", "microbatch_size=2", "warmup_steps=2", "grad_clip=0.5"),
+    *("sample_tokens=0", "eval_windows=4", "export=true"),
 ]
 
 
