@@ -453,7 +453,9 @@ def conclude(run: RunDirectory, attempt: int, seen: Evidence) -> dict[str, Any]:
     A "done" of this attempt stands, and so does whatever a later attempt has written.
     """
     record = outcome(seen)
-    there = read_json(run.result)
+    there = None
+    with contextlib.suppress(OSError):
+        there = read_json(run.result)
     if isinstance(there, dict):
         same = there.get("attempt", 0) == attempt
         says_more = there.get("status") == "done" or (there.get("failure") and not record["failure"])

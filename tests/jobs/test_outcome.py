@@ -1,0 +1,361 @@
+"""How a Slurm job ended: srun's words as they were recorded, ranks' records, Slurm's state -> whom or what to name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import outcome, sbatch
+from jobs.blame import Failure
+from jobs.outcome import Evidence, SrunWords, conclude, gather, read_srun
+from jobs.records import RunDirectory, Submitted, read_json, write_json
+from jobs.slurm import JobState
+
+RECORDED = Path(__file__).with_name("recorded") / "srun"
+"""Each of a job of ranks 0 and 1 on node0, 2 and 3 on node1, unless it says otherwise; Slurm 22.05."""
+NOW = 1000.0
+
+
+def recorded(name: str) -> SrunWords:
+    return read_srun((RECORDED / f"{name}.log").read_text())
+
+
+def seen(name: str = "", failures: list[Failure] | None = None, state: str = "", **more: Any) -> Evidence:
+    return Evidence(
+        workload="mine",
+        attempt=0,
+        job_id="12",
+        world_size=4,
+        now=NOW,
+        failures=failures or [],
+        words=recorded(name) if name else SrunWords(),
+        state=JobState(state) if state else None,
+        hosts=("node0", "node0", "node1", "node1"),
+        logs={rank: f"/run/rank-{rank}.log" for rank in range(4)},
+        srun_log="/run/srun.log",
+        slurm_log="/run/slurm.log",
+        **{"status": 143, **more},
+    )
+
+
+def error(rank: int, when: float = 500.0, message: str = "ValueError: mine") -> Failure:
+    return Failure(rank, f"node{rank // 2}", when, "error", message, f"Traceback of {rank}", f"/run/rank-{rank}.log")
+
+
+def lost(rank: int, when: float = 400.0) -> Failure:
+    return Failure(rank, f"node{rank // 2}", when, "lost_peer", "RuntimeError: Connection closed by peer", "T", "")
+
+
+# --- srun's words -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "cause"),
+    [
+        ("raise", {3: 1}, ""),
+        ("sys-exit", {3: 3}, ""),
+        ("os-exit-0", {0: 1}, ""),  # of two ranks on two hosts: rank 1 left with 0, of which srun does not speak
+        ("SIGKILL", {3: -9}, ""),
+        ("SIGKILL-of-two", {3: -9}, ""),
+        ("SIGSEGV", {3: -11}, ""),
+        ("SIGABRT", {3: -6}, ""),
+        ("SIGTERM", {3: -15}, ""),
+        ("no-such-python", {2: 2, 3: 2}, ""),
+        ("unknown-option", {}, ""),
+        ("too-many-nodes", {}, ""),
+        ("scancel", {}, "CANCELLED"),
+        ("time-limit", {}, "CANCELLED"),  # srun is not told why
+        ("preemption", {}, "CANCELLED"),
+        ("preemption-with-grace", {0: -15, 1: -15}, ""),
+        ("node-failure", {}, "NODE_FAIL"),
+    ],
+)
+def test_what_srun_said(name: str, own: dict[int, int], cause: str) -> None:
+    words = recorded(name)
+    assert {end.rank: end.code for end in words.ends if not end.echo} == own
+    assert words.cause == cause
+    assert words.lost_hosts == (("node1",) if name == "node-failure" else ())
+
+
+def test_the_hosts_of_ranks() -> None:
+    assert {end.rank: end.host for end in recorded("raise").ends} == {3: "node1", 2: "node1", 0: "node0", 1: "node0"}
+    many = read_srun("srun: error: n[1-2]: tasks 0-1,6-7: Killed (core dumped)\n")
+    assert {end.rank: end.host for end in many.ends} == {0: "n1", 1: "n1", 6: "n2", 7: "n2"}
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO TIME LIMIT ***", "TIMEOUT"),
+        ("slurmstepd-n1: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO PREEMPTION ***", "PREEMPTED"),
+        (
+            "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO NODE FAILURE, SEE "
+            "SLURMCTLD LOG FOR DETAILS ***",
+            "NODE_FAIL",
+        ),
+        ("slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-22T11:32:56 ***", "CANCELLED"),
+        ("slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO TASK FAILURE ***", ""),
+    ],
+)
+def test_what_slurmstepd_says_of_the_cause(line: str, cause: str) -> None:
+    own = "srun: error: n1: task 3: Exited with exit code 1\n"
+    assert read_srun(line + "\n").cause == cause
+    assert read_srun("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n" + line).cause in (
+        {cause} if cause else {"CANCELLED"}
+    )
+    # After a rank's own end it is only how the others were ended.
+    after = read_srun(own + "srun: Terminating StepId=12.0\n" + line)
+    assert (after.cause, [end.rank for end in after.ends]) == ("", [3])
+
+
+def test_out_of_memory() -> None:
+    words = read_srun("srun: error: node1: task 2: Out Of Memory\nsrun: Terminating StepId=12.0\n")
+    record = outcome.outcome(replace(seen(), words=words))
+    assert record["error"].startswith("rank 2 on node1: killed by SIGKILL: its host's memory")
+    killed = outcome.outcome(seen("SIGKILL", state="OUT_OF_MEMORY"))
+    assert killed["error"].startswith("rank 3 on node1: killed by SIGKILL: its host's memory")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "srun: error: node1: task x: y\n", "srun: error: : tasks -: Killed\n"])
+def test_words_that_cannot_be_read_are_nobodys_end(text: str) -> None:
+    assert read_srun(text).ends == ()
+
+
+# --- whom to name -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("evidence", "says"),
+    [
+        (seen("raise", [error(3)]), "rank 3 on node1: ValueError: mine (log: /run/rank-3.log)"),
+        (seen("raise", [error(3), lost(0), lost(1)]), "rank 3 on node1: ValueError: mine (log: "),
+        # Nothing on disk: srun's word has to do.
+        (seen("raise"), "rank 3 on node1: exited with code 1 before its work was done (log: /run/rank-3.log)"),
+        (seen("sys-exit"), "rank 3 on node1: exited with code 3 before"),
+        (seen("SIGKILL"), "rank 3 on node1: killed by SIGKILL (out of memory, or somebody's kill -9) (log: "),
+        (seen("SIGSEGV", [lost(0), lost(2)]), "rank 3 on node1: killed by SIGSEGV (log: "),
+        (seen("SIGABRT"), "rank 3 on node1: killed by SIGABRT (log: "),
+        (seen("SIGTERM"), "rank 3 on node1: killed by SIGTERM (somebody's kill, or the scheduler's)"),
+        (seen("SIGKILL-of-two"), "rank 3 on node1: killed by SIGKILL"),
+        (seen("SIGKILL", done=frozenset({3})), "killed by SIGKILL (out of memory, or somebody's kill -9) (its work"),
+        # A kill comes before the error that somebody makes of the loss; an error before the kills that follow it.
+        (seen("SIGKILL", [error(0, message="ValueError: no answer")]), "rank 3 on node1: killed by SIGKILL"),
+        (seen("SIGABRT", [error(0)]), "rank 0 on node0: ValueError: mine"),
+        (seen("SIGTERM", [error(0)]), "rank 0 on node0: ValueError: mine"),
+        (
+            seen("no-such-python", last_lines={2: "slurmstepd-node1: error: execve(): /no: No such file or directory"}),
+            "rank 2 on node1: exited with code 2 before its work was done: slurmstepd-node1: error: execve(): /no: No",
+        ),
+        # A rank that nobody speaks of has left with 0, and those that it left were heard.
+        (
+            seen("os-exit-0", [lost(0)], done=frozenset({2, 3})),
+            "rank 1 on node0: exited with code 0 before its work was done (log: /run/rank-1.log)",
+        ),
+        (seen(state="COMPLETED", status=0, done=frozenset({0, 2, 3})), "rank 1 on node0: exited with code 0 before"),
+        # Nobody failed by himself.
+        (
+            seen("SIGTERM", [lost(3)], last_steps={2: "last in step 7, 30 s ago"}),
+            "rank 3 on node1: RuntimeError: Connection closed by peer -- nobody failed by itself; still running when "
+            "others gave up: rank 2 on node1 (last in step 7, 30 s ago), rank 0 on node0 (has not ended a step)",
+        ),
+        # What Slurm did.
+        (seen("time-limit", state="TIMEOUT", time_min=90), "job 12 reached its time limit of 90 min; ask for more"),
+        (seen("scancel", state="CANCELLED"), "job 12 was cancelled"),
+        (seen("scancel"), "job 12 was cancelled"),
+        (replace(seen(), logs={}, state=JobState("CANCELLED", by="0")), "job 12 was cancelled by root before it star"),
+        (
+            seen("scancel", [lost(1)], last_steps={0: "last in step 9, 2 s ago"}),
+            "job 12 was cancelled; rank 0 was last",
+        ),
+        (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
+        (seen("node-failure", [lost(0)]), "node1 failed, and job 12 with it"),
+        (seen(state="NODE_FAIL"), "a host of job 12's failed"),
+        (seen(state="BOOT_FAIL"), "a host of job 12's did not start"),
+        (seen(state="DEADLINE"), "job 12 could not end before its deadline"),
+        (seen(state="OUT_OF_MEMORY"), "job 12 used more memory than it asked for"),
+        (seen("preemption-with-grace"), "every rank of job 12 got a SIGTERM: Slurm's, as when it preempts"),
+        (replace(seen("SIGTERM"), state=JobState("RUNNING", preempted=True)), "job 12 was preempted by Slurm"),
+        # A rank's own failure stands, whatever was done to the job afterwards.
+        (seen("raise", [error(3)], state="CANCELLED"), "rank 3 on node1: ValueError: mine"),
+        (seen("raise", [error(3)], state="NODE_FAIL"), "rank 3 on node1: ValueError: mine"),
+        # What a rank says while Slurm ends it does not.
+        (seen("scancel", [error(0, message="a worker was killed")], state="CANCELLED"), "job 12 was cancelled"),
+        # srun itself.
+        (
+            seen("unknown-option", status=255),
+            "job 12: srun ended with code 255: srun: unrecognized option '--bad-arg' (log: /run/srun.log)",
+        ),
+        (seen("too-many-nodes", status=1), "with code 1: srun: error: Only allocated 2 nodes asked for 4"),
+        (seen(status=7), "job 12: srun ended with code 7 and no rank has said why (log: /run/srun.log)"),
+        (
+            replace(seen(state="FAILED", status=None), logs={}, script_says="module: command not found"),
+            "job 12 ended (FAILED) before any rank was started; its last words: module: command not found (log: ",
+        ),
+        (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no rank has left a result or said why"),
+    ],
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
+)
+def test_whom_or_what_the_record_names(evidence: Evidence, says: str) -> None:
+    record = outcome.outcome(evidence)
+    assert says in record["error"]
+    assert record["status"] == "failed"
+    failure = record["failure"]
+    assert (failure is not None) == record["error"].startswith("rank ")
+    if failure:
+        assert record["error"] == Failure(**failure).headline()
+        assert record["traceback"] == failure["traceback"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_the_record_has_what_a_local_jobs_has() -> None:
+    record = outcome.outcome(seen("raise", [error(3)]))
+    assert {"status", "workload", "attempt", "error", "traceback", "failure"} <= set(record)
+    assert record["traceback"] == "Traceback of 3"
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """The run directory of a job of 2 x 2 whose rank 3 was killed."""
+    run = RunDirectory.create(tmp_path / "run")
+    write_json(run.job, {"workload": "mine", "resources": {"nodes": 2, "gpus_per_node": 2, "time_min": 5}})
+    run.record_submission(Submitted("slurm", "12", "2026-11-22T08:15:30Z", "login"))
+    begin(run, 0, "SIGKILL")
+    return run
+
+
+def begin(run: RunDirectory, attempt: int, name: str) -> None:
+    there = run.attempt(attempt).make()
+    there.srun_log.write_text((RECORDED / f"{name}.log").read_text())
+    for rank in range(4):
+        there.log(rank).write_text("the end\n")
+
+
+def judge(run: RunDirectory, attempt: int = 0, **more: Any) -> dict[str, Any]:
+    return conclude(run, attempt, gather(run, attempt, sleep=lambda _: None, **more))
+
+
+def test_everything_is_read_and_the_record_is_left(run: RunDirectory) -> None:
+    write_json(run.attempt(0).failure(0), lost(0).to_json())
+    record = judge(run, status=137)
+    assert record["error"].startswith("rank 3 on node1: killed by SIGKILL")
+    assert record["error"].endswith(f"(log: {run.attempt(0).log(3)})")
+    assert (record["job_id"], record["workload"], record["attempt"]) == ("12", "mine", 0)
+    assert read_json(run.result) == record
+
+
+def test_a_record_of_another_host_is_waited_for(run: RunDirectory) -> None:
+    begin(run, 0, "raise")
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            write_json(run.attempt(0).failure(3), error(3).to_json())
+
+    evidence = gather(run, 0, status=143, sleep=sleep)
+    assert [failure.rank for failure in evidence.failures] == [3]
+    assert len(slept) == 3
+
+
+def test_a_record_that_never_comes_is_not_waited_for_for_long(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(run, 0, "raise")
+    monkeypatch.setattr(outcome, "RECORD_WITHIN_S", 0.2)
+    assert judge(run)["error"].startswith("rank 3 on node1: exited with code 1")
+
+
+def test_a_damaged_record_is_none(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "RECORD_WITHIN_S", 0.0)
+    run.attempt(0).failure(0).write_text('{"rank": 0}')
+    run.attempt(0).failure(1).write_text("")
+    assert judge(run)["error"].startswith("rank 3 on node1: killed by SIGKILL")
+
+
+def test_why_slurm_ended_it_is_in_the_batch_scripts_own_log(run: RunDirectory) -> None:
+    begin(run, 0, "time-limit")
+    line = "slurmstepd-node0: error: *** JOB 12 ON node0 CANCELLED AT 2026-11-22T11:32:56"
+    run.slurm_log.write_text(f"{line} DUE TO PREEMPTION ***\n{line} DUE TO TIME LIMIT ***\n")
+    assert judge(run)["error"] == "job 12 reached its time limit of 5 min; ask for more with --time"
+
+
+def test_a_result_that_is_done_stays(run: RunDirectory) -> None:
+    write_json(run.result, {"status": "done", "attempt": 0})
+    assert judge(run)["status"] == "done"
+    assert read_json(run.result) == {"status": "done", "attempt": 0}
+
+
+def test_a_later_attempts_record_stays(run: RunDirectory) -> None:
+    begin(run, 1, "raise")
+    write_json(run.result, {"status": "failed", "attempt": 1, "error": "later"})
+    assert judge(run, 0)["error"] == "later"
+    assert read_json(run.result)["error"] == "later"
+
+
+def test_nothing_is_written_for_an_attempt_that_has_a_successor(run: RunDirectory) -> None:
+    run.attempt(1).make()
+    assert judge(run, 0)["error"].startswith("rank 3 on node1")
+    assert not run.result.exists()
+
+
+def test_a_record_that_names_a_rank_is_not_replaced_by_one_that_names_none(run: RunDirectory) -> None:
+    judge(run)
+    run.attempt(0).srun_log.unlink()
+    assert judge(run, state=JobState("CANCELLED"))["error"].startswith("rank 3")
+
+
+def test_a_later_attempt_puts_aside_what_an_earlier_one_left(run: RunDirectory) -> None:
+    run.metrics.write_text("earlier\n")
+    judge(run)
+    run.begin(0)
+    assert run.metrics.exists()
+    run.begin(1)
+    run.begin(1)
+    assert not run.metrics.exists()
+    assert not run.result.exists()
+    assert (run.attempt(0).path / "metrics.jsonl").read_text() == "earlier\n"
+    assert read_json(run.attempt(0).path / "result.json")["failure"]["rank"] == 3
+    # What the attempt itself has written by then stays where it is.
+    write_json(run.result, {"status": "done", "attempt": 1})
+    (run.attempt(0).path / "result.json").unlink()
+    run.begin(1)
+    assert read_json(run.result) == {"status": "done", "attempt": 1}
+
+
+# --- in the batch script ----------------------------------------------------------------------------------------------
+
+
+def ended(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys\nfor name in ('torch', 'numpy'): sys.modules[name] = None\nimport runpy\n"
+    code += f"sys.argv[1:] = {['--ended', *words]!r}\nrunpy.run_path({str(sbatch.ENTRY)!r}, run_name='__main__')\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_the_batch_script_leaves_the_record_and_one_line(run: RunDirectory) -> None:
+    done = ended(str(run.path), "0", "137")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("meshrun: attempt 0 failed: rank 3 on node1: killed by SIGKILL")
+    assert done.stderr.count("\n") == 1
+    assert read_json(run.result)["failure"]["rank"] == 3
+
+
+@pytest.mark.parametrize("words", [["/gone", "0", "1"], ["{run}", "x", "1"], ["{run}"], []], ids=str)
+def test_whatever_happens_the_script_goes_on(words: list[str], run: RunDirectory) -> None:
+    done = ended(*(word.format(run=run.path) for word in words))
+    assert done.returncode == 0
+    assert done.stderr.startswith("meshrun: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_directory_that_cannot_be_written_to_is_no_reason_to_say_nothing(run: RunDirectory) -> None:
+    run.result.mkdir()
+    assert "rank 3 on node1: killed by SIGKILL" in ended(str(run.path), "0", "137").stderr
