@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ LAUNCHERS = ("SLURM_", "SBATCH_", "MESHRUN_", "SUBMITIT_", "TORCHELASTIC_", "SRU
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-HARNESS = ("slurm", "slurm_accounting", "make_cluster")
-"""The fixtures that are clusters of the tests' own."""
+HARNESS = ("needs_harness", "slurm", "slurm_accounting", "make_cluster")
+"""The fixtures for clusters of the tests' own."""
 ANY = "any_cluster"
+RUNNING: list[Cluster] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,10 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """What the daemons said is half of why a test of theirs failed."""
     report = yield
-    if report.failed:
-        for cluster in getattr(item, "funcargs", {}).values():
-            if isinstance(cluster, Cluster):
-                report.sections.append((f"Slurm's logs in {cluster.root}", cluster.logs()))
+    if report.failed and item.get_closest_marker("slurm"):
+        for cluster in RUNNING:
+            report.sections.append((f"Slurm's logs in {cluster.root}", cluster.logs()))
     return report
 
 
@@ -104,33 +104,44 @@ class AnyCluster:
     """The test's own, visible on all hosts."""
 
 
-def harness_or_skip(request: pytest.FixtureRequest, accounting: bool = False) -> None:
-    """Skips the test where it cannot have its cluster; continuous integration has it, so there it fails."""
+def check_harness(request: pytest.FixtureRequest, accounting: bool = False) -> None:
+    """Skips the test where there can be no cluster; where CI is set it fails, for there it must run."""
     if request.config.getoption("--cluster"):
-        pytest.skip("needs a cluster that may be broken: not with --cluster")
+        pytest.skip("needs a cluster that may be broken, not that of --cluster")
     reason = why_not_here(accounting)
     if reason and os.environ.get("CI", "").lower() in ("true", "1"):
-        pytest.fail(f"with CI set, this must run: {reason}", pytrace=False)
+        pytest.fail(f"CI is set, so this must run: {reason}", pytrace=False)
     if reason:
         pytest.skip(reason)
 
 
-def started(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, accounting: bool) -> Iterator[Cluster]:
-    harness_or_skip(request, accounting)
-    with Cluster(factory.mktemp("slurm"), accounting=accounting) as cluster:
+@contextmanager
+def running(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, **arguments: Any) -> Iterator[Cluster]:
+    check_harness(request, bool(arguments.get("accounting")))
+    with Cluster(factory.mktemp("slurm"), **arguments) as cluster:
+        RUNNING.append(cluster)
         yield cluster
+        RUNNING.remove(cluster)
+
+
+@pytest.fixture
+def needs_harness(request: pytest.FixtureRequest) -> None:
+    """For tests that start a cluster in a way of their own."""
+    check_harness(request)
 
 
 @pytest.fixture(scope="session")
 def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two hosts of four GPUs; after each test its jobs are gone and what it broke is whole again."""
-    yield from started(request, tmp_path_factory, accounting=False)
+    with running(request, tmp_path_factory) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")
 def slurm_accounting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """As `slurm`, with slurmdbd: sacct, QOS, and accounts, of which the user may use `my-project` only."""
-    yield from started(request, tmp_path_factory, accounting=True)
+    with running(request, tmp_path_factory, accounting=True) as cluster:
+        yield cluster
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +158,7 @@ def make_cluster(
 ) -> Iterator[Callable[..., Cluster]]:
     """Called with Cluster's arguments but `root`: a cluster of the test's own, started; it ends with the test."""
     with ExitStack() as stack:
-
-        def make(**arguments: Any) -> Cluster:
-            harness_or_skip(request, bool(arguments.get("accounting")))
-            return stack.enter_context(Cluster(tmp_path_factory.mktemp("slurm"), **arguments))
-
-        yield make
+        yield lambda **arguments: stack.enter_context(running(request, tmp_path_factory, **arguments))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from a job; nothing binds CPUs or limits memory; all hosts share this machine's 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pwd
@@ -52,6 +53,8 @@ ACCOUNTING_PROGRAMS = {
     "mariadb-admin": "mariadb-client-core",
 }
 """What accounting needs beside; these packages bring the programs only, and no service."""
+OF_SLURM = ("SLURM", "SBATCH", "SRUN", "SALLOC", "SCANCEL", "SQUEUE", "SINFO", "SACCT")
+"""How the names of variables begin that Slurm's clients read or jobs find."""
 CLIENTS = (
     "sbatch",
     "srun",
@@ -66,11 +69,17 @@ CLIENTS = (
     "sprio",
 )
 PARTITIONS = {
-    "main": "Default=YES MaxTime=INFINITE PriorityTier=10 GraceTime=20",
-    "short": "MaxTime=10 PriorityTier=10 GraceTime=20",
+    "main": "Default=YES MaxTime=INFINITE PriorityTier=10 GraceTime=10",
+    "short": "MaxTime=10 PriorityTier=10 GraceTime=10",
     "high": "MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF",
 }
-"""Jobs in `high` preempt those in the others, which are requeued; MaxTime is in minutes, GraceTime in seconds."""
+"""Jobs in `high` preempt those in the others; MaxTime is in minutes, GraceTime in seconds.
+
+A preempted job is signalled at once (SIGTERM, or what its --signal says) and requeued when the grace time is over; one
+that ends before is COMPLETED or FAILED, and is not requeued.
+"""
+OF_A_START = ("pmi", "MPI", "state file", "state save file", "part_data_create_array", "mcs", "CPU frequency")
+"""Words of lines that say nothing in a cluster's log."""
 NETWORKS = ("10.77.0", "10.78.0")
 """eth0 is on the first, which Slurm uses, eth1 on the second."""
 PROCESS_ONE = r'while IFS= read -r line; do eval "$line" </dev/null 2>&1; printf "\0%s\n" $?; done'
@@ -96,7 +105,7 @@ def why_not_here(accounting: bool = False) -> str | None:
     if missing:
         packages = " ".join(dict.fromkeys(missing.values()))
         return f"no {', '.join(missing)}: `apt-get install {packages}` as root (`make test` does it where it is root)"
-    probe = "mount -t tmpfs none /mnt && ip link add br0 type bridge && ip link add host0 type veth"
+    probe = "mount -t tmpfs none /tmp && ip link add br0 type bridge && ip link add host0 type veth"
     try:
         done = subprocess.run(
             [*_unshare(), "--mount-proc", "sh", "-c", probe],
@@ -181,13 +190,6 @@ class Cluster:
         """Whether a host, daemon or cable was touched since the start."""
         self._control: subprocess.Popen[bytes] | None = None
         self._pids: dict[str, int] = {}
-        outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
-        self.env: dict[str, str] = {
-            **outer,
-            "SLURM_CONF": str(self.root / "slurm.conf"),
-            "PATH": os.pathsep.join([str(self.root / "bin"), outer.get("PATH", PATH)]),
-        }
-        """The whole environment for clients, submit.py and jobs: the outer one, with this cluster in Slurm's place."""
 
     # Life.
 
@@ -222,7 +224,8 @@ class Cluster:
         """Ends every process of the cluster and of its jobs at once; its logs stay."""
         if self._control:
             # Not unshare, which would not wait: process 1 has ended only when all in its namespaces have.
-            os.kill(self._pids.get("control", self._control.pid), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pids.get("control", self._control.pid), signal.SIGKILL)
             self._control.communicate()
         self._control = None
         self._pids.clear()
@@ -243,6 +246,13 @@ class Cluster:
 
     # What a user does.
 
+    @property
+    def env(self) -> dict[str, str]:
+        """A whole environment for clients, submit.py and jobs: this process's, with this cluster in Slurm's place."""
+        outer = {name: value for name, value in os.environ.items() if not name.startswith(OF_SLURM)}
+        path = os.pathsep.join([str(self.root / "bin"), outer.get("PATH", PATH)])
+        return {**outer, "PATH": path, "SLURM_CONF": str(self.root / "slurm.conf")}
+
     def run(self, *words: object, check: bool = True, **options: Any) -> str:
         """A client command's standard output; further options are those of subprocess.run.
 
@@ -258,10 +268,12 @@ class Cluster:
     def exec(self, host: str, *words: object) -> list[str]:
         """Words that run the given ones on a host (or on `control`), as after `ssh`; killing them kills what they run.
 
-        The working directory and the environment are the caller's: pass `env=cluster.env`.
+        The working directory is the caller's, and so is the environment: pass `env=cluster.env`.
         """
-        where = ["--target", str(self._pids[host]), "--net", "--mount", "--uts", "--pid", f"--wd={Path.cwd()}"]
-        return ["nsenter", *self._user_namespace, *where, "setpriv", "--pdeathsig", "KILL", *map(str, words)]
+        enter = ["nsenter", *self._user_namespace, "--target", self._pids[host], "--net", "--mount", "--uts", "--pid"]
+        # A directory is another one in another mount namespace, even under the same name: it is entered by name.
+        script = f'exec {shlex.join(map(str, enter))} env --chdir="$(pwd)" setpriv --pdeathsig KILL "$@"'
+        return ["sh", "-c", script, "sh", *map(str, words)]
 
     def job_state(self, job: object) -> str:
         """Slurm's word for it, e.g. PENDING, RUNNING, COMPLETING, COMPLETED."""
@@ -279,7 +291,10 @@ class Cluster:
 
     def wait_idle(self, deadline_s: float = 30) -> None:
         """Returns when every host is idle."""
-        wait_until(lambda: set(self.states().values()) == {"idle"}, deadline_s, f"idle hosts; see {self.root}/log")
+        try:
+            wait_until(lambda: set(self.states().values()) == {"idle"}, deadline_s, "every host is idle")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {self.states()}; see {self.root}/log") from None
 
     def cancel_all(self, deadline_s: float = 20) -> None:
         """Returns when no job is left and every host is idle."""
@@ -299,17 +314,24 @@ class Cluster:
         wait_until(empty, deadline_s, "no job is left")
         self.wait_idle(end - time.monotonic())
 
-    def logs(self, lines: int = 40) -> str:
-        """The last lines of every daemon's log."""
+    def logs(self, lines: int = 20) -> str:
+        """The last lines of Slurm's daemons, without those that each start has."""
         tails = []
-        for path in sorted((self.root / "log").glob("*.log")):
-            tails += [f"==> {path.name} <==", *path.read_text(errors="replace").splitlines()[-lines:]]
+        for path in sorted((self.root / "log").glob("slurm*.log")):
+            said = path.read_text(errors="replace").splitlines()
+            tails += [
+                f"==> {path.name} <==",
+                *[line for line in said if not any(w in line for w in OF_A_START)][-lines:],
+            ]
         return "\n".join(tails)
 
     # What happens to clusters.
 
     def kill_host(self, host: str) -> None:
-        """The host loses its power: all its processes are gone at once, and its addresses do not answer."""
+        """The host loses its power: all its processes are gone at once, and its addresses do not answer.
+
+        Slurm sees it after 8 to 30 s; `declare_down` is the quick way to what it does then.
+        """
         self.disturbed = True
         pid = self._pids.pop(host)
         # The kernel removes cables with the host's network, some time; a host started anew needs their names now.
@@ -318,17 +340,25 @@ class Cluster:
         wait_until(lambda: not _is_alive(pid), 10, f"the processes of {host} are gone")
 
     def start_host(self, host: str) -> None:
-        """Starts a host that was killed; Slurm takes a moment to see it."""
+        """Starts a host that was killed.
+
+        If Slurm had not yet seen that it was down, it never will, and holds the host's jobs for running.
+        """
         self.disturbed = True
         self._start_host(host)
 
+    def declare_down(self, host: str) -> None:
+        """What an administrator does, or a site's health check: Slurm gives the host's jobs up at once."""
+        self.disturbed = True
+        self.run("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=test")
+
     def unplug(self, host: str) -> None:
-        """Pulls the host's cables, both; it runs on by itself."""
+        """Pulls the host's cables, both; it runs on by itself. Slurm sees it after 17 to 30 s."""
         self.disturbed = True
         self._tell(*(f"ip link set {self._cable(host, network)} down" for network in NETWORKS))
 
     def plug(self, host: str) -> None:
-        """The cables are in again."""
+        """The cables are in again; Slurm, if it had seen the host down, takes 10 to 16 s to use it again."""
         self._tell(*(f"ip link set {self._cable(host, network)} up" for network in NETWORKS))
 
     def set_interface(self, host: str, interface: str, up: bool) -> None:
@@ -345,7 +375,10 @@ class Cluster:
         self._tell_host(host, "slurmd")
 
     def kill_slurmctld(self) -> None:
-        """SIGKILL to the controller; jobs run on."""
+        """SIGKILL to the controller; jobs run on.
+
+        Some five seconds after a step's start it has written down that its job runs. What it has not is forgotten.
+        """
         self.disturbed = True
         self._tell(f"kill -KILL $(cat {self.root}/run/slurmctld.pid)")
 
@@ -401,9 +434,10 @@ class Cluster:
             "GresTypes": "gpu",
             "SelectType": "select/cons_tres",
             "SelectTypeParameters": "CR_CPU_Memory",
+            "DefMemPerCPU": 256,  # MiB; without it, a job that does not say takes all that a host has
             "SlurmdParameters": "config_overrides",
             "ReturnToService": 1,
-            "SlurmdTimeout": 5,
+            "SlurmdTimeout": 3,
             "KillWait": 2,
             "MinJobAge": 300,
             "FirstJobId": first_job,
@@ -421,7 +455,7 @@ class Cluster:
                 "AccountingStorageHost": f"{NETWORKS[0]}.1",
                 "AccountingStoragePass": f"{self.root}/run/munge.sock",
                 "AccountingStorageTRES": "gres/gpu",
-                "AccountingStorageEnforce": "associations,limits",
+                "AccountingStorageEnforce": "associations,limits,qos",
                 "JobAcctGatherType": "jobacct_gather/linux",
             }
         values |= self.conf_tweaks
