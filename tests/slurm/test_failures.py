@@ -1,0 +1,258 @@
+"""What clusters do to jobs: a host dies, a cable is pulled, a daemon is killed. What becomes of a job, and how soon.
+
+Every scenario has a cluster of its own, and they all run at once, since what they mostly do is wait for Slurm to
+notice; each test then looks at one. A job needs two hosts of three, so that Slurm can start it again elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import check_harness
+from tests.jobs.submitting import Line, submit, wait_until
+from tests.slurm.harness import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+
+SLURMD_TIMEOUT_S = 5
+COLLECTIVE_TIMEOUT_S = 40
+DEADLINE_S = 300
+"""For a whole scenario; only so that a hang fails. What Slurm takes by itself: see FIELD below."""
+STEPS = 600
+"""Of the first attempt: a minute, longer than Slurm takes to see that a host is gone; a second one does not pause."""
+
+SITE = f"""executor: slurm
+collective_timeout_s: {COLLECTIVE_TIMEOUT_S}
+rendezvous_timeout_s: 60
+"""
+
+
+@dataclass
+class Story:
+    """What a scenario came to."""
+
+    code: int | None = None
+    out: str = ""
+    err: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    """The steps in metrics.jsonl, in its order."""
+    attempts: list[str] = field(default_factory=list)
+    state: str = ""
+    """Slurm's last word."""
+    run: Path = Path()
+    seconds: float = 0.0
+    """From the blow to the end of `submit.py --wait`."""
+    left_s: float | None = None
+    """From the blow until no rank of the first attempt ran any more."""
+    trouble: BaseException | None = None
+
+
+def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
+    """The processes that are ranks of this run; among `pids`, where given."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state not in "ZX" and f"{run}/submitit".encode() in words and b"srun" not in words[0]:
+            found.add(int(entry.name))
+    return found if pids is None else found & pids
+
+
+Blow = Callable[[Cluster, list[str]], None]
+
+
+def live_through(root: Path, blow: Blow, words: list[str], story: Story, hosts: int) -> None:
+    """One scenario: a job of two hosts in the middle of its steps, the blow, and the end."""
+    directory = root / "work"
+    directory.mkdir(parents=True)
+    (directory / "site.yaml").write_text(SITE)
+    with Cluster(root / "s", hosts=hosts, gpus=1, SlurmdTimeout=SLURMD_TIMEOUT_S) as cluster:
+        shape = ["--cluster", "site.yaml", "--nodes", "2", "--gpus-per-node", "1"]
+        settings = ["pause_seconds=0.1", "pause_again=false"]
+        line = submit(directory, "mine:ENTRY", "--wait", *shape, *words, *settings, env=cluster.env)
+        try:
+            line.wait_for_step(10)
+            time.sleep(6)  # slurmctld has written down by now that the job runs
+            first = ranks(line.run_dir)
+            assert len(first) == 2
+            job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+            used = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
+            names = cluster.run("scontrol", "show", "hostnames", used).split()
+            struck = time.monotonic()
+            blow(cluster, names)
+            watcher = threading.Thread(target=watch, args=(line, first, struck, story))
+            watcher.start()
+            story.code, story.out, story.err = line.finish(DEADLINE_S)
+            story.seconds = time.monotonic() - struck
+            watcher.join()
+            state = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
+            story.state = cluster.run(*state).strip()
+        finally:
+            line.kill_everything()
+        story.run = line.run_dir
+        story.result = line.result()
+        story.steps = [step["step"] for step in line.metrics()]
+        story.attempts = sorted(path.name for path in line.run_dir.glob("attempt-*"))
+
+
+def watch(line: Line, first: set[int], struck: float, story: Story) -> None:
+    wait_until(lambda: not ranks(line.run_dir, first), "the first attempt's ranks end", DEADLINE_S)
+    story.left_s = time.monotonic() - struck
+
+
+def host_dies(cluster: Cluster, used: list[str]) -> None:
+    cluster.kill_host(used[1])
+
+
+def batch_host_dies(cluster: Cluster, used: list[str]) -> None:
+    cluster.kill_host(used[0])
+
+
+def cable_is_pulled(cluster: Cluster, used: list[str]) -> None:
+    cluster.unplug(used[1])
+
+
+def slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
+    cluster.kill_slurmd(used[1])
+
+
+def slurmd_restarts(cluster: Cluster, used: list[str]) -> None:
+    cluster.kill_slurmd(used[1])
+    time.sleep(1)
+    cluster.start_slurmd(used[1])
+
+
+def slurmctld_restarts(cluster: Cluster, used: list[str]) -> None:
+    cluster.kill_slurmctld()
+    time.sleep(3)
+    cluster.start_slurmctld()
+
+
+LONG, SHORT = [f"steps={STEPS}"], ["steps=120"]
+SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
+    "host dies": (host_dies, LONG, 3),
+    "batch host dies": (batch_host_dies, LONG, 3),
+    "cable": (cable_is_pulled, LONG, 3),
+    "slurmd": (slurmd_is_killed, LONG, 3),
+    "host dies, no requeue": (host_dies, [*LONG, "--sbatch", "no-requeue"], 2),
+    "slurmd restarts": (slurmd_restarts, SHORT, 2),
+    "slurmctld restarts": (slurmctld_restarts, SHORT, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
+    check_harness(request)
+    found: dict[str, Story] = {}
+
+    def tell(name: str, story: Story) -> None:
+        blow, words, hosts = SCENARIOS[name]
+        try:
+            live_through(tmp_path_factory.mktemp("f"), blow, words, story, hosts)
+        except BaseException as trouble:
+            story.trouble = trouble
+
+    threads = []
+    for name in SCENARIOS:
+        found[name] = Story()
+        threads.append(threading.Thread(target=tell, args=(name, found[name])))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def story_of(stories: dict[str, Story], name: str) -> Story:
+    story = stories[name]
+    if story.trouble is not None:
+        raise story.trouble
+    print(f"{name}: --wait ended {story.seconds:.1f} s after, the first ranks were gone after {story.left_s} s")
+    print(story.out + story.err)
+    return story
+
+
+@pytest.mark.parametrize("name", ["host dies", "batch host dies", "cable", "slurmd"])
+def test_a_job_that_loses_a_host_starts_again_on_others(name: str, stories: dict[str, Story]) -> None:
+    story = story_of(stories, name)
+    assert (story.code, story.state) == (0, "COMPLETED")
+    assert (story.result["status"], story.result["attempt"]) == ("done", 1)
+    assert story.attempts == ["attempt-0", "attempt-1"]
+    # Every step once: the first attempt's are beside its logs, and it wrote none since.
+    assert story.steps == list(range(1, STEPS + 1))
+    before = (story.run / "attempt-0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in before] == list(range(1, len(before) + 1))
+    assert 10 <= len(before) < STEPS
+    assert "attempt 1" in story.out
+    # What is left of the first attempt gives up at the latest when a collective has waited long enough.
+    assert story.left_s is not None
+    assert story.left_s < COLLECTIVE_TIMEOUT_S + 40
+
+
+def test_without_a_requeue_the_loss_of_a_host_is_the_end(stories: dict[str, Story]) -> None:
+    story = story_of(stories, "host dies, no requeue")
+    assert (story.code, story.state) == (1, "NODE_FAIL")
+    assert story.result["status"] == "failed"
+    assert "node" in story.result["error"]
+    assert story.attempts == ["attempt-0"]
+
+
+@pytest.mark.parametrize("name", ["slurmd restarts", "slurmctld restarts"])
+def test_a_job_survives_a_daemons_restart(name: str, stories: dict[str, Story]) -> None:
+    story = story_of(stories, name)
+    assert (story.code, story.state) == (0, "COMPLETED")
+    assert (story.result["status"], story.result["attempt"]) == ("done", 0)
+    assert story.attempts == ["attempt-0"]
+    assert story.steps == list(range(1, 121))
+
+
+# --- a rank that dies -------------------------------------------------------------------------------------------------
+
+DEATHS = {
+    "raise": ("ValueError: the third layer is missing", "act(config.does)"),
+    "SIGKILL": ("killed by SIGKILL", None),
+    "SIGSEGV": ("SIGSEGV", None),
+    "sys.exit": ("called sys.exit(3) before its work was done", "sys.exit(3)"),
+    "os._exit": ("before its work was done", None),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_rank_that_dies_ends_the_job(death: str, slurm: Cluster, tmp_path: Path) -> None:
+    words = ["--nodes", "2", "--gpus-per-node", "2", f"does={death}", "on_rank=3", "steps=1000", "pause_seconds=0.02"]
+    line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
+    code, out, err = line.finish(120)
+    assert code == 1, out + err
+    job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+    assert slurm.job_state(job) == "FAILED"
+    says, traceback = DEATHS[death]
+    failure = line.result()["failure"]
+    assert (failure["rank"], failure["host"]) == (3, "node1")
+    assert says in failure["message"]
+    assert failure["log"] == str(line.run_dir / "attempt-0" / "rank-3.log")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("meshrun: error: the job failed: rank 3 on node1: ")
+    assert says in last
+    if traceback is not None:
+        assert traceback in failure["traceback"]
+        assert traceback in err
+    assert not ranks(line.run_dir)
+
+
+def test_a_batch_scripts_own_failure_is_said(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("executor: slurm\npython: /no/such/python\n")
+    line = submit(tmp_path, "mine:ENTRY", "--wait", "--cluster", "site.yaml", env=slurm.env)
+    code, out, err = line.finish(60)
+    assert code == 1, out + err
+    assert "/no/such/python" in err
