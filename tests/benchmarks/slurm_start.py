@@ -54,8 +54,8 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=world)
 mesh = init_device_mesh("cpu", ({nodes}, {gpus}), mesh_dim_names=("dp", "tp"))
 folder = Path({folder!r})
-paths = RunPaths(folder, folder / "metrics.jsonl", {data!r} and Path({data!r}), folder / "export", folder / "checkpoints",
-                 folder, folder / f"beat-{{rank}}")
+paths = RunPaths(folder, folder / "metrics.jsonl", Path({data!r}), folder / "export", folder / "checkpoints", folder,
+                 folder / f"beat-{{rank}}")
 hosts = tuple(f"node{{r // {gpus}}}" for r in range(world))
 ctx = RunContext(rank, world, local, {gpus}, rank // {gpus}, hosts, torch.device("cpu"), mesh, paths)
 run(Config.model_validate({settings!r}), ctx)
