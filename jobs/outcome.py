@@ -52,6 +52,8 @@ class SrunWords:
     """In the order in which srun learnt of them."""
     cause: str = ""
     """What ended all from outside, before any rank had failed: TIMEOUT, PREEMPTED, NODE_FAIL, CANCELLED, or nothing."""
+    later: str = ""
+    """The same, after some rank had ended: NODE_FAIL, CANCELLED or nothing. That rank may only have lost a peer."""
     lost_hosts: tuple[str, ...] = ()
     complaint: str = ""
     """The first line that says why srun itself could not go on."""
@@ -63,7 +65,7 @@ class SrunWords:
 _END = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$")
 _ENDING = re.compile(r"srun: (?:launch/slurm: _step_signal: )?Terminating StepId=")
 _CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO (.*?))? \*\*\*", re.IGNORECASE)
-_ABORTED = re.compile(r"srun: (?:Job step aborted|got SIGCONT|forcing job termination|error: Timed out waiting for)")
+_ABORTED = re.compile(r"srun: (Job step aborted|got SIGCONT|forcing job termination)")
 _LOST = re.compile(r"srun: error: Node failure on (\S+)")
 _COMPLAINT = re.compile(r"\b(?:error|fatal|unrecognized|invalid|not found|no such)\b", re.IGNORECASE)
 _DUE_TO = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}
@@ -74,7 +76,7 @@ def read_srun(text: str) -> SrunWords:
     """srun's stderr, read in order: what comes after the first end of anything is that end's echo."""
     ends: list[TaskEnd] = []
     lost: list[str] = []
-    cause = complaint = ""
+    cause = later = complaint = ""
     over = False  # somebody or something has begun to end the whole step
     for line in map(str.rstrip, text.splitlines()):
         if match := _END.match(line):
@@ -83,19 +85,22 @@ def read_srun(text: str) -> SrunWords:
             over = True
         elif match := _LOST.match(line):
             lost += _hosts(match[1])
-            cause = cause if over else "NODE_FAIL"
+            cause, later = (cause, "NODE_FAIL") if over and not cause else ("NODE_FAIL", later)
             over = True
         elif match := _CANCELLED.search(line):
             due = _cause_of(match[1])
             if not over or (due and cause == "CANCELLED"):  # "aborted" may come first, and the reason after it
                 cause = due
             over = True
-        elif _ABORTED.match(line):
-            cause = cause if over else "CANCELLED"
+        elif match := _ABORTED.match(line):
+            if not over:
+                cause = "CANCELLED"
+            elif match[1] == "got SIGCONT" and not cause:  # sent to the whole job, never by srun to its step
+                later = later or "CANCELLED"
             over = True
         elif not complaint and not over and _COMPLAINT.search(line):
             complaint = line
-    return SrunWords(tuple(ends), cause, tuple(lost), complaint)
+    return SrunWords(tuple(ends), cause, later, tuple(lost), complaint)
 
 
 def _cause_of(due_to: str | None) -> str:
@@ -266,7 +271,7 @@ def _cause(seen: Evidence) -> str:
 
 
 def _what_slurm_did(seen: Evidence) -> str:
-    job, cause = f"job {seen.job_id}", _cause(seen)
+    job, cause = f"job {seen.job_id}", _cause(seen) or seen.words.later
     at = f"; rank 0 was {seen.last_steps[0].partition(',')[0]}" if 0 in seen.last_steps else ""
     if cause == "TIMEOUT":
         limit = f" of {seen.time_min} min" if seen.time_min else ""
@@ -367,9 +372,10 @@ def gather(
     world_size = nodes * per_node
     there = run.attempt(attempt)
     words = read_srun(_text(there.srun_log))
-    if words.cause == "CANCELLED":  # srun says that Slurm ended the step, and the batch script's own log why
+    if "CANCELLED" in (words.cause, words.later):  # srun knows that Slurm ended the job, and the script's own log why
         due = [m[1] for m in _CANCELLED.finditer(_text(run.slurm_log)) if m[0].startswith("*** JOB")]
-        words = replace(words, cause=_cause_of(due[-1] if due else None) or words.cause)
+        why = _cause_of(due[-1] if due else None) or "CANCELLED"
+        words = replace(words, cause=words.cause and why, later=words.later and why)
     found = {rank: failure for rank in range(world_size) if (failure := _failure(there, rank))}
     # An exception ends Python with code 1, and its record was written before: on a shared file system it may be on its
     # way. Each is opened by its name, since a folder's list may be an old one.
@@ -486,7 +492,8 @@ def ended(run_dir: str, attempt: str, status: str) -> str:
     run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
     seen = gather(run, number, status=int(status), nodelist=env.get("SLURM_JOB_NODELIST", ""))
     ends = seen.words.ends
-    if ends and not seen.words.cause and not seen.failures and all(end.code == -signal.SIGTERM for end in ends):
+    silent = not (seen.words.cause or seen.words.later or seen.failures)
+    if ends and silent and all(end.code == -signal.SIGTERM for end in ends):
         # A preemption with a grace time looks like somebody's kill; Slurm knows.
         answer = slurm.ask_scontrol(env.get("SLURM_JOB_ID", seen.job_id), slurm.environment(env), _ASK_WITHIN_S)
         seen = replace(seen, state=answer if isinstance(answer, JobState) else None)

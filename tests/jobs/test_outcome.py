@@ -74,13 +74,15 @@ def lost(rank: int, when: float = 400.0) -> Failure:
         ("preemption", {}, "CANCELLED"),
         ("preemption-with-grace", {0: -15, 1: -15}, ""),
         ("node-failure", {}, "NODE_FAIL"),
+        ("node-failure-after-an-echo", {0: 1}, ""),  # two ranks; rank 0 lost rank 1 before Slurm missed its host
     ],
 )
 def test_what_srun_said(name: str, own: dict[int, int], cause: str) -> None:
     words = recorded(name)
     assert {end.rank: end.code for end in words.ends if not end.echo} == own
     assert words.cause == cause
-    assert words.lost_hosts == (("node1",) if name == "node-failure" else ())
+    assert words.lost_hosts == (("node1",) if name.startswith("node-failure") else ())
+    assert words.later == ("NODE_FAIL" if name == "node-failure-after-an-echo" else "")
 
 
 def test_the_hosts_of_ranks() -> None:
@@ -125,6 +127,16 @@ def test_out_of_memory() -> None:
 @pytest.mark.parametrize("text", ["", "\n\n", "srun: error: node1: task x: y\n", "srun: error: : tasks -: Killed\n"])
 def test_words_that_cannot_be_read_are_nobodys_end(text: str) -> None:
     assert read_srun(text).ends == ()
+
+
+LATE_CANCEL = read_srun(
+    "srun: error: node0: task 0: Exited with exit code 1\n"
+    "srun: Terminating StepId=12.0\n"
+    "srun: got SIGCONT\n"
+    "srun: forcing job termination\n"
+    "srun: error: node1: tasks 2-3: Terminated\n"
+)
+"""A cancellation that one rank felt before srun did; put together, as no run has shown it yet."""
 
 
 # --- whom to name -----------------------------------------------------------------------------------------------------
@@ -175,6 +187,9 @@ def test_words_that_cannot_be_read_are_nobodys_end(text: str) -> None:
         ),
         (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
         (seen("node-failure", [lost(0)]), "node1 failed, and job 12 with it"),
+        (seen("node-failure-after-an-echo", [lost(0)]), "node1 failed, and job 12 with it"),
+        (seen("node-failure-after-an-echo", [error(0)]), "rank 0 on node0: ValueError: mine"),
+        (replace(seen(failures=[lost(0)]), words=LATE_CANCEL), "job 12 was cancelled"),
         (seen(state="NODE_FAIL"), "a host of job 12's failed"),
         (seen(state="BOOT_FAIL"), "a host of job 12's did not start"),
         (seen(state="DEADLINE"), "job 12 could not end before its deadline"),
