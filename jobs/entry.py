@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,9 @@ def main() -> None:
     if sys.argv[1] == "--ended":
         _ended(*sys.argv[2:])
         return
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        # Slurm's warning before the time limit kills whoever has no handler; jobs/job.py sets the real one.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     pin()
     if sys.argv[1] == "--rank":
         from jobs.local import spawned_rank

@@ -250,6 +250,18 @@ def test_a_rank_that_dies_ends_the_job(death: str, slurm: Cluster, tmp_path: Pat
     assert not ranks(line.run_dir)
 
 
+def test_the_warning_before_the_time_limit_ends_nothing(slurm: Cluster, tmp_path: Path) -> None:
+    """As `--signal=USR2@90` sends it: to every process of the steps."""
+    words = ["--nodes", "2", "--gpus-per-node", "1", "steps=60", "pause_seconds=0.05"]
+    line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
+    line.wait_for_step(5)
+    slurm.run("scancel", "--signal=USR2", json.loads((line.run_dir / "submission.json").read_text())["job_id"])
+    code, out, err = line.finish(120)
+    assert code == 0, out + err
+    assert out.count("Slurm says that the time limit is near") == 1
+    assert len(line.metrics()) == 60
+
+
 def test_a_batch_scripts_own_failure_is_said(slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("executor: slurm\npython: /no/such/python\n")
     line = submit(tmp_path, "mine:ENTRY", "--wait", "--cluster", "site.yaml", env=slurm.env)
