@@ -258,7 +258,7 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
     said: dict[str, Any] | None = None
     asking: futures.Future[dist.Store] | None = None
     others, problem = "", ""
-    pause = 0.01
+    pause, retry_pause, ask_at = 0.01, 0.0, 0.0
     while True:
         latest = _read(announcement)
         if latest is not None and latest["identity"] != info.identity:
@@ -266,15 +266,15 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
         if latest is not None and latest != said:
             if "error" in latest:
                 raise RendezvousError(latest["error"])
-            said, asking, problem = latest, None, ""
-        left = deadline - time.monotonic()
-        if left <= 0:
+            said, asking, problem, retry_pause, ask_at = latest, None, "", 0.25, 0.0
+        now = time.monotonic()
+        if now >= deadline:
             break
-        if said is not None and asking is None:
-            asking = _beside(functools.partial(_connect, said, left))
+        if said is not None and asking is None and now >= ask_at:
+            asking = _beside(functools.partial(_connect, said, deadline - now))
         if said is None or asking is None:
-            time.sleep(min(pause, left))
-        elif futures.wait([asking], min(pause, left)).done:
+            time.sleep(min(pause, deadline - now))
+        elif futures.wait([asking], min(pause, deadline - now)).done:
             try:
                 store = asking.result()
                 store.set_timeout(timedelta(seconds=timeout_s))
@@ -283,8 +283,8 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
                 known, problem = problem, _problem(error)
             if problem != known:
                 log.warning("%s; asking again until the deadline", _announced(said, problem))
-            asking = None
-            time.sleep(min(pause, left))
+            # Ever less often: with each refusal torch's client writes a page into the log.
+            asking, ask_at, retry_pause = None, time.monotonic() + retry_pause, min(retry_pause * 2, 5.0)
         pause = min(pause * 1.5, 0.25)
     if said is None:
         raise RendezvousError(

@@ -228,13 +228,16 @@ def test_two_jobs_at_once_do_not_mix(meeting: Meeting, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stale", [{"job_id": "6"}, {"attempt": 1}], ids=["another job's", "another attempt's"])
 def test_a_stale_announcement_is_ignored(meeting: Meeting, tmp_path: Path, stale: dict[str, Any]) -> None:
     announcement = tmp_path / "r.json"
-    other = info(0, ["a", "a"], **stale)
+    others = info(0, ["a", "a"], **stale).identity
     with socket.create_server(("127.0.0.1", 0)) as somebody_else:
-        port = somebody_else.getsockname()[1]
-        identity = f"{other.job_id}-{other.attempt}"
-        write_json(announcement, {"address": "127.0.0.1", "port": port, "identity": identity, "host": "a"})
+        announce(announcement, somebody_else.getsockname()[1], others)
+        (alone,) = meeting.results(meeting.come([info(1, ["a", "a"])], announcement, timeout_s=2))
+        assert f"(in {announcement}, where the announcement is that of {others})" in alone.error
         ends = meeting.come([info(r, ["a", "a"]) for r in range(2)], announcement, pauses=[1.5, 0])
         assert [c.total for c in meeting.results(ends)] == [2.0, 2.0]
+        somebody_else.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            somebody_else.accept()
     assert json.loads(announcement.read_text())["identity"] == "7-0"
 
 
