@@ -4,11 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := pyproject.toml .ci/constraints.txt .ci/bootstrap.py
 
-.PHONY: help setup dev demo test lint bench clean
+.PHONY: help setup dev demo slurm test lint bench clean
 
 help:
 	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
-	@echo "make test    lint, format, types and every test"
+	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
 	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
 	@echo "make bench   benchmarks: start-up beside torchrun, time from a rank's death to the job's end"
 	@echo "make clean   remove $(VENV) and caches; run directories stay"
@@ -32,7 +32,11 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# In it: a line where Slurm is missing, and what is done about it.
+slurm: dev
+	@$(BIN)/python .ci/slurm_packages.py
+
+test: lint slurm
 	$(BIN)/python -m pytest
 
 bench: dev

@@ -59,7 +59,7 @@ def test_a_host_has_its_own_name_network_processes_and_shared_memory(slurm: Clus
         addresses = said(slurm, host, "ip", "-4", "-brief", "address")
         assert f"10.77.0.{10 + i}/24" in addresses
         assert f"10.78.0.{10 + i}/24" in addresses
-        programs = said(slurm, host, "ps", "-e", "-o", "comm=").split()
+        programs = said(slurm, host, "sh", "-c", "cat /proc/[0-9]*/comm").split()
         assert programs.count("slurmd") == 1
         assert "slurmctld" not in programs
     said(slurm, "node0", "touch", "/dev/shm/mine")
@@ -75,11 +75,12 @@ def test_a_shell_on_a_host_is_where_one_called_it_and_ends_with_its_caller(slurm
     shell = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert "node0" in shell.stdout
     assert shell.stdout.splitlines()[-1] == str(tmp_path)
-    sleeper = subprocess.Popen(slurm.exec("node1", "sleep", "60.25"))
-    wait_until(lambda: "60.25" in said(slurm, "node1", "ps", "-e", "-o", "args="), 10, "it runs")
+    sleeper = subprocess.Popen(slurm.exec("node1", "sleep", "60"))
+    looks = ["sh", "-c", "cat /proc/[0-9]*/comm"]
+    wait_until(lambda: said(slurm, "node1", *looks).split().count("sleep") == 2, 10, "it runs beside process 1's own")
     sleeper.kill()
     sleeper.wait()
-    wait_until(lambda: "60.25" not in said(slurm, "node1", "ps", "-e", "-o", "args="), 10, "it is gone")
+    wait_until(lambda: said(slurm, "node1", *looks).split().count("sleep") == 1, 10, "it is gone")
 
 
 def test_names_gpu_types_and_settings_are_the_makers_choice(make_cluster: Callable[..., Cluster]) -> None:
