@@ -1,0 +1,523 @@
+"""`submit.py wait RUN`: which lines are refused, and what is made of each answer of Slurm's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import processes
+from jobs.cli import follow
+from jobs.cli.main import main
+from jobs.records import RunDirectory, Submitted, read_json, write_json
+from tests.jobs.submitting import ROOT, Line, submit, wait_until
+from tests.jobs.test_slurm import DISABLED, UNKNOWN, UNREACHABLE, say
+from tests.test_submit import Bad, check_refusal, name, tree
+
+Capture = pytest.CaptureFixture[str]
+JOB = json.dumps({"workload": "mine", "settings": {"steps": 9}, "resources": {"nodes": 2, "gpus_per_node": 1}})
+DEBUG = json.dumps({"workload": "mine", "executor": "debug"})
+RUN = {"run/job.json": JOB, "run/submission.json": "{}"}
+BAD = [
+    Bad(["wait"], ["wait takes one run directory, none were given", "submit.py wait RUN"]),
+    Bad(["wait", "a", "b"], ["wait takes one run directory, 2 were given"]),
+    Bad(["wait", "run", "steps=3"], ["wait takes one run directory, 2 were given"], RUN),
+    Bad(["wait", ""], ["wait ''", "empty"]),
+    Bad(["wait", "gone"], ["wait gone: no such run directory, here or below ./runs"]),
+    Bad(["wait", "20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
+    Bad(["wait", "runs/20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
+    Bad(["wait", "runs"], ["wait runs: is not a run directory", "no job.json"], {"runs/a/job.json": JOB}),
+    Bad(["wait", "file"], ["wait file: is not a run directory"], {"file": "x"}),
+    Bad(["wait", "r" * 300], ["r" * 300, "too long"]),
+    Bad(["wait", "run"], ["run: has no submission.json: it was not submitted from here"], {"run/job.json": JOB}),
+    Bad(["wait", "run"], ["has no submission.json"], {"run/job.json": JOB, "run/submission.json": "[1"}),
+    Bad(
+        ["wait", "run"],
+        ["ran with --executor debug, in its own command line; how it ended is in", "result.json"],
+        {"run/job.json": DEBUG, "run/result.json": "{}"},
+    ),
+    Bad(["wait", "run", "--nodes", "2"], ["--nodes means nothing to wait"], RUN),
+    Bad(["wait", "run", "--wait"], ["--wait means nothing to wait"], RUN),
+    Bad(["wait", "run", "--no-wait"], ["--no-wait means nothing to wait"], RUN),
+    Bad(["wait", "run", "--dry-run"], ["--dry-run means nothing to wait"], RUN),
+    Bad(["wait", "run", "--run-dir", "x"], ["--run-dir means nothing to wait"], RUN),
+    Bad(["wiat", "run"], ["'wiat'", "did you mean 'wait'?"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=name)
+def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, capsys: Capture) -> None:
+    bad.prepare(tmp_path)
+    before = tree(tmp_path)
+    code = main(bad.line)
+    out, err = capsys.readouterr()
+    check_refusal(bad, code, out, err, before, tmp_path)
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    BAD[4].prepare(tmp_path)
+    code = "import sys\nfor name in ('torch', 'numpy', 'tqdm'): sys.modules[name] = None\n"
+    code += (
+        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['wait', 'gone']\nimport submit; sys.exit(submit.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no such run directory" in done.stderr
+
+
+# --- a job of Slurm's -------------------------------------------------------------------------------------------------
+
+DONE = {"status": "done", "workload": "mine", "attempt": 0, "seconds": 5.0, "result": {"total": 3}}
+FAILED = {
+    "status": "failed",
+    "workload": "mine",
+    "attempt": 0,
+    "error": "rank 1 on n1: ValueError: mine (log: /l)",
+    "traceback": "Traceback\n  mine.py",
+    "failure": {"rank": 1},
+}
+
+
+def _row(state: str, reason: str = "None", start: str = "N/A") -> str:
+    return f"12|{state}|{start}|{'' if state in ('PENDING', 'REQUEUED') else 'n[0-1]'}|{reason}"
+
+
+class Site:
+    """A run directory of job 12, and Slurm's commands, which say what they are told to say."""
+
+    def __init__(self, directory: Path) -> None:
+        self.env = {"SITE": str(directory)}
+        self.run = RunDirectory(directory / "run")
+        self.run.attempt(0).make()
+        self.run.job.write_text(JOB)
+        self.run.record_submission(Submitted("slurm", "12", "2026-11-22T08:15:30Z", "login"))
+        self.sacct(err=DISABLED)
+
+    def squeue(self, line: str = "", err: str = "") -> None:
+        say(self.env, "squeue", line, err, int(bool(err)))
+
+    def sacct(self, line: str = "", err: str = "") -> None:
+        say(self.env, "sacct", line, err, int(bool(err)))
+
+    def state(self, state: str, reason: str = "None", start: str = "N/A") -> None:
+        self.squeue(_row(state, reason, start))
+
+    def states(self, *states: tuple[str, ...]) -> None:
+        """One answer after another; the last one for ever."""
+        answers = Path(self.env["SITE"]) / "answers"
+        answers.write_text("".join(_row(*state) + "\n" for state in states))
+        pop = f"head -n 1 {answers}; [ $(wc -l < {answers}) = 1 ] || sed -i 1d {answers}"
+        say(self.env, "squeue", before=pop)
+
+    def asked(self) -> int:
+        path = Path(self.env["SITE"]) / "asked"
+        return path.read_text().count("squeue") if path.exists() else 0
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """Deadlines are a fraction of what they are."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("cat", "sleep", "head", "wc", "sed"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{tools}")
+    monkeypatch.setattr(follow, "ASK_EVERY_S", (0.1, 0.3))
+    for constant, seconds in (("RESULT_WITHIN_S", 1.5), ("RECORD_WITHIN_S", 0.3), ("STAYS_S", 3.0)):
+        monkeypatch.setattr(follow, constant, seconds)
+    monkeypatch.setattr(follow, "UNREACHABLE_S", 2.0)
+    return Site(tmp_path)
+
+
+@pytest.fixture
+def later() -> Iterator[Callable[[float, Callable[[], Any]], None]]:
+    timers: list[threading.Timer] = []
+
+    def call(seconds: float, what: Callable[[], Any]) -> None:
+        timers.append(threading.Timer(seconds, what))
+        timers[-1].start()
+
+    yield call
+    for timer in timers:
+        timer.cancel()
+        timer.join()
+
+
+Later = Callable[[float, Callable[[], Any]], None]
+
+
+def test_a_result_that_is_there_is_told_without_asking(site: Site, capsys: Capture) -> None:
+    write_json(site.run.result, DONE)
+    assert main(["wait", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("done in 5.0 s\n  total: 3\n", "")
+    assert site.asked() == 0
+
+
+@pytest.mark.parametrize("words", [["runs/one"], ["one"], ["./runs/one/"]], ids=str)
+def test_a_run_by_its_path_or_its_name(words: list[str], site: Site, capsys: Capture) -> None:
+    write_json(site.run.result, DONE)
+    Path("runs").mkdir()
+    site.run.path.rename("runs/one")
+    assert main(["wait", *words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record == {**DONE, "job_id": "12", "exit_code": 0, "run_dir": str(Path("runs/one").absolute())}
+    assert err == "done in 5.0 s\n  total: 3\n"
+
+
+def test_a_failure_that_is_there(site: Site, capsys: Capture) -> None:
+    write_json(site.run.result, FAILED)
+    site.state("FAILED", "NonZeroExitCode")
+    assert main(["wait", "run"]) == 1
+    err = capsys.readouterr().err
+    assert err == "Traceback\n  mine.py\nmeshrun: error: the job failed: rank 1 on n1: ValueError: mine (log: /l)\n"
+
+
+@pytest.mark.parametrize("err", [UNKNOWN, UNREACHABLE])
+def test_a_failure_of_long_ago_is_told_whatever_slurm_says(err: str, site: Site, capsys: Capture) -> None:
+    write_json(site.run.result, FAILED)
+    os.utime(site.run.result, (1e9, 1e9))
+    site.squeue(err=err)
+    assert main(["wait", "run"]) == 1
+    assert "the job failed: rank 1 on n1" in capsys.readouterr().err
+
+
+def test_a_failure_of_long_ago_where_there_is_no_slurm(site: Site, capsys: Capture) -> None:
+    write_json(site.run.result, FAILED)
+    os.utime(site.run.result, (1e9, 1e9))
+    (Path(site.env["SITE"]) / "sacct").unlink()
+    assert main(["wait", "run"]) == 1
+    assert "the job failed: rank 1 on n1" in capsys.readouterr().err
+
+
+def test_the_queue_is_shown_when_it_changes(site: Site) -> None:
+    estimates = [("PENDING", "Resources", f"2026-11-22T{when}:31") for when in ("11:32", "11:32", "11:35", "12:35")]
+    site.states(("PENDING", "Priority"), ("PENDING", "Priority"), *estimates, ("RUNNING",), ("RUNNING",))
+    said: list[str] = []
+
+    class Shown(follow.Console):
+        """The job goes on when it is seen to run."""
+
+        def say(self, text: str = "") -> None:
+            said.append(text)
+            if "RUNNING" in text:
+                site.run.metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 9, "loss": 0.25}\n')
+            if "step 9" in text:
+                write_json(site.run.result, DONE)
+                site.state("COMPLETED")
+
+    submitted = site.run.submitted()
+    assert submitted is not None
+    assert follow.watch(site.run, submitted, Shown(as_json=False), from_the_start=True) == 0
+    assert [line.partition(" in ")[0] for line in said if "total" not in line] == [
+        "job 12: PENDING (Priority)",
+        "job 12: PENDING (Resources), expected to start 2026-11-22 11:32",
+        "job 12: PENDING (Resources), expected to start 2026-11-22 12:35",
+        "job 12: RUNNING on n[0-1]",
+        "step 1/9  loss 0.5",
+        "step 9/9  loss 0.25",
+        "job 12: COMPLETED",
+        "done",
+    ]
+
+
+def test_a_reason_that_needs_it_is_explained(site: Site, later: Later, capsys: Capture) -> None:
+    site.state("PENDING", "PartitionNodeLimit", "2099-11-22T11:32:31")
+    later(0.8, lambda: site.state("CANCELLED"))
+    assert main(["wait", "run"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == [
+        "job 12: PENDING (PartitionNodeLimit)",  # in 70 years is no estimate
+        "  the partition has or allows fewer hosts than --nodes: cancel, and ask for less",
+    ]
+    assert err == "meshrun: error: the job failed: job 12 was cancelled before it started\n"
+
+
+def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
+    site: Site, later: Later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "ASK_EVERY_S", (30.0, 60.0))
+    site.state("RUNNING")
+    later(1.0, lambda: (site.state("FAILED"), write_json(site.run.result, FAILED)))
+    before = time.monotonic()
+    assert main(["wait", "run"]) == 1
+    assert time.monotonic() - before < 20
+    assert site.asked() <= 2
+
+
+@pytest.mark.parametrize("first", ["NODE_FAIL", "PREEMPTED", "REQUEUED"])
+def test_a_job_that_slurm_starts_again_has_not_ended(first: str, site: Site, later: Later, capsys: Capture) -> None:
+    write_json(site.run.result, {**FAILED, "failure": None})
+    site.states((first,), (first,), ("PENDING", "BeginTime"), ("PENDING", "BeginTime"), ("RUNNING",))
+
+    def second() -> None:
+        site.run.attempt(1).make()
+        site.run.begin(1)
+        site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n')
+        write_json(site.run.result, {**DONE, "attempt": 1})
+        site.state("COMPLETED")
+
+    later(2.5, second)
+    assert main(["wait", "run"]) == 0
+    out = capsys.readouterr().out
+    for words in ("job 12: PENDING (BeginTime)\n", "attempt 1 begins", "step 9/9", "total: 3"):
+        assert words in out
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED"])
+def test_one_that_is_not_started_again_has(state: str, site: Site, capsys: Capture) -> None:
+    site.state(state)
+    assert main(["wait", "run"]) == 1
+    told = {"NODE_FAIL": "a host of job 12's failed", "PREEMPTED": "job 12 was preempted by Slurm"}[state]
+    assert told in capsys.readouterr().err
+    assert read_json(site.run.result)["slurm_state"] == state
+
+
+def test_a_record_of_an_earlier_attempt_is_not_the_end(site: Site, later: Later, capsys: Capture) -> None:
+    write_json(site.run.result, FAILED)
+    site.run.attempt(1).make()
+    site.state("TIMEOUT", "TimeLimit")
+    assert main(["wait", "run"]) == 1
+    assert "job 12 reached its time limit; ask for more with --time" in capsys.readouterr().err
+    assert read_json(site.run.result)["attempt"] == 1
+
+
+def test_a_done_job_that_slurm_calls_failed_is_done_and_it_is_said(site: Site, later: Later, capsys: Capture) -> None:
+    site.state("RUNNING")
+    later(0.5, lambda: (write_json(site.run.result, DONE), site.state("FAILED", "NonZeroExitCode")))
+    assert main(["wait", "run"]) == 0
+    assert "its work is done; Slurm says FAILED (NonZeroExitCode)" in capsys.readouterr().out
+
+
+def test_a_completed_job_whose_result_comes_late(site: Site, later: Later) -> None:
+    site.state("COMPLETED")
+    later(0.5, lambda: write_json(site.run.result, DONE))
+    assert main(["wait", "run"]) == 0
+
+
+def test_a_completed_job_without_a_result_has_failed(site: Site, capsys: Capture) -> None:
+    site.run.attempt(0).done(0).touch()
+    site.state("COMPLETED")
+    assert main(["wait", "run"]) == 1
+    assert "rank 1 on n1: exited with code 0 before its work was done" in capsys.readouterr().err
+
+
+def test_a_job_that_ends_while_its_last_processes_do_not(site: Site, capsys: Capture) -> None:
+    site.state("COMPLETING")
+    write_json(site.run.result, FAILED)
+    assert main(["wait", "run"]) == 1
+    assert "rank 1 on n1: ValueError" in capsys.readouterr().err
+
+
+def test_what_accounting_alone_remembers(site: Site, capsys: Capture) -> None:
+    site.squeue(err=UNKNOWN)
+    site.sacct(f"12|CANCELLED by {os.getuid()}|n[0-1]")
+    site.run.attempt(0).log(0).touch()
+    assert main(["wait", "run", "--json"]) == 1
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["status"], record["exit_code"], record["slurm_state"]) == ("failed", 1, "CANCELLED")
+    assert "job 12 was cancelled by " in err
+
+
+def test_what_nobody_remembers(site: Site, capsys: Capture) -> None:
+    site.squeue(err=UNKNOWN)
+    assert main(["wait", "run", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["status"] == "unknown"
+    assert err == (
+        f"meshrun: error: Slurm no longer knows job 12, and nothing in {site.run.path} says how it ended "
+        "(accounting: Slurm accounting storage is disabled)\n"
+    )
+    assert not site.run.result.exists()
+
+
+def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys: Capture) -> None:
+    site.state("RUNNING")
+    later(0.4, lambda: site.squeue(err=UNREACHABLE))
+    later(0.8, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
+    later(1.5, lambda: site.state("RUNNING"))
+    later(2.0, lambda: (write_json(site.run.result, DONE), site.state("COMPLETED")))
+    assert main(["wait", "run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Slurm does not answer (slurm_load_jobs error: Unable to contact slurm controller") == 1
+    assert out.index("does not answer") < out.index("step 9/9")
+
+
+def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture) -> None:
+    site.squeue(err=UNREACHABLE)
+    assert main(["wait", "run", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["status"] == "unknown"
+    assert "Slurm could not be asked for" in err
+    assert "job 12 may still run; come back: submit.py wait run" in err
+    assert not site.run.result.exists()
+
+
+def test_a_job_that_ends_while_the_controller_is_away(site: Site, later: Later) -> None:
+    site.squeue(err=UNREACHABLE)
+    later(0.5, lambda: write_json(site.run.result, DONE))
+    assert main(["wait", "run"]) == 0
+
+
+def test_a_slow_controller_does_not_hold_up_the_progress(site: Site, later: Later, capsys: Capture) -> None:
+    say(site.env, "squeue", "12|COMPLETED|x|n0|None", before="exec sleep 20")
+    shown: list[float] = []
+    began = time.monotonic()
+    later(0.5, lambda: write_json(site.run.result, DONE))
+    later(0.5, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
+    assert follow.watch(site.run, Submitted("slurm", "12", "", ""), _Console(shown)) == 0
+    assert shown[0] - began < 10
+
+
+class _Console(follow.Console):
+    """Notes when the first step was shown."""
+
+    def __init__(self, shown: list[float]) -> None:
+        super().__init__(as_json=False)
+        self.shown = shown
+
+    def say(self, text: str = "") -> None:
+        if text.startswith("step"):
+            self.shown.append(time.monotonic())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later: Later, capsys: Capture) -> None:
+    site.run.path.rename("it's")
+    site.state("RUNNING")
+    later(0.5, lambda: os.kill(os.getpid(), signum))
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        assert main(["wait", "it's", *(["--json"] if as_json else [])]) == 130
+    finally:
+        for s, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(s, handler)
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        f"meshrun: interrupted by {signum.name}; detached; job 12 goes on; come back: submit.py wait 'it'\"'\"'s'; "
+        "end it: scancel 12"
+    )
+    if as_json:
+        expected = {"status": "detached", "exit_code": 130, "run_dir": str(Path("it's").absolute()), "job_id": "12"}
+        assert json.loads(out) == expected
+
+
+# --- a local job ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> Iterator[Callable[..., Line]]:
+    lines: list[Line] = []
+
+    def type_line(*words: str, **popen: Any) -> Line:
+        lines.append(submit(tmp_path, *words, **popen))
+        return lines[-1]
+
+    yield type_line
+    for line in lines:
+        line.kill_everything()
+
+
+def wait_line(directory: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "submit.py"), "wait", "run", *words],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.dist
+def test_a_local_job_that_nobody_waited_for(typed: Callable[..., Line], tmp_path: Path) -> None:
+    line = typed("mine:ENTRY", "--gpus-per-node", "2", "steps=150", "pause_seconds=0.05", "--no-wait")
+    code, out, _ = line.finish()
+    assert code == 0
+    assert "follow it: submit.py wait run" in out
+    line.wait_for_step(2)
+    leaves = wait_line(tmp_path)
+    assert leaves.stdout is not None
+    assert leaves.stdout.readline()  # it is following
+    leaves.send_signal(signal.SIGINT)
+    _, err = leaves.communicate(timeout=60)
+    pid = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+    assert leaves.returncode == 130
+    assert err == (
+        f"meshrun: interrupted by SIGINT; detached; process {pid} goes on; come back: submit.py wait run; "
+        f"end it: kill {pid}\n"
+    )
+    back = wait_line(tmp_path)
+    out, err = back.communicate(timeout=120)
+    assert (back.returncode, err) == (0, "")
+    assert "step 150/150" in out
+    assert "total: 450" in out
+
+
+@pytest.mark.dist
+def test_a_local_job_that_is_killed(typed: Callable[..., Line], tmp_path: Path) -> None:
+    line = typed("mine:ENTRY", "steps=100000", "pause_seconds=0.05", "--no-wait")
+    line.finish()
+    line.wait_for_step(1)
+    back = wait_line(tmp_path)
+    assert back.stdout is not None
+    assert back.stdout.readline()
+    os.kill(int(json.loads((line.run_dir / "submission.json").read_text())["job_id"]), signal.SIGKILL)
+    _, err = back.communicate(timeout=60)
+    assert back.returncode == 1
+    assert "the supervisor ended and left no result" in err.splitlines()[-1]
+
+
+def local(tmp_path: Path, pid: int, started: str, host: str = "") -> RunDirectory:
+    run = RunDirectory(tmp_path / "run")
+    run.attempt(0).make()
+    run.job.write_text(JOB)
+    run.record_submission(Submitted("local", str(pid), "", host or socket.gethostname(), started))
+    return run
+
+
+def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, capsys: Capture) -> None:
+    local(tmp_path, os.getpid(), "1")
+    assert main(["wait", "run"]) == 1
+    assert "the supervisor ended and left no result" in capsys.readouterr().err
+
+
+def test_an_interrupted_local_job(tmp_path: Path, capsys: Capture) -> None:
+    run = local(tmp_path, 1, "")
+    write_json(run.result, {"status": "interrupted", "workload": "mine", "attempt": 0, "error": "by SIGTERM"})
+    assert main(["wait", "run"]) == 1
+    assert capsys.readouterr().err == "meshrun: error: the job was interrupted: by SIGTERM\n"
+
+
+def test_a_local_job_of_another_box_is_known_by_its_result(tmp_path: Path, later: Later, capsys: Capture) -> None:
+    run = local(tmp_path, os.getpid(), processes.started(os.getpid()), host="elsewhere")
+    later(1.0, lambda: write_json(run.result, DONE))
+    assert main(["wait", "run"]) == 0
+    assert "the job runs on elsewhere" in capsys.readouterr().out
+
+
+def test_when_a_process_started() -> None:
+    sleeper = subprocess.Popen(["sleep", "600"])
+    assert processes.started(sleeper.pid).isdecimal()
+    sleeper.kill()
+    wait_until(lambda: processes.started(sleeper.pid) == "", "the end, though nobody has asked for it yet")
+    sleeper.wait()
+    assert processes.started(sleeper.pid) == ""
