@@ -61,8 +61,12 @@ def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
     assert len(commands) > 8
     for command in commands:
         words = command.split()
+        if words[0] == "wait":
+            continue  # tests/slurm/test_readme.py, with a run to wait for
         if words[0] == "tp_fsdp" and "--dry-run" not in words:
             words.append("--dry-run")
+        if {"--partition", "--sbatch"} & set(words):
+            words += ["--executor", "slurm"]
         done = subprocess.run(
             [sys.executable, str(ROOT / "submit.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
@@ -73,5 +77,5 @@ def test_the_table_of_the_run_directory_names_what_records_names(tmp_path: Path)
     from jobs.records import RunDirectory
 
     run = RunDirectory(tmp_path)
-    for path in (run.result, run.metrics, run.settings, run.job, run.paths(0).export_dir, run.attempt(0).log(3)):
+    for path in (run.submission, run.result, run.metrics, run.settings, run.job, run.paths(0).export_dir, run.attempt(0).log(3)):
         assert f"| `{path.relative_to(tmp_path)}" in README
