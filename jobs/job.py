@@ -4,7 +4,7 @@ The same call under every launcher: a Slurm step, the local executor's forked ra
 
     torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
 
-runs a workload with no submission at all (jobs/torchrun.py).
+runs a workload with no submission at all, as does srun in an allocation (jobs/by_hand.py).
 """
 
 from __future__ import annotations
@@ -175,6 +175,6 @@ def _configure_logging(who: str) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.torchrun import main
+    from jobs.by_hand import main
 
     sys.exit(main(sys.argv[1:], os.environ))

@@ -284,7 +284,7 @@ def _why_no_rank(env: Mapping[str, str], ancestry: Sequence[tuple[int, str]], co
             what = _shell("", "batch") if "SLURM_PROCID" in env else "a shell"
         return (
             f"job {_shown(job)} is allocated, but this process is not one of its ranks: it is {what}; "
-            f"start the ranks with `{srun_line(env, command)}`, or submit with `submit.py`"
+            f"start the ranks with `{srun_line(env, command)}`, or submit with submit.py"
         )
     if manager and manager[1].isdigit():
         return (

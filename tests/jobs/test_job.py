@@ -1,4 +1,4 @@
-"""The same call under torchrun: a workload runs with no submission, and a mistake is said once."""
+"""The same call under one's own torchrun or srun: a workload runs with no submission, a mistake is said once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from jobs.errors import CommandLineError, SettingsError, TopologyError
-from jobs.torchrun import spec_under_torchrun
+from jobs.by_hand import _FileBoard, _follow, _prepare, spec_by_hand
+from jobs.errors import CommandLineError, RendezvousError, RunDirectoryError, SettingsError, TopologyError
+from jobs.records import RunDirectory
+from jobs.topology import RankInfo, local_env
 from tests.jobs.submitting import ROOT
 from workloads.base import WorkloadError
 
@@ -106,15 +109,126 @@ def test_a_mistake_under_torchrun_is_said_once(tmp_path: Path) -> None:
 )
 def test_bad_lines(words: list[str], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        spec_under_torchrun(words, ENV)
-
-
-def test_without_torchruns_variables() -> None:
-    with pytest.raises(TopologyError, match="no launcher's variables"):
-        spec_under_torchrun(["tp_fsdp", "--run-dir", "r"], {})
+        spec_by_hand(words, RankInfo.from_env(ENV), ENV)
 
 
 def test_the_shape_comes_from_torchrun(tmp_path: Path) -> None:
-    spec = spec_under_torchrun(["tp_fsdp", "--run-dir", "r", "steps=50"], ENV)
+    spec = spec_by_hand(["tp_fsdp", "--run-dir", "r", "steps=50"], RankInfo.from_env(ENV), ENV)
     assert (spec.resources.nodes, spec.resources.gpus_per_node, spec.settings["steps"]) == (2, 2, 50)
     assert (spec.executor, spec.run_dir) == ("torchrun", tmp_path / "r")
+
+
+# --- srun -------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(directory: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """One process, as srun would start it; for a whole Slurm see tests/slurm/test_identity.py."""
+    (directory / "mine.py").write_text((ROOT / "tests" / "jobs" / "sample_workload.py").read_text())
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.job", *words],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def step(rank: int, world_size: int = 2, **more: str) -> RankInfo:
+    env = {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NTASKS": str(world_size),
+        "SLURM_GTIDS": ",".join(map(str, range(world_size))),
+        "SLURMD_NODENAME": "node0",
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_ID": "3",
+    }
+    return RankInfo.from_env(env | more)
+
+
+def test_under_srun_the_run_directory_is_named_by_the_step(tmp_path: Path) -> None:
+    specs = [spec_by_hand(["tp_fsdp"], step(rank), {}) for rank in (0, 1)]
+    assert specs[0] == specs[1]
+    assert specs[0].run_dir == tmp_path / "runs" / "slurm-77.3-tp_fsdp"
+    assert (specs[0].executor, specs[0].resources.gpus_per_node) == ("slurm", 2)
+
+
+def test_uneven_hosts_are_refused_with_what_to_give() -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0,1", "SLURM_NTASKS": "3"}
+    env |= {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURMD_NODENAME": "node0"}
+    with pytest.raises(CommandLineError, match=r"3 ranks, 2 on node0: hosts must be alike; .*--ntasks-per-node"):
+        spec_by_hand(["tp_fsdp"], RankInfo.from_env(env), env)
+
+
+def test_in_a_rank_of_a_local_job() -> None:
+    with pytest.raises(TopologyError, match=r"in a rank of a local job .*submit.py"):
+        spec_by_hand(["tp_fsdp"], RankInfo.from_env(local_env(0, 1, 1, "7")), {})
+
+
+def test_outside_any_launcher(tmp_path: Path) -> None:
+    done = by_hand(tmp_path, "mine:ENTRY")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("meshrun: error: no launcher's variables are set")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_in_an_allocations_shell_the_line_to_run_is_the_line_that_was_given(tmp_path: Path) -> None:
+    allocation = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    done = by_hand(tmp_path, "mine:ENTRY", "names=[A B]", **allocation)
+    assert done.returncode == 2
+    assert "`srun --nodes=2 --ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 " in done.stderr
+    assert f"{sys.executable} -m jobs.job mine:ENTRY 'names=[A B]'`" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_the_others_wait_for_rank_0s_word_and_say_what_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.by_hand.SAY_AFTER_S", 0.1)
+    spec = spec_by_hand(["tp_fsdp"], step(1), {})
+    monkeypatch.setattr("jobs.by_hand.PREPARE_AT_MOST", timedelta(seconds=0.5))
+    with pytest.raises(RendezvousError, match=r"rank 1 on node0 has waited 0.5 s for rank 0 to make .*slurm-77.3-"):
+        _follow(spec, step(1), _FileBoard(spec.run_dir, step(1)))
+    assert capsys.readouterr().err == ""  # rank 0's host mate: one a host is enough
+    other = step(1, SLURM_LOCALID="0", SLURM_GTIDS="1", SLURMD_NODENAME="node1")
+    with pytest.raises(RendezvousError, match="rank 1 on node1"):
+        _follow(spec, other, _FileBoard(spec.run_dir, other))
+    assert capsys.readouterr().err == f"meshrun: waiting for rank 0 to make {spec.run_dir}\n"
+
+
+def test_rank_0s_word_is_for_its_own_step_and_attempt_only(tmp_path: Path) -> None:
+    board = _FileBoard(tmp_path / "run", step(0))
+    board.say({"run_dir": "x"})
+    at_once = timedelta(0)
+    assert _FileBoard(tmp_path / "run", step(1)).hear(at_once, "") == {"run_dir": "x"}
+    for other in (step(1, SLURM_STEP_ID="4"), step(1, SLURM_RESTART_COUNT="1"), step(1, SLURM_JOB_ID="78")):
+        assert _FileBoard(tmp_path / "run", other).hear(at_once, "") is None
+    board.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_rank_0_refuses_the_others_refuse(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+    words = ["tp_fsdp", "--run-dir", "run"]
+    boards = [_FileBoard(tmp_path / "run", step(rank)) for rank in (0, 1)]
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        _prepare(spec_by_hand(words, step(0), {}), step(0), boards[0])
+    with pytest.raises(CommandLineError, match="is not empty"):
+        _follow(spec_by_hand(words, step(1), {}), step(1), boards[1])
+
+
+def test_a_requeued_step_goes_on_in_its_run_directory_and_a_second_run_does_not(tmp_path: Path) -> None:
+    spec = spec_by_hand(["tp_fsdp", "steps=2"], step(0), {})
+    board = _FileBoard(spec.run_dir, step(0))
+    _prepare(spec, step(0), board)
+    made = (spec.run_dir / "job.json").stat().st_ino
+    again = step(0, SLURM_RESTART_COUNT="1")
+    _prepare(spec, again, _FileBoard(spec.run_dir, again))
+    assert (spec.run_dir / "job.json").stat().st_ino == made
+    run = RunDirectory(spec.run_dir).attempt(0).make()
+    run.done(1).touch()
+    with pytest.raises(RunDirectoryError, match="has run there already"):
+        _follow(spec, step(1), _FileBoard(spec.run_dir, step(1)))

@@ -1,0 +1,250 @@
+"""The door for ranks that a person's own torchrun or srun has started, with no submission.
+
+    torchrun --nproc-per-node 4 -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]
+    srun --nodes=2 --ntasks-per-node=4 python -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]
+
+Every rank reads the same line and comes to the same job. Rank 0 alone makes the run directory and prepares the data;
+the others wait for its word, which comes through torchrun's store, or in a file beside the run directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jobs import processes, settings
+from jobs.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    USER_ERRORS,
+    CommandLineError,
+    RendezvousError,
+    RunDirectoryError,
+    TopologyError,
+)
+from jobs.job import run_rank
+from jobs.records import RunDirectory, default_run_dir, read_json, write_json
+from jobs.spec import JobSpec, ResourceSpec
+from jobs.topology import RankInfo
+from workloads import registry
+
+PREPARE_AT_MOST = timedelta(hours=1)
+"""How long the other ranks wait for rank 0 to make the run directory and prepare the data."""
+SAY_AFTER_S = 10
+"""A rank that has waited for so long says what for."""
+USAGE = "usage: torchrun ... -m jobs.job | srun ... python -m jobs.job: WORKLOAD [--run-dir DIR] [key=value ...]"
+
+
+def main(argv: list[str], env: Mapping[str, str]) -> int:
+    """One rank.
+
+    Returns:
+        The exit code: 0 done, 2 the user's mistake (said once, by rank 0). A failure raises.
+    """
+    info = None
+    try:
+        info = RankInfo.from_env(env, processes.ancestry(), shlex.join(sys.orig_argv))
+        spec = spec_by_hand(argv, info, env)
+        board = _board(spec, info, env)
+        spec = _prepare(spec, info, board) if info.rank == 0 else _follow(spec, info, board)
+    except (*USER_ERRORS, TopologyError, RendezvousError) as error:
+        # Who cannot be told apart from others may be the only one.
+        if info is None or info.rank == 0 or isinstance(error, RendezvousError):
+            print(f"meshrun: error: {error}", file=sys.stderr)
+        return EXIT_FAILED if isinstance(error, RendezvousError) else EXIT_USER_ERROR
+    try:
+        record = run_rank(spec, env)
+    finally:
+        if info.rank == 0:
+            board.clear()
+    if record is not None:
+        print(json.dumps({"run_dir": str(spec.run_dir), **record}))
+    return EXIT_DONE
+
+
+def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> JobSpec:
+    """The job that the line means; the same on every rank but for the run directory's default, where rank 0's counts.
+
+    Raises:
+        UserError, WorkloadError: as the command line of submit.py would.
+        TopologyError: this is a rank of a job that meshrun itself started.
+    """
+    if info.launcher == "local":
+        raise TopologyError(
+            "this process is in a rank of a local job (MESHRUN_PROCID is set); start with `submit.py`, not in a rank"
+        )
+    words = list(argv)
+    run_dir: Path | None = None
+    if "--run-dir" in words:
+        at = words.index("--run-dir")
+        if at + 1 >= len(words):
+            raise CommandLineError("--run-dir: needs a directory")
+        run_dir = Path(words[at + 1]).absolute()
+        del words[at : at + 2]
+    if not words or words[0].startswith("-"):
+        raise CommandLineError(USAGE)
+    if info.world_size % info.local_world_size:
+        raise CommandLineError(
+            f"{info.world_size} ranks, {info.local_world_size} on {info.host}: hosts must be alike; "
+            "give as many ranks to each (srun --ntasks-per-node, torchrun --nproc-per-node)"
+        )
+    resources = ResourceSpec(nodes=info.world_size // info.local_world_size, gpus_per_node=info.local_world_size)
+    import_path = (str(Path.cwd()),)
+    entry = registry.load(words[0], import_path)
+    config, _ = settings.build(entry.config, None, settings.parse_overrides(words[1:]))
+    entry.call("validate", config, resources.shape)
+    entry.mesh_spec(config, resources.shape)
+    return JobSpec(
+        workload=words[0],
+        settings=config.model_dump(mode="json"),
+        resources=resources,
+        executor="slurm" if info.launcher == "slurm" else "torchrun",
+        cluster="none",
+        run_dir=run_dir or _default_run_dir(words[0], info),
+        import_path=import_path,
+        threads_per_rank=_threads(env),
+    )
+
+
+def _default_run_dir(workload: str, info: RankInfo) -> Path:
+    if info.launcher != "slurm":
+        return default_run_dir(workload)
+    name = re.sub(r"[^\w.-]", "-", workload.partition(":")[0])
+    return Path.cwd() / "runs" / f"slurm-{info.job_id}.{info.step_id}-{name}"
+
+
+def _threads(env: Mapping[str, str]) -> int:
+    text = env.get("OMP_NUM_THREADS", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise CommandLineError(
+            f"OMP_NUM_THREADS={text}: the threads of a rank are one whole number; set OMP_NUM_THREADS=1"
+        )
+    return int(text)
+
+
+# --- rank 0 and the others --------------------------------------------------------------------------------------------
+
+
+def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> JobSpec:
+    """On rank 0: makes the run directory and prepares the data, and says so, or that it has refused to."""
+    try:
+        run = RunDirectory(spec.run_dir)
+        _refuse_second_run(run, info)
+        if info.attempt == 0 or not run.job.exists():
+            entry = registry.load(spec.workload, spec.import_path)
+            RunDirectory.create(spec.run_dir).describe(spec)
+            entry.call("prepare", entry.config.model_validate(spec.settings), run.data)
+    except BaseException as error:
+        board.say({"refused": str(error)})
+        raise
+    board.say({"run_dir": str(spec.run_dir)})
+    return spec
+
+
+def _follow(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> JobSpec:
+    """On the others: the job in the run directory that rank 0 has made.
+
+    Raises:
+        CommandLineError: rank 0 has refused, and says why.
+        RendezvousError: no word came from it.
+    """
+    _refuse_second_run(RunDirectory(spec.run_dir), info)
+    waited_for = f"rank 0{f' on {info.expected_hosts[0]}' if info.expected_hosts else ''} to make {spec.run_dir}"
+    word = board.hear(PREPARE_AT_MOST, waited_for if info.local_rank == 0 else "")
+    if word is None:
+        raise RendezvousError(
+            f"rank {info.rank} on {info.host} has waited {PREPARE_AT_MOST.total_seconds():g} s for {waited_for} and to "
+            "prepare the data; is it still alive, and do all hosts see that directory?"
+        )
+    if "refused" in word:
+        raise CommandLineError(word["refused"])
+    return spec.model_copy(update={"run_dir": Path(word["run_dir"])})
+
+
+def _refuse_second_run(run: RunDirectory, info: RankInfo) -> None:
+    attempt = run.attempt(info.attempt)
+    if attempt.done(info.rank).exists() or attempt.failure(info.rank).exists():
+        raise RunDirectoryError(f"--run-dir {run.path}: this rank has run there already; give another directory")
+
+
+def _board(spec: JobSpec, info: RankInfo, env: Mapping[str, str]) -> _StoreBoard | _FileBoard:
+    return _FileBoard(spec.run_dir, info) if info.master_addr is None else _StoreBoard(info, env)
+
+
+class _StoreBoard:
+    """Where rank 0 leaves its word: the store that torchrun's agent holds, or rank 0 where there is no agent."""
+
+    def __init__(self, info: RankInfo, env: Mapping[str, str]) -> None:
+        import torch.distributed as dist
+
+        rank_zero_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and info.rank == 0
+        assert info.master_addr is not None
+        assert info.master_port is not None
+        self._key = f"meshrun/made/{info.identity}"
+        self._store = dist.TCPStore(
+            info.master_addr, info.master_port, is_master=rank_zero_serves, timeout=timedelta(seconds=300),
+            wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+
+    def say(self, word: dict[str, str]) -> None:
+        self._store.set(self._key, json.dumps(word))
+
+    def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
+        import torch.distributed as dist
+
+        try:
+            self._store.wait([self._key], at_most)
+        except dist.DistStoreError:
+            return None
+        return _as_word(json.loads(self._store.get(self._key)))
+
+    def clear(self) -> None:
+        """The store ends with its process."""
+
+
+class _FileBoard:
+    """Where rank 0 leaves its word in a Slurm step: a file beside the run directory, in the step's own name."""
+
+    def __init__(self, run_dir: Path, info: RankInfo) -> None:
+        self._path = run_dir.with_name(f".{run_dir.name}.{info.identity}.json")
+
+    def say(self, word: dict[str, str]) -> None:
+        # A word that cannot be written can still be missed: the others' wait has an end.
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, word)
+
+    def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
+        started, pause, said = time.monotonic(), 0.01, not waited_for
+        while (word := _as_word(read_json(self._path))) is None:
+            waited = time.monotonic() - started
+            if waited > at_most.total_seconds():
+                return None
+            if waited > SAY_AFTER_S and not said:
+                print(f"meshrun: waiting for {waited_for}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+            # Opening the directory makes an NFS client look again instead of answering from its cache.
+            with contextlib.suppress(OSError):
+                os.close(os.open(self._path.parent, os.O_RDONLY))
+        return word
+
+    def clear(self) -> None:
+        """Once every rank is through."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def _as_word(value: Any) -> dict[str, str] | None:
+    return value if isinstance(value, dict) and ("run_dir" in value or "refused" in value) else None
