@@ -177,6 +177,7 @@ class Evidence:
     """Where a rank was last seen, in words."""
     script_says: str = ""
     """The end of slurm.log, for a job that never came to srun."""
+    srun_began: bool = False
     srun_log: str = ""
     slurm_log: str = ""
 
@@ -310,7 +311,7 @@ def _silence(seen: Evidence) -> Failure | None:
     ended = {end.rank for end in seen.words.ends}
     completed = seen.state is not None and seen.state.state == "COMPLETED"
     # srun speaks of every rank that it saw end badly or had to end: a rank that is in nobody's words exited with 0.
-    if (lost and (ended or seen.status is not None)) or completed:
+    if (lost and (ended or seen.status is not None)) or completed or seen.status == 0:
         left = [r for r in range(seen.world_size) if r not in recorded and r not in ended and r not in seen.done]
         if left:
             return seen.of_exit(0, left[0], seen.now)
@@ -331,12 +332,12 @@ def _without_a_rank(seen: Evidence) -> str:
     if seen.words.complaint:
         code = f" with code {seen.status}" if seen.status is not None else ""
         return f"{job}: srun ended{code}: {seen.words.complaint} (log: {seen.srun_log})"
-    if seen.status is not None:
-        return f"{job}: srun ended with code {seen.status} and no rank has said why (log: {seen.srun_log})"
     state = f" ({seen.state.state})" if seen.state else ""
-    if not seen.logs:
+    if not seen.logs and not seen.srun_began:
         said = f"; its last words: {seen.script_says}" if seen.script_says else ""
         return f"{job} ended{state} before any rank was started{said} (log: {seen.slurm_log})"
+    if seen.status is not None:
+        return f"{job}: srun ended with code {seen.status} and no rank has said why (log: {seen.srun_log})"
     return f"{job} ended{state}, and no rank has left a result or said why (log: {seen.srun_log})"
 
 
@@ -408,6 +409,7 @@ def gather(
         last_lines={r: line for r in without_record if _ERROR.search(line := _last_line(there.log(r)))},
         last_steps={r: last for r in of_interest if (last := last_word(there, r))},
         script_says=_last_line(run.slurm_log),
+        srun_began=there.srun_log.exists(),
         srun_log=str(there.srun_log),
         slurm_log=str(run.slurm_log),
     )

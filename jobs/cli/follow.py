@@ -362,8 +362,8 @@ class _SlurmJob:
         return record is not None and record.get("status") == "done"
 
     def is_known(self) -> bool:
-        """Whether Slurm has been asked."""
-        return self.answer is not None
+        """Whether Slurm has been asked, and the job goes on."""
+        return isinstance(self.answer, NoAnswer) or (isinstance(self.answer, JobState) and not self.answer.ended)
 
     def is_over(self) -> bool:
         """Asks Slurm, when it is time to, and weighs its answer against what is on disk."""

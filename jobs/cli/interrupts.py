@@ -53,11 +53,18 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Inside, the signals reach neither this process nor the programs it starts; one that came is there at the end."""
+    """Inside, the signals reach neither this process nor the programs it starts; one that came is there at the end.
+
+    Blocking keeps a signal for later, but a shell that is started takes that off; what it was started to ignore, it
+    goes on ignoring. What is both is kept (`sig_ignored` in Linux's kernel/signal.c).
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in SIGNALS}
     try:
         yield
     finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

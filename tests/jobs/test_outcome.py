@@ -207,10 +207,20 @@ LATE_CANCEL = read_srun(
             "job 12: srun ended with code 255: srun: unrecognized option '--bad-arg' (log: /run/srun.log)",
         ),
         (seen("too-many-nodes", status=1), "with code 1: srun: error: Only allocated 2 nodes asked for 4"),
+        (seen(status=0, done=frozenset({0, 1, 3})), "rank 2 on node1: exited with code 0 before its work was done"),
         (seen(status=7), "job 12: srun ended with code 7 and no rank has said why (log: /run/srun.log)"),
         (
             replace(seen(state="FAILED", status=None), logs={}, script_says="module: command not found"),
             "job 12 ended (FAILED) before any rank was started; its last words: module: command not found (log: ",
+        ),
+        (
+            replace(seen(status=127), logs={}, script_says="module: command not found"),
+            "job 12 ended before any rank was started; its last words: module: command not found (log: ",
+        ),
+        (replace(seen(status=127), logs={}, srun_began=True), "srun ended with code 127 and no rank has said why"),
+        (
+            replace(seen(state="FAILED", status=None), logs={}, script_says="/bin/false"),
+            "job 12 ended (FAILED) before any rank was started; its last words: /bin/false (log: ",
         ),
         (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no rank has left a result or said why"),
     ],
