@@ -120,8 +120,10 @@ def running(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, **a
     check_harness(request, bool(arguments.get("accounting")))
     with Cluster(factory.mktemp("slurm"), **arguments) as cluster:
         RUNNING.append(cluster)
-        yield cluster
-        RUNNING.remove(cluster)
+        try:
+            yield cluster
+        finally:
+            RUNNING.remove(cluster)
 
 
 @pytest.fixture
@@ -146,10 +148,11 @@ def slurm_accounting(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 
 @pytest.fixture(autouse=True)
 def settled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test, the session's clusters are as they were at first; those of the test alone have ended by then."""
     yield
-    for name in ("slurm", "slurm_accounting"):
-        if name in request.fixturenames:
-            request.getfixturevalue(name).settle()
+    if request.node.get_closest_marker("slurm"):
+        for cluster in RUNNING:
+            cluster.settle()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import contextlib
 import functools
 import os
 import pwd
+import re
 import select
 import shlex
 import shutil
@@ -170,7 +171,7 @@ class Cluster:
             root: A folder of its own; its path must be short, for there are sockets in it.
             hosts: How many (they are node0, node1, ...), or their names.
             gpus: On each host; fake ones.
-            accounting: With slurmdbd: sacct, QOS, and accounts (my-project is the user's only one, others are refused).
+            accounting: With slurmdbd: sacct, QOS, and accounts; my-project is the user's, unknown ones are refused.
             gpu_type: What `--gpus=TYPE:N` calls them.
             cpus: On each host, as Slurm is told; there need not be as many.
             memory_mb: On each host, as Slurm is told.
@@ -203,8 +204,10 @@ class Cluster:
     def start(self, deadline_s: float = 30) -> Cluster:
         """Returns when every host is idle."""
         before = time.monotonic()
-        if len(str(self.root)) > 70:
-            raise ClusterError(f"the path of {self.root} is too long for the sockets in it (70 characters)")
+        if not re.fullmatch(r"[\w./-]{1,70}", str(self.root)):
+            raise ClusterError(
+                f"{self.root}: a path of plain characters, 70 at most, is needed for sockets and scripts"
+            )
         try:
             self._write_files()
             self._start_control()
@@ -242,7 +245,7 @@ class Cluster:
             try:
                 return self.cancel_all()
             except (ClusterError, TimeoutError):
-                pass  # a test may have drained a host by a command of its own
+                self.disturbed = True  # a test may have drained a host by a command of its own
         self.restart()
 
     # What a user does.
@@ -337,8 +340,8 @@ class Cluster:
         pid = self._pids.pop(host)
         # The kernel removes cables with the host's network, some time; a host started anew needs their names now.
         cables = [f"{{ ip link delete {self._cable(host, network)} || true; }}" for network in NETWORKS]
-        self._tell(f"kill -KILL {_inner(pid, 1)}", *cables)
-        wait_until(lambda: not _is_alive(pid), 10, f"the processes of {host} are gone")
+        self._tell(f"kill -KILL {number_of(pid, 1)}", *cables)
+        wait_until(lambda: not is_alive(pid), 10, f"the processes of {host} are gone")
 
     def start_host(self, host: str) -> None:
         """Starts a host that was killed.
@@ -373,6 +376,7 @@ class Cluster:
         self._tell_host(host, f"kill -KILL $(cat {self.root}/run/slurmd-{host}.pid)")
 
     def start_slurmd(self, host: str) -> None:
+        """Starts one that was killed; it finds again what runs on its host."""
         self._tell_host(host, "slurmd")
 
     def kill_slurmctld(self) -> None:
@@ -469,9 +473,7 @@ class Cluster:
 
     def _start_control(self) -> None:
         environment = {"PATH": PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
-        environment |= {
-            "MYSQL_UNIX_PORT": f"{self.root}/run/database.sock"
-        }  # how slurmdbd's library finds the database
+        environment["MYSQL_UNIX_PORT"] = f"{self.root}/run/database.sock"  # is how slurmdbd's library finds it
         self._control = subprocess.Popen(
             [*_unshare(), "bash", "-c", PROCESS_ONE],
             stdin=subprocess.PIPE,
@@ -546,14 +548,14 @@ class Cluster:
         kinds = "--net --uts --mount --pid --fork --kill-child=SIGKILL"
         reaper = "while :; do sleep 1000; done"
         unshare = int(self._tell(f"{{ unshare {kinds} bash -c {shlex.quote(reaper)} >/dev/null 2>&1 & }}", "echo $!"))
-        (outer,) = [child for child in _children(self._pids["control"]) if _inner(child) == unshare]
-        wait_until(lambda: _children(outer), 10, f"{host} has a process 1")
-        (pid,) = _children(outer)
+        (outer,) = [child for child in children_of(self._pids["control"]) if number_of(child) == unshare]
+        wait_until(lambda: children_of(outer), 10, f"{host} has a process 1")
+        (pid,) = children_of(outer)
         self._pids[host] = pid
         cables, addresses = [], []
         for i, network in enumerate(NETWORKS):
             cable = self._cable(host, network)
-            cables += [f"ip link add {cable} type veth peer name eth{i} netns {_inner(pid, 1)}"]
+            cables += [f"ip link add {cable} type veth peer name eth{i} netns {number_of(pid, 1)}"]
             cables += [f"ip link set {cable} master br{i} up"]
             addresses += [f"ip address add {self._address(host, network)}/24 dev eth{i}", f"ip link set eth{i} up"]
         self._tell(*cables)
@@ -584,6 +586,7 @@ class Cluster:
             end = time.monotonic() + deadline_s
             while b"\0" not in answer or not answer.endswith(b"\n"):
                 if not select.select([self._control.stdout], [], [], max(0, end - time.monotonic()))[0]:
+                    self.disturbed = True  # an answer that comes later would be taken for the next one's
                     raise TimeoutError(f"no answer within {deadline_s:g} s to {commands}")
                 more = self._control.stdout.read(4096)
                 if not more:
@@ -597,7 +600,7 @@ class Cluster:
         return output
 
     def _tell_host(self, host: str, *commands: str) -> str:
-        where = f"nsenter --target {_inner(self._pids[host], 1)} --net --mount --uts --pid"
+        where = f"nsenter --target {number_of(self._pids[host], 1)} --net --mount --uts --pid"
         return self._tell(f"{where} bash -c {shlex.quote(' && '.join(commands))}")
 
     def _tell_again(self, command: str, deadline_s: float = 20) -> None:
@@ -631,20 +634,26 @@ class Cluster:
         path.chmod(mode)
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
 
 
-def _inner(pid: int, levels_up: int = 0) -> int:
-    """A process's number in its own process namespace, or in one so many levels above; out here it has another."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def number_of(pid: int, levels_up: int = 0) -> int:
+    """A process's number in its own process namespace, or in one so many levels above, where it has another.
+
+    0 where it is gone.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
     return int(next(line for line in lines if line.startswith("NSpid:")).split()[-1 - levels_up])
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether it runs; one that is dead and not yet reaped by its parent does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import harness
-from tests.slurm.harness import Cluster, ClusterError, wait_until
+from tests.slurm.harness import Cluster, ClusterError, children_of, is_alive, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURMD_PORT = 6818
@@ -36,7 +36,7 @@ def submit(cluster: Cluster, script: str, *options: str) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    children = harness._children(pid)
+    children = children_of(pid)
     return children + [further for child in children for further in descendants(child)]
 
 
@@ -62,10 +62,11 @@ def test_a_host_has_its_own_name_network_processes_and_shared_memory(slurm: Clus
         programs = said(slurm, host, "sh", "-c", "cat /proc/[0-9]*/comm").split()
         assert programs.count("slurmd") == 1
         assert "slurmctld" not in programs
-    said(slurm, "node0", "touch", "/dev/shm/mine")
-    assert said(slurm, "node0", "ls", "/dev/shm") == "mine"
+    mine = Path("/dev/shm") / f"harness-{os.getpid()}"
+    said(slurm, "node0", "touch", mine)
+    assert said(slurm, "node0", "ls", "/dev/shm") == mine.name
     assert said(slurm, "node1", "ls", "/dev/shm") == ""
-    assert not Path("/dev/shm/mine").exists()
+    assert not mine.exists()
     assert reaches(slurm, "node0", "10.77.0.11")
     assert reaches(slurm, "node0", "10.78.0.11")
 
@@ -281,7 +282,7 @@ def test_nothing_is_left_however_the_tests_end(ending: signal.Signals, needs_har
     asked_at = time.monotonic()
     python.send_signal(ending)
     python.communicate()
-    wait_until(lambda: not any(harness._is_alive(pid) for pid in left), 5, "all of it is gone")
+    wait_until(lambda: not any(is_alive(pid) for pid in left), 5, "all of it is gone")
     assert time.monotonic() - asked_at < 2
 
 
