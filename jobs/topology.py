@@ -218,8 +218,8 @@ def _claims_a_step(env: Mapping[str, str]) -> bool:
 def _refuse_anothers_step(env: Mapping[str, str], ancestry: Sequence[tuple[int, str]], command: str) -> None:
     """Raises where this process is not one that Slurm started for the step in its variables.
 
-    A container may hide what is above a process. So what is not seen counts against the variables only where nothing
-    is hidden.
+    A container, or a /proc that shows only one's own, may hide what is above a process. So what is not seen counts
+    against the variables only where nothing is hidden; and then they are at least held against each other.
     """
     job, step = env.get("SLURM_JOB_ID", ""), env["SLURM_STEP_ID"]
     claim = f"SLURM_STEP_ID={_shown(step)} of job {_shown(job)}"
@@ -233,6 +233,9 @@ def _refuse_anothers_step(env: Mapping[str, str], ancestry: Sequence[tuple[int, 
                 f"{claim} is left over: no slurmstepd is above this process, so it is in no step (a shell that was "
                 f"detached from one?); {instead}, or leave that shell"
             )
+        contradiction = _contradiction(env)
+        if contradiction:
+            raise TopologyError(f"{claim} is another's: {contradiction}; {instead}")
         return
     own_job, own_step = manager
     if own_step == "shell" or not own_step.isdigit():
@@ -250,6 +253,21 @@ def _refuse_anothers_step(env: Mapping[str, str], ancestry: Sequence[tuple[int, 
             f"SLURM_TASK_PID={task} is neither this process nor above it: these are the variables of another rank of "
             f"step {own_job}.{own_step} (a saved environment?); let srun set them in each rank"
         )
+
+
+def _contradiction(env: Mapping[str, str]) -> str:
+    """What cannot be of one step, as where a new allocation's variables lie over an outer step's; "" for nothing."""
+    host, ranks_here = _text(env, "SLURMD_NODENAME"), _ints(env, "SLURM_GTIDS")
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        text = env.get(name, "")
+        if text and host not in expand_hosts(text):
+            return f"{host} is not in {name}={_shown(text)}"
+    hosts, text = expand_hosts(env.get("SLURM_STEP_NODELIST", "")), env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts = expand_counts(text) if text else []
+    expected = dict(zip(hosts, counts, strict=True)).get(host) if len(hosts) == len(counts) else None
+    if ranks_here and expected is not None and expected != len(ranks_here):
+        return f"SLURM_GTIDS has {len(ranks_here)} of the {expected} ranks on {host}"
+    return ""
 
 
 def _nearest_manager(ancestry: Sequence[tuple[int, str]]) -> tuple[str, str] | None:

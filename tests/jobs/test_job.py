@@ -13,6 +13,7 @@ import pytest
 
 from jobs.by_hand import _FileBoard, _follow, _prepare, spec_by_hand
 from jobs.errors import CommandLineError, RendezvousError, RunDirectoryError, SettingsError, TopologyError
+from jobs.job import run_rank
 from jobs.records import RunDirectory
 from jobs.topology import RankInfo, local_env
 from tests.jobs.submitting import ROOT
@@ -134,8 +135,8 @@ def by_hand(directory: Path, *words: str, **env: str) -> subprocess.CompletedPro
     )
 
 
-def step(rank: int, world_size: int = 2, **more: str) -> RankInfo:
-    env = {
+def step_env(rank: int, world_size: int = 2) -> dict[str, str]:
+    return {
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
         "SLURM_NTASKS": str(world_size),
@@ -144,7 +145,10 @@ def step(rank: int, world_size: int = 2, **more: str) -> RankInfo:
         "SLURM_JOB_ID": "77",
         "SLURM_STEP_ID": "3",
     }
-    return RankInfo.from_env(env | more)
+
+
+def step(rank: int, world_size: int = 2, **more: str) -> RankInfo:
+    return RankInfo.from_env(step_env(rank, world_size) | more)
 
 
 def test_under_srun_the_run_directory_is_named_by_the_step(tmp_path: Path) -> None:
@@ -155,10 +159,8 @@ def test_under_srun_the_run_directory_is_named_by_the_step(tmp_path: Path) -> No
 
 
 def test_uneven_hosts_are_refused_with_what_to_give() -> None:
-    env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0,1", "SLURM_NTASKS": "3"}
-    env |= {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURMD_NODENAME": "node0"}
     with pytest.raises(CommandLineError, match=r"3 ranks, 2 on node0: hosts must be alike; .*--ntasks-per-node"):
-        spec_by_hand(["tp_fsdp"], RankInfo.from_env(env), env)
+        spec_by_hand(["tp_fsdp"], step(0, 3, SLURM_GTIDS="0,1"), {})
 
 
 def test_in_a_rank_of_a_local_job() -> None:
@@ -232,3 +234,11 @@ def test_a_requeued_step_goes_on_in_its_run_directory_and_a_second_run_does_not(
     run.done(1).touch()
     with pytest.raises(RunDirectoryError, match="has run there already"):
         _follow(spec, step(1), _FileBoard(spec.run_dir, step(1)))
+
+
+def test_a_submitted_job_too_asks_who_is_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_by_hand(["tp_fsdp"], step(0, 1), {})
+    monkeypatch.setattr("jobs.processes.ancestry", lambda: ((2, "python"), (1, "slurmstepd: [77.batch]")))
+    with pytest.raises(TopologyError, match="is inherited: this process is the batch script of job 77"):
+        run_rank(spec, step_env(0, 1))
+    assert list(tmp_path.iterdir()) == []

@@ -174,7 +174,7 @@ def test_without_the_list_of_ranks_an_uneven_table_needs_the_hosts_name_in_it() 
     one = RANKS["uneven"][0]
     for change in ({"SLURMD_NODENAME": "other"}, {"SLURM_STEP_NODELIST": "node[0-2]"}, {"SLURM_STEP_NUM_TASKS": "9"}):
         with pytest.raises(TopologyError, match=r"SLURM_STEP_TASKS_PER_NODE='7,1' does not tell how many"):
-            RankInfo.from_env(without(one.env | change, "SLURM_GTIDS"))
+            RankInfo.from_env(without(one.env | change, "SLURM_GTIDS"), one.ancestry)
 
 
 # --- whose variables are they? ----------------------------------------------------------------------------------------
@@ -214,8 +214,6 @@ def test_without_the_ancestry_only_the_shells_own_variables_speak() -> None:
             except TopologyError:
                 pass
     assert believed == {
-        "nested-batch",
-        "nested-salloc",
         "another-steps-variables",
         "another-ranks-variables",
         "detached",
@@ -292,6 +290,21 @@ def test_where_the_step_may_be_hidden_its_variables_are_believed(above: list[tup
     assert RankInfo.from_env(RECORDED[0], [(8, "python"), *above]).rank == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"SLURM_STEP_NODELIST": "node[1-2]"}, "node0 is not in SLURM_STEP_NODELIST=node[1-2]"),
+        ({"SLURM_JOB_NODELIST": "node2"}, "node0 is not in SLURM_JOB_NODELIST=node2"),
+        ({"SLURM_GTIDS": "0"}, "SLURM_GTIDS has 1 of the 4 ranks on node0"),
+    ],
+)
+def test_where_the_step_is_hidden_its_variables_are_held_against_each_other(change: dict[str, str], words: str) -> None:
+    for ancestry in ((), [(1, "python")]):
+        with pytest.raises(TopologyError) as caught:
+            RankInfo.from_env(RECORDED[0] | change, ancestry)
+        assert f"SLURM_STEP_ID=0 of job {JOB} is another's: {words}; start the ranks with `srun" in str(caught.value)
+
+
 def test_in_a_step_whose_variables_did_not_come_through() -> None:
     with pytest.raises(TopologyError, match=rf"in Slurm's step {JOB}.0, but .* did not come through"):
         RankInfo.from_env({}, RANKS["block"][0].ancestry)
@@ -344,6 +357,17 @@ def test_a_step_on_part_of_a_job_goes_by_the_steps_variables() -> None:
 def test_expected_hosts_are_not_guessed_under_other_distributions() -> None:
     for change in ({"SLURM_DISTRIBUTION": "cyclic"}, {"SLURM_STEP_TASKS_PER_NODE": "4"}):
         assert RankInfo.from_env(RECORDED[0] | change).expected_hosts == ()
+    for one in RANKS["cyclic"]:  # a variable that is left over, say
+        assert RankInfo.from_env(one.env | {"SLURM_DISTRIBUTION": "block"}).expected_hosts == ()
+
+
+def test_expected_hosts_are_not_guessed_in_a_heterogeneous_job() -> None:
+    # Components on node1, node0 and node2: the last is by chance where blocks would have it.
+    env = RECORDED[0] | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x3)", "SLURM_GTIDS": "2"}
+    env |= {"SLURM_STEP_NODELIST": "node[0-2]", "SLURMD_NODENAME": "node2", "SLURM_PROCID": "2"}
+    env |= {"SLURM_JOB_NODELIST": "node[0-2]"}
+    assert RankInfo.from_env(env).expected_hosts == ("node0", "node1", "node2")
+    assert RankInfo.from_env(env | {"SLURM_HET_SIZE": "3"}).expected_hosts == ()
 
 
 def test_torchrun() -> None:
