@@ -191,18 +191,25 @@ def _serve(
     try:
         address = own_address(info, interface, info.network_peer)
         listener = listen(info, address, ports)
+        port = listener.getsockname()[1]
+        try:
+            store = dist.TCPStore(
+                address,
+                port,
+                is_master=True,
+                timeout=timedelta(seconds=min(timeout_s, 10)),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+        except dist.DistError as error:
+            raise RendezvousError(
+                f"rank 0 listens on {address}:{port} and cannot reach it from {info.host} itself; "
+                "is its loopback interface down, or does a firewall forbid it?"
+            ) from error
     except MeshrunError as error:
         write_json(announcement, {"identity": info.identity, "host": info.host, "error": str(error)})
         raise
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    store.set_timeout(timedelta(seconds=timeout_s))
     nonce = secrets.token_hex(8)
     store.set(OWNER, f"{info.identity} {nonce}")
     said = {"address": address, "port": port, "identity": info.identity, "nonce": nonce, "host": info.host}
@@ -233,7 +240,7 @@ def listen(info: RankInfo, address: str, ports: tuple[int, int] | None) -> socke
             return listener
         except OSError as error:
             listener.close()
-            if error.errno != errno.EADDRINUSE:
+            if error.errno != errno.EADDRINUSE or ports is None:
                 raise RendezvousError(
                     f"rank 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
                     + (f"; rendezvous_ports of the cluster config is {first}-{last}" if ports else "")
@@ -337,9 +344,10 @@ def _problem(error: Exception) -> str:
         return str(error)
     if isinstance(error, dist.DistError):
         return "where something listens that is no store"
+    words = getattr(error, "strerror", None) or str(error)
     return (
-        f"and it cannot be reached from here ({getattr(error, 'strerror', None) or error}); is rank 0 still there, and "
-        "does no firewall lie between? The cluster config's interface and rendezvous_ports choose another way"
+        f"and it cannot be reached from here ({words}): rank 0 is gone, or a firewall lies between "
+        "(interface and rendezvous_ports of the cluster config choose another way)"
     )
 
 

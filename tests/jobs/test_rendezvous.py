@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -636,17 +637,24 @@ for launcher, world, interface, peer in json.loads(sys.argv[1]):
 """
 
 
-def ask(network: str, *questions: tuple[str, int, str | None, str | None]) -> list[tuple[str, dict[str, str]]]:
-    """What own_address answers to (launcher, ranks, interface, peer) on a host with this network, and the variables."""
+def on_a_host(network: str, code: str, *words: str) -> list[Any]:
+    """The lines of JSON that Python code prints on a host with this network."""
     from tests.slurm.harness import PATH, _unshare
 
     script = f'set -e; export PATH={PATH}; ip link set lo up; {network}\nexec "$@"'
-    words = [sys.executable, "-c", ASK, json.dumps(questions)]
     done = subprocess.run(
-        [*_unshare(), "--mount-proc", "bash", "-c", script, "bash", *words], capture_output=True, text=True, timeout=90
+        [*_unshare(), "--mount-proc", "bash", "-c", script, "bash", sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def ask(network: str, *questions: tuple[str, int, str | None, str | None]) -> list[tuple[str, dict[str, str]]]:
+    """What own_address answers to (launcher, ranks, interface, peer) on a host with this network, and the variables."""
+    return [tuple(answer) for answer in on_a_host(network, ASK, json.dumps(questions))]
 
 
 def cable(name: str, *addresses: str, up: bool = True, far_end_up: bool = True) -> str:
@@ -737,6 +745,27 @@ def test_an_interface_that_cannot_be_used_is_said_to_be_so() -> None:
         "127.0.0.1",
     ]
     assert answers[5].endswith(f"){ipv6}")
+
+
+JOIN = """
+import json, sys
+from pathlib import Path
+from jobs import errors, rendezvous
+from jobs.topology import RankInfo
+try:
+    rendezvous.join(RankInfo("slurm", 0, 2, 0, 1, "a", "7"), "cpu", Path(sys.argv[1]), 3, None)
+except errors.RendezvousError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.usefixtures("needs_namespaces")
+def test_a_host_that_does_not_reach_itself_says_so_to_all(meeting: Meeting, tmp_path: Path) -> None:
+    ends = meeting.come([info(1, ["a", "b"])], tmp_path / "r.json")
+    (said,) = on_a_host(cable("eth0", "10.1.0.5/24") + "ip link set lo down", JOIN, str(tmp_path / "r.json"))
+    assert re.match(r"rank 0 listens on 10\.1\.0\.5:\d+ and cannot reach it from a itself; is its loopback", said)
+    (came,) = meeting.results(ends)
+    assert came.error == said
 
 
 def test_what_the_environment_says_of_sockets_wins_and_is_said_to(caplog: pytest.LogCaptureFixture) -> None:

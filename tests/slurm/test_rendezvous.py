@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -219,6 +220,18 @@ def test_an_interface_that_only_one_host_has(slurm: Cluster, tmp_path: Path) -> 
     code, out, err = line.finish(DEADLINE_S)
     assert code == 1, out + err
     assert "interface 'ib0' of the cluster config does not exist on node1 (it has: lo 127.0.0.1, eth0 10.77.0.11" in err
+
+
+def test_a_way_that_is_barred_is_said_by_the_rank_that_cannot_pass(slurm: Cluster, tmp_path: Path) -> None:
+    """As by a firewall between the hosts, on the network that is not Slurm's."""
+    slurm.disturbed = True
+    slurm.run(*slurm.exec("node1", "ip", "route", "add", "prohibit", "10.78.0.10/32"))
+    line = start(slurm, tmp_path, "interface: eth1", deadline_s=8)
+    code, out, err = line.finish(DEADLINE_S)
+    assert code == 1, out + err
+    assert "1 of 2 ranks came within 8 s; missing: rank 1 on node1; present: node0: rank 0" in err, err
+    said = (line.run_dir / "attempt-0" / "rank-1.log").read_text()
+    assert re.search(r"rank 0 announced 10\.78\.0\.10:\d+ on node0, and it cannot be reached from here \(", said), said
 
 
 @pytest.mark.parametrize(
