@@ -35,7 +35,7 @@ from jobs.errors import (
 from jobs.job import run_rank
 from jobs.records import RunDirectory, default_run_dir, read_json, write_json
 from jobs.spec import JobSpec, ResourceSpec
-from jobs.topology import RankInfo
+from jobs.topology import RankInfo, expand_counts
 from workloads import registry
 
 PREPARE_AT_MOST = timedelta(hours=1)
@@ -93,9 +93,11 @@ def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> Job
         del words[at : at + 2]
     if not words or words[0].startswith("-"):
         raise CommandLineError(USAGE)
-    if info.world_size % info.local_world_size:
+    # All ranks must come to the same answer here: one that went on alone would wait for rank 0's word.
+    table = env.get("SLURM_STEP_TASKS_PER_NODE", "") if info.launcher == "slurm" else ""
+    if info.world_size % info.local_world_size or len(set(expand_counts(table) if table else ())) > 1:
         raise CommandLineError(
-            f"{info.world_size} ranks, {info.local_world_size} on {info.host}: hosts must be alike; "
+            f"{info.world_size} ranks, {table or f'{info.local_world_size} on {info.host}'}: hosts must be alike; "
             "give as many ranks to each (srun --ntasks-per-node, torchrun --nproc-per-node)"
         )
     resources = ResourceSpec(nodes=info.world_size // info.local_world_size, gpus_per_node=info.local_world_size)

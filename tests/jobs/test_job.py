@@ -17,6 +17,7 @@ from jobs.job import run_rank
 from jobs.records import RunDirectory
 from jobs.topology import RankInfo, local_env
 from tests.jobs.submitting import ROOT
+from tests.jobs.test_topology import RANKS
 from workloads.base import WorkloadError
 
 ENV = {
@@ -158,9 +159,12 @@ def test_under_srun_the_run_directory_is_named_by_the_step(tmp_path: Path) -> No
     assert (specs[0].executor, specs[0].resources.gpus_per_node) == ("slurm", 2)
 
 
-def test_uneven_hosts_are_refused_with_what_to_give() -> None:
+def test_uneven_hosts_are_refused_by_every_rank_with_what_to_give() -> None:
     with pytest.raises(CommandLineError, match=r"3 ranks, 2 on node0: hosts must be alike; .*--ntasks-per-node"):
         spec_by_hand(["tp_fsdp"], step(0, 3, SLURM_GTIDS="0,1"), {})
+    for recorded in RANKS["uneven"] + RANKS["uneven-cyclic"]:
+        with pytest.raises(CommandLineError, match=r"8 ranks, 7,1: hosts must|5 ranks, 3,1\(x2\): hosts must"):
+            spec_by_hand(["tp_fsdp"], RankInfo.from_env(recorded.env, recorded.ancestry), recorded.env)
 
 
 def test_in_a_rank_of_a_local_job() -> None:

@@ -125,7 +125,7 @@ KINDS = {
         "srun --label --nodes=2 --ntasks=8 $PROBE > $TO/step",
     ),
     "uneven-cyclic": Kind(
-        "2, 2 and 1",
+        "3, 1 and 1",
         "srun --label --nodes=3 --ntasks=5 --distribution=cyclic $PROBE > $TO/step",
     ),
     "one-host": Kind(
