@@ -243,7 +243,9 @@ class _Result:
             self._seen = self._record = None
             return None
         if seen != self._seen:
-            record = read_json(self.run_dir.result)
+            record = None
+            with contextlib.suppress(OSError):  # it has just been replaced
+                record = read_json(self.run_dir.result)
             self._seen, self._record = seen, record if isinstance(record, dict) else None
             self.since, self.changes = stat.st_mtime, self.changes + 1
         if self._record is not None and self._record.get("attempt", 0) < self.run_dir.last_attempt().number:
@@ -333,10 +335,14 @@ class _SlurmJob:
             return
         self._ask_at = now + self._interval
         self._interval = min(self._interval * 1.3, ASK_EVERY_S[1])
-        self._asking = threading.Thread(
-            target=lambda: self._coming.append(slurm.ask(self.job_id, self.env)), daemon=True
-        )
+        self._asking = threading.Thread(target=self._ask_now, daemon=True)
         self._asking.start()
+
+    def _ask_now(self) -> None:
+        try:
+            self._coming.append(slurm.ask(self.job_id, self.env))
+        except Exception as error:  # whatever is wrong with one question, the job goes on
+            self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
 
     def _hear(self, answer: slurm.Answer) -> None:
         self.answer = answer
