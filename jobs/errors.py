@@ -9,7 +9,8 @@ MeshrunError
 │   ├── ResourceError        a shape, or a size, that does not fit
 │   └── SubmissionError      the scheduler refused
 ├── JobFailed                exit 1: the job ran and failed; names the rank, the host and the log
-├── TopologyError            in a rank: the environment names no rank, or hosts hold unequal numbers of them
+├── TopologyError            in a rank: the environment names no rank, hosts hold unequal numbers of them, or a host has
+│                            not the network interface that it should have
 └── RendezvousError          in a rank: the others did not come in time, or are not of this job
 
 Interrupted                  exit 130: Ctrl-C, a hang-up, a termination; like KeyboardInterrupt no Exception, so that no

@@ -201,6 +201,8 @@ OF_TORCHRUN = (
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
 DEVICES_OF_A_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+INTERFACES_OF_A_RANK = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Which a rank of ours has set for itself; elsewhere they are the user's."""
 OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG", "SLURM_TIME_FORMAT", "SLURM_HOSTFILE")
 """How commands find their cluster (without SLURM_CONF they may find none); SLURM_HOSTFILE is what arbitrary
 distribution reads, and nothing else does."""
@@ -213,7 +215,7 @@ def clean(env: Mapping[str, str]) -> dict[str, str]:
     requested GRES but job doesn't have GRES"), its rank. SBATCH_* variables would win over the script's lines: those
     that say where a job runs were read when it was resolved, and are in the script.
     """
-    in_a_job = "SLURM_JOB_ID" in env
+    in_a_job, in_a_rank = "SLURM_JOB_ID" in env, "SUBMITIT_EXECUTOR" in env
     return {
         name: value
         for name, value in env.items()

@@ -183,6 +183,7 @@ def test_the_environment_of_a_surrounding_job_is_left_behind() -> None:
         "PMIX_RANK": "0",
         "MESHRUN_PROCID": "0",
         "SUBMITIT_EXECUTOR": "local",
+        "GLOO_SOCKET_IFNAME": "lo",
         "TORCHELASTIC_RUN_ID": "x",
         "RANK": "3",
         "MASTER_ADDR": "node0",
@@ -191,7 +192,8 @@ def test_the_environment_of_a_surrounding_job_is_left_behind() -> None:
     stays = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "x", "RANKING": "1", "HOME": "/home/me"}
     assert sbatch.clean({**inside, **stays}) == stays
     # What somebody set on a login node is theirs.
-    assert sbatch.clean({"CUDA_VISIBLE_DEVICES": "1"}) == {"CUDA_VISIBLE_DEVICES": "1"}
+    theirs = {"CUDA_VISIBLE_DEVICES": "1", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert sbatch.clean(theirs) == theirs
 
 
 def test_the_json_schema_is_current() -> None:
