@@ -65,6 +65,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         signal.signal(signal.SIGUSR2, _warned if info.rank == 0 else signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
+        processes.allow_open_files(info.world_size, info.host)
         if info.rank == 0:
             RunDirectory(spec.run_dir).begin(info.attempt)
         return _run(spec, info, attempt)

@@ -1,16 +1,24 @@
-"""Processes of this box: who runs below us, and that none outlives us. Linux's ways; elsewhere groups have to do."""
+"""Processes of this box: who runs below us, that none outlives us, and what this one may hold open. Linux's ways.
+
+Elsewhere groups of processes have to do.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Set
 from pathlib import Path
 
+from jobs.errors import ResourceError
+
+_MOST_OPEN_FILES = 1 << 20
+"""More helps no job, and what walks through all possible descriptors before it starts a program walks for minutes."""
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -71,6 +79,32 @@ def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+
+
+def allow_open_files(world_size: int, host: str) -> None:
+    """Lets this process hold open what a rank of so many needs, as far as the hard limit goes.
+
+    gloo connects every rank with every other, for itself and for the mesh's groups: on rank 0 about three descriptors
+    for each, two elsewhere. The soft limit that sbatch takes along from a login shell is mostly 1024.
+
+    Raises:
+        ResourceError: the hard limit is too low.
+    """
+    needed = 4 * world_size + 256
+    soft, hard = (
+        sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if hard < needed:
+        raise ResourceError(
+            f"{world_size} ranks need up to {needed} open files each, and the hard limit on {host} is {hard}; raise it "
+            "where the job is submitted (`ulimit -Hn`, which Slurm takes along), or LimitNOFILE of slurmd, or ask for "
+            "fewer ranks"
+        )
+    wanted = min(hard, max(needed, _MOST_OPEN_FILES))
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # what the kernel allows may be less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def ancestry() -> tuple[tuple[int, str], ...]:

@@ -120,6 +120,47 @@ def test_the_shape_comes_from_torchrun(tmp_path: Path) -> None:
     assert (spec.executor, spec.run_dir) == ("torchrun", tmp_path / "r")
 
 
+# --- open files -------------------------------------------------------------------------------------------------------
+
+
+def limited(directory: Path, limits: str, world_size: int = 1) -> subprocess.CompletedProcess[str]:
+    """A job of one rank, or the first rank of more, under `ulimit`; it prints the limits that it runs under."""
+    code = """
+import resource, sys
+from pathlib import Path
+from jobs import job
+from jobs.spec import JobSpec, ResourceSpec
+from jobs.topology import local_env
+job._run = lambda *_: print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+nodes, run = int(sys.argv[1]), Path(sys.argv[2])
+spec = JobSpec(workload="x", settings={}, resources=ResourceSpec(nodes=nodes, gpus_per_node=1), executor="local",
+               cluster="none", run_dir=run)
+job.run_rank(spec, local_env(0, nodes, 1, "7"))
+"""
+    return subprocess.run(
+        ["bash", "-c", f'{limits}; exec "$@"', "-", sys.executable, "-c", code, str(world_size), str(directory / "r")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_soft_limit_of_open_files_is_raised_to_the_hard_one(tmp_path: Path) -> None:
+    done = limited(tmp_path, "ulimit -Sn 40; ulimit -Hn 3000", world_size=600)
+    assert done.stdout == "3000 3000\n", done.stderr
+
+
+def test_a_hard_limit_of_open_files_that_is_too_low_is_said_in_one_line(tmp_path: Path) -> None:
+    done = limited(tmp_path, "ulimit -Sn 1024; ulimit -Hn 1024", world_size=512)
+    assert done.returncode == 1
+    expected = "512 ranks need up to 2304 open files each, and the hard limit on host0 is 1024; raise it "
+    assert json.loads((tmp_path / "r" / "attempt-0" / "failures" / "0.json").read_text())["message"].startswith(
+        f"ResourceError: {expected}"
+    )
+    assert len([line for line in done.stderr.splitlines() if "this rank ends: ResourceError" in line]) == 1
+
+
 # --- srun -------------------------------------------------------------------------------------------------------------
 
 
