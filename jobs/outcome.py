@@ -15,6 +15,7 @@ import os
 import pwd
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -478,28 +479,46 @@ def conclude(run: RunDirectory, attempt: int, seen: Evidence) -> dict[str, Any]:
 # --- in the batch script ----------------------------------------------------------------------------------------------
 
 _ASK_WITHIN_S = 5.0
+_GRACE_AT_MOST_S = 3600.0
+"""Seconds that a preempted job waits for Slurm to end it; a grace time is minutes."""
 
 
-def ended(run_dir: str, attempt: str, status: str) -> str:
-    """What the batch script runs when srun has failed: leaves result.json.
+def ended(run_dir: str, attempt: str, status: str, sleep: Callable[[float], None] = time.sleep) -> str:
+    """What the batch script runs when it ends and srun has failed, was not reached or left no result: leaves one.
+
+    A preempted job does not come back from here: Slurm ends the script, and what it would have left is no failure.
 
     Args:
         run_dir: the run directory.
         attempt: the script's incarnation.
-        status: srun's exit code.
+        status: the script's exit code, which is srun's where that was reached.
+        sleep: waits; for tests.
 
     Returns:
         One line for the script's log.
     """
     run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
     seen = gather(run, number, status=int(status), nodelist=env.get("SLURM_JOB_NODELIST", ""))
-    ends = seen.words.ends
-    silent = not (seen.words.cause or seen.words.later or seen.failures)
-    if ends and silent and all(end.code == -signal.SIGTERM for end in ends):
-        # A preemption with a grace time looks like somebody's kill; Slurm knows.
+    if _may_be_preempted(seen):
         answer = slurm.ask_scontrol(env.get("SLURM_JOB_ID", seen.job_id), slurm.environment(env), _ASK_WITHIN_S)
         seen = replace(seen, state=answer if isinstance(answer, JobState) else None)
+        if seen.state is not None and seen.state.preempted:
+            # A script that ends within the grace time has failed, and Slurm does not start it again.
+            line = "meshrun: preempted; waiting for Slurm to put the job back into the queue"
+            print(line, file=sys.stderr, flush=True)
+            sleep(_GRACE_AT_MOST_S)
     record = conclude(run, number, seen)
     if record["status"] == "done":
         return f"meshrun: attempt {number}: the work is done, and srun ended with code {status} after it"
     return f"meshrun: attempt {number} failed: {record['error']}"
+
+
+def _may_be_preempted(seen: Evidence) -> bool:
+    """Whether a SIGTERM ended it, as a preemption with a grace time begins; only Slurm can tell it from somebody's."""
+    if any(failure.kind != "lost_peer" for failure in seen.failures):
+        return False
+    cause = seen.words.cause or seen.words.later
+    if cause:
+        return cause == "CANCELLED"
+    first = [end.code for end in seen.words.ends if not end.echo]
+    return -signal.SIGTERM in first if seen.words.ends else seen.status == 128 + signal.SIGTERM

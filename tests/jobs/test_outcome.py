@@ -384,3 +384,51 @@ def test_whatever_happens_the_script_goes_on(words: list[str], run: RunDirectory
 def test_a_run_directory_that_cannot_be_written_to_is_no_reason_to_say_nothing(run: RunDirectory) -> None:
     run.result.mkdir()
     assert "rank 3 on node1: killed by SIGKILL" in ended(str(run.path), "0", "137").stderr
+
+
+SHOWN = "JobId=12 JobState=RUNNING Restarts=0 PreemptTime={} NodeList=node[0-1]"
+
+
+@pytest.mark.parametrize(
+    ("log", "failures", "preempted", "waits"),
+    [
+        ("preemption-with-grace", [], "2026-11-22T11:29:00", True),
+        ("preemption-with-grace", [lost(0)], "2026-11-22T11:29:00", True),
+        ("", [], "2026-11-22T11:29:00", True),  # the site's set-up was ended
+        ("preemption-with-grace", [], "None", False),
+        ("preemption-with-grace", [error(0)], "2026-11-22T11:29:00", False),
+        ("SIGKILL", [], "2026-11-22T11:29:00", False),
+        ("scancel", [], "2026-11-22T11:29:00", True),  # srun is not told why
+        ("scancel", [], "None", False),
+        ("node-failure", [], "2026-11-22T11:29:00", False),
+    ],
+)
+def test_a_preempted_job_waits_for_slurm_to_end_it(
+    log: str,
+    failures: list[Failure],
+    preempted: str,
+    waits: bool,
+    run: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{SHOWN.format(preempted)}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    begin(run, 0, log or "SIGKILL")
+    if not log:
+        run.attempt(0).srun_log.unlink()
+    for failure in failures:
+        write_json(run.attempt(0).failure(failure.rank), failure.to_json())
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert not run.result.exists()  # it is no failure while it may come back
+
+    line = outcome.ended(str(run.path), "0", "143", sleep)
+    assert slept == ([3600.0] if waits else [])
+    assert ("preempted; waiting for Slurm" in capsys.readouterr().err) == waits
+    assert not waits or line == "meshrun: attempt 0 failed: job 12 was preempted by Slurm"
+    assert read_json(run.result)["status"] == "failed"

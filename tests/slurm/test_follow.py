@@ -254,3 +254,21 @@ def test_a_job_that_slurm_starts_again_is_followed_to_its_real_end(slurm: Cluste
     assert -1 not in places, shown
     assert places == sorted(places)
     assert line.result()["attempt"] == 1
+
+
+def test_a_preemption_with_a_grace_time_is_no_failure(make_cluster: Callable[..., Cluster], follow: Follow) -> None:
+    """Where Slurm sends SIGTERM as the grace time begins, the ranks end at once; the job is to be there at its end."""
+    partitions = {
+        "main": "Default=YES MaxTime=INFINITE PriorityTier=10 GraceTime=5",
+        "high": "MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF",
+    }
+    slurm = make_cluster(partitions=partitions, SlurmctldParameters="cloud_dns")  # no preempt_send_user_signal
+    line = follow(slurm, "steps=60", "pause_seconds=0.1", "pause_again=false")
+    line.wait_for_step(3)
+    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm.run("sbatch", "--parsable", *urgent)
+    assert code(line) == 0, out(line) + err(line)
+    words = "preempted; waiting for Slurm to put the job back into the queue"
+    assert words in (line.run_dir / "slurm.log").read_text()
+    assert "attempt 1 begins" in out(line)
+    assert (line.result()["status"], line.result()["attempt"]) == ("done", 1)
