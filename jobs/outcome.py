@@ -265,11 +265,9 @@ def _cause(seen: Evidence) -> str:
     state = seen.state.state if seen.state else ""
     if state in ("TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"):
         return state
-    if seen.words.cause:
-        return seen.words.cause
-    if seen.state is not None and seen.state.preempted:
+    if seen.state is not None and seen.state.preempted and seen.words.cause in ("", "CANCELLED"):
         return "PREEMPTED"
-    return ""
+    return seen.words.cause
 
 
 def _what_slurm_did(seen: Evidence) -> str:
@@ -483,7 +481,7 @@ _GRACE_AT_MOST_S = 3600.0
 """Seconds that a preempted job waits for Slurm to end it; a grace time is minutes."""
 
 
-def ended(run_dir: str, attempt: str, status: str, sleep: Callable[[float], None] = time.sleep) -> str:
+def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], None] = time.sleep) -> str:
     """What the batch script runs when it ends and srun has failed, was not reached or left no result: leaves one.
 
     A preempted job does not come back from here: Slurm ends the script, and what it would have left is no failure.

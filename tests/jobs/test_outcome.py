@@ -427,7 +427,7 @@ def test_a_preempted_job_waits_for_slurm_to_end_it(
         slept.append(seconds)
         assert not run.result.exists()  # it is no failure while it may come back
 
-    line = outcome.ended(str(run.path), "0", "143", sleep)
+    line = outcome.ended(str(run.path), "0", "143", sleep=sleep)
     assert slept == ([3600.0] if waits else [])
     assert ("preempted; waiting for Slurm" in capsys.readouterr().err) == waits
     assert not waits or line == "meshrun: attempt 0 failed: job 12 was preempted by Slurm"
