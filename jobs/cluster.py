@@ -117,11 +117,8 @@ class ClusterConfig(StrictModel):
     @classmethod
     def _srun_args(cls, value: list[str]) -> list[str]:
         for word in value:
-            name = word.partition("=")[0]
-            if not word.startswith("-"):
-                raise ValueError(f"'{word}' is no option; write the option and its value as one word: --name=value")
-            if name in sbatch.SRUN_OWNED:
-                raise ValueError(f"'{word}': srun's {name} is part of the job; use {sbatch.SRUN_OWNED[name]}")
+            if mistake := sbatch.srun_mistake(word):
+                raise ValueError(f"'{word}': {mistake}")
         return value
 
     @field_validator("setup")
@@ -175,6 +172,8 @@ def env_name_mistake(name: str) -> str | None:
         return f"'{name}' is not a variable's name (letters, digits and _)"
     if name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         return f"{name} is part of the job; use threads_per_rank (--threads-per-rank)"
+    if name in ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"):
+        return f"{name} is bash's own, and no script can set it; choose another name"
     if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_")):
         return f"{name} is the launcher's own; choose another name"
     return None

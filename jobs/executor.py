@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,8 +38,7 @@ class Submission:
 def rank_env(spec: JobSpec) -> dict[str, str]:
     """Variables of every rank: the user's, and the thread counts that libraries read when they are imported."""
     threads = {name: str(spec.threads_per_rank) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # Bursts of connections make gloo look names up; a slow name server would stall each for 5 s.
-    return {"RES_OPTIONS": "timeout:1 attempts:1", **spec.env, **threads, "OPENBLAS_NUM_THREADS": "1"}
+    return {"RES_OPTIONS": sbatch.RESOLVER, **spec.env, **threads, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
@@ -67,6 +68,10 @@ def _entry_command(folder: Path) -> list[str]:
     return [sys.executable, "-u", str(sbatch.ENTRY), str(folder)]
 
 
+SUBMIT_WITHIN_S = 120
+"""Seconds that sbatch gets to queue a job; it tries again by itself where the controller is busy."""
+LOST = re.compile(r"timed? ?out|zero bytes|unexpected message|connection (reset|refused|aborted)", re.IGNORECASE)
+"""What sbatch says where it lost the controller in the middle: the job may be queued all the same."""
 ANSWER_WITHIN_S = 60
 """Seconds that sbatch gets to answer; a busy controller may take some."""
 
@@ -86,13 +91,33 @@ def check_slurm(submission: Submission) -> str:
             f"--executor slurm: {' and '.join(missing)} not found on PATH; submit from a login node, "
             "or use --executor local"
         )
-    if str(submission.parameters["sbatch"]["distribution"]).startswith("arbitrary"):
-        # Slurm 22.05 answers "Requested node configuration is not available" to host files that it then runs.
-        return "distribution=arbitrary: sbatch --test-only does not know all host files, so it was not asked"
+    code, words = _ask(["sbatch", "--test-only"], submission.text)
+    if code == 0:
+        return words
+    if any(unsure in words for unsure in UNSURE):
+        given = submission.parameters["sbatch"]
+        total = _hosts(str(given.get("partition", "")))
+        if total is None or int(given["nodes"]) <= total:
+            return f"sbatch --test-only says: {words}; the job is queued all the same"
+        words += f" (--nodes {given['nodes']}: the partition has {total} hosts)"
+    raise SubmissionError(f"sbatch would refuse the job: {words or f'exit code {code}'}")
+
+
+UNSURE = ("node configuration is not available", "node not available", "partition not available")
+"""`sbatch --test-only` says so of what no host can ever give, but also of hosts that are down, drained or reserved just
+now, and (22.05) of host files; sbatch itself takes the latter, and refuses most of the former."""
+
+
+def _ask(command: list[str], text: str = "") -> tuple[int, str]:
+    """A command of Slurm's: its exit code, and what it says, on one line.
+
+    Raises:
+        SubmissionError: it did not answer in time.
+    """
     try:
         answer = subprocess.run(
-            ["sbatch", "--test-only"],
-            input=submission.text,
+            command,
+            input=text,
             env=sbatch.clean(os.environ),
             capture_output=True,
             text=True,
@@ -101,13 +126,20 @@ def check_slurm(submission: Submission) -> str:
         )
     except subprocess.TimeoutExpired:
         raise SubmissionError(
-            f"`sbatch --test-only` has not answered within {ANSWER_WITHIN_S} s; nothing is queued; try again, "
+            f"`{' '.join(command)}` has not answered within {ANSWER_WITHIN_S} s; nothing is queued; try again, "
             "or ask `sinfo` whether Slurm is up"
         ) from None
-    words = "; ".join(line.strip() for line in (answer.stderr + answer.stdout).splitlines() if line.strip())
-    if answer.returncode:
-        raise SubmissionError(f"sbatch would refuse the job: {words or f'exit code {answer.returncode}'}")
-    return words
+    lines = (answer.stderr + answer.stdout).splitlines()
+    return answer.returncode, "; ".join(line.strip() for line in lines if line.strip())
+
+
+def _hosts(partition: str) -> int | None:
+    """How many hosts a partition has, in whatever state; the default one where none is named; None if not known."""
+    code, words = _ask(["sinfo", "--noheader", "--format=%P %D", *([f"--partition={partition}"] if partition else [])])
+    rows = [row.split() for row in words.split("; ")]
+    if code or any(len(row) != 2 or not row[1].isdigit() for row in rows):
+        return None
+    return sum(int(count) for name, count in rows if partition or name.endswith("*")) or None
 
 
 @contextlib.contextmanager
@@ -163,9 +195,14 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
         def _make_submission_file_text(self, command: str, uid: str) -> str:
             return submission.text
 
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            # It may have inherited that SIGTERM is held back, hence the second word.
+            return ["timeout", "--kill-after=5", str(SUBMIT_WITHIN_S), "sbatch", str(submission_file_path)]
+
     # The logs' directory is there before the job is: Slurm would end it without a word.
     run.attempt(0).make()
-    with warnings.catch_warnings(), _clean_environment():
+    # What sbatch says on stderr is in the error, too; submitit would print it beside.
+    with warnings.catch_warnings(), _clean_environment(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             executor = _Executor(run.submitit)
@@ -174,6 +211,13 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             return executor.submit(job)
         except FailedJobError as error:
             words = " ".join(str(error).split())
+            late = getattr(error.__cause__, "returncode", None) in (124, 137, -9)
+            if late or LOST.search(words):
+                said = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}" if late else words
+                raise JobFailed(
+                    f"whether the job is queued is not known: {said}; look with `squeue --me`, and cancel it if it is "
+                    f"(run directory: {spec.run_dir})"
+                ) from None
             raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
         except (RuntimeError, OSError) as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())

@@ -34,10 +34,13 @@ OWNED = {
     **dict.fromkeys(("output", "error", "open-mode", "input"), "--run-dir: logs lie in the run directory"),
     "array": "one line a job: each has a run directory of its own",
     "wait": "--wait",
+    **dict.fromkeys(("clusters", "cluster"), "a login node of that cluster: a job elsewhere could not be followed"),
     "test-only": "--dry-run",
     **dict.fromkeys(("wrap", "parsable", "quiet", "help", "usage", "version"), "nothing: it has no place in a job"),
 }
 """sbatch options that the job decides, and what to use in their place."""
+CHECKED = ("gres", "signal", "distribution", "requeue", "no-requeue")
+"""Options whose values are looked at below."""
 
 SRUN_OWNED = {
     **dict.fromkeys(("-N", "--nodes", "-n", "--ntasks", "--ntasks-per-node"), "--nodes and --gpus-per-node"),
@@ -55,6 +58,10 @@ def option_mistake(name: str, value: object) -> str | None:
         return "write sbatch's long option without its dashes, such as mail-user=me@site or exclusive"
     if name in OWNED:
         return f"sbatch's --{name} is part of the job; use {OWNED[name]}"
+    # sbatch takes any unambiguous beginning of an option for the option.
+    whole = next((option for option in (*OWNED, *CHECKED) if option.startswith(name) and name not in CHECKED), None)
+    if whole is not None:
+        return f"sbatch would read it as --{whole}; write the option in full"
     if isinstance(value, str) and any(not c.isprintable() for c in value):
         return "its value holds a line break or another control character"
     if name == "gres" and "gpu" in str(value):
@@ -63,6 +70,17 @@ def option_mistake(name: str, value: object) -> str | None:
         return "ranks listen to USR2 only; write signal=USR2@SECONDS"
     if name == "distribution" and not re.match(r"(block|cyclic|plane=[0-9]+|arbitrary)\b", str(value)):
         return "must start with block, cyclic, plane=SIZE or arbitrary"
+    return None
+
+
+def srun_mistake(word: str) -> str | None:
+    """Why an extra argument of srun cannot be given; None where it can."""
+    if not re.match(r"-[A-Za-z]|--[a-z]", word):
+        return "is no option; write the option and its value as one word: --name=value"
+    name = word.partition("=")[0] if word.startswith("--") else word[:2]
+    whole = next((o for o in SRUN_OWNED if o == name or (name.startswith("--") and o.startswith(name))), None)
+    if whole is not None:
+        return f"srun's {whole} is part of the job; use {SRUN_OWNED[whole]}"
     return None
 
 
@@ -87,11 +105,11 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         # A TP group of consecutive ranks lies within a host, whatever the site's default is.
         "distribution": "block",
         "export": "ALL",
-        "requeue": "no-requeue" not in spec.sbatch,
+        "requeue": True,
         "signal": f"USR2@{WARNING_S}",
     }
     extra = dict(spec.sbatch)
-    if extra.get("requeue") is False:
+    if extra.get("requeue") is False:  # a site may requeue by default
         extra["no-requeue"] = True
     if "gres" in extra and "gres" in wanted:  # GPUs, and something else beside them
         extra["gres"] = f"{wanted['gres']},{extra['gres']}"
@@ -105,16 +123,23 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
     }
 
 
+RESOLVER = "timeout:1 attempts:1"
+"""RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
+
+
 def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, str | bool]) -> list[str]:
-    """srun's own arguments, but for its logs, which depend on the attempt."""
+    """srun's own arguments, but for its logs, which depend on the attempt; the last of two that differ counts."""
+    # Without ALL, a job that was submitted with --export=NONE finds no bash. srun itself looks names up in peace.
+    resolver = "" if "RES_OPTIONS" in spec.env else f",RES_OPTIONS={RESOLVER}"
     arguments = [
+        *cluster.srun_args,
         f"--distribution={given['distribution']}",
         "--kill-on-bad-exit=1",  # else the others run to their time-out when one rank dies
-        "--export=ALL",  # else a job that was submitted with --export=NONE finds no bash
+        f"--export=ALL{resolver}",
     ]
     if "cpus-per-task" in given:
         arguments.append(f"--cpus-per-task={given['cpus-per-task']}")  # not inherited since Slurm 22.05
-    return [*arguments, *cluster.srun_args]
+    return arguments
 
 
 def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
@@ -126,42 +151,50 @@ def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
 def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str:
     """The whole batch script.
 
+    Its own variables have names that no user's variable can have (`jobs.cluster.env_name_mistake`).
+
     Args:
         spec: the job.
         cluster: its cluster.
         env: variables of every rank.
     """
     given = options(spec, cluster)
+    exported = {name: value for name, value in env.items() if name != "RES_OPTIONS" or name in spec.env}
     lines = ["#!/bin/bash"]
+    for name, value in given.items():
+        lines.append(f"#SBATCH --{name}" + ("" if value is True else f"={_quoted(str(value))}"))
     lines += [
-        f"#SBATCH --{name}" + ("" if value is True else f"={_quoted(str(value))}") for name, value in given.items()
+        "",
+        "# However it ends: who failed, and why, in a line here and in result.json. A SIGTERM is for the ranks first.",
+        f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))}",
+        "meshrun_ended() {",
+        "    local status=$?",
+        '    if [ "$status" -ne 0 ] || [ ! -e "$MESHRUN_RUN/result.json" ]; then',
+        f"        {shlex.join([sys.executable, str(ENTRY)])} \\",
+        '            --ended "$MESHRUN_RUN" "${SLURM_RESTART_COUNT:-0}" "$status"',
+        "    fi",
+        '    exit "$status"',
+        "}",
+        "trap meshrun_ended EXIT",
+        "trap : TERM",
+        "set -e",
     ]
     if cluster.setup:
-        lines += ["", "# The site's set-up; a line that fails ends the job.", "set -e", *cluster.setup, "set +e"]
+        lines += ["", "# The site's set-up; a line that fails ends the job.", *cluster.setup]
     lines += ["", "# Every rank's environment."]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
     if "cpus-per-task" in given:
         lines.append(f"export SRUN_CPUS_PER_TASK={given['cpus-per-task']}")
     lines += [
         "",
-        "# A requeue starts the script again, as the next attempt.",
-        f"run={shlex.quote(str(spec.run_dir))}",
-        'attempt="$run/attempt-${SLURM_RESTART_COUNT:-0}"',
-        'mkdir -p "$attempt"',
-        "",
-        "# One rank a GPU; one that fails ends all.",
+        "# One rank a GPU; one that fails ends all. A requeue starts the script again, as the next attempt.",
         "export SUBMITIT_EXECUTOR=slurm",
-        "status=0",
+        'MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-${SLURM_RESTART_COUNT:-0}"',
+        'mkdir -p "$MESHRUN_ATTEMPT"',
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
-        '    --open-mode=append --output="$attempt/rank-%t.log" \\',
+        '    --open-mode=append --output="$MESHRUN_ATTEMPT/rank-%t.log" \\',
         f"    {shlex.join(rank_command(spec, cluster))} \\",
-        '    2>>"$attempt/srun.log" || status=$?',
-        "",
-        "# Who failed, and why, in one line here and in result.json.",
-        'if [ "$status" -ne 0 ]; then',
-        f'    {shlex.join([sys.executable, str(ENTRY)])} --ended "$run" "${{SLURM_RESTART_COUNT:-0}}" "$status"',
-        "fi",
-        'exit "$status"',
+        '    2>>"$MESHRUN_ATTEMPT/srun.log"',
     ]
     return "\n".join(lines) + "\n"
 
@@ -185,16 +218,8 @@ def path_mistake(path: Path) -> str | None:
 
 
 INHERITED = (
-    "SLURM_",
-    "SBATCH_",
-    "SRUN_",
-    "SALLOC_",
-    "SLURMD_",
-    "MESHRUN_",
-    "SUBMITIT_",
-    "TORCHELASTIC_",
-    "PMI_",
-    "PMIX_",
+    *("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SLURMD_", "PMI_", "PMIX_"),
+    *("MESHRUN_", "SUBMITIT_", "TORCHELASTIC_"),
 )
 OF_TORCHRUN = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -220,7 +245,12 @@ def clean(env: Mapping[str, str]) -> dict[str, str]:
         name: value
         for name, value in env.items()
         if name in OF_THE_SITE
-        or not (name.startswith(INHERITED) or name in OF_TORCHRUN or (in_a_job and name in DEVICES_OF_A_JOB))
+        or not (
+            name.startswith(INHERITED)
+            or name in OF_TORCHRUN
+            or (in_a_job and name in DEVICES_OF_A_JOB)
+            or (in_a_rank and name in INTERFACES_OF_A_RANK)
+        )
     }
 
 

@@ -77,5 +77,6 @@ def test_the_table_of_the_run_directory_names_what_records_names(tmp_path: Path)
     from jobs.records import RunDirectory
 
     run = RunDirectory(tmp_path)
-    for path in (run.submission, run.result, run.metrics, run.settings, run.job, run.paths(0).export_dir, run.attempt(0).log(3)):
+    first = (run.submission, run.result, run.metrics, run.settings, run.job)
+    for path in (*first, run.paths(0).export_dir, run.attempt(0).log(3)):
         assert f"| `{path.relative_to(tmp_path)}" in README

@@ -244,6 +244,10 @@ BAD = [
     slurm("--sbatch", "", says=["--sbatch ''", "long option"]),
     slurm("--sbatch", "comment=a\nb", says=["comment", "line break"]),
     slurm("--sbatch", "nice=1", "--sbatch", "nice=2", says=["--sbatch nice is given twice"]),
+    slurm("--sbatch", "arr=0-3", says=["--sbatch 'arr=0-3'", "read it as --array"]),
+    slurm("--sbatch", "clusters=b", says=["clusters", "login node of that cluster"]),
+    slurm("--env", "UID=5", says=["--env UID=5", "bash's own"]),
+    site("srun_args: [-n1]", says=["c.yaml:2", "'-n1'", "--gpus-per-node"]),
     slurm("--sbatch", "array=0-3", says=["array", "one line a job"]),
     slurm("--sbatch", "signal=USR1@9", says=["signal", "signal=USR2@SECONDS"]),
     slurm("--job-name", "", says=["--job-name ''", "is empty"]),
@@ -261,7 +265,7 @@ BAD = [
     site("sbatch: {nodes: 3}", says=["c.yaml:2", "'nodes'", "use --nodes"]),
     site("sbatch: {comment: [a]}", says=["c.yaml:2", "sbatch"]),
     site("srun_args: [--ntasks=3]", says=["c.yaml:2", "--ntasks", "--gpus-per-node"]),
-    site("srun_args: [hostname]", says=["c.yaml:2", "'hostname' is no option"]),
+    site("srun_args: [hostname]", says=["c.yaml:2", "'hostname': is no option"]),
     site('srun_args: ["--a\\nb"]', says=["c.yaml:2", "line break"]),
     site("gpu_request: gpus", says=["c.yaml:2", "gpu_request", "gpus-per-node"]),
     site("gpu_type: h 100", says=["c.yaml:2", "gpu_type", "without spaces"]),
@@ -348,6 +352,33 @@ def test_sbatchs_own_variables_are_read_once_and_shown(
     monkeypatch.setenv("SBATCH_ACCOUNT", "a b")
     assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 2
     assert "--account 'a b' (from SBATCH_ACCOUNT)" in capsys.readouterr().err
+
+
+def test_requeue_is_one_option_and_the_line_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("executor: slurm\nsbatch: {no-requeue: true}\n")
+    line = ["tp_fsdp", "--cluster", str(config), "--dry-run"]
+    for words, has in (([], "#SBATCH --no-requeue\n"), (["--sbatch", "requeue"], "#SBATCH --requeue\n")):
+        assert main([*line, *words]) == 0
+        out = capsys.readouterr().out
+        assert has in out
+        assert out.count("requeue\n") == 1
+    for word in ("requeue=false", "no-requeue"):
+        assert main(["tp_fsdp", "--executor", "slurm", "--dry-run", "--sbatch", word]) == 0
+        out = capsys.readouterr().out
+        assert "#SBATCH --no-requeue\n" in out
+        assert out.count("requeue\n") == 1
+
+
+def test_slurms_variables_that_are_dropped_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 0
+    assert "SLURM_CLUSTERS=other in your environment is not used" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # in a job there are dozens, and none is meant
+    assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 0
+    assert "SLURM_CLUSTERS" not in capsys.readouterr().out
 
 
 def test_the_table_is_as_long_as_it_should_be() -> None:

@@ -48,18 +48,22 @@ def run(given: Options, console: Console) -> int:
     with _removed_on(BaseException, run_dir, existed):
         run_dir.describe(spec)
         resolved.entry.call("prepare", resolved.config, run_dir.data)
-    for line in resolved.announcements:
-        console.say(line)
-    console.say(f"run directory: {spec.run_dir}")
+    if spec.executor == "slurm":
+        return _queue(resolved, run_dir, existed, console, wait=bool(given.wait))
+    _announce(resolved, console)
     if spec.executor == "debug":
         return _debug(spec, console)
 
-    wait = given.wait if given.wait is not None else spec.executor == "local"
-    if spec.executor == "local":
-        from jobs.cli import follow
+    from jobs.cli import follow
 
-        return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
-    return _queue(resolved, run_dir, existed, console, wait)
+    wait = given.wait is not False
+    return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
+
+
+def _announce(resolved: Resolved, console: Console) -> None:
+    for line in resolved.announcements:
+        console.say(line)
+    console.say(f"run directory: {resolved.spec.run_dir}")
 
 
 def _queue(resolved: Resolved, run_dir: RunDirectory, existed: bool, console: Console, wait: bool) -> int:
@@ -71,6 +75,7 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, existed: bool, console: Co
         with interrupts.held(), _removed_on(SubmissionError, run_dir, existed):
             submitted = follow.submit_slurm(resolved.spec, resolved.cluster)
             console.job_started = True
+            _announce(resolved, console)  # now: a refusal stays one line
     except Interrupted as interruption:
         if submitted is None:
             raise

@@ -67,7 +67,7 @@ def resolve(given: Options) -> Resolved:
     )
     found, said = _from_environment(os.environ) if which == "slurm" else ({}, [])
     resources = _resources(given, flags, cluster, which, found)
-    _check_limits(given, cluster, cluster_path, resources)
+    _check_limits(given, cluster, cluster_path, resources, found)
     options = _sbatch_options(given, cluster, which, found)
 
     import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
@@ -166,6 +166,8 @@ def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]
     found, said = {}, []
     for name, value in sorted(env.items()):
         if not name.startswith("SBATCH_"):
+            if name.startswith(("SLURM_", "SRUN_")) and "SLURM_JOB_ID" not in env and name not in sbatch.OF_THE_SITE:
+                said.append(f"{name}={value} in your environment is not used; --sbatch and srun_args say what is meant")
             continue
         option = sbatch.FROM_ENVIRONMENT.get(name)
         if option is None:
@@ -189,11 +191,10 @@ def _sbatch_options(
         return {}
     if given.job_name is not None and (not given.job_name or any(not c.isprintable() for c in given.job_name)):
         raise CommandLineError(f"--job-name {given.job_name!r}: is empty or holds a line break; give another name")
-    options: dict[str, str | bool] = {
-        name: configured if isinstance(configured, bool) else str(configured)
-        for name, configured in cluster.sbatch.items()
-        if configured is not None
-    }
+    options: dict[str, str | bool] = {}
+    for name, configured in cluster.sbatch.items():
+        if configured is not None:
+            _add(options, name, configured if isinstance(configured, bool) else str(configured))
     for name, text in found.items():
         if name in ("partition", "account", "qos", "time"):
             continue
@@ -208,7 +209,8 @@ def _sbatch_options(
         if name in seen:
             raise CommandLineError(f"--sbatch {name} is given twice; keep one")
         seen.add(name)
-        options[name] = text if equals else True
+        # As in YAML: true is the bare flag, false is without it.
+        _add(options, name, {"true": True, "false": False}.get(text, text) if equals else True)
     if cluster.mem_gb_per_gpu is not None and (twice := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
         raise CommandLineError(
             f"--sbatch {sorted(twice)[0]}: the cluster config says mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g}; keep one"
@@ -216,7 +218,16 @@ def _sbatch_options(
     return options
 
 
-def _check_limits(given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec) -> None:
+def _add(options: dict[str, str | bool], name: str, value: str | bool) -> None:
+    """The later of two counts; `no-requeue` is one with `requeue: false`."""
+    if name == "no-requeue":
+        name, value = "requeue", value is False
+    options[name] = value
+
+
+def _check_limits(
+    given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, found: Mapping[str, str]
+) -> None:
     """What a cluster's config allows, said before the scheduler is asked."""
     at_most = f"{_shown(path)} allows at most"
     if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
@@ -229,9 +240,8 @@ def _check_limits(given: Options, cluster: ClusterConfig, path: Path, resources:
     if cluster.max_time is not None and resources.time_min is not None:
         longest = parse_minutes(cluster.max_time)
         if resources.time_min > longest:
-            raise ResourceError(
-                f"--time {given.time or cluster.time}: {at_most} {cluster.max_time} (max_time); ask for less"
-            )
+            asked = given.time or found.get("time", cluster.time)
+            raise ResourceError(f"--time {asked}: {at_most} {cluster.max_time} (max_time); ask for less")
 
 
 def _resources(
@@ -252,7 +262,8 @@ def _resources(
     try:
         time_min = parse_minutes(time) if time is not None else None
     except ValueError as mistake:
-        raise CommandLineError(f"--time {time}: {mistake}") from None
+        origin = " (from SBATCH_TIMELIMIT)" if given.time is None and "time" in found else ""
+        raise CommandLineError(f"--time {time}{origin}: {mistake}") from None
     named: dict[str, Any] = {}
     for name in ("partition", "account", "qos"):
         flag = getattr(given, name)

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import executor
 from jobs.cluster import ClusterConfig
-from jobs.errors import SubmissionError
+from jobs.errors import JobFailed, SubmissionError
 from jobs.executor import render
 from jobs.records import RunDirectory
 from jobs.sbatch import ENTRY
@@ -123,3 +123,28 @@ def test_the_logs_directory_is_there_before_the_job_is_queued(tmp_path: Path, mo
     scheduler(tmp_path, monkeypatch, f"[ -d {spec.run_dir}/attempt-0 ] && echo Submitted batch job 42")
     RunDirectory.create(spec.run_dir)
     assert executor.submit(spec, ClusterConfig(), owned=False).job_id == "42"
+
+
+@pytest.mark.parametrize(
+    "words", ["Batch job submission failed: Socket timed out on send/recv operation", "Zero Bytes were transmitted"]
+)
+def test_a_controller_that_is_lost_in_the_middle_may_have_queued_the_job(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler(tmp_path, monkeypatch, f'echo "sbatch: error: {words}" >&2; exit 1')
+    spec = make_spec(tmp_path / "run")
+    RunDirectory.create(spec.run_dir)
+    with pytest.raises(JobFailed, match="whether the job is queued is not known"):
+        executor.submit(spec, ClusterConfig(), owned=False)
+    assert spec.run_dir.is_dir()
+
+
+def test_sbatch_has_a_deadline_also_where_signals_are_held_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler(tmp_path, monkeypatch, "trap : TERM; sleep 30 & wait; sleep 30")
+    monkeypatch.setattr(executor, "SUBMIT_WITHIN_S", 0.3)
+    spec = make_spec(tmp_path / "run")
+    RunDirectory.create(spec.run_dir)
+    with pytest.raises(JobFailed, match=r"sbatch has not answered within 0.3 s"):
+        executor.submit(spec, ClusterConfig(), owned=False)

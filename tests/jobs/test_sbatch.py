@@ -93,7 +93,7 @@ def test_a_cluster_of_cpus_is_asked_for_no_gpus(tmp_path: Path) -> None:
 def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
     text = sbatch.script(make_spec(tmp_path / "a b"), ClusterConfig(), {})
     assert f'#SBATCH --output="{tmp_path}/a b/slurm.log"' in text
-    assert f"run='{tmp_path}/a b'" in text
+    assert f"MESHRUN_RUN='{tmp_path}/a b'" in text
     assert f"'{tmp_path}/a b/submitit' \\" in text
 
 
@@ -124,20 +124,42 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
     cluster = ClusterConfig(srun_args=["--comment=a b; $HOME `id` \"x'"], command_prefix=["a b", "$c"])
     text = sbatch.script(make_spec(run_dir), cluster, AWKWARD)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "run_dir": str(run_dir)}
+    (run_dir / "result.json").touch()
+    # The same names as the script would like for itself.
+    env |= {"run": "mine", "status": "mine", "attempt": "mine"}
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     got = dict(item.split("=", 1) for item in (run_dir / "env").read_text().split("\0") if item)
     assert {name: got[name] for name in AWKWARD} == AWKWARD
+    assert [got[name] for name in ("run", "status", "attempt")] == ["mine"] * 3
     words = (run_dir / "words").read_text().splitlines()
     assert cluster.srun_args[0] in words
     assert words[-5:] == ["$c", sys.executable, "-u", str(sbatch.ENTRY), f"{run_dir}/submitit"]
     assert f"--output={run_dir}/attempt-0/rank-%t.log" in words
 
 
+def test_the_steps_exit_code_is_the_scripts(tmp_path: Path) -> None:
+    """And whatever ends it, somebody is asked who failed: here a Python that only says what it was asked."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for setup, code in ((["true"], 7), (["(exit 3)", "touch went-on"], 3)):
+        text = sbatch.script(make_spec(tmp_path / "run"), ClusterConfig(setup=setup), {})
+        text = text.replace(f"{sys.executable} {sbatch.ENTRY}", "echo asked")
+        done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env, cwd=tmp_path)
+        assert done.returncode == code
+        assert done.stdout == f"asked --ended {tmp_path}/run 0 {code}\n"
+    assert not (tmp_path / "went-on").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("nodes", "3", "use --nodes and --gpus-per-node"),
+        ("arr", "0-1", "sbatch would read it as --array"),
+        ("ntasks-per-nod", "3", "sbatch would read it as --ntasks-per-node"),
+        ("signa", "USR1@3", "sbatch would read it as --signal"),
+        ("clusters", "other", "a login node of that cluster"),
         ("gpus-per-task", "1", "use --gpus-per-node"),
         ("time", "10", "use --time"),
         ("output", "x", "--run-dir"),
@@ -156,6 +178,22 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
 )
 def test_options_that_cannot_be_added(name: str, value: str, words: str) -> None:
     assert words in (sbatch.option_mistake(name, value) or "nothing")
+
+
+@pytest.mark.parametrize("word", ["-n1", "-K0", "--ntask=1", "--exp=NONE", "--kill", "hostname", "-", "--", "-o x"])
+def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
+    assert sbatch.srun_mistake(word)
+
+
+@pytest.mark.parametrize("word", ["--mpi=none", "--cpu-bind=none", "--label", "-l", "--container-image=a b"])
+def test_arguments_of_srun_that_can(word: str) -> None:
+    assert sbatch.srun_mistake(word) is None
+
+
+def test_what_a_site_adds_to_srun_does_not_undo_what_the_job_needs(tmp_path: Path) -> None:
+    spec, cluster = make_spec(tmp_path / "run"), ClusterConfig(srun_args=["--label"])
+    words = sbatch.srun_arguments(spec, cluster, sbatch.options(spec, cluster))
+    assert words[:2] == ["--label", "--distribution=block"]
 
 
 def test_options_that_can(tmp_path: Path) -> None:

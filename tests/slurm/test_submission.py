@@ -63,8 +63,27 @@ def test_what_slurm_would_refuse_is_refused_in_its_words(
     words: list[str], says: str, slurm: Cluster, tmp_path: Path
 ) -> None:
     line = refused(tmp_path, *words, env=slurm.env)
-    assert line.startswith("meshrun: error: sbatch would refuse the job: ")
+    assert line.startswith("meshrun: error: sbatch ")
     assert says in line
+
+
+def test_hosts_that_are_away_just_now_are_waited_for(slurm: Cluster, tmp_path: Path) -> None:
+    """`sbatch --test-only` refuses such a job in the same words as one that is too large; sbatch queues it."""
+    slurm.run("scontrol", "update", "nodename=node1", "state=drain", "reason=test")
+    line = submit(tmp_path, "mine:ENTRY", "--nodes", "2", env=slurm.env)
+    code, out, err = line.finish()
+    assert (code, err) == (0, "")
+    assert "the job is queued all the same" in out
+    job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+    assert slurm.job_state(job) == "PENDING"
+    slurm.run("scancel", job)
+    slurm.run("scontrol", "update", "nodename=node1", "state=resume")
+
+
+def test_what_only_sbatch_itself_refuses_is_one_line_too(slurm: Cluster, tmp_path: Path) -> None:
+    env = {**slurm.env, "SLURM_HOSTFILE": str(tmp_path / "none")}
+    line = refused(tmp_path, "--sbatch", "distribution=arbitrary", env=env)
+    assert "sbatch" in line
 
 
 def test_an_account_that_is_not_ones_own(slurm_accounting: Cluster, tmp_path: Path) -> None:
