@@ -42,14 +42,21 @@ PREPARE_AT_MOST = timedelta(hours=1)
 """How long the other ranks wait for rank 0 to make the run directory and prepare the data."""
 SAY_AFTER_S = 10
 """A rank that has waited for so long says what for."""
+MATES_S = 2.0
+"""So much later than the first rank of its host another one says what is wrong, if it is still there."""
 USAGE = "usage: torchrun ... -m jobs.job | srun ... python -m jobs.job: WORKLOAD [--run-dir DIR] [key=value ...]"
+
+
+class _Refused(CommandLineError):
+    """Rank 0's own word, passed on."""
 
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
     """One rank.
 
     Returns:
-        The exit code: 0 done, 2 the user's mistake (said once, by rank 0). A failure raises.
+        The exit code: 0 done, 2 the user's mistake (said once a host, or once in all if it is rank 0's). A failure
+        raises.
     """
     info = None
     try:
@@ -58,18 +65,33 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         board = _board(spec, info, env)
         spec = _prepare(spec, info, board) if info.rank == 0 else _follow(spec, info, board)
     except (*USER_ERRORS, TopologyError, RendezvousError) as error:
-        # Who cannot be told apart from others may be the only one.
-        if info is None or info.rank == 0 or isinstance(error, RendezvousError):
-            print(f"meshrun: error: {error}", file=sys.stderr)
+        processes.leave_soon()
+        _say(error, info)
         return EXIT_FAILED if isinstance(error, RendezvousError) else EXIT_USER_ERROR
     try:
         record = run_rank(spec, env)
+    except BaseException as error:
+        processes.leave_failed(error)
     finally:
         if info.rank == 0:
             board.clear()
     if record is not None:
         print(json.dumps({"run_dir": str(spec.run_dir), **record}))
     return EXIT_DONE
+
+
+def _say(error: Exception, info: RankInfo | None) -> None:
+    """What is wrong, from those who alone may know: the user's module may be missing on one host only."""
+    if isinstance(error, _Refused):
+        return
+    # Who cannot be told apart from others may be the only one; and who has waited in vain names itself.
+    if info is None or info.rank == 0 or isinstance(error, RendezvousError):
+        where = ""
+    else:
+        where = f"rank {info.rank} on {info.host}: "
+        # Mostly all of a host make the same mistake, and the launcher ends them with the first one.
+        time.sleep(0 if info.local_rank == 0 else MATES_S)
+    print(f"meshrun: error: {where}{error}", file=sys.stderr, flush=True)
 
 
 def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> JobSpec:
@@ -169,7 +191,7 @@ def _follow(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> J
             "prepare the data; is it still alive, and do all hosts see that directory?"
         )
     if "refused" in word:
-        raise CommandLineError(word["refused"])
+        raise _Refused(word["refused"])
     return spec.model_copy(update={"run_dir": Path(word["run_dir"])})
 
 

@@ -12,7 +12,6 @@ Here the packages are taken from where this very file is, whatever the path says
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import select
@@ -23,10 +22,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 """What holds `jobs` and `workloads`: the checkout, or site-packages."""
-
-
-LEAVE_WITHIN_S = 5
-"""Seconds that a failed rank of a Slurm job gets to end by itself."""
 
 
 def pin(root: Path = ROOT) -> None:
@@ -69,12 +64,9 @@ def main() -> None:
     try:
         submitit_main()
     except BaseException as error:
-        # The others are ended when this process is gone, which a thread of the user's, or a communicator that waits
-        # for its peers, could put off for ever.
-        faulthandler.dump_traceback_later(LEAVE_WITHIN_S, exit=True)
-        if isinstance(error, SystemExit) and not error.code:
-            raise SystemExit(1) from error  # leaving in the middle of the work is no success
-        raise
+        from jobs.processes import leave_failed
+
+        leave_failed(error)
 
 
 def _ended(*arguments: str) -> None:

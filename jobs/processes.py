@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import resource
 import signal
@@ -14,9 +15,12 @@ import sys
 import time
 from collections.abc import Set
 from pathlib import Path
+from typing import NoReturn
 
 from jobs.errors import ResourceError
 
+LEAVE_WITHIN_S = 5
+"""Seconds that a failed rank gets to end by itself."""
 _MOST_OPEN_FILES = 1 << 20
 """More helps no job, and what walks through all possible descriptors before it starts a program walks for minutes."""
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h
@@ -81,6 +85,27 @@ def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
         time.sleep(0.01)
 
 
+def leave_soon() -> None:
+    """Ends this process LEAVE_WITHIN_S from now, if it has not ended by itself.
+
+    The other ranks are ended when a failed one is gone, which a thread of the user's, or a communicator that waits for
+    its peers, could put off for ever.
+    """
+    faulthandler.dump_traceback_later(LEAVE_WITHIN_S, exit=True)
+
+
+def leave_failed(error: BaseException) -> NoReturn:
+    """Lets `error` end this rank: soon, and not with 0.
+
+    Raises:
+        BaseException: the error; SystemExit(1) for one that would be success, in the middle of the work.
+    """
+    leave_soon()
+    if isinstance(error, SystemExit) and not error.code:
+        raise SystemExit(1) from error
+    raise error
+
+
 def allow_open_files(world_size: int, host: str) -> None:
     """Lets this process hold open what a rank of so many needs, as far as the hard limit goes.
 
@@ -91,10 +116,8 @@ def allow_open_files(world_size: int, host: str) -> None:
         ResourceError: the hard limit is too low.
     """
     needed = 4 * world_size + 256
-    soft, hard = (
-        sys.maxsize if limit == resource.RLIM_INFINITY else limit
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if hard < needed:
         raise ResourceError(
             f"{world_size} ranks need up to {needed} open files each, and the hard limit on {host} is {hard}; raise it "
@@ -104,7 +127,7 @@ def allow_open_files(world_size: int, host: str) -> None:
     wanted = min(hard, max(needed, _MOST_OPEN_FILES))
     if soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # what the kernel allows may be less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
 
 
 def ancestry() -> tuple[tuple[int, str], ...]:

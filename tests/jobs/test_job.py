@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -218,6 +219,52 @@ def test_outside_any_launcher(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("meshrun: error: no launcher's variables are set")
     assert len(done.stderr.splitlines()) == 1
+
+
+def in_a_step(directory: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """One process that takes the step's variables for its own, as in a container that hides what is above it."""
+    code = """
+import os, sys
+from jobs import processes
+processes.ancestry = lambda: ()
+from jobs.by_hand import main
+sys.exit(main(sys.argv[1:], os.environ))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_mistake_that_only_another_host_has_is_said_by_its_ranks(tmp_path: Path, local_rank: int) -> None:
+    gone = step_env(1) | {"SLURMD_NODENAME": "node1", "SLURM_LOCALID": str(local_rank)}
+    gone["SLURM_GTIDS"] = "1" if local_rank == 0 else "0,1"
+    began = time.monotonic()
+    done = in_a_step(tmp_path, "missing_here:ENTRY", **gone)
+    assert done.returncode == 2
+    assert done.stderr.startswith("meshrun: error: rank 1 on node1: ")
+    assert "missing_here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert local_rank == 0 or time.monotonic() - began > 2  # the first of the host may have said it for all
+
+
+@pytest.mark.parametrize("words", [("does=raise",), ("does=sys.exit 0",), ("no_such_setting=1",)], ids=str)
+def test_a_failed_rank_leaves_although_a_thread_stays(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "stays.py").write_text(
+        "import sys, threading, time\n"
+        "from workloads.base import WorkloadConfig, WorkloadEntry\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "class Config(WorkloadConfig):\n    does: str = ''\n"
+        "def run(config, ctx):\n    sys.exit(0) if 'exit' in config.does else 1 / 0\n"
+        "ENTRY = WorkloadEntry(name='stays', config=Config, run=run, summary='Stays.')\n"
+    )
+    done = in_a_step(tmp_path, "stays:ENTRY", *words, **step_env(0, 1))
+    assert done.returncode == 1  # by the guard
 
 
 def test_in_an_allocations_shell_the_line_to_run_is_the_line_that_was_given(tmp_path: Path) -> None:
