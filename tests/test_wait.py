@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from jobs import processes
-from jobs.cli import follow
+from jobs.cli import follow, progress
 from jobs.cli.main import main
 from jobs.records import RunDirectory, Submitted, read_json, write_json
 from tests.jobs.submitting import ROOT, Line, submit, wait_until
@@ -142,6 +142,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     for constant, seconds in (("RESULT_WITHIN_S", 1.5), ("RECORD_WITHIN_S", 0.3), ("STAYS_S", 3.0)):
         monkeypatch.setattr(follow, constant, seconds)
     monkeypatch.setattr(follow, "UNREACHABLE_S", 2.0)
+    monkeypatch.setattr(follow, "SHARED_POLL_S", 0.1)
     return Site(tmp_path)
 
 
@@ -398,6 +399,71 @@ class _Console(follow.Console):
     def say(self, text: str = "") -> None:
         if text.startswith("step"):
             self.shown.append(time.monotonic())
+
+
+def test_a_job_in_the_queue_is_not_looked_for_on_disk(
+    site: Site, later: Later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has nothing there, and a thousand lines that wait for theirs would ask the file system for nothing else."""
+    looked: list[bool] = []
+    monkeypatch.setattr(follow.Display, "update", lambda display, ended=False: looked.append(ended))
+    site.state("PENDING", "Priority")
+    in_the_queue: list[int] = []
+    later(1.5, lambda: (in_the_queue.append(len(looked)), site.state("CANCELLED")))
+    assert follow.watch(site.run, Submitted("slurm", "12", "", ""), follow.Console(as_json=False)) == 1
+    assert in_the_queue[0] <= 3  # until Slurm has answered
+    assert looked[-1]
+
+
+def test_a_running_job_is_looked_at_once_a_second_and_left_at_once(
+    site: Site, later: Later, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []
+    monkeypatch.setattr(follow, "SHARED_POLL_S", 20.0)
+    monkeypatch.setattr(follow, "ASK_EVERY_S", (1.0, 1.0))
+    monkeypatch.setattr(follow.Display, "update", lambda display, ended=False: looked.append(ended))
+    site.state("RUNNING")
+    later(1.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = time.monotonic()
+    assert main(["wait", "run"]) == 130
+    assert time.monotonic() - before < 10
+    assert len(looked) <= 3
+
+
+def test_of_a_long_log_only_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    line = "x" * 999
+    log.write_text(f"{line}\n" * 20_000 + "the end\n")
+    tail = progress.Tail(log)
+    late = list(tail.lines(late=True))
+    assert late[-1] == "the end"
+    assert set(late[:-1]) == {line}  # none is half of one
+    assert len(late) < 100
+    with log.open("a") as file:
+        file.write("more\nand")
+    assert list(tail.lines()) == ["more"]
+    assert list(tail.lines(ended=True)) == ["and"]
+    assert list(tail.lines(ended=True)) == []
+    # From the start it is all read, a part at a time.
+    tail = progress.Tail(log)
+    parts = [list(tail.lines()) for _ in range(3)]
+    assert 4000 < len(parts[0]) < 4300
+    rest = list(tail.lines(ended=True))
+    assert [*parts[0], *parts[1], *parts[2], *rest] == [line] * 20_000 + ["the end", "more", "and"]
+    assert follow._tail(log).splitlines()[-3:] == ["the end", "more", "and"]
+    assert len(follow._tail(log).splitlines()) == 15
+    assert follow._tail(tmp_path / "none") == ""
+
+
+def test_a_late_comer_sees_the_last_lines_and_the_last_step(site: Site, later: Later, capsys: Capture) -> None:
+    site.run.attempt(0).log(0).write_text("".join(f"line {number}\n" for number in range(100_000)))
+    site.run.metrics.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 10_000)))
+    site.state("RUNNING")
+    later(1.0, lambda: (write_json(site.run.result, DONE), site.state("COMPLETED")))
+    assert main(["wait", "run"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("line ")] == [f"line {n}" for n in range(99_990, 100_000)]
+    assert [line for line in shown if line.startswith("step ")] == ["step 9999/9  loss 0.5"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)

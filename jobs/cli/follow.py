@@ -20,7 +20,7 @@ from typing import Any
 from jobs import executor, outcome, processes, slurm
 from jobs.cli import interrupts
 from jobs.cli.console import Console
-from jobs.cli.progress import Display
+from jobs.cli.progress import Display, Tail
 from jobs.cluster import ClusterConfig
 from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, JobFailed
 from jobs.records import RunDirectory, Submitted, read_json, write_json
@@ -28,6 +28,8 @@ from jobs.slurm import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
 
 POLL_S = 0.1
+SHARED_POLL_S = 1.0
+"""The same, where what is looked at lies on a file system that many hosts share."""
 END_S = 10.0
 """Seconds that an interrupted job gets to end its ranks, before its supervisor is killed (and they with it)."""
 
@@ -201,11 +203,14 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
         while not over and not from_the_start and not job.is_known():
             # Of a job that is long over only its end is told.
             over = job.is_over()
-            time.sleep(POLL_S)
+            job.pause()
         if not (over or job.is_over()):
+            look = not from_the_start
             while not job.is_over():
-                display.update()
-                time.sleep(POLL_S)
+                if look or not job.waits:
+                    display.update()
+                look = False
+                job.pause()
             display.update(ended=True)
         display.close()
         record = job.record()
@@ -282,6 +287,11 @@ class _LocalJob:
         self.gone_since = self.gone_since or time.monotonic()
         return self.result.read() is not None or time.monotonic() - self.gone_since > 1.0
 
+    waits = False
+
+    def pause(self) -> None:
+        time.sleep(POLL_S if self.here else SHARED_POLL_S)
+
     def record(self) -> dict[str, Any]:
         return self.result.read() or _without_result(self.run_dir)
 
@@ -309,6 +319,7 @@ class _SlurmJob:
         self.answer: slurm.Answer | None = None
         self._coming: list[slurm.Answer] = []
         self._asking: threading.Thread | None = None
+        self._heard = threading.Event()
         self._ask_at = 0.0
         self._interval = ASK_EVERY_S[0]
         self._changes = 0
@@ -343,6 +354,7 @@ class _SlurmJob:
             self._coming.append(slurm.ask(self.job_id, self.env))
         except Exception as error:  # whatever is wrong with one question, the job goes on
             self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
+        self._heard.set()
 
     def _hear(self, answer: slurm.Answer) -> None:
         self.answer = answer
@@ -359,6 +371,16 @@ class _SlurmJob:
             advice = slurm.hint(answer) if isinstance(answer, JobState) else ""
             if advice:
                 self.display.say(f"  {advice}")
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no hosts (yet), so that its run directory does not change."""
+        return isinstance(self.answer, JobState) and self.answer.waits
+
+    def pause(self) -> None:
+        """Until it is time to look again, or Slurm has answered."""
+        self._heard.wait(SHARED_POLL_S)
+        self._heard.clear()
 
     # Whether that is the end.
 
@@ -501,7 +523,4 @@ def _indent(text: str) -> str:
 
 
 def _tail(path: Path, lines: int = 15) -> str:
-    try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-    except OSError:
-        return ""
+    return "\n".join(list(Tail(path).lines(ended=True, late=True))[-lines:])

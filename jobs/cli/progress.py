@@ -7,6 +7,8 @@ import json
 import os
 import re
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ NEWEST_EVERY_S = 1.0
 """Looking for a newer attempt lists the run directory, which a shared file system minds."""
 
 
-class _Tail:
+LATE_BYTES = 64 * 1024
+"""So much of a file's end someone sees who comes late; a log of days may not fit into memory."""
+AT_ONCE_BYTES = 4 * 1024 * 1024
+
+
+class Tail:
     """The whole lines that were added to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
@@ -30,22 +37,40 @@ class _Tail:
         self.position = 0
         self.rest = b""
 
-    def lines(self, ended: bool = False) -> list[str]:
-        """Args: ended: nothing will be added; what has no newline is a line too."""
+    def lines(self, ended: bool = False, late: bool = False) -> Iterator[str]:
+        """At most AT_ONCE_BYTES of them, unless `ended`.
+
+        Args:
+            ended: nothing will be added; what has no newline is a line too.
+            late: of a file that has not been looked at, only the end is of interest.
+        """
+        while new := self._read(late):
+            *whole, self.rest = (self.rest + new).split(b"\n")
+            if len(self.rest) > AT_ONCE_BYTES:  # no line of anybody's
+                whole, self.rest = [*whole, self.rest], b""
+            for line in whole:
+                yield line.decode("utf-8", errors="replace")
+            if not ended:
+                return
+        if ended and self.rest:
+            line, self.rest = self.rest, b""
+            yield line.decode("utf-8", errors="replace")
+
+    def _read(self, late: bool) -> bytes:
         try:
             with self.path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self.inode:  # another file by this name: an earlier attempt's was put aside
-                    self.inode, self.position, self.rest = inode, 0, b""
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self.inode:  # another file by this name: an earlier attempt's was put aside
+                    self.inode, self.position, self.rest = stat.st_ino, 0, b""
+                    if late and stat.st_size > LATE_BYTES:
+                        file.seek(stat.st_size - LATE_BYTES)
+                        self.position = stat.st_size - LATE_BYTES + len(file.readline(LATE_BYTES))
                 file.seek(self.position)
-                new = file.read()
+                new = file.read(AT_ONCE_BYTES)
         except OSError:
-            return []
+            return b""
         self.position += len(new)
-        *whole, self.rest = (self.rest + new).split(b"\n")
-        if ended and self.rest:
-            whole, self.rest = [*whole, self.rest], b""
-        return [line.decode("utf-8", errors="replace") for line in whole]
+        return new
 
 
 class Display:
@@ -76,7 +101,7 @@ class Display:
 
             tqdm.get_lock()  # may start a process of its own, which is none of the job's
         self.looked = time.monotonic()
-        self.metrics = _Tail(run_dir.metrics)
+        self.metrics = Tail(run_dir.metrics)
         self._begin(run_dir.last_attempt().number)
         self.late = not from_the_start
 
@@ -84,9 +109,9 @@ class Display:
         """Turns to an attempt; the steps of the one before stay in the file until this one's rank 0 puts them aside."""
         self.number = number
         attempt = self.run_dir.attempt(number)
-        self.log = _Tail(attempt.log(0))
-        self.launcher = _Tail(attempt.supervisor_log)
-        self.srun = _Tail(attempt.srun_log)
+        self.log = Tail(attempt.log(0))
+        self.launcher = Tail(attempt.supervisor_log)
+        self.srun = Tail(attempt.srun_log)
         self.last_line = 0.0
         self.rank_0_ended = False
         self.late = False
@@ -100,27 +125,29 @@ class Display:
             if newest > self.number:
                 self._begin(newest)
                 self.say(f"attempt {newest} begins: the job was started again")
-        for line in self.launcher.lines():
+        for line in self.launcher.lines(ended, self.late):
             if "[supervisor] WARNING: " in line:
                 self.say(line)
-        for line in self.srun.lines():
+        for line in self.srun.lines(ended, self.late):
             if _OF_INTEREST.search(line):
                 self.say(line)
-        lines = []
-        for line in self.log.lines(ended):
-            # Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo.
-            self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
-            if not self.rank_0_ended:
-                lines.append(line)
-        for line in lines[-LINES_BEFORE:] if self.late else lines:
+        lines = self._until_rank_0_ends(self.log.lines(ended, self.late))
+        for line in deque(lines, LINES_BEFORE) if self.late else lines:
             self.say(line)
         steps = []
-        for line in self.metrics.lines():
+        for line in self.metrics.lines(ended, self.late):
             with contextlib.suppress(json.JSONDecodeError):
                 steps.append(json.loads(line))
         for metrics in steps[-1:] if self.late else steps:
             self._step(metrics, last=metrics is steps[-1])
         self.late = False
+
+    def _until_rank_0_ends(self, lines: Iterable[str]) -> Iterator[str]:
+        """Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo."""
+        for line in lines:
+            self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
+            if not self.rank_0_ended:
+                yield line
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
