@@ -96,6 +96,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
         spec.rendezvous_timeout_s,
         spec.interface,
         spec.rendezvous_ports,
+        choice.gpu,
     )
     os.environ.update(rendezvous.socket_variables(info, meeting.address, spec.interface, os.environ))
     placement = meeting.placement

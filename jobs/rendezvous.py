@@ -87,6 +87,7 @@ def join(
     timeout_s: float,
     interface: str | None,
     ports: tuple[int, int] | None = None,
+    gpu: str = "",
 ) -> Rendezvous:
     """Meets the job's other ranks.
 
@@ -99,12 +100,13 @@ def join(
         interface: network interface whose address rank 0 announces; None = loopback for emulated hosts, else the
             one that leads to the other hosts.
         ports: first and last port that rank 0 may listen on; None = whichever is free.
+        gpu: what tells this rank's GPU from every other; "" for none, or where that is not known.
 
     Raises:
         RendezvousError: ranks are missing at the deadline (named, with their hosts where known), no port is free, or
             what listens where rank 0 announced itself is not its store.
-        TopologyError: hosts hold unequal numbers of ranks, or some have GPUs and others not; or this host's network
-            interface is not there, is down or has no address.
+        TopologyError: hosts hold unequal numbers of ranks, some have GPUs and others not, or two ranks of a host
+            have the same one; or this host's network interface is not there, is down or has no address.
     """
     deadline = time.monotonic() + timeout_s
     if info.master_addr is not None and info.master_port is not None:
@@ -118,7 +120,7 @@ def join(
         raw, address_of_rank_0 = _find_store(info, announcement, deadline, timeout_s)
         address = own_address(info, interface, address_of_rank_0)
     store = dist.PrefixStore(f"meshrun/{info.identity}", raw)
-    seat = Seat(info.rank, info.host, info.local_rank, os.getpid(), device)
+    seat = Seat(info.rank, info.host, info.local_rank, device, gpu)
     try:
         if info.rank == 0:
             store.set(f"seat/{info.rank}", json.dumps(seat.to_json()))
@@ -544,6 +546,7 @@ def interfaces() -> list[Interface]:
             label = listed[at : at + 16].split(b"\0")[0].decode()
             name = label.partition(":")[0]
             addresses.setdefault(name, []).append(socket.inet_ntoa(listed[at + 20 : at + 24]))
+        with_ipv6 = _with_ipv6()
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe.fileno(), siocgifflags, struct.pack("16s24x", name.encode()))
@@ -556,7 +559,7 @@ def interfaces() -> list[Interface]:
                     tuple(addresses.get(name, ())),
                     is_up=bool(flags & iff_up),
                     is_running=bool(flags & iff_running),
-                    has_ipv6=name in _with_ipv6(),
+                    has_ipv6=name in with_ipv6,
                 )
             )
     return found

@@ -169,6 +169,11 @@ def _from_slurm(env: Mapping[str, str]) -> RankInfo:
             network_peer=_peer(env.get("SLURM_LAUNCH_NODE_IPADDR", "")),
         )
     )
+    if ranks_here is not None and (max(ranks_here) >= world_size or len(set(ranks_here)) < len(ranks_here)):
+        raise TopologyError(
+            f"SLURM_GTIDS='{_shown(env['SLURM_GTIDS'])}' cannot be ranks of one host among {world_size}: "
+            "the launcher's variables contradict themselves"
+        )
     if ranks_here is not None and ranks_here[info.local_rank] != rank:
         raise TopologyError(
             f"rank {rank} is not number {info.local_rank} of SLURM_GTIDS='{_shown(env['SLURM_GTIDS'])}': "
@@ -437,7 +442,7 @@ def expand_counts(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,7})(?:\(x([0-9]{1,7})\))?", part)
         repeat = int(match[2] or 1) if match else 0
-        if not match or len(counts) + repeat > MOST_HOSTS:
+        if not match or repeat < 1 or len(counts) + repeat > MOST_HOSTS:
             raise TopologyError(f"SLURM_STEP_TASKS_PER_NODE='{_shown(text)}': expected counts such as 4(x2),1")
         counts += [int(match[1])] * repeat
     return counts
@@ -492,8 +497,9 @@ class Seat:
     host: str
     local_rank: int
     """The scheduler's number within the host."""
-    pid: int = 0
     device: str = "cpu"
+    gpu: str = ""
+    """What tells its GPU from every other; "" for none, or where that is not known."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -511,7 +517,6 @@ class Placement:
     nodes: int
     hosts: tuple[str, ...]
     """The host of every rank."""
-    scheduler_rank: int
 
 
 def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
@@ -521,7 +526,8 @@ def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
     stays rank 0 wherever its host is in the scheduler's list.
 
     Raises:
-        TopologyError: hosts hold unequal numbers of ranks (with the table of who sits where), or devices differ.
+        TopologyError: hosts hold unequal numbers of ranks (with the table of who sits where), devices differ, or ranks
+            of a host share a GPU.
     """
     first: dict[str, int] = {}
     for seat in seats:
@@ -538,8 +544,28 @@ def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
             "some ranks have a GPU and others do not: "
             + ", ".join(f"rank {s.rank} on {s.host}: {s.device}" for s in sorted(seats, key=lambda s: s.rank))
         )
+    _refuse_shared_gpus(seats)
     # Rank 0 first even if its local rank is not 0 (it cannot be under any known launcher, but nothing rests on it).
     return sorted(seats, key=lambda seat: (first[seat.host], seat.rank != 0, seat.local_rank, seat.rank))
+
+
+def _refuse_shared_gpus(seats: Sequence[Seat]) -> None:
+    sharing: dict[tuple[str, str], list[int]] = {}
+    for seat in sorted(seats, key=lambda seat: seat.rank):
+        if seat.gpu:
+            sharing.setdefault((seat.host, seat.gpu), []).append(seat.rank)
+    shared = [
+        f"ranks {' '.join(map(str, ranks))} on {host}: {gpu}"
+        for (host, gpu), ranks in sharing.items()
+        if len(ranks) > 1
+    ]
+    if shared:
+        raise TopologyError(
+            "several ranks of a host have the same GPU, and every rank needs one of its own: "
+            + "; ".join(shared[:8])
+            + (f" and {len(shared) - 8} more" if len(shared) > 8 else "")
+            + "; ask for as many GPUs on each host as ranks (--gpus-per-node), or start fewer ranks"
+        )
 
 
 def place(seats: Sequence[Seat], scheduler_rank: int) -> Placement:
@@ -556,7 +582,6 @@ def place(seats: Sequence[Seat], scheduler_rank: int) -> Placement:
         node_rank=rank // per_node,
         nodes=nodes,
         hosts=hosts,
-        scheduler_rank=scheduler_rank,
     )
 
 

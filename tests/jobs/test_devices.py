@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ def visible(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"fake {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid-{index}"))
 
 
 def info(launcher: Any, rank: int, local_rank: int, local_world_size: int, world_size: int = 16) -> RankInfo:
@@ -44,6 +46,17 @@ def test_the_device_follows_from_what_is_visible(
     assert str(choice.device) == device
     assert choice.backend == ("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"  # what another job holds is not ours to name
+
+
+def test_a_gpu_is_told_from_others_where_torch_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible(monkeypatch, 2)
+    assert [choose_device(info("slurm", rank, rank, 4)).gpu for rank in range(4)] == [
+        "uuid-0", "uuid-1", "uuid-0", "uuid-1",
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="of an older torch"))
+    assert choose_device(info("slurm", 0, 0, 4)).gpu == ""
+    visible(monkeypatch, 0)
+    assert choose_device(info("slurm", 0, 0, 4)).gpu == ""
 
 
 def test_the_cpu_is_announced_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,6 @@ def test_all_come(meeting: Meeting, tmp_path: Path) -> None:
         "node_rank": 1,
         "nodes": 2,
         "hosts": tuple(hosts),
-        "scheduler_rank": 3,
     }
 
 
@@ -204,6 +203,25 @@ def test_unequal_hosts_are_refused_with_the_table_on_all_ranks(meeting: Meeting,
     assert {c.kind for c in came} == {"TopologyError"}
     assert len({c.error for c in came}) == 1
     assert "a: ranks 0 1 2; b: rank 3" in came[0].error
+
+
+def _with_gpu(end: Connection, me: RankInfo, announcement: Path, gpu: str) -> None:
+    from jobs import rendezvous
+
+    prepare_rank()
+    try:
+        rendezvous.join(me, "cuda", announcement, 30, None, gpu=gpu)
+    except TopologyError as error:
+        end.send(str(error))
+    os._exit(0)
+
+
+def test_ranks_that_took_one_gpu_are_refused_on_all(meeting: Meeting, tmp_path: Path) -> None:
+    """The GPU is a fake: no more than its name."""
+    ends = [meeting.start(_with_gpu, info(r, ["a", "a"]), tmp_path / "r.json", "uuid-0") for r in range(2)]
+    first, second = meeting.results(ends)
+    assert first == second
+    assert "ranks 0 1 on a: uuid-0" in first
 
 
 def test_where_the_scheduler_does_not_say_who_should_be_where_those_who_came_are_shown(

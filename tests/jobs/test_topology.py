@@ -233,6 +233,7 @@ def test_the_line_to_run_has_the_command_that_was_given() -> None:
         ({}, "--nodes=2 --ntasks-per-node=2 --cpus-per-task=2 "),
         ({"SLURM_TASKS_PER_NODE": "7,1", "SLURM_GPUS_PER_NODE": ""}, "--ntasks-per-node=1 "),  # more would not fit
         # Nobody asked for ranks, but for GPUs, and there are 4 CPUs a host.
+        ({"SLURM_TASKS_PER_NODE": "4(x0)"}, "--ntasks-per-node="),  # said nowhere, and no traceback
         ({"SLURM_TASKS_PER_NODE": "1(x2)"}, "--ntasks-per-node=2 "),
         ({"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_PER_NODE": "4"}, "--ntasks-per-node=1 "),
         (
@@ -421,6 +422,14 @@ LOCAL = local_env(1, 2, 2, "77")
         (without(RECORDED[0], "SLURM_JOB_ID"), ["SLURM_JOB_ID=''"]),
         (RECORDED[0] | {"SLURM_JOB_ID": "../../x"}, ["SLURM_JOB_ID='../../x'"]),
         (RECORDED[0] | {"SLURMD_NODENAME": "a b\nc"}, ["SLURMD_NODENAME='a b\\nc'", "without spaces"]),
+        (
+            RECORDED[0] | {"SLURM_GTIDS": "0,1,2,70"},
+            ["SLURM_GTIDS='0,1,2,70' cannot be ranks of one host among", "contradict"],
+        ),
+        (
+            RECORDED[0] | {"SLURM_GTIDS": "0,1,2,2"},
+            ["SLURM_GTIDS='0,1,2,2' cannot be ranks of one host among", "contradict"],
+        ),
         (RECORDED[0] | {"SLURM_GTIDS": "0,x"}, ["SLURM_GTIDS='0,x'", "0,1,2"]),
         (RECORDED[0] | {"SLURM_GTIDS": "1,0,2,3"}, ["rank 0 is not number 0 of SLURM_GTIDS='1,0,2,3'", "contradict"]),
         (RECORDED[0] | {"SLURM_STEP_TASKS_PER_NODE": "4(x"}, ["SLURM_STEP_TASKS_PER_NODE='4(x'", "4(x2),1"]),
@@ -546,7 +555,7 @@ def test_task_counts(text: str, counts: list[int]) -> None:
     assert expand_counts(text) == counts
 
 
-@pytest.mark.parametrize("text", ["", "4(2)", "1(x100001)", "x", "4(x2)x", "4,,1", "-1", "4 (x2)"])
+@pytest.mark.parametrize("text", ["", "4(2)", "1(x100001)", "x", "4(x2)x", "4,,1", "-1", "4 (x2)", "4(x0)"])
 def test_bad_task_counts(text: str) -> None:
     with pytest.raises(TopologyError, match="SLURM_STEP_TASKS_PER_NODE"):
         expand_counts(text)
@@ -610,7 +619,6 @@ def test_cyclic_is_renumbered_host_by_host() -> None:
         "node_rank": 1,
         "nodes": 2,
         "hosts": ("a", "a", "b", "b"),
-        "scheduler_rank": 1,
     }
 
 
@@ -631,6 +639,19 @@ def test_mixed_devices_are_refused_by_name() -> None:
     mixed = [Seat(0, "a", 0, device="cuda"), Seat(1, "b", 0, device="cpu")]
     with pytest.raises(TopologyError, match="rank 0 on a: cuda, rank 1 on b: cpu"):
         number_by_host(mixed)
+
+
+def test_ranks_of_a_host_that_took_the_same_gpu_are_refused_by_name() -> None:
+    """Two GPUs, four ranks a host: local rank modulo what is visible. The GPUs' names are fakes."""
+    doubled = [Seat(r, f"node{r // 4}", r % 4, "cuda", f"uuid-{r // 4}-{r % 2}") for r in range(8)]
+    with pytest.raises(TopologyError) as caught:
+        number_by_host(doubled)
+    assert "ranks 0 2 on node0: uuid-0-0; ranks 1 3 on node0: uuid-0-1; ranks 4 6 on node1: " in str(caught.value)
+    assert "--gpus-per-node" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    each_its_own = [Seat(r, f"node{r // 4}", r % 4, "cuda", f"uuid-{r % 4}") for r in range(8)]
+    unknown = [Seat(r, f"node{r // 4}", r % 4, "cuda") for r in range(8)]
+    assert len(number_by_host(each_its_own)) == len(number_by_host(unknown)) == 8
 
 
 def reported(world: Sequence[Recorded]) -> list[Seat]:
