@@ -376,16 +376,9 @@ def gather(
         due = [m[1] for m in _CANCELLED.finditer(_text(run.slurm_log)) if m[0].startswith("*** JOB")]
         why = _cause_of(due[-1] if due else None) or "CANCELLED"
         words = replace(words, cause=words.cause and why, later=words.later and why)
-    found = {rank: failure for rank in range(world_size) if (failure := _failure(there, rank))}
-    # An exception ends Python with code 1, and its record was written before: on a shared file system it may be on its
-    # way. Each is opened by its name, since a folder's list may be an old one.
-    deadline = time.monotonic() + RECORD_WITHIN_S
-    missing = [end.rank for end in words.ends if end.code == 1 and not end.echo and end.rank not in found]
-    while missing and time.monotonic() < deadline:
-        sleep(0.2)
-        found |= {rank: failure for rank in missing if (failure := _failure(there, rank))}
-        missing = [rank for rank in missing if rank not in found]
-    logs = {rank: str(there.log(rank)) for rank in range(world_size) if there.log(rank).exists()}
+    logs = there.logs()
+    failures = _failures(there, words, logs, sleep)
+    found = {failure.rank for failure in failures}
     without_record = [end.rank for end in words.ends if not end.echo and end.rank not in found][:8]
     of_interest = [0, *[end.rank for end in words.ends if end.echo and end.rank not in found][:9]]
     submitted = run.submitted()
@@ -397,8 +390,8 @@ def gather(
         job_id=submitted.job_id if submitted else os.environ.get("SLURM_JOB_ID", ""),
         world_size=world_size,
         now=time.time(),
-        failures=tuple(found.values()),
-        done=frozenset(rank for rank in range(world_size) if there.done(rank).exists()),
+        failures=failures,
+        done=there.finished(),
         words=words,
         status=status,
         state=state,
@@ -426,12 +419,37 @@ def last_word(attempt: Attempt, rank: int) -> str:
 _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such file|not found", re.IGNORECASE)
 
 
-def _failure(attempt: Attempt, rank: int) -> Failure | None:
+_BY_NAME = 64
+"""So many of the ranks that srun names are looked for by name."""
+
+
+def _failures(
+    attempt: Attempt, words: SrunWords, logs: Mapping[int, str], sleep: Callable[[float], None]
+) -> tuple[Failure, ...]:
+    """The records that ranks have left.
+
+    An exception ends Python with code 1, and its record was written before: on a shared file system it may be on its
+    way. Those that srun names are opened by name, since a folder's list may be an old one.
+    """
+    named = [end.rank for end in words.ends if not end.echo or end.code > 0][:_BY_NAME]
+    awaited = {end.rank for end in words.ends if end.code == 1 and not end.echo}
+    missing = sorted(attempt.failed().union(named))
+    found: dict[int, Failure] = {}
+    deadline = time.monotonic() + RECORD_WITHIN_S
+    while True:
+        found |= {rank: failure for rank in missing if (failure := _failure(attempt, rank, logs))}
+        missing = [rank for rank in named if rank in awaited and rank not in found]
+        if not missing or time.monotonic() >= deadline:
+            return tuple(found[rank] for rank in sorted(found))
+        sleep(0.2)
+
+
+def _failure(attempt: Attempt, rank: int, logs: Mapping[int, str]) -> Failure | None:
     with contextlib.suppress(TypeError, OSError):
         record = read_json(attempt.failure(rank))
         if record is not None:
-            failure, log = Failure(**record), attempt.log(rank)
-            return failure if failure.log or not log.exists() else replace(failure, log=str(log))
+            failure = Failure(**record)
+            return failure if failure.log else replace(failure, log=logs.get(rank, ""))
     return None
 
 

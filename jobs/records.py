@@ -260,3 +260,26 @@ class Attempt:
 
     def done(self, rank: int) -> Path:
         return self.path / "done" / str(rank)
+
+    def logs(self) -> dict[int, str]:
+        """The log of each rank that has one."""
+        numbers = ((name, re.fullmatch(r"rank-(\d+)\.log", name)) for name in _names(self.path))
+        return {int(match[1]): str(self.path / name) for name, match in numbers if match}
+
+    def failed(self) -> set[int]:
+        """The ranks of which there is a record of failure; on a shared file system one may come later."""
+        return {
+            int(match[1]) for name in _names(self.path / "failures") if (match := re.fullmatch(r"(\d+)\.json", name))
+        }
+
+    def finished(self) -> frozenset[int]:
+        """The ranks that finished their work."""
+        return frozenset(int(name) for name in _names(self.path / "done") if name.isdecimal())
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder: a question to the file system, where one for each of thousands of names would be as many."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []

@@ -299,6 +299,30 @@ def test_a_record_that_never_comes_is_not_waited_for_for_long(
     assert judge(run)["error"].startswith("rank 3 on node1: exited with code 1")
 
 
+def test_thousands_of_ranks_are_not_thousands_of_questions(run: RunDirectory, tmp_path: Path) -> None:
+    """Of a file system that many hosts share, and that the ranks' own ends keep busy."""
+    there, size = run.attempt(0), 4096
+    write_json(run.job, {"workload": "mine", "resources": {"nodes": 512, "gpus_per_node": 8}})
+    for rank in range(size):
+        there.log(rank).touch()
+    for rank in range(0, size, 2):
+        there.done(rank).touch()
+    for rank in (3, 1001):
+        write_json(there.failure(rank), lost(rank).to_json())
+    code = "import pathlib, sys\nfrom jobs import outcome\nfrom jobs.records import RunDirectory\n"
+    code += "asked = []\nwatched = ('open', 'os.listdir', 'os.scandir')\n"
+    code += "sys.addaudithook(lambda event, args: asked.append(event) if event in watched else None)\n"
+    code += "stat = pathlib.Path.stat\n"
+    code += "pathlib.Path.stat = lambda path, **more: asked.append('stat') or stat(path, **more)\n"
+    code += f"seen = outcome.gather(RunDirectory(pathlib.Path({str(run.path)!r})), 0, status=1)\n"
+    code += "print(len(asked), len(seen.logs), len(seen.done), *[f.rank for f in seen.failures])\n"
+    root = Path(outcome.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    asked, *found = map(int, done.stdout.split())
+    assert found == [4096, 2048, 3, 1001]
+    assert asked < 40
+
+
 def test_a_damaged_record_is_none(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outcome, "RECORD_WITHIN_S", 0.0)
     run.attempt(0).failure(0).write_text('{"rank": 0}')
