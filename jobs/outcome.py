@@ -167,6 +167,8 @@ class Evidence:
     """srun's exit code, where it is known."""
     state: JobState | None = None
     """What Slurm says of the job, where it was asked."""
+    down_hosts: tuple[str, ...] = ()
+    """Those of its hosts that Slurm has lost, where it was asked."""
     time_min: int | None = None
     hosts: tuple[str, ...] = ()
     """The host of every rank, as far as that is known without it."""
@@ -283,7 +285,7 @@ def _what_slurm_did(seen: Evidence) -> str:
     if cause == "PREEMPTED":
         return f"{job} was preempted by Slurm{at}"
     if cause == "NODE_FAIL":
-        which = ", ".join(seen.words.lost_hosts)
+        which = ", ".join(seen.words.lost_hosts or seen.down_hosts)
         return (f"{which} failed, and {job} with it" if which else f"a host of {job}'s failed") + at
     if cause == "BOOT_FAIL":
         return f"a host of {job}'s did not start"
@@ -353,6 +355,7 @@ def gather(
     *,
     status: int | None = None,
     state: JobState | None = None,
+    down_hosts: tuple[str, ...] = (),
     nodelist: str = "",
     sleep: Callable[[float], None] = time.sleep,
 ) -> Evidence:
@@ -363,6 +366,7 @@ def gather(
         attempt: which incarnation.
         status: srun's exit code, where it is known.
         state: what Slurm says, where it was asked.
+        down_hosts: those of the job's hosts that Slurm has lost, where it was asked.
         nodelist: the job's hosts, as Slurm writes them.
         sleep: waits; for tests.
     """
@@ -395,6 +399,7 @@ def gather(
         words=words,
         status=status,
         state=state,
+        down_hosts=down_hosts,
         time_min=resources.get("time_min"),
         hosts=hosts,
         logs=logs,

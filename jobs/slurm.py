@@ -88,7 +88,7 @@ class _Said:
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
     """The environment to ask in: without the user's preferences for other columns and other dates."""
-    ours = ("SQUEUE_", "SACCT_", "SCONTROL_")
+    ours = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
     kept = {name: value for name, value in sbatch.clean(env).items() if not name.startswith(ours)}
     return {**kept, "SLURM_TIME_FORMAT": "standard"}
 
@@ -150,6 +150,20 @@ def ask_scontrol(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_W
     """What the controller itself knows; the only one that says whether a job is being preempted."""
     said = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
     return said if isinstance(said, NoAnswer) else read_scontrol(said.code, said.out, said.err)
+
+
+def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tuple[str, ...]:
+    """Which of a job's hosts are down now; none where nobody says.
+
+    Args:
+        nodes: hosts, as Slurm writes them.
+        env: the environment to ask in; see `environment`.
+        within_s: seconds that the command gets.
+    """
+    if not nodes:
+        return ()
+    said = _run(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--states=down", "--format=%N"], env, within_s)
+    return () if isinstance(said, NoAnswer) or said.code else tuple(dict.fromkeys(said.out.split()))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -292,6 +292,17 @@ def test_one_that_is_not_started_again_has(state: str, site: Site, capsys: Captu
     assert read_json(site.run.result)["slurm_state"] == state
 
 
+def test_a_host_that_took_the_job_with_it_is_named(
+    site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that ran the batch script and srun leaves no word of either."""
+    monkeypatch.setattr(follow, "STAYS_S", 0.5)
+    site.state("NODE_FAIL")
+    say(site.env, "sinfo", "n0")
+    assert main(["wait", "run"]) == 1
+    assert "the job failed: n0 failed, and job 12 with it" in capsys.readouterr().err
+
+
 def test_a_record_of_an_earlier_attempt_is_not_the_end(site: Site, later: Later, capsys: Capture) -> None:
     write_json(site.run.result, FAILED)
     site.run.attempt(1).make()

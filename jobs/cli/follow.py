@@ -436,7 +436,8 @@ class _SlurmJob:
             )
             return {**unknown, "error": error}
         attempt = self.run_dir.last_attempt().number
-        seen = outcome.gather(self.run_dir, attempt, state=state)
+        down = slurm.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
+        seen = outcome.gather(self.run_dir, attempt, state=state, down_hosts=down)
         if seen.says_nothing:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
                 f" (accounting: {answer.words})" if isinstance(answer, Forgotten) and answer.words else ""

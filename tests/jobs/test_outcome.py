@@ -191,6 +191,8 @@ LATE_CANCEL = read_srun(
         (seen("node-failure-after-an-echo", [error(0)]), "rank 0 on node0: ValueError: mine"),
         (replace(seen(failures=[lost(0)]), words=LATE_CANCEL), "job 12 was cancelled"),
         (seen(state="NODE_FAIL"), "a host of job 12's failed"),
+        (seen(state="NODE_FAIL", down_hosts=("node0",)), "node0 failed, and job 12 with it"),
+        (seen("node-failure", state="NODE_FAIL", down_hosts=("node0",)), "node1 failed, and job 12 with it"),
         (seen(state="BOOT_FAIL"), "a host of job 12's did not start"),
         (seen(state="DEADLINE"), "job 12 could not end before its deadline"),
         (seen(state="OUT_OF_MEMORY"), "job 12 used more memory than it asked for"),

@@ -180,6 +180,15 @@ def test_without_squeue_scontrol_is_asked(site: dict[str, str]) -> None:
     assert (answer.state, answer.source) == ("RUNNING", "scontrol")
 
 
+def test_the_hosts_that_are_down(site: dict[str, str]) -> None:
+    say(site, "sinfo", "n1\nn1\nn3")  # once for each partition
+    assert slurm.hosts_down("n[0-3]", site) == ("n1", "n3")
+    assert "--nodes=n[0-3]" in (Path(site["SITE"]) / "asked").read_text()
+    say(site, "sinfo", err="sinfo: error: x", code=1)
+    assert slurm.hosts_down("n[0-3]", site) == ()
+    assert slurm.hosts_down("", {}) == ()
+
+
 def test_no_slurm_here(tmp_path: Path) -> None:
     answer = slurm.ask("12", {"PATH": str(tmp_path)})
     assert answer == NoAnswer("squeue: No such file or directory")
