@@ -249,7 +249,7 @@ class _FileBoard:
             write_json(self._path, word)
 
     def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
-        started, pause, said = time.monotonic(), 0.01, not waited_for
+        started, said = time.monotonic(), not waited_for
         while (word := _as_word(read_json(self._path))) is None:
             waited = time.monotonic() - started
             if waited > at_most.total_seconds():
@@ -257,8 +257,7 @@ class _FileBoard:
             if waited > SAY_AFTER_S and not said:
                 print(f"meshrun: waiting for {waited_for}", file=sys.stderr, flush=True)
                 said = True
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.25)
+            time.sleep(processes.look_again_in_s(waited))
             # Opening the directory makes an NFS client look again instead of answering from its cache.
             with contextlib.suppress(OSError):
                 os.close(os.open(self._path.parent, os.O_RDONLY))

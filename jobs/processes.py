@@ -1,6 +1,6 @@
-"""Processes of this box: who runs below us, that none outlives us, and what this one may hold open. Linux's ways.
+"""Processes of this box: who runs below us, that none outlives us, and how this one waits and leaves.
 
-Elsewhere groups of processes have to do.
+Linux's ways; elsewhere groups of processes have to do.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import faulthandler
 import os
+import random
 import resource
 import signal
 import sys
@@ -83,6 +84,16 @@ def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+
+
+def look_again_in_s(waited_s: float) -> float:
+    """Seconds until a rank that has waited so long for a file looks again: 0.01 at first, 2 in the end.
+
+    With jitter, since thousands of ranks that were started together ask one file system's metadata server.
+    """
+    often = min(0.25, 0.01 + waited_s / 4)
+    seldom = min(2.0, 0.25 + (waited_s - 10) / 20)
+    return max(often, seldom) * random.uniform(0.75, 1)
 
 
 def leave_soon() -> None:

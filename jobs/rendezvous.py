@@ -11,8 +11,10 @@ is missing.
 from __future__ import annotations
 
 import array
+import base64
 import errno
 import functools
+import itertools
 import json
 import logging
 import os
@@ -34,6 +36,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.errors import MeshrunError, RendezvousError, TopologyError
+from jobs.processes import look_again_in_s
 from jobs.records import read_json, write_json
 from jobs.topology import Placement, RankInfo, Seat, number_by_host, place, seat_table
 
@@ -125,7 +128,7 @@ def join(
         if info.rank == 0:
             store.set(f"seat/{info.rank}", json.dumps(seat.to_json()))
             answer = _seat_everyone(info, store, deadline, timeout_s)
-            store.set("table", json.dumps(answer))
+            store.set("table", _packed(answer))
             if "error" in answer:
                 _linger(store, answer["present"])
         else:
@@ -140,8 +143,7 @@ def join(
     if "error" in answer:
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         raise kind(answer["error"])
-    seats = [Seat(**seat) for seat in answer["seats"]]
-    return Rendezvous(place(seats, info.rank), store, address)
+    return Rendezvous(place(_seats(answer), info.rank), store, address)
 
 
 def _launchers_store(info: RankInfo, address: str, port: int, timeout_s: float) -> dist.Store:
@@ -267,7 +269,7 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
     said: dict[str, Any] | None = None
     asking: futures.Future[dist.Store] | None = None
     others, problem = "", ""
-    pause, retry_pause, ask_at = 0.01, 0.0, 0.0
+    retry_pause, ask_at, began = 0.0, 0.0, time.monotonic()
     while True:
         latest = _read(announcement)
         if latest is not None and latest["identity"] != info.identity:
@@ -277,6 +279,7 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
                 raise RendezvousError(latest["error"])
             said, asking, problem, retry_pause, ask_at = latest, None, "", 0.25, 0.0
         now = time.monotonic()
+        pause = look_again_in_s(now - began)
         if now >= deadline:
             break
         if said is not None and asking is None and now >= ask_at:
@@ -294,7 +297,6 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
                 log.warning("%s; asking again until the deadline", _announced(said, problem))
             # Ever less often: with each refusal torch's client writes a page into the log.
             asking, ask_at, retry_pause = None, time.monotonic() + retry_pause, min(retry_pause * 2, 5.0)
-        pause = min(pause * 1.5, 0.25)
     if said is None:
         raise RendezvousError(
             f"missing: rank 0{_on_host(info)}, which has not announced itself within {timeout_s:g} s "
@@ -361,7 +363,7 @@ def _take_seat(store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
     """Reports the seat; rank 0's answer."""
     store.set(f"seat/{seat.rank}", json.dumps(seat.to_json()))
     store.wait(["table"], timedelta(seconds=seconds))
-    answer: dict[str, Any] = json.loads(store.get("table"))
+    answer = _unpacked(store.get("table"))
     store.add("read", 1)
     return answer
 
@@ -390,9 +392,32 @@ def _seat_everyone(info: RankInfo, store: dist.Store, deadline: float, timeout_s
             f"{_named(missing, info.expected_hosts)}; present: {seat_table(seats)}",
         }
     try:
-        return {"seats": [seat.to_json() for seat in number_by_host(seats)]}
+        return _table(number_by_host(seats))
     except TopologyError as error:
         return {"kind": "topology", "present": len(present), "error": str(error)}
+
+
+def _table(seats: list[Seat]) -> dict[str, Any]:
+    """Seats in host-major order as an answer: every rank reads it from the one store, so no more than they need."""
+    ranks = [seat.rank for seat in seats]
+    hosts = list(dict.fromkeys(seat.host for seat in seats))
+    # As steps, which under any usual distribution repeat, so that packing leaves nearly nothing of them.
+    return {"hosts": hosts, "steps": [rank - before for before, rank in itertools.pairwise([0, *ranks])]}
+
+
+def _seats(answer: dict[str, Any]) -> list[Seat]:
+    hosts, ranks = answer["hosts"], itertools.accumulate(answer["steps"])
+    per_host = len(answer["steps"]) // len(hosts)
+    return [Seat(rank, hosts[index // per_host], index % per_host) for index, rank in enumerate(ranks)]
+
+
+def _packed(answer: dict[str, Any]) -> str:
+    return base64.b64encode(zlib.compress(json.dumps(answer).encode())).decode()
+
+
+def _unpacked(text: bytes) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text)))
+    return answer
 
 
 def _linger(store: dist.Store, present: int, at_most_s: float = 3.0) -> None:

@@ -325,6 +325,55 @@ def test_a_rank_0_that_was_stopped_keeps_nobody_waiting_for_ever(meeting: Meetin
     assert came.seconds < 20
 
 
+def layout(order: str, nodes: int, per_node: int) -> list[Any]:
+    """Seats as the scheduler numbers them, host-major."""
+    from jobs.topology import Seat, number_by_host
+
+    def node(rank: int) -> int:
+        return rank // per_node if order == "block" else rank % nodes if order == "cyclic" else shuffled[rank] % nodes
+
+    shuffled = list(range(nodes * per_node))
+    random.Random(0).shuffle(shuffled)
+    seats, seen = [], dict.fromkeys(range(nodes), 0)
+    for rank in range(nodes * per_node):
+        where = node(rank)
+        seats.append(Seat(rank, f"gpu-node{where:05d}", seen[where], "cuda", f"GPU-{rank:032x}"))
+        seen[where] += 1
+    return number_by_host(seats)
+
+
+@pytest.mark.parametrize("order", ["block", "cyclic", "arbitrary"])
+def test_the_answer_that_every_rank_reads_is_small(order: str) -> None:
+    from jobs.rendezvous import _packed, _seats, _table, _unpacked
+    from jobs.topology import place
+
+    for nodes in (1, 128, 512):
+        seats = layout(order, nodes, 8)
+        text = _packed(_table(seats))
+        read = _seats(_unpacked(text.encode()))
+        assert [(seat.rank, seat.host) for seat in read] == [(seat.rank, seat.host) for seat in seats]
+        assert place(read, nodes * 8 - 1) == place(seats, nodes * 8 - 1)
+        assert len(text) < 300 + nodes * 8 * (4 if order == "arbitrary" else 1)  # of 91 a rank, once
+
+
+def test_who_waits_long_looks_seldom() -> None:
+    from jobs.processes import look_again_in_s
+
+    def looks(waits_s: float) -> int:
+        waited, count = 0.0, 0
+        while waited < waits_s:
+            waited += look_again_in_s(waited)
+            count += 1
+        return count
+
+    assert look_again_in_s(0) <= 0.01
+    assert looks(10) < 80
+    assert max(look_again_in_s(waited) for waited in range(10)) <= 0.25
+    assert looks(600) < 500  # of 2,400 and more, once
+    assert all(1 < look_again_in_s(3000) <= 2 for _ in range(100))
+    assert len({look_again_in_s(3000) for _ in range(10)}) > 1
+
+
 # --- ports ------------------------------------------------------------------------------------------------------------
 
 

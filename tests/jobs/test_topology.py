@@ -424,11 +424,11 @@ LOCAL = local_env(1, 2, 2, "77")
         (RECORDED[0] | {"SLURMD_NODENAME": "a b\nc"}, ["SLURMD_NODENAME='a b\\nc'", "without spaces"]),
         (
             RECORDED[0] | {"SLURM_GTIDS": "0,1,2,70"},
-            ["SLURM_GTIDS='0,1,2,70' cannot be ranks of one host among", "contradict"],
+            ["SLURM_GTIDS='0,1,2,70' cannot be ranks of one host", "contradict"],
         ),
         (
             RECORDED[0] | {"SLURM_GTIDS": "0,1,2,2"},
-            ["SLURM_GTIDS='0,1,2,2' cannot be ranks of one host among", "contradict"],
+            ["SLURM_GTIDS='0,1,2,2' cannot be ranks of one host", "contradict"],
         ),
         (RECORDED[0] | {"SLURM_GTIDS": "0,x"}, ["SLURM_GTIDS='0,x'", "0,1,2"]),
         (RECORDED[0] | {"SLURM_GTIDS": "1,0,2,3"}, ["rank 0 is not number 0 of SLURM_GTIDS='1,0,2,3'", "contradict"]),
