@@ -121,6 +121,18 @@ class ClusterConfig(StrictModel):
                 raise ValueError(f"'{word}': {mistake}")
         return value
 
+    @field_validator("setup", "srun_args", "command_prefix", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(f"is one text; write a list: [{value!r}], or a line `- {value}`")
+        return value
+
+    @field_validator("partition", "account", "qos", "gpu_type", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value  # `account: 12345`
+
     @field_validator("setup")
     @classmethod
     def _setup(cls, value: list[str]) -> list[str]:
@@ -153,6 +165,9 @@ class ClusterConfig(StrictModel):
             mistake = env_name_mistake(str(name))
             if mistake:
                 raise ValueError(mistake)
+        for name, given in value.items():
+            if given is None or isinstance(given, (bool, list, dict)):
+                raise ValueError(f"the value of {name} is {given!r}, which is no text; write it in quotes")
         # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
         return {
             str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,38 @@ def check_slurm(submission: Submission) -> str:
         )
     code, words = _ask(["sbatch", "--test-only"], submission.text)
     if code == 0:
-        return words
+        return _without_a_number(words)
+    if "Unable to contact" in words:
+        raise SubmissionError(f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`")
     if any(unsure in words for unsure in UNSURE):
         given = submission.parameters["sbatch"]
         total = _hosts(str(given.get("partition", "")))
         if total is None or int(given["nodes"]) <= total:
             return f"sbatch --test-only says: {words}; the job is queued all the same"
-        words += f" (--nodes {given['nodes']}: the partition has {total} hosts)"
-    raise SubmissionError(f"sbatch would refuse the job: {words or f'exit code {code}'}")
+        words += f"; the partition has {total} hosts"
+    raise SubmissionError(
+        f"sbatch would refuse the job: {words or f'exit code {code}'} (asked for: {_asked(submission)})"
+    )
+
+
+def _asked(submission: Submission) -> str:
+    """What the job asks for, in sbatch's words, without what every job has."""
+    ours = ("job-name", "distribution", "export", "requeue", "signal", "open-mode", "output", "ntasks-per-node")
+    given = {name: value for name, value in submission.parameters["sbatch"].items() if name not in ours}
+    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items())
+
+
+def _without_a_number(words: str) -> str:
+    """The estimate of `sbatch --test-only`, without the number of a job that there will not be.
+
+    Where a running job has no time limit, the estimate is a date in some other century, and is left out.
+    """
+    match = re.search(r"Job \d+ to start at (\d{4}-\d\d-\d\d)(T\S+) using .*? on nodes (\S+) in partition (\S+)", words)
+    if not match:
+        return words
+    far = abs((date.fromisoformat(match[1]) - date.today()).days) > 90
+    when = "" if far else f", by its estimate at {match[1]}{match[2]} on {match[3]}"
+    return f"Slurm takes the job in partition {match[4]}{when}"
 
 
 UNSURE = ("node configuration is not available", "node not available", "partition not available")

@@ -39,6 +39,11 @@ OWNED = {
     **dict.fromkeys(("wrap", "parsable", "quiet", "help", "usage", "version"), "nothing: it has no place in a job"),
 }
 """sbatch options that the job decides, and what to use in their place."""
+ALONE = (
+    *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice", "no-kill", "no-requeue", "overcommit"),
+    *("oversubscribe", "propagate", "reboot", "requeue", "spread-job", "use-min-nodes", "verbose"),
+)
+"""sbatch options that can stand without a value; any other would take the script's next line for its value."""
 CHECKED = ("gres", "signal", "distribution", "requeue", "no-requeue")
 """Options whose values are looked at below."""
 
@@ -62,6 +67,8 @@ def option_mistake(name: str, value: object) -> str | None:
     whole = next((option for option in (*OWNED, *CHECKED) if option.startswith(name) and name not in CHECKED), None)
     if whole is not None:
         return f"sbatch would read it as --{whole}; write the option in full"
+    if value is True and name not in ALONE:
+        return f"sbatch's --{name} needs a value; write {name}=VALUE"
     if isinstance(value, str) and any(not c.isprintable() for c in value):
         return "its value holds a line break or another control character"
     if name == "gres" and "gpu" in str(value):
@@ -180,7 +187,8 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "set -e",
     ]
     if cluster.setup:
-        lines += ["", "# The site's set-up; a line that fails ends the job.", *cluster.setup]
+        failed = "trap 'echo \"meshrun: set-up failed with code $?: $BASH_COMMAND\" >&2' ERR"
+        lines += ["", "# The site's set-up; a line that fails ends the job.", failed, *cluster.setup, "trap - ERR"]
     lines += ["", "# Every rank's environment."]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
     if "cpus-per-task" in given:

@@ -75,15 +75,16 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, existed: bool, console: Co
         with interrupts.held(), _removed_on(SubmissionError, run_dir, existed):
             submitted = follow.submit_slurm(resolved.spec, resolved.cluster)
             console.job_started = True
-            _announce(resolved, console)  # now: a refusal stays one line
-    except Interrupted as interruption:
+        _announce(resolved, console)  # not before: a refusal stays one line
+        console.say(f"submitted job {submitted.job_id}")
+        if not wait:
+            console.say(f"  follow it: {follow.come_back(run_dir)}\n  end it:    scancel {submitted.job_id}")
+    except (Interrupted, BrokenPipeError) as interruption:
         if submitted is None:
             raise
         return follow.detached(run_dir, submitted, console, interruption)
-    console.say(f"submitted job {submitted.job_id}")
     if wait:
         return follow.watch(run_dir, submitted, console)
-    console.say(f"  follow it: {follow.come_back(run_dir)}\n  end it:    scancel {submitted.job_id}")
     job_id = submitted.job_id
     console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(run_dir.path), "job_id": job_id})
     return 0

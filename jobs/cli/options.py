@@ -15,6 +15,17 @@ VERBS = (
 )
 """Words that are never a workload's name. Those that do nothing yet say so."""
 
+SLURMS_SHORT = {
+    **{"-N": "--nodes", "-p": "--partition", "-A": "--account", "-q": "--qos", "-t": "--time", "-J": "--job-name"},
+    **dict.fromkeys(("-n", "-G"), "--gpus-per-node"),
+}
+SLURMS_GPUS = ("--gres", "--gpus", "--ntasks", "--ntasks-per-node", "--gpus-per-task")
+SLURMS_LONG = (
+    *("--mail-", "--exclusive", "--constraint", "--reservation", "--dependency", "--begin", "--comment", "--nodelist"),
+    *("--exclude", "--mem", "--signal", "--hold", "--requeue", "--no-requeue", "--nice", "--licenses", "--export"),
+)
+"""What hands that are used to sbatch type; the answer says how it is said here."""
+
 USAGE = """\
 submit.py WORKLOAD [options] [key=value ...]
        submit.py list [WORKLOAD]
@@ -59,7 +70,18 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("argument --sbatch:"):
+            message = "--sbatch takes KEY=VALUE, without dashes, such as --sbatch exclusive or --sbatch comment=text"
         raise CommandLineError(f"{message}; see submit.py --help")
+
+
+class _OnceOrNot(argparse.BooleanOptionalAction):
+    """`--wait` or `--no-wait`, and not both."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise CommandLineError(f"{option_string} comes after another --wait or --no-wait; keep one")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class _Once(argparse.Action):
@@ -128,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "--wait",
         "follow the job to its end, however long it queues (default: local jobs only). Ctrl-C ends a local job, and "
         "leaves a Slurm job running; `submit.py wait RUN` comes back to it",
-        action=argparse.BooleanOptionalAction,
+        action=_OnceOrNot,
         default=None,
     )
     switch("--json", "one JSON object on stdout, everything else on stderr", dest="as_json")
@@ -148,7 +170,13 @@ def parse(argv: Sequence[str]) -> Options:
         known = [option for action in parser._actions for option in action.option_strings]
         flag, equals, value = unknown[0].partition("=")
         hint = did_you_mean(flag, known, cutoff=0.75)
-        if equals and not hint:
+        if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
+            hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
+        elif flag in SLURMS_GPUS:
+            hint = " (GPUs are asked for with --gpus-per-node)"
+        elif flag.startswith(SLURMS_LONG):
+            hint = f" (an option of sbatch: --sbatch {unknown[0][2:]})"
+        elif equals and not hint:
             hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}={value})"
         raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
     return Options(**vars(given))

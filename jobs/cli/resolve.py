@@ -231,10 +231,12 @@ def _check_limits(
     """What a cluster's config allows, said before the scheduler is asked."""
     at_most = f"{_shown(path)} allows at most"
     if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
-        raise ResourceError(f"--nodes {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); take fewer")
+        flag = "--nodes" if given.nodes is not None else "nodes:"
+        raise ResourceError(f"{flag} {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); take fewer")
     if cluster.max_gpus_per_node is not None and resources.gpus_per_node > cluster.max_gpus_per_node:
+        flag = "--gpus-per-node" if given.gpus_per_node is not None else "gpus_per_node:"
         raise ResourceError(
-            f"--gpus-per-node {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
+            f"{flag} {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
             "take fewer, and more --nodes"
         )
     if cluster.max_time is not None and resources.time_min is not None:

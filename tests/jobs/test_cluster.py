@@ -122,7 +122,7 @@ def test_minutes_may_be_a_number(tmp_path: Path) -> None:
         ("time: 0\n", ["site.yaml:1", "longer than zero"]),
         ("setup: module load cuda\n", ["site.yaml:1", "setup=module load cuda", "list"]),
         ("env:\n  BAD-NAME: x\n", ["site.yaml:1", "BAD-NAME"]),
-        ("env:\n  A: true\n", ["site.yaml", "env", "string"]),
+        ("env:\n  A: true\n", ["site.yaml", "env", "in quotes"]),
         ("env: x\n", ["site.yaml:1", "env=x"]),
         ("mem_gb_per_gpu: .inf\n", ["site.yaml:1", "finite"]),
         ("- nodes\n", ["site.yaml", "mapping"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from pathlib import Path
@@ -148,3 +149,26 @@ def test_sbatch_has_a_deadline_also_where_signals_are_held_back(
     RunDirectory.create(spec.run_dir)
     with pytest.raises(JobFailed, match=r"sbatch has not answered within 0.3 s"):
         executor.submit(spec, ClusterConfig(), owned=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "sbatch: Job 12 to start at {today}T08:00:00 using 8 processors on nodes node[0-1] in partition gpu",
+            "Slurm takes the job in partition gpu, by its estimate at {today}T08:00:00 on node[0-1]",
+        ),
+        (
+            "sbatch: Job 12 to start at 2197-01-07T08:25:50 using 2 processors on nodes node0 in partition gpu",
+            "Slurm takes the job in partition gpu",
+        ),
+        ("something else", "something else"),
+    ],
+)
+def test_the_estimate_is_told_without_a_number_or_another_century(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    today = datetime.date.today().isoformat()
+    scheduler(tmp_path, monkeypatch, "")
+    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/sh\necho "{words.format(today=today)}" >&2; cat >/dev/null\n')
+    assert executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig())) == said.format(today=today)
