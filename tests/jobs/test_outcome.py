@@ -11,19 +11,15 @@ from typing import Any
 
 import pytest
 
-from jobs import outcome, sbatch
+from jobs import outcome, sbatch, srun
 from jobs.blame import Failure
-from jobs.outcome import Evidence, SrunWords, conclude, gather, read_srun
+from jobs.outcome import Evidence, conclude, gather
 from jobs.records import RunDirectory, Submitted, read_json, write_json
 from jobs.slurm import JobState
+from jobs.srun import SrunWords
+from tests.jobs.test_srun import RECORDED, recorded
 
-RECORDED = Path(__file__).with_name("recorded") / "srun"
-"""Each of a job of ranks 0 and 1 on node0, 2 and 3 on node1, unless it says otherwise; Slurm 22.05."""
 NOW = 1000.0
-
-
-def recorded(name: str) -> SrunWords:
-    return read_srun((RECORDED / f"{name}.log").read_text())
 
 
 def seen(name: str = "", failures: list[Failure] | None = None, state: str = "", **more: Any) -> Evidence:
@@ -52,84 +48,7 @@ def lost(rank: int, when: float = 400.0) -> Failure:
     return Failure(rank, f"node{rank // 2}", when, "lost_peer", "RuntimeError: Connection closed by peer", "T", "")
 
 
-# --- srun's words -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "own", "cause"),
-    [
-        ("raise", {3: 1}, ""),
-        ("sys-exit", {3: 3}, ""),
-        ("os-exit-0", {0: 1}, ""),  # of two ranks on two hosts: rank 1 left with 0, of which srun does not speak
-        ("SIGKILL", {3: -9}, ""),
-        ("SIGKILL-of-two", {3: -9}, ""),
-        ("SIGSEGV", {3: -11}, ""),
-        ("SIGABRT", {3: -6}, ""),
-        ("SIGTERM", {3: -15}, ""),
-        ("no-such-python", {2: 2, 3: 2}, ""),
-        ("unknown-option", {}, ""),
-        ("too-many-nodes", {}, ""),
-        ("scancel", {}, "CANCELLED"),
-        ("time-limit", {}, "CANCELLED"),  # srun is not told why
-        ("preemption", {}, "CANCELLED"),
-        ("preemption-with-grace", {0: -15, 1: -15}, ""),
-        ("node-failure", {}, "NODE_FAIL"),
-        ("node-failure-after-an-echo", {0: 1}, ""),  # two ranks; rank 0 lost rank 1 before Slurm missed its host
-    ],
-)
-def test_what_srun_said(name: str, own: dict[int, int], cause: str) -> None:
-    words = recorded(name)
-    assert {end.rank: end.code for end in words.ends if not end.echo} == own
-    assert words.cause == cause
-    assert words.lost_hosts == (("node1",) if name.startswith("node-failure") else ())
-    assert words.later == ("NODE_FAIL" if name == "node-failure-after-an-echo" else "")
-
-
-def test_the_hosts_of_ranks() -> None:
-    assert {end.rank: end.host for end in recorded("raise").ends} == {3: "node1", 2: "node1", 0: "node0", 1: "node0"}
-    many = read_srun("srun: error: n[1-2]: tasks 0-1,6-7: Killed (core dumped)\n")
-    assert {end.rank: end.host for end in many.ends} == {0: "n1", 1: "n1", 6: "n2", 7: "n2"}
-
-
-@pytest.mark.parametrize(
-    ("line", "cause"),
-    [
-        ("slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO TIME LIMIT ***", "TIMEOUT"),
-        ("slurmstepd-n1: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO PREEMPTION ***", "PREEMPTED"),
-        (
-            "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO NODE FAILURE, SEE "
-            "SLURMCTLD LOG FOR DETAILS ***",
-            "NODE_FAIL",
-        ),
-        ("slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-22T11:32:56 ***", "CANCELLED"),
-        ("slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-11-22T11:32:56 DUE TO TASK FAILURE ***", ""),
-    ],
-)
-def test_what_slurmstepd_says_of_the_cause(line: str, cause: str) -> None:
-    own = "srun: error: n1: task 3: Exited with exit code 1\n"
-    assert read_srun(line + "\n").cause == cause
-    assert read_srun("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n" + line).cause in (
-        {cause} if cause else {"CANCELLED"}
-    )
-    # After a rank's own end it is only how the others were ended.
-    after = read_srun(own + "srun: Terminating StepId=12.0\n" + line)
-    assert (after.cause, [end.rank for end in after.ends]) == ("", [3])
-
-
-def test_out_of_memory() -> None:
-    words = read_srun("srun: error: node1: task 2: Out Of Memory\nsrun: Terminating StepId=12.0\n")
-    record = outcome.outcome(replace(seen(), words=words))
-    assert record["error"].startswith("rank 2 on node1: killed by SIGKILL: its host's memory")
-    killed = outcome.outcome(seen("SIGKILL", state="OUT_OF_MEMORY"))
-    assert killed["error"].startswith("rank 3 on node1: killed by SIGKILL: its host's memory")
-
-
-@pytest.mark.parametrize("text", ["", "\n\n", "srun: error: node1: task x: y\n", "srun: error: : tasks -: Killed\n"])
-def test_words_that_cannot_be_read_are_nobodys_end(text: str) -> None:
-    assert read_srun(text).ends == ()
-
-
-LATE_CANCEL = read_srun(
+LATE_CANCEL = srun.read(
     "srun: error: node0: task 0: Exited with exit code 1\n"
     "srun: Terminating StepId=12.0\n"
     "srun: got SIGCONT\n"
@@ -238,6 +157,14 @@ def test_whom_or_what_the_record_names(evidence: Evidence, says: str) -> None:
         assert record["error"] == Failure(**failure).headline()
         assert record["traceback"] == failure["traceback"]
     json.dumps(record, allow_nan=False)
+
+
+def test_out_of_memory() -> None:
+    words = srun.read("srun: error: node1: task 2: Out Of Memory\nsrun: Terminating StepId=12.0\n")
+    record = outcome.outcome(replace(seen(), words=words))
+    assert record["error"].startswith("rank 2 on node1: killed by SIGKILL: its host's memory")
+    killed = outcome.outcome(seen("SIGKILL", state="OUT_OF_MEMORY"))
+    assert killed["error"].startswith("rank 3 on node1: killed by SIGKILL: its host's memory")
 
 
 def test_the_record_has_what_a_local_jobs_has() -> None:
