@@ -327,9 +327,9 @@ def _connect(said: dict[str, Any], seconds: float) -> dist.Store:
     address, port = said["address"], said["port"]
     # First without torch, whose client says why it was refused in its own log alone, and overstays its time-out.
     socket.create_connection((address, port), timeout=min(seconds, 10)).close()
-    store = dist.TCPStore(
-        address, port, is_master=False, timeout=timedelta(seconds=min(seconds, 2)), wait_for_workers=False
-    )
+    # A busy store may answer late when hundreds ask at once. What is none leaves time to be met again, and said.
+    patience_s = min(30.0, max(2.0, seconds / 4))
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience_s), wait_for_workers=False)
     owner = store.get(OWNER).decode() if store.check([OWNER]) else ""
     if owner != f"{said['identity']} {said['nonce']}":
         theirs, mine = owner.partition(" ")[0], said["identity"]

@@ -608,6 +608,50 @@ def test_a_newer_announcement_is_followed_whoever_was_at_the_older_ones_port(mee
     assert [c.total for c in came] == [2.0] * len(ends)
 
 
+def _busy_store(end: Connection, busy_s: float) -> None:
+    """The job's own, behind a door at which connections are lost for a while, as where hundreds come at once."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("meshrun/owner", "7-0 n0")
+    door = socket.create_server(("127.0.0.1", 0))
+    end.send(door.getsockname()[1])
+
+    def pass_on(source: socket.socket, to: socket.socket) -> None:
+        while data := source.recv(4096):
+            to.sendall(data)
+        to.close()
+
+    opens = time.monotonic() + busy_s
+
+    def admit(guest: socket.socket) -> None:
+        if time.monotonic() < opens:
+            guest.close()
+            return
+        inside = socket.create_connection(("127.0.0.1", store.port))
+        threading.Thread(target=pass_on, args=(guest, inside), daemon=True).start()
+        pass_on(inside, guest)
+
+    while True:
+        threading.Thread(target=admit, args=(door.accept()[0],), daemon=True).start()
+
+
+def _connects(end: Connection, port: int) -> None:
+    from jobs.rendezvous import _connect
+
+    said = {"address": "127.0.0.1", "port": port, "identity": "7-0", "nonce": "n0", "host": "a"}
+    try:
+        end.send(_connect(said, 60).get("meshrun/owner").decode())
+    except Exception as error:
+        end.send(repr(error))
+    os._exit(0)
+
+
+def test_a_store_that_is_busy_for_a_while_is_still_a_store(meeting: Meeting) -> None:
+    (port,) = meeting.results([meeting.start(_busy_store, 6.0)])
+    assert meeting.results([meeting.start(_connects, port)]) == ["7-0 n0"]
+
+
 # --- a requeue, and what is left of the attempt before ----------------------------------------------------------------
 
 
