@@ -243,7 +243,8 @@ def _check_limits(
         longest = parse_minutes(cluster.max_time)
         if resources.time_min > longest:
             asked = given.time or found.get("time", cluster.time)
-            raise ResourceError(f"--time {asked}: {at_most} {cluster.max_time} (max_time); ask for less")
+            flag = "--time" if given.time or "time" in found else "time:"
+            raise ResourceError(f"{flag} {asked}: {at_most} {cluster.max_time} (max_time); ask for less")
 
 
 def _resources(
