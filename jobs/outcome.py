@@ -198,7 +198,8 @@ def _silence(seen: Evidence) -> Failure | None:
     ended = {end.rank for end in seen.words.ends}
     completed = seen.state is not None and seen.state.state == "COMPLETED"
     # srun speaks of every rank that it saw end badly or had to end: a rank that is in nobody's words exited with 0.
-    if (lost and (ended or seen.status is not None)) or completed or seen.status == 0:
+    finished = completed or (seen.status == 0 and (seen.srun_began or seen.logs))
+    if finished or (lost and (ended or seen.status is not None)):
         left = [r for r in range(seen.world_size) if r not in recorded and r not in ended and r not in seen.done]
         if left:
             return seen.of_exit(0, left[0], seen.now)
@@ -223,6 +224,9 @@ def _without_a_rank(seen: Evidence) -> str:
     if not seen.logs and not seen.srun_began:
         said = f"; its last words: {seen.script_says}" if seen.script_says else ""
         return f"{job} ended{state} before any rank was started{said} (log: {seen.slurm_log})"
+    if seen.status == 0:
+        log = seen.logs.get(0, seen.srun_log)
+        return f"{job}: every rank finished its work, and none has left a result (log: {log})"
     if seen.status is not None:
         return f"{job}: srun ended with code {seen.status} and no rank has said why (log: {seen.srun_log})"
     return f"{job} ended{state}, and no rank has left a result or said why (log: {seen.srun_log})"
@@ -268,7 +272,8 @@ def gather(
     without_record = [end.rank for end in words.ends if not end.echo and end.rank not in found][:8]
     of_interest = [0, *[end.rank for end in words.ends if end.echo and end.rank not in found][:9]]
     submitted = run.submitted()
-    names = srun.hosts_of(nodelist or (state.nodes if state else ""))
+    nodelist = nodelist or (state.nodes if state else "")
+    names = srun.hosts_of(nodelist) if nodelist else []
     hosts = tuple(name for name in names for _ in range(per_node)) if len(names) == nodes else ()
     return Evidence(
         workload=str(job.get("workload", "")),

@@ -143,6 +143,15 @@ LATE_CANCEL = srun.read(
             replace(seen(state="FAILED", status=None), logs={}, script_says="/bin/false"),
             "job 12 ended (FAILED) before any rank was started; its last words: /bin/false (log: ",
         ),
+        # Nothing failed, and there is no result.
+        (
+            replace(seen(status=0), logs={}, script_says="the licence is out"),
+            "job 12 ended before any rank was started; its last words: the licence is out (log: /run/slurm.log)",
+        ),
+        (
+            seen(status=0, done=frozenset(range(4))),
+            "job 12: every rank finished its work, and none has left a result (log: /run/rank-0.log)",
+        ),
         (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no rank has left a result or said why"),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
@@ -250,6 +259,12 @@ def test_thousands_of_ranks_are_not_thousands_of_questions(run: RunDirectory, tm
     asked, *found = map(int, done.stdout.split())
     assert found == [4096, 2048, 3, 1001]
     assert asked < 40
+
+
+def test_of_a_job_whose_host_is_not_known_none_is_named(run: RunDirectory) -> None:
+    write_json(run.job, {"workload": "mine", "resources": {"nodes": 1, "gpus_per_node": 4}})
+    run.attempt(0).srun_log.write_text("")
+    assert judge(run, status=0)["error"].startswith("rank 0 on a host: exited with code 0")
 
 
 def test_a_damaged_record_is_none(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
