@@ -11,6 +11,7 @@ import signal
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -125,13 +126,37 @@ def silent(failure: Failure, ranks: Sequence[tuple[int, str, str]]) -> Failure:
     Args:
         failure: of the first that gave up.
         ranks: those that still run: rank, host, and what they last did.
+
+    Returns:
+        That of the first of those ranks; the traceback is the other's, and shows what it waited in.
     """
-    named = ", ".join(f"rank {rank} on {host} ({last})" for rank, host, last in ranks[:8])
+    others = ", ".join(f"rank {rank} on {host} ({last})" for rank, host, last in ranks[1:8])
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return replace(
-        failure,
-        message=f"{failure.message} -- nobody failed by itself; still running when others gave up: {named}{more}",
+    also = f"; so did {others}{more}" if others else ""
+    rank, host, last = ranks[0]
+    return _instead(
+        failure, rank, host, f"did not fail, but still ran ({last}) when rank {failure.rank} gave up waiting{also}"
     )
+
+
+def left_early(failure: Failure, ranks: Sequence[tuple[int, str, str]]) -> Failure:
+    """The failure of a job in which some ranks were done while others, who then lost them, were not.
+
+    Args:
+        failure: of the first that lost them.
+        ranks: those that had returned from their work: rank, host, and what they last did.
+    """
+    others = ", ".join(f"rank {rank}" for rank, _, _ in ranks[1:8]) + (" and more" if len(ranks) > 8 else "")
+    also = f" (and {others})" if others else ""
+    rank, host, last = ranks[0]
+    early = f"returned from its work ({last}){also} while rank {failure.rank} was still in its own, and lost it"
+    return _instead(failure, rank, host, early)
+
+
+def _instead(failure: Failure, rank: int, host: str, message: str) -> Failure:
+    """The failure as one of another rank, whose log lies beside."""
+    log = str(Path(failure.log).with_name(f"rank-{rank}.log")) if failure.log else ""
+    return replace(failure, rank=rank, host=host, message=f"{message}: {failure.message}"[:2000], log=log)
 
 
 def blame(failures: Sequence[Failure]) -> Failure:

@@ -260,7 +260,14 @@ class _Watch:
                 running = [
                     (rank.rank, rank.host, self._last_word(rank)) for rank in self.ranks if rank.exit_code is None
                 ]
-                if self.blamed.kind == "lost_peer" and running:
+                done = [
+                    (rank.rank, rank.host, self._last_word(rank))
+                    for rank in self.ranks
+                    if self.attempt.done(rank.rank).exists()
+                ]
+                if self.blamed.kind == "lost_peer" and done:
+                    self.blamed = blame.left_early(self.blamed, done)
+                elif self.blamed.kind == "lost_peer" and running:
                     self.blamed = blame.silent(self.blamed, running)
                 raise JobFailed(self.blamed.headline(), self.blamed.traceback)
             if all(rank.exit_code is not None for rank in self.ranks):

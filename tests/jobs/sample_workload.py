@@ -39,6 +39,8 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
 
     total = torch.zeros(1)
     for step in range(1, config.steps + 1):
+        if step == 2 and ctx.rank == config.on_rank and config.does == "return":
+            return {}
         if step == 2 and ctx.rank == config.on_rank:
             act(config.does)
         elif step == 2 and config.does == "echo first":

@@ -170,9 +170,21 @@ def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(t
     line = typed("mine:ENTRY", "--cluster", "quick.yaml", *TWO, "does=hang")
     code, _, err = line.finish()
     assert code == 1
-    # It did not fail; but the one that gave up on it is not to blame alone.
+    # It did not fail; but it is not the one that gave up on it who is to blame.
     last = err.splitlines()[-1]
-    assert "nobody failed by itself; still running when others gave up: rank 1 on host0 (last in step 1, " in last
+    assert "the job failed: rank 1 on host0: did not fail, but still ran (last in step 1, " in last
+    assert " when rank 0 gave up waiting: " in last
+    assert last.endswith("rank-1.log)")
+    line.assert_nothing_left()
+
+
+def test_a_rank_that_returns_before_the_others_is_named(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, "does=return")
+    code, _, err = line.finish()
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "the job failed: rank 1 on host0: returned from its work (last in step 1, " in last
+    assert " while rank 0 was still in its own, and lost it: " in last
     line.assert_nothing_left()
 
 
@@ -182,7 +194,7 @@ def test_rank_0_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Pat
     code, _, err = line.finish()
     assert code == 1
     assert "missing: rank 0 on host0" in err.splitlines()[-1]
-    assert "still running when others gave up: rank 0 on host0" in err.splitlines()[-1]
+    assert "rank 0 on host0: did not fail, but still ran" in err.splitlines()[-1]
     line.assert_nothing_left()
 
 
