@@ -4,7 +4,8 @@
     srun --nodes=2 --ntasks-per-node=4 python -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]
 
 Every rank reads the same line and comes to the same job. Rank 0 alone makes the run directory and prepares the data;
-the others wait for its word, which comes through torchrun's store, or in a file beside the run directory.
+the others wait for its word, which comes through torchrun's store, or in a file in the run directory, or beside it
+if that is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -42,6 +44,8 @@ PREPARE_AT_MOST = timedelta(hours=1)
 """How long the other ranks wait for rank 0 to make the run directory and prepare the data."""
 SAY_AFTER_S = 10
 """A rank that has waited for so long says what for."""
+READ_WITHIN_S = 10
+"""How long who knows of rank 0's refusal waits for all others to have read it."""
 MATES_S = 2.0
 """So much later than the first rank of its host another one says what is wrong, if it is still there."""
 USAGE = "usage: torchrun ... -m jobs.job | srun ... python -m jobs.job: WORKLOAD [--run-dir DIR] [key=value ...]"
@@ -72,9 +76,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         record = run_rank(spec, env)
     except BaseException as error:
         processes.leave_failed(error)
-    finally:
-        if info.rank == 0:
-            board.clear()
     if record is not None:
         print(json.dumps({"run_dir": str(spec.run_dir), **record}))
     return EXIT_DONE
@@ -170,6 +171,8 @@ def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> 
             entry.call("prepare", entry.config.model_validate(spec.settings), run.data)
     except BaseException as error:
         board.say({"refused": str(error)})
+        if isinstance(error, Exception):
+            board.refusal_is_read()
         raise
     board.say({"run_dir": str(spec.run_dir)})
     return spec
@@ -191,6 +194,7 @@ def _follow(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> J
             "prepare the data; is it still alive, and do all hosts see that directory?"
         )
     if "refused" in word:
+        board.refusal_is_read()
         raise _Refused(word["refused"])
     return spec.model_copy(update={"run_dir": Path(word["run_dir"])})
 
@@ -232,25 +236,37 @@ class _StoreBoard:
             return None
         return _as_word(json.loads(self._store.get(self._key)))
 
-    def clear(self) -> None:
+    def refusal_is_read(self) -> None:
         """The store ends with its process."""
 
 
 class _FileBoard:
-    """Where rank 0 leaves its word in a Slurm step: a file beside the run directory, in the step's own name."""
+    """Where rank 0 leaves its word in a Slurm step, in the step's own name.
+
+    What it made is said in the run directory, and stays there. What it refuses, it must say outside: in a folder
+    beside the run directory, which goes when every rank has read it.
+    """
 
     def __init__(self, run_dir: Path, info: RankInfo) -> None:
-        self._path = run_dir.with_name(f".{run_dir.name}.{info.identity}.json")
+        self._info = info
+        self._attempt = RunDirectory(run_dir).attempt(info.attempt)
+        self._made = self._attempt.path / f".made-{info.identity}.json"
+        self._beside = run_dir.with_name(f".{run_dir.name}.{info.identity}")
+        self._refused = self._beside / "refused.json"
 
     def say(self, word: dict[str, str]) -> None:
         # A word that cannot be written can still be missed: the others' wait has an end.
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, word)
+            if "refused" in word:
+                self._beside.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_json(self._refused, word)
+            else:
+                self._attempt.make()
+                write_json(self._made, word)
 
     def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
         started, said = time.monotonic(), not waited_for
-        while (word := _as_word(read_json(self._path))) is None:
+        while (word := _as_word(read_json(self._made)) or _as_word(read_json(self._refused))) is None:
             waited = time.monotonic() - started
             if waited > at_most.total_seconds():
                 return None
@@ -258,15 +274,30 @@ class _FileBoard:
                 print(f"meshrun: waiting for {waited_for}", file=sys.stderr, flush=True)
                 said = True
             time.sleep(processes.look_again_in_s(waited))
-            # Opening the directory makes an NFS client look again instead of answering from its cache.
-            with contextlib.suppress(OSError):
-                os.close(os.open(self._path.parent, os.O_RDONLY))
+            for directory in (self._made.parent, self._beside):
+                _look_anew(directory)
         return word
 
-    def clear(self) -> None:
-        """Once every rank is through."""
+    def refusal_is_read(self) -> None:
+        """Takes the refusal away with the last rank that comes here; waits a while for that one.
+
+        Who left at once could have the others ended by the launcher, with nobody left to take it away.
+        """
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            (self._beside / f"read-{self._info.rank}").touch()
+        deadline = time.monotonic() + READ_WITHIN_S
+        while self._beside.exists() and time.monotonic() < deadline:
+            if len(list(self._beside.glob("read-*"))) >= self._info.world_size:
+                shutil.rmtree(self._beside, ignore_errors=True)
+            else:
+                time.sleep(0.1)
+                _look_anew(self._beside)
+
+
+def _look_anew(directory: Path) -> None:
+    # Opening the directory makes an NFS client look again instead of answering from its cache.
+    with contextlib.suppress(OSError):
+        os.close(os.open(directory, os.O_RDONLY))
 
 
 def _as_word(value: Any) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent import futures
 from datetime import timedelta
 from pathlib import Path
 
@@ -299,19 +300,38 @@ def test_rank_0s_word_is_for_its_own_step_and_attempt_only(tmp_path: Path) -> No
     assert _FileBoard(tmp_path / "run", step(1)).hear(at_once, "") == {"run_dir": "x"}
     for other in (step(1, SLURM_STEP_ID="4"), step(1, SLURM_RESTART_COUNT="1"), step(1, SLURM_JOB_ID="78")):
         assert _FileBoard(tmp_path / "run", other).hear(at_once, "") is None
-    board.clear()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside it that would stay
 
 
 def test_what_rank_0_refuses_the_others_refuse(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").touch()
     words = ["tp_fsdp", "--run-dir", "run"]
+    boards = [_FileBoard(tmp_path / "run", step(rank, 4)) for rank in range(4)]
+
+    def follow(rank: int) -> str:
+        with pytest.raises(CommandLineError) as caught:
+            _follow(spec_by_hand(words, step(rank, 4), {}), step(rank, 4), boards[rank])
+        return str(caught.value)
+
+    with futures.ThreadPoolExecutor() as pool:
+        others = [pool.submit(follow, rank) for rank in (1, 2, 3)]
+        with pytest.raises(RunDirectoryError, match="is not empty"):
+            _prepare(spec_by_hand(words, step(0, 4), {}), step(0, 4), boards[0])
+        assert all("is not empty" in other.result() for other in others)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_refusal_stays_for_who_comes_late_and_goes_with_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.by_hand.READ_WITHIN_S", 0.1)
     boards = [_FileBoard(tmp_path / "run", step(rank)) for rank in (0, 1)]
-    with pytest.raises(RunDirectoryError, match="is not empty"):
-        _prepare(spec_by_hand(words, step(0), {}), step(0), boards[0])
-    with pytest.raises(CommandLineError, match="is not empty"):
-        _follow(spec_by_hand(words, step(1), {}), step(1), boards[1])
+    boards[0].say({"refused": "no"})
+    boards[0].refusal_is_read()
+    assert boards[1].hear(timedelta(0), "") == {"refused": "no"}
+    boards[1].refusal_is_read()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_requeued_step_goes_on_in_its_run_directory_and_a_second_run_does_not(tmp_path: Path) -> None:
