@@ -50,6 +50,9 @@ GRACE_S = 15.0
 OWNER = "meshrun/owner"
 """The store's key that says whose it is: identity and nonce. Without the job's prefix, so that others find it too."""
 
+_DOUBLED = "doubled"
+_ONE_EACH = "start every rank once (srun, torchrun or submit.py; no mpirun in a rank)"
+
 
 @dataclass
 class Rendezvous:
@@ -126,8 +129,8 @@ def join(
     seat = Seat(info.rank, info.host, info.local_rank, device, gpu)
     try:
         if info.rank == 0:
-            store.set(f"seat/{info.rank}", json.dumps(seat.to_json()))
-            answer = _seat_everyone(info, store, deadline, timeout_s)
+            _claim_seat(store, seat)
+            answer = _seat_everyone(info, store, deadline, timeout_s, lambda: _is_superseded(raw, announcement))
             store.set("table", _packed(answer))
             if "error" in answer:
                 _linger(store, answer["present"])
@@ -361,11 +364,36 @@ def _announced(said: dict[str, Any], problem: str) -> str:
 
 def _take_seat(store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
     """Reports the seat; rank 0's answer."""
-    store.set(f"seat/{seat.rank}", json.dumps(seat.to_json()))
+    _claim_seat(store, seat)
     store.wait(["table"], timedelta(seconds=seconds))
     answer = _unpacked(store.get("table"))
     store.add("read", 1)
     return answer
+
+
+def _claim_seat(store: dist.Store, seat: Seat) -> None:
+    """Reports the seat.
+
+    Raises:
+        RendezvousError: another process is this rank already; it, and rank 0, come to know.
+    """
+    if store.add(f"claims/{seat.rank}", 1) == 1:
+        store.set(f"seat/{seat.rank}", json.dumps(seat.to_json()))
+        return
+    key = f"seat/{seat.rank}"
+    first = f" on {json.loads(store.get(key))['host']}" if store.check([key]) else ""
+    problem = f"two processes are rank {seat.rank}, the first{first}, the second on {seat.host}; {_ONE_EACH}"
+    store.set(_DOUBLED, problem)
+    raise RendezvousError(problem)
+
+
+def _is_superseded(store: dist.Store, announcement: Path) -> bool:
+    """On rank 0: whether another process has announced itself as rank 0 of the same job since."""
+    said = _read(announcement)
+    if said is None or not store.check([OWNER]):
+        return False
+    identity, nonce = store.get(OWNER).decode().split()
+    return said["identity"] == identity and said.get("nonce", nonce) != nonce
 
 
 def _on_host(info: RankInfo) -> str:
@@ -373,16 +401,27 @@ def _on_host(info: RankInfo) -> str:
     return f" on {info.expected_hosts[0]}" if info.expected_hosts else ""
 
 
-def _seat_everyone(info: RankInfo, store: dist.Store, deadline: float, timeout_s: float) -> dict[str, Any]:
+def _seat_everyone(
+    info: RankInfo, store: dist.Store, deadline: float, timeout_s: float, is_superseded: Callable[[], bool]
+) -> dict[str, Any]:
     """On rank 0: waits for every seat and numbers them; the answer that all ranks get."""
     missing = list(range(info.world_size))
-    while missing:
+    doubled, look_at = "", time.monotonic() + 1
+    while missing and not doubled:
         missing = [rank for rank in missing if not store.check([f"seat/{rank}"])]
         if missing and time.monotonic() > deadline:
             break
         if missing:
             time.sleep(0.01)
+        if store.check([_DOUBLED]):
+            doubled = store.get(_DOUBLED).decode()
+        elif time.monotonic() > look_at:
+            look_at = time.monotonic() + 1
+            if is_superseded():
+                doubled = f"two processes are rank 0, one on {info.host}; {_ONE_EACH}"
     present = [rank for rank in range(info.world_size) if rank not in set(missing)]
+    if doubled:
+        return {"kind": "rendezvous", "present": len(present), "error": doubled}
     seats = [Seat(**json.loads(store.get(f"seat/{rank}"))) for rank in present]
     if missing:
         return {

@@ -224,6 +224,28 @@ def test_ranks_that_took_one_gpu_are_refused_on_all(meeting: Meeting, tmp_path: 
     assert "ranks 0 1 on a: uuid-0" in first
 
 
+def test_two_processes_that_are_the_same_rank_are_refused_on_all(meeting: Meeting, tmp_path: Path) -> None:
+    """As where mpirun starts several in one rank; the fourth rank would never come."""
+    hosts = ["a", "a", "b", "b"]
+    infos = [info(0, hosts), info(1, hosts), dataclasses.replace(info(1, hosts), host="b"), info(2, hosts)]
+    came = meeting.results(meeting.come(infos, tmp_path / "r.json", pauses=[0, 0, 1.5, 0], timeout_s=30))
+    assert {c.kind for c in came} == {"RendezvousError"}
+    assert {c.error for c in came} == {
+        "two processes are rank 1, the first on a, the second on b; "
+        "start every rank once (srun, torchrun or submit.py; no mpirun in a rank)"
+    }
+    assert all(c.seconds < 20 for c in came)
+
+
+def test_two_processes_that_are_rank_0_are_refused(meeting: Meeting, tmp_path: Path) -> None:
+    hosts = ["a", "b"]
+    came = meeting.results(
+        meeting.come([info(0, hosts), info(0, hosts)], tmp_path / "r.json", pauses=[0, 1], timeout_s=4)
+    )
+    assert came[0].error.startswith("two processes are rank 0, one on a; start every rank once")
+    assert came[1].error.startswith("1 of 2 ranks came within 4 s; missing: rank 1")
+
+
 def test_where_the_scheduler_does_not_say_who_should_be_where_those_who_came_are_shown(
     meeting: Meeting, tmp_path: Path
 ) -> None:
