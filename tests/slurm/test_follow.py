@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import check_harness
 from tests.jobs.submitting import SUBMIT, Line, submit, wait_until
 from tests.slurm.harness import Cluster
 
@@ -147,21 +149,6 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(
     assert again.stdout == ""
 
 
-def test_a_rank_that_failed_and_cannot_leave_does_not_keep_the_others(
-    slurm: Cluster, follow: Follow, tmp_path: Path
-) -> None:
-    """Nor does it matter what those are busy with: none of them has to notice."""
-    thread = "import threading; threading.Thread(target=time.sleep, args=(600,)).start()"
-    text = SAMPLE.read_text().replace('if what == "echo first":\n', f'if what == "echo first":\n        {thread}\n')
-    text = text.replace('raise RuntimeError("Connection closed', 'time.sleep(600)  # ("Connection closed')
-    (tmp_path / "mine.py").write_text(text)
-    line = follow(slurm, "does=echo first")
-    assert code(line) == 1
-    ended = time.time()
-    assert "the job failed: rank 1 on node1: ValueError: the third layer is missing" in err(line).splitlines()[-1]
-    assert ended - line.result()["failure"]["when"] < 30
-
-
 def test_ctrl_c_while_sbatch_is_asked_leaves_no_job_unknown(slurm: Cluster, follow: Follow, tmp_path: Path) -> None:
     """A terminal's Ctrl-C reaches sbatch too, which may have queued the job by then."""
     slow = tmp_path / "bin" / "sbatch"
@@ -233,42 +220,129 @@ def test_a_job_that_is_cancelled_in_the_queue(slurm: Cluster, follow: Follow) ->
     assert err(line).splitlines()[-1].endswith(f"job {job_id(line)} was cancelled before it started")
 
 
-def test_a_controller_that_restarts_is_waited_for(slurm: Cluster, follow: Follow) -> None:
-    line = follow(slurm, "steps=200", "pause_seconds=0.05")
+# --- what takes Slurm long: on clusters of their own, meanwhile -------------------------------------------------------
+
+NO_USER_SIGNAL: dict[str, Any] = {
+    "partitions": {
+        "main": "Default=YES MaxTime=INFINITE PriorityTier=10 GraceTime=5",
+        "high": "MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF",
+    },
+    "SlurmctldParameters": "cloud_dns",  # anything but preempt_send_user_signal
+}
+
+
+def preemption(cluster: Cluster, line: Line) -> None:
+    line.wait_for_step(3)
+    cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+def controller(cluster: Cluster, line: Line) -> None:
     line.wait_for_step(2)
-    slurm.kill_slurmctld()
+    cluster.kill_slurmctld()
     says(line, "Slurm does not answer (")
-    slurm.start_slurmctld()
-    assert code(line) == 0, err(line)
+    cluster.start_slurmctld()
+
+
+def cannot_leave(cluster: Cluster, line: Line) -> None:
+    """The rank that fails keeps a thread; the other one sleeps instead of noticing."""
+
+
+STORIES: dict[str, tuple[Callable[[Cluster, Line], None], dict[str, Any], list[str]]] = {
+    "preemption": (preemption, NO_USER_SIGNAL, ["steps=40", "pause_seconds=0.1", "pause_again=false"]),
+    "controller": (controller, {}, ["steps=200", "pause_seconds=0.05"]),
+    "cannot leave": (cannot_leave, {}, ["does=echo first"]),
+}
+
+
+class Story(threading.Thread):
+    """One of them, and how it ended."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        super().__init__(daemon=True)
+        self.act, self.tweaks, self.words = STORIES[name]
+        self.root = root
+        self.trouble: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            directory = self.root / "work"
+            directory.mkdir()
+            text = SAMPLE.read_text()
+            if self.act is cannot_leave:
+                thread = "import threading; threading.Thread(target=time.sleep, args=(600,)).start()"
+                text = text.replace('if what == "echo first":\n', f'if what == "echo first":\n        {thread}\n')
+                text = text.replace('raise RuntimeError("Connection closed', 'time.sleep(600)  # ("Connection closed')
+            (directory / "mine.py").write_text(text)
+            with (
+                Cluster(self.root / "s", gpus=1, **self.tweaks) as cluster,
+                (directory / "out").open("w") as out,
+                (directory / "err").open("w") as err,
+            ):
+                words = ("mine:ENTRY", "--wait", *TWO, *self.words)
+                self.line = submit(directory, *words, env=cluster.env, stdout=out, stderr=err)
+                try:
+                    self.act(cluster, self.line)
+                    self.code = code(self.line)
+                    self.ended = time.time()
+                finally:
+                    self.line.kill_everything()
+        except BaseException as trouble:
+            self.trouble = trouble
+
+    def end(self) -> Line:
+        self.join()
+        if self.trouble is not None:
+            raise self.trouble
+        return self.line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Story]:
+    """They begin with the first test of this file, where any of theirs is to run."""
+    theirs = {test.__name__ for test in TESTS_OF_STORIES}
+    if not any(getattr(item, "originalname", "") in theirs for item in request.session.items):
+        return {}
+    check_harness(request)
+    told = {name: Story(name, tmp_path_factory.mktemp("f")) for name in STORIES}
+    for story in told.values():
+        story.start()
+    return told
+
+
+def test_a_rank_that_failed_and_cannot_leave_does_not_keep_the_others(stories: dict[str, Story]) -> None:
+    """Nor does it matter what those are busy with: none of them has to notice."""
+    story = stories["cannot leave"]
+    line = story.end()
+    assert story.code == 1
+    assert "the job failed: rank 1 on node1: ValueError: the third layer is missing" in err(line).splitlines()[-1]
+    assert story.ended - line.result()["failure"]["when"] < 30
+
+
+def test_a_controller_that_restarts_is_waited_for(stories: dict[str, Story]) -> None:
+    story = stories["controller"]
+    line = story.end()
+    assert story.code == 0, err(line)
     assert out(line).count("Slurm does not answer") == 1
     assert "total: 600" in out(line)
 
 
-def test_a_job_that_slurm_starts_again_is_followed_to_its_real_end(slurm: Cluster, follow: Follow) -> None:
-    line = follow(slurm, "steps=30", "pause_seconds=0.1")
-    line.wait_for_step(3)
-    slurm.run("scontrol", "requeue", job_id(line))
-    assert code(line) == 0, err(line)
-    shown = out(line)
-    places = [shown.find(words) for words in (": PENDING (BeginTime)", "attempt 1 begins", "step 30/30", "total: 90")]
-    assert -1 not in places, shown
-    assert places == sorted(places)
-    assert line.result()["attempt"] == 1
-
-
-def test_a_preemption_with_a_grace_time_is_no_failure(make_cluster: Callable[..., Cluster], follow: Follow) -> None:
+def test_a_preemption_with_a_grace_time_is_no_failure(stories: dict[str, Story]) -> None:
     """Where Slurm sends SIGTERM as the grace time begins, the ranks end at once; the job is to be there at its end."""
-    partitions = {
-        "main": "Default=YES MaxTime=INFINITE PriorityTier=10 GraceTime=5",
-        "high": "MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF",
-    }
-    slurm = make_cluster(partitions=partitions, SlurmctldParameters="cloud_dns")  # no preempt_send_user_signal
-    line = follow(slurm, "steps=60", "pause_seconds=0.1", "pause_again=false")
-    line.wait_for_step(3)
-    urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    slurm.run("sbatch", "--parsable", *urgent)
-    assert code(line) == 0, out(line) + err(line)
+    story = stories["preemption"]
+    line = story.end()
+    shown = out(line)
+    assert story.code == 0, shown + err(line)
     words = "preempted; waiting for Slurm to put the job back into the queue"
     assert words in (line.run_dir / "slurm.log").read_text()
-    assert "attempt 1 begins" in out(line)
+    # A job that Slurm starts again is followed to its real end.
+    places = [shown.find(words) for words in (": PENDING (BeginTime)", "attempt 1 begins", "step 40/40", "total: 120")]
+    assert -1 not in places, shown
+    assert places == sorted(places)
     assert (line.result()["status"], line.result()["attempt"]) == ("done", 1)
+
+
+TESTS_OF_STORIES = (
+    test_a_rank_that_failed_and_cannot_leave_does_not_keep_the_others,
+    test_a_controller_that_restarts_is_waited_for,
+    test_a_preemption_with_a_grace_time_is_no_failure,
+)
