@@ -11,6 +11,7 @@ from a line of srun's. Its peers fail with records of their own that say they lo
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import re
@@ -75,11 +76,18 @@ class Evidence:
         """Whether no rank, nor srun, nor Slurm has left a word on how it ended."""
         return not (self.failures or self.words.ends or self.words.cause or self.words.complaint or self.state)
 
+    @functools.cached_property
+    def _known_hosts(self) -> dict[int, str]:
+        return {**{end.rank: end.host for end in self.words.ends}, **{f.rank: f.host for f in self.failures}}
+
     def host_of(self, rank: int) -> str:
-        known = {**{end.rank: end.host for end in self.words.ends}, **{f.rank: f.host for f in self.failures}}
-        if rank in known:
-            return known[rank]
+        if rank in self._known_hosts:
+            return self._known_hosts[rank]
         return self.hosts[rank] if rank < len(self.hosts) else "a host"
+
+    def last_of(self, rank: int) -> tuple[int, str, str]:
+        """A rank, its host and where it was last seen."""
+        return rank, self.host_of(rank), self.last_steps.get(rank, "has not ended a step")
 
     def of_exit(self, code: int, rank: int, when: float) -> Failure:
         """The failure of a rank that has left none itself."""
@@ -206,11 +214,9 @@ def _silence(seen: Evidence) -> Failure | None:
     if not lost:
         return None
     failure = blame.blame(lost)
-    running = [
-        (end.rank, seen.host_of(end.rank), seen.last_steps.get(end.rank, "has not ended a step"))
-        for end in seen.words.ends
-        if end.echo and end.rank not in recorded
-    ]
+    if seen.done:
+        return blame.left_early(failure, [seen.last_of(rank) for rank in sorted(seen.done)])
+    running = [seen.last_of(end.rank) for end in seen.words.ends if end.echo and end.rank not in recorded]
     return blame.silent(failure, running) if running else failure
 
 
@@ -271,6 +277,8 @@ def gather(
     found = {failure.rank for failure in failures}
     without_record = [end.rank for end in words.ends if not end.echo and end.rank not in found][:8]
     of_interest = [0, *[end.rank for end in words.ends if end.echo and end.rank not in found][:9]]
+    done = there.finished()
+    of_interest += sorted(done)[:8]
     submitted = run.submitted()
     nodelist = nodelist or (state.nodes if state else "")
     names = srun.hosts_of(nodelist) if nodelist else []
@@ -282,7 +290,7 @@ def gather(
         world_size=world_size,
         now=time.time(),
         failures=failures,
-        done=there.finished(),
+        done=done,
         words=words,
         status=status,
         state=state,

@@ -92,8 +92,12 @@ LATE_CANCEL = srun.read(
         # Nobody failed by himself.
         (
             seen("SIGTERM", [lost(3)], last_steps={2: "last in step 7, 30 s ago"}),
-            "rank 3 on node1: RuntimeError: Connection closed by peer -- nobody failed by itself; still running when "
-            "others gave up: rank 2 on node1 (last in step 7, 30 s ago), rank 0 on node0 (has not ended a step)",
+            "rank 2 on node1: did not fail, but still ran (last in step 7, 30 s ago) when rank 3 gave up waiting; so "
+            "did rank 0 on node0 (has not ended a step), rank 1 on node0 (has not ended a step): RuntimeError: Connection",
+        ),
+        (
+            seen("SIGTERM", [lost(3)], done=frozenset({1}), last_steps={1: "last in step 7, 30 s ago"}),
+            "rank 1 on node0: returned from its work (last in step 7, 30 s ago) while rank 3 was still in its own, and",
         ),
         # What Slurm did.
         (seen("time-limit", state="TIMEOUT", time_min=90), "job 12 reached its time limit of 90 min; ask for more"),
