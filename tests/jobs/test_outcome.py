@@ -93,7 +93,7 @@ LATE_CANCEL = srun.read(
         (
             seen("SIGTERM", [lost(3)], last_steps={2: "last in step 7, 30 s ago"}),
             "rank 2 on node1: did not fail, but still ran (last in step 7, 30 s ago) when rank 3 gave up waiting; so "
-            "did rank 0 on node0 (has not ended a step), rank 1 on node0 (has not ended a step): RuntimeError: Connection",
+            "did rank 0 on node0 (has not ended a step), rank 1 on node0 (has not ended a step): RuntimeError",
         ),
         (
             seen("SIGTERM", [lost(3)], done=frozenset({1}), last_steps={1: "last in step 7, 30 s ago"}),
