@@ -155,3 +155,15 @@ def test_a_used_run_directory_ends_every_rank_at_once(slurm: Cluster, tmp_path: 
     assert done.returncode == 2
     assert "is not empty" in refusal(done.stderr)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+
+
+def test_a_module_that_one_host_has_not_is_said_with_that_hosts_name(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "partly.py").write_text(
+        "import os\nif os.environ['SLURMD_NODENAME'] == 'node1':\n    raise ImportError('libfoo.so')\n"
+        "from mine import ENTRY\n"
+    )
+    done = bash(f"srun --nodes=2 --ntasks-per-node=1 --kill-on-bad-exit=1 {PYTHON} partly:ENTRY", slurm, tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("meshrun: error: rank 1 on node1: ")]
+    assert len(said) == 1, done.stderr
+    assert "libfoo.so" in said[0]
