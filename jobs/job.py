@@ -68,7 +68,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         processes.allow_open_files(info.world_size, info.host)
         if info.rank == 0:
             RunDirectory(spec.run_dir).begin(info.attempt)
-        return _run(spec, info, attempt)
+        return _run(spec, info, attempt, env)
     except BaseException as error:
         path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
         failure = blame.failure_of(error, info.rank, info.host, time.time(), str(path) if path.exists() else "")
@@ -77,7 +77,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         raise
 
 
-def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | None:
+def _run(spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str]) -> dict[str, Any] | None:
     started = time.time()
     entry = registry.load(spec.workload, spec.import_path)
     config = entry.config.model_validate(spec.settings)
@@ -111,6 +111,11 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt) -> dict[str, Any] | No
         device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
         if placement.rank == 0:
             log.info("%d ranks on %s; %s a rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
+            if choice.device.type == "cpu" and info.launcher == "slurm" and env.get("SLURM_JOB_GPUS"):
+                log.warning(
+                    "Slurm has given this host's ranks GPUs (SLURM_JOB_GPUS=%s), and torch %s sees none: is it a CPU "
+                    "build, or is the driver missing?", env["SLURM_JOB_GPUS"], torch.__version__
+                )  # fmt: skip
             log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, placement.hosts))
         context = RunContext(
             rank=placement.rank,

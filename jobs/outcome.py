@@ -70,6 +70,7 @@ class Evidence:
     srun_began: bool = False
     srun_log: str = ""
     slurm_log: str = ""
+    slurm_log_exists: bool = True
 
     @property
     def says_nothing(self) -> bool:
@@ -228,6 +229,11 @@ def _without_a_rank(seen: Evidence) -> str:
         return f"{job}: srun ended{code}: {seen.words.complaint} (log: {seen.srun_log})"
     state = f" ({seen.state.state})" if seen.state else ""
     if not seen.logs and not seen.srun_began:
+        if not seen.slurm_log_exists:
+            return (
+                f"{job} ended{state}, and its first host could not write {seen.slurm_log}; is the run directory still "
+                "there, and on a file system that every host sees (--run-dir)?"
+            )
         said = f"; its last words: {seen.script_says}" if seen.script_says else ""
         return f"{job} ended{state} before any rank was started{said} (log: {seen.slurm_log})"
     if seen.status == 0:
@@ -304,6 +310,7 @@ def gather(
         srun_began=there.srun_log.exists(),
         srun_log=str(there.srun_log),
         slurm_log=str(run.slurm_log),
+        slurm_log_exists=run.slurm_log.exists(),
     )
 
 

@@ -21,7 +21,7 @@ from jobs import processes
 from jobs.cli import follow, progress
 from jobs.cli.main import main
 from jobs.records import RunDirectory, Submitted, read_json, write_json
-from tests.jobs.submitting import ROOT, Line, submit, wait_until
+from tests.jobs.submitting import ROOT, SUBMIT, Line, submit, wait_until
 from tests.jobs.test_slurm import DISABLED, UNKNOWN, UNREACHABLE, say
 from tests.test_submit import Bad, check_refusal, name, tree
 
@@ -380,7 +380,7 @@ def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture) -> No
     out, err = capsys.readouterr()
     assert json.loads(out)["status"] == "unknown"
     assert "Slurm could not be asked for" in err
-    assert "job 12 may still run; come back: submit.py wait run" in err
+    assert "job 12 may still run; come back: python submit.py wait run" in err
     assert not site.run.result.exists()
 
 
@@ -491,8 +491,8 @@ def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later
             signal.signal(s, handler)
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (
-        f"meshrun: interrupted by {signum.name}; detached; job 12 goes on; come back: submit.py wait 'it'\"'\"'s'; "
-        "end it: scancel 12"
+        f"meshrun: interrupted by {signum.name}; detached; job 12 goes on; "
+        "come back: python submit.py wait 'it'\"'\"'s'; end it: scancel 12"
     )
     if as_json:
         expected = {"status": "detached", "exit_code": 130, "run_dir": str(Path("it's").absolute()), "job_id": "12"}
@@ -530,7 +530,7 @@ def test_a_local_job_that_nobody_waited_for(typed: Callable[..., Line], tmp_path
     line = typed("mine:ENTRY", "--gpus-per-node", "2", "steps=150", "pause_seconds=0.05", "--no-wait")
     code, out, _ = line.finish()
     assert code == 0
-    assert "follow it: submit.py wait run" in out
+    assert f"follow it: python {SUBMIT} wait run" in out
     line.wait_for_step(2)
     leaves = wait_line(tmp_path)
     assert leaves.stdout is not None
@@ -540,7 +540,7 @@ def test_a_local_job_that_nobody_waited_for(typed: Callable[..., Line], tmp_path
     pid = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
     assert leaves.returncode == 130
     assert err == (
-        f"meshrun: interrupted by SIGINT; detached; process {pid} goes on; come back: submit.py wait run; "
+        f"meshrun: interrupted by SIGINT; detached; process {pid} goes on; come back: python {SUBMIT} wait run; "
         f"end it: kill {pid}\n"
     )
     back = wait_line(tmp_path)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,10 @@ def come_back(run_dir: RunDirectory) -> str:
     path = run_dir.path
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
-    return f"submit.py wait {shlex.quote(str(path))}"
+    # As this command line was typed, so that the line can be pasted.
+    program = sys.argv[0] if sys.argv and Path(sys.argv[0]).name in ("submit.py", "meshrun") else "submit.py"
+    typed = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return shlex.join([*typed, "wait", str(path)])
 
 
 def detached(run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException) -> int:
@@ -367,7 +372,8 @@ class _SlurmJob:
         moved = start and (not self._shown_start or abs(start - self._shown_start) > timedelta(minutes=15))
         if line and (line != self._shown or moved):
             self._shown, self._shown_start = line, start
-            self.display.say(line + _expected(start))
+            held = isinstance(answer, JobState) and re.search("held", answer.reason, re.IGNORECASE)
+            self.display.say(line + ("" if held else _expected(start)))
             advice = slurm.hint(answer) if isinstance(answer, JobState) else ""
             if advice:
                 self.display.say(f"  {advice}")
@@ -437,7 +443,7 @@ class _SlurmJob:
             return {**unknown, "error": error}
         attempt = self.run_dir.last_attempt().number
         down = slurm.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
-        seen = outcome.gather(self.run_dir, attempt, state=state, down_hosts=down)
+        seen = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
         if seen.says_nothing:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
                 f" (accounting: {answer.words})" if isinstance(answer, Forgotten) and answer.words else ""

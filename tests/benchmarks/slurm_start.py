@@ -39,7 +39,7 @@ export OMP_NUM_THREADS=1
 srun {python} {folder}/train.py
 """
 
-TRAIN = '''import os, sys
+TRAIN = """import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 rank, world, local = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
@@ -60,7 +60,7 @@ hosts = tuple(f"node{{r // {gpus}}}" for r in range(world))
 ctx = RunContext(rank, world, local, {gpus}, rank // {gpus}, hosts, torch.device("cpu"), mesh, paths)
 run(Config.model_validate({settings!r}), ctx)
 dist.destroy_process_group()
-'''
+"""
 
 
 def first_step(metrics: Path, began: float, what: str) -> float:

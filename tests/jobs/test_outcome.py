@@ -147,6 +147,10 @@ LATE_CANCEL = srun.read(
             replace(seen(state="FAILED", status=None), logs={}, script_says="/bin/false"),
             "job 12 ended (FAILED) before any rank was started; its last words: /bin/false (log: ",
         ),
+        (
+            replace(seen(state="FAILED", status=None), logs={}, slurm_log_exists=False),
+            "job 12 ended (FAILED), and its first host could not write /run/slurm.log; is the run directory still there",
+        ),
         # Nothing failed, and there is no result.
         (
             replace(seen(status=0), logs={}, script_says="the licence is out"),

@@ -162,7 +162,7 @@ def test_ctrl_c_while_sbatch_is_asked_leaves_no_job_unknown(slurm: Cluster, foll
     wait_until((tmp_path / "asked").exists, "sbatch")
     os.killpg(line.process.pid, signal.SIGINT)
     assert code(line) == 130
-    assert f"detached; job {job_id(line)} goes on; come back: submit.py wait run" in err(line)
+    assert f"detached; job {job_id(line)} goes on; come back: python {SUBMIT} wait run" in err(line)
     assert slurm.job_state(job_id(line)) == "PENDING"
 
 
@@ -174,7 +174,7 @@ def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, foll
     assert code(line) == 130
     job = job_id(line)
     assert err(line) == (
-        f"meshrun: interrupted by SIGINT; detached; job {job} goes on; come back: submit.py wait run; "
+        f"meshrun: interrupted by SIGINT; detached; job {job} goes on; come back: python {SUBMIT} wait run; "
         f"end it: scancel {job}\n"
     )
     assert slurm.job_state(job) == "PENDING"

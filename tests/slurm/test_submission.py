@@ -164,7 +164,10 @@ def test_the_run_directory_is_ones_own(any_cluster: AnyCluster) -> None:
 def test_what_a_site_says(config: str, slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(f"executor: slurm\n{config}\nsetup: [export FROM_SETUP=yes]\n")
     names = '["SLURM_CPUS_PER_TASK", "FROM_SETUP", "CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS"]'
-    result = done(tmp_path, "--cluster", "site.yaml", "--gpus-per-node", "2", f"names={names}", env=slurm.env)["result"]
+    ended = done(tmp_path, "--cluster", "site.yaml", "--gpus-per-node", "2", f"names={names}", env=slurm.env)
+    result = ended["result"]
+    # The GPUs here are fakes, which torch cannot see; a user would want to know that.
+    assert ("Slurm has given this host's ranks GPUs" in ended["stdout"]) == ("none" not in config)
     assert result["FROM_SETUP"] == "yes"
     assert result["SLURM_CPUS_PER_TASK"] == ("3" if "cpus" in config else None)
     # Every rank sees all of its host's GPUs, and its device is its local rank among them.
