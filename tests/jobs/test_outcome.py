@@ -149,7 +149,7 @@ LATE_CANCEL = srun.read(
         ),
         (
             replace(seen(state="FAILED", status=None), logs={}, slurm_log_exists=False),
-            "job 12 ended (FAILED), and its first host could not write /run/slurm.log; is the run directory still there",
+            "job 12 ended (FAILED), and its first host could not write /run/slurm.log; is the run directory",
         ),
         # Nothing failed, and there is no result.
         (

@@ -42,6 +42,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def masked(text: str) -> str:
     """Without what differs from one run to the next: numbers, times, where the checkout and its Python are."""
     text = re.sub(r"\S*/bin/python\b", "PYTHON", text)
+    text = re.sub(r"\S*/submit\.py", "submit.py", text)
     text = re.sub(r"\S*/jobs/entry\.py", "ENTRY", text)
     text = re.sub(r"(\S*/)?runs/(\.\.\.|\d+-\d+-tp_fsdp-[0-9a-f]{4})", "RUN", text)
     text = re.sub(r"rank \d on node\d", "rank", text)
