@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import AnyCluster, running
+from tests.conftest import running
 from tests.jobs.submitting import SUBMIT, submit
 from tests.jobs.test_sbatch import AWKWARD, SHIPPED
 from tests.slurm.harness import Cluster
@@ -147,15 +146,6 @@ def test_values_and_paths_arrive_exactly(slurm: Cluster, tmp_path: Path) -> None
     result = done(directory, f"names={json.dumps(list(AWKWARD))}", *words, env=slurm.env)["result"]
     assert {name: result[name] for name in AWKWARD} == AWKWARD
     assert result["cwd"] == str(directory)
-
-
-def test_the_run_directory_is_ones_own(any_cluster: AnyCluster) -> None:
-    result = done(any_cluster.directory, *any_cluster.words, env=any_cluster.env)
-    run = any_cluster.directory / "run"
-    assert result["status"] == "done"
-    assert stat.S_IMODE(run.stat().st_mode) == 0o700
-    assert (run / "attempt-0" / "rank-0.log").read_text()
-    assert (run / "slurm.log").exists()
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_a_rank_that_dies_is_named() -> None:
 
 def test_a_world_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(WorldFailed, match=r"no end after 8 s on ranks \[0, 1\]"):
-        run_world(hang_on_one, tmp_path, sizes=(2, 1), deadline_seconds=8)
-    assert time.monotonic() - began < 20
+    with pytest.raises(WorldFailed, match=r"no end after 25 s on ranks \[0, 1\]"):
+        run_world(hang_on_one, tmp_path, sizes=(2, 1), deadline_seconds=25)
+    assert time.monotonic() - began < 60
     pids = [path.name for path in tmp_path.iterdir()]
     assert len(pids) == 2
     for pid in pids:
