@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.jobs.submitting import Line, submit
 from tests.slurm.harness import Cluster, why_not_here
 
 settings.register_profile("shared_box", deadline=None, print_blob=True)
@@ -144,6 +145,20 @@ def slurm_accounting(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     """As `slurm`, with slurmdbd: sacct, QOS, and accounts, of which the user may use `my-project` only."""
     with running(request, tmp_path_factory, accounting=True) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> Iterator[Callable[..., Line]]:
+    """`typed("mine:ENTRY", ...)` in the test's directory; whatever happens nothing of it outlives the test."""
+    lines: list[Line] = []
+
+    def type_line(*words: str, **popen: Any) -> Line:
+        lines.append(submit(tmp_path, *words, **popen))
+        return lines[-1]
+
+    yield type_line
+    for line in lines:
+        line.kill_everything()
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from jobs import processes
 from jobs.cli import follow, progress
 from jobs.cli.main import main
 from jobs.records import RunDirectory, Submitted, read_json, write_json
-from tests.jobs.submitting import ROOT, SUBMIT, Line, submit, wait_until
+from tests.jobs.submitting import ROOT, SUBMIT, Line, wait_until
 from tests.jobs.test_slurm import DISABLED, UNKNOWN, UNREACHABLE, say
 from tests.test_submit import Bad, check_refusal, name, tree
 
@@ -500,19 +500,6 @@ def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later
 
 
 # --- a local job ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def typed(tmp_path: Path) -> Iterator[Callable[..., Line]]:
-    lines: list[Line] = []
-
-    def type_line(*words: str, **popen: Any) -> Line:
-        lines.append(submit(tmp_path, *words, **popen))
-        return lines[-1]
-
-    yield type_line
-    for line in lines:
-        line.kill_everything()
 
 
 def wait_line(directory: Path, *words: str) -> subprocess.Popen[str]:

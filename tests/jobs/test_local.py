@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jobs.errors import Interrupted, JobFailed
 from jobs.executor import rank_env
 from jobs.records import RunDirectory
 from jobs.spec import JobSpec, ResourceSpec
-from tests.jobs.submitting import ROOT, Line, submit, wait_until
+from tests.jobs.submitting import ROOT, Line, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(150)]
 
@@ -30,20 +30,6 @@ Submit = Callable[..., Line]
 TWO = ("--gpus-per-node", "2")
 FOUR = ("--nodes", "2", "--gpus-per-node", "2")
 ENDLESS = ("steps=100000", "pause_seconds=0.05")
-
-
-@pytest.fixture
-def typed(tmp_path: Path) -> Iterator[Submit]:
-    """`typed("mine:ENTRY", ...)` in the test's directory; whatever happens nothing of it outlives the test."""
-    lines: list[Line] = []
-
-    def type_line(*words: str, **popen: Any) -> Line:
-        lines.append(submit(tmp_path, *words, **popen))
-        return lines[-1]
-
-    yield type_line
-    for line in lines:
-        line.kill_everything()
 
 
 # --- success ----------------------------------------------------------------------------------------------------------
