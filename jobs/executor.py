@@ -8,16 +8,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jobs import sbatch
+from jobs import sbatch, slurm
 from jobs.cluster import ClusterConfig
 from jobs.errors import JobFailed, SubmissionError
 from jobs.records import RunDirectory
@@ -73,8 +71,6 @@ SUBMIT_WITHIN_S = 120
 """Seconds that sbatch gets to queue a job; it tries again by itself where the controller is busy."""
 LOST = re.compile(r"timed? ?out|zero bytes|unexpected message|connection (reset|refused|aborted)", re.IGNORECASE)
 """What sbatch says where it lost the controller in the middle: the job may be queued all the same."""
-ANSWER_WITHIN_S = 60
-"""Seconds that sbatch gets to answer; a busy controller may take some."""
 
 
 def check_slurm(submission: Submission) -> str:
@@ -92,79 +88,7 @@ def check_slurm(submission: Submission) -> str:
             f"--executor slurm: {' and '.join(missing)} not found on PATH; submit from a login node, "
             "or use --executor local"
         )
-    code, words = _ask(["sbatch", "--test-only"], submission.text)
-    if code == 0:
-        return _without_a_number(words)
-    if "Unable to contact" in words:
-        raise SubmissionError(f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`")
-    if any(unsure in words for unsure in UNSURE):
-        given = submission.parameters["sbatch"]
-        total = _hosts(str(given.get("partition", "")))
-        if total is None or int(given["nodes"]) <= total:
-            return f"sbatch --test-only says: {words}; the job is queued all the same"
-        words += f"; the partition has {total} hosts"
-    raise SubmissionError(
-        f"sbatch would refuse the job: {words or f'exit code {code}'} (asked for: {_asked(submission)})"
-    )
-
-
-def _asked(submission: Submission) -> str:
-    """What the job asks for, in sbatch's words, without what every job has."""
-    ours = ("job-name", "distribution", "export", "requeue", "signal", "open-mode", "output", "ntasks-per-node")
-    given = {name: value for name, value in submission.parameters["sbatch"].items() if name not in ours}
-    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items())
-
-
-def _without_a_number(words: str) -> str:
-    """The estimate of `sbatch --test-only`, without the number of a job that there will not be.
-
-    Where a running job has no time limit, the estimate is a date in some other century, and is left out.
-    """
-    match = re.search(r"Job \d+ to start at (\d{4}-\d\d-\d\d)(T\S+) using .*? on nodes (\S+) in partition (\S+)", words)
-    if not match:
-        return words
-    far = abs((date.fromisoformat(match[1]) - date.today()).days) > 90
-    when = "" if far else f", by its estimate at {match[1]}{match[2]} on {match[3]}"
-    return f"Slurm takes the job in partition {match[4]}{when}"
-
-
-UNSURE = ("node configuration is not available", "node not available", "partition not available")
-"""`sbatch --test-only` says so of what no host can ever give, but also of hosts that are down, drained or reserved just
-now, and (22.05) of host files; sbatch itself takes the latter, and refuses most of the former."""
-
-
-def _ask(command: list[str], text: str = "") -> tuple[int, str]:
-    """A command of Slurm's: its exit code, and what it says, on one line.
-
-    Raises:
-        SubmissionError: it did not answer in time.
-    """
-    try:
-        answer = subprocess.run(
-            command,
-            input=text,
-            env=sbatch.clean(os.environ),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_WITHIN_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise SubmissionError(
-            f"`{' '.join(command)}` has not answered within {ANSWER_WITHIN_S} s; nothing is queued; try again, "
-            "or ask `sinfo` whether Slurm is up"
-        ) from None
-    lines = (answer.stderr + answer.stdout).splitlines()
-    return answer.returncode, "; ".join(line.strip() for line in lines if line.strip())
-
-
-def _hosts(partition: str) -> int | None:
-    """How many hosts a partition has, in whatever state; the default one where none is named; None if not known."""
-    code, words = _ask(["sinfo", "--noheader", "--format=%P %D", *([f"--partition={partition}"] if partition else [])])
-    rows = [row.split() for row in words.split("; ")]
-    if code or any(len(row) != 2 or not row[1].isdigit() for row in rows):
-        return None
-    return sum(int(count) for name, count in rows if partition or name.endswith("*")) or None
+    return slurm.would_queue(submission.text, submission.parameters["sbatch"], os.environ)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What Slurm says of a job: squeue while it knows it, then sacct, scontrol where squeue cannot be used.
+"""What Slurm says of a job: whether it would take it; then squeue while it knows it, sacct, scontrol as a third.
 
 The JSON that Slurm's commands can print changes between its versions, so a few columns are asked for instead. Parsing
 is pure. Every question is a load on a controller that thousands share: `jobs/cli/follow.py` asks once a second at
@@ -11,8 +11,10 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 
 from jobs import sbatch
+from jobs.errors import SubmissionError
 
 ANSWER_WITHIN_S = 30.0
 """Seconds that each command gets."""
@@ -93,12 +95,12 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "SLURM_TIME_FORMAT": "standard"}
 
 
-def _run(words: Sequence[str], env: Mapping[str, str], within_s: float) -> _Said | NoAnswer:
+def _run(words: Sequence[str], env: Mapping[str, str], within_s: float, text: str = "") -> _Said | NoAnswer:
     try:
         done = subprocess.run(
             list(words),
             env=dict(env),
-            stdin=subprocess.DEVNULL,
+            input=text,
             capture_output=True,
             text=True,
             errors="replace",
@@ -257,3 +259,80 @@ def hint(state: JobState) -> str:
     if not state.waits:
         return ""
     return next((text for pattern, text in _HINTS if re.match(pattern, state.reason)), "")
+
+
+# --- before there is a job --------------------------------------------------------------------------------------------
+
+SUBMISSION_WITHIN_S = 60.0
+"""Seconds that sbatch gets to say whether it would take a job; a busy controller may take some."""
+UNSURE = ("node configuration is not available", "node not available", "partition not available")
+"""`sbatch --test-only` says so of what no host can ever give, but also of hosts that are down, drained or reserved just
+now, and (22.05) of host files; sbatch itself takes the latter, and refuses most of the former."""
+
+
+def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, str]) -> str:
+    """Asks Slurm whether it would take a job; nothing is queued.
+
+    Args:
+        script: the batch script.
+        given: its options of sbatch, by their long names.
+        env: the environment to ask in, as it is.
+
+    Returns:
+        When and where it would start, or why that is not known; may be empty.
+
+    Raises:
+        SubmissionError: it would refuse the job, in its own words; or it does not answer.
+    """
+    clean = environment(env)
+    said = _run(["sbatch", "--test-only"], clean, SUBMISSION_WITHIN_S, script)
+    if isinstance(said, NoAnswer):
+        raise SubmissionError(f"{said.words}; nothing is queued; try again, or ask `sinfo` whether Slurm is up")
+    words = "; ".join(line.strip() for line in (said.err + said.out).splitlines() if line.strip())
+    if said.code == 0:
+        return _without_a_number(words)
+    # Where only its programs are installed, there is nobody to contact either.
+    if "Unable to contact" in words or "configuration source" in words:
+        raise SubmissionError(
+            f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`, or use --executor local"
+        )
+    if any(unsure in words for unsure in UNSURE):
+        total = _hosts_of(str(given.get("partition", "")), clean)
+        if total is None or int(given["nodes"]) <= total:
+            return f"sbatch --test-only says: {words}; the job is queued all the same"
+        words += f"; the partition has {total} hosts"
+    raise SubmissionError(
+        f"sbatch would refuse the job: {words or f'exit code {said.code}'} (asked for: {_asked(given)})"
+    )
+
+
+def _asked(given: Mapping[str, str | bool]) -> str:
+    """What a job asks for, in sbatch's words, without what every job has."""
+    ours = ("job-name", "distribution", "export", "requeue", "signal", "open-mode", "output", "ntasks-per-node")
+    rest = {name: value for name, value in given.items() if name not in ours}
+    return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in rest.items())
+
+
+def _without_a_number(words: str) -> str:
+    """The estimate of `sbatch --test-only`, without the number of a job that there will not be.
+
+    Where a running job has no time limit, the estimate is a date in some other century, and is left out.
+    """
+    match = re.search(r"Job \d+ to start at (\d{4}-\d\d-\d\d)(T\S+) using .*? on nodes (\S+) in partition (\S+)", words)
+    if not match:
+        return words
+    far = abs((date.fromisoformat(match[1]) - date.today()).days) > 90
+    when = "" if far else f", by its estimate at {match[1]}{match[2]} on {match[3]}"
+    return f"Slurm takes the job in partition {match[4]}{when}"
+
+
+def _hosts_of(partition: str, env: Mapping[str, str]) -> int | None:
+    """How many hosts a partition has, in whatever state; the default one where none is named; None if not known."""
+    words = ["sinfo", "--noheader", "--format=%P %D", *([f"--partition={partition}"] if partition else [])]
+    said = _run(words, env, ANSWER_WITHIN_S)
+    if isinstance(said, NoAnswer) or said.code:
+        return None
+    rows = [row.split() for row in said.out.splitlines()]
+    if any(len(row) != 2 or not row[1].isdigit() for row in rows):
+        return None
+    return sum(int(count) for name, count in rows if partition or name.endswith("*")) or None

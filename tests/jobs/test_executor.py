@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import executor
+from jobs import executor, slurm
 from jobs.cluster import ClusterConfig
 from jobs.errors import JobFailed, SubmissionError
 from jobs.executor import render
@@ -99,8 +99,20 @@ def test_slurm_is_asked_before_anything_is_written(tmp_path: Path, monkeypatch: 
 def test_a_scheduler_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler(tmp_path, monkeypatch, "")
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(executor, "ANSWER_WITHIN_S", 0.2)
+    monkeypatch.setattr(slurm, "SUBMISSION_WITHIN_S", 0.2)
     with pytest.raises(SubmissionError, match=r"has not answered within 0.2 s; nothing is queued"):
+        executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
+
+
+@pytest.mark.parametrize(
+    "words", ["allocation failure: Unable to contact slurm controller", "Could not establish a configuration source"]
+)
+def test_a_slurm_that_is_not_there_has_refused_nothing(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler(tmp_path, monkeypatch, "")
+    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/sh\necho "{words}" >&2; cat >/dev/null; exit 1\n')
+    with pytest.raises(SubmissionError, match=r"Slurm does not answer .*nothing is queued; .*--executor local"):
         executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
 
 
