@@ -294,7 +294,8 @@ def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, 
     # Where only its programs are installed, there is nobody to contact either.
     if "Unable to contact" in words or "configuration source" in words:
         raise SubmissionError(
-            f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`, or use --executor local"
+            f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`, "
+            "or use --executor local"
         )
     if any(unsure in words for unsure in UNSURE):
         total = _hosts_of(str(given.get("partition", "")), clean)
