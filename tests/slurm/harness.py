@@ -252,10 +252,14 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """A whole environment for clients, submit.py and jobs: this process's, with this cluster in Slurm's place."""
+        """A whole environment for clients, submit.py and jobs: this process's, with this cluster in Slurm's place.
+
+        As after a login it has a SHELL, which salloc runs (an interactive step fails without); services run tests
+        without one, and people with one whose language the tests do not write.
+        """
         outer = {name: value for name, value in os.environ.items() if not name.startswith(OF_SLURM)}
         path = os.pathsep.join([str(self.root / "bin"), outer.get("PATH", PATH)])
-        return {**outer, "PATH": path, "SLURM_CONF": str(self.root / "slurm.conf")}
+        return {**outer, "PATH": path, "SHELL": "/bin/bash", "SLURM_CONF": str(self.root / "slurm.conf")}
 
     def run(self, *words: object, check: bool = True, **options: Any) -> str:
         """A client command's standard output; further options are those of subprocess.run.
@@ -294,7 +298,10 @@ class Cluster:
         return dict(line.split() for line in lines)
 
     def wait_idle(self, deadline_s: float = 30) -> None:
-        """Returns when every host is idle."""
+        """Returns when every host is idle.
+
+        In a new cluster a host is `unknown` until its slurmd has registered, and that listens before it does.
+        """
         try:
             wait_until(lambda: set(self.states().values()) == {"idle"}, deadline_s, "every host is idle")
         except TimeoutError as error:

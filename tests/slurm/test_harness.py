@@ -95,6 +95,18 @@ def test_names_gpu_types_and_settings_are_the_makers_choice(make_cluster: Callab
     assert "KillWait                = 7 sec" in cluster.run("scontrol", "show", "config")
 
 
+@pytest.mark.parametrize("shell", [None, "/bin/false"])
+def test_sallocs_shell_is_bash_whatever_runs_the_tests(
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch, shell: str | None
+) -> None:
+    if shell:
+        monkeypatch.setenv("SHELL", shell)
+    else:
+        monkeypatch.delenv("SHELL", raising=False)  # as where a service runs them
+    cluster = make_cluster(hosts=1, LaunchParameters="use_interactive_step")
+    assert cluster.run("salloc", "--quiet", input="hostname; echo $0\n").split() == ["node0", "/bin/bash"]
+
+
 # What happens to them.
 
 

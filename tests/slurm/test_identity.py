@@ -74,7 +74,8 @@ def test_the_jobs_of_an_array_are_worlds_of_their_own(slurm: Cluster, tmp_path: 
         "#!/bin/bash\n#SBATCH --nodes=1 --ntasks=1 --array=1-2\n"
         f"srun --kill-on-bad-exit=1 {LINE} > $SLURM_ARRAY_TASK_ID.out 2> $SLURM_ARRAY_TASK_ID.err\n"
     )
-    assert bash("sbatch --wait --quiet job.sh", slurm, tmp_path).returncode == 0
+    done = bash("sbatch --wait --quiet job.sh", slurm, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads((tmp_path / f"{task}.out").read_text()) for task in (1, 2)]
     assert [result["status"] for result in results] == ["done"] * 2
     assert len({result["run_dir"] for result in results}) == 2
@@ -95,7 +96,7 @@ def test_an_interactive_steps_shell_is_not_rank_0(make_cluster: Callable[..., Cl
     cluster = make_cluster(hosts=1, LaunchParameters="use_interactive_step")
     (tmp_path / "typed").write_text(f"hostname\n{LINE} 2> refusal; echo exit $?\n")
     done = bash("salloc --ntasks=2 < typed", cluster, tmp_path)
-    assert done.stdout.split() == ["node0", "exit", "2"]
+    assert done.stdout.split() == ["node0", "exit", "2"], done.stderr
     line = refusal((tmp_path / "refusal").read_text())
     assert "it is the interactive shell" in line
     assert f"`srun --nodes=1 --ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 {LINE}`" in line
@@ -131,7 +132,8 @@ def test_a_shell_that_left_its_step_is_no_rank(slurm: Cluster, tmp_path: Path) -
         f"(setsid bash -c '{LINE} 2> refusal.tmp; mv refusal.tmp refusal' &); until [ -e refusal ]; do sleep 0.1; done"
     )
     (tmp_path / "leave.sh").write_text(script)
-    assert bash("srun --ntasks=1 bash leave.sh", slurm, tmp_path).returncode == 0
+    done = bash("srun --ntasks=1 bash leave.sh", slurm, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "is left over: no slurmstepd is above this process" in refusal((tmp_path / "refusal").read_text())
 
 
@@ -152,7 +154,7 @@ def test_a_used_run_directory_ends_every_rank_at_once(slurm: Cluster, tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text("{}")
     done = bash(f"srun --nodes=2 --ntasks-per-node=1 {PYTHON} mine:ENTRY --run-dir run", slurm, tmp_path)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "is not empty" in refusal(done.stderr)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
 
