@@ -2,6 +2,8 @@
 
     python jobs/entry.py SUBMITIT_FOLDER            what submitit pickled there
     python jobs/entry.py --rank RUN_DIR SUPERVISOR  one rank of a local job, where ranks cannot be forked
+    python jobs/entry.py --prepare RUN_DIR PARENT OWNER RESULTS
+                                                    a workload's `prepare`, before the job is submitted
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
                                                     in a Slurm job's batch script, after srun has failed
 
@@ -50,6 +52,10 @@ def main() -> None:
 
         spawned_rank(Path(sys.argv[2]), int(sys.argv[3]))
         return
+    if sys.argv[1] == "--prepare":
+        from jobs.preparing import prepare_here
+
+        sys.exit(prepare_here(Path(sys.argv[2]), *map(int, sys.argv[3:])))
     # submitit names its files by this process's id where the executor has no scheduler to name the job.
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
@@ -94,3 +100,6 @@ def _await_pickle(path: Path, at_most_s: float = 30.0) -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    # A process that multiprocessing has spawned from one of ours runs this file again, before it opens its own pickle.
+    pin()

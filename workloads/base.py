@@ -138,8 +138,17 @@ class WorkloadEntry:
         validate: `validate(config, shape)`, before queueing; raises WorkloadError for what cannot work.
             Torch-free.
         mesh: `mesh(config, shape) -> MeshSpec`; default: one dimension `dp` over all ranks. Torch-free.
-        prepare: `prepare(config, directory)`, once, on the submitting machine, before queueing: puts into
-            `directory` (which the ranks see as ctx.paths.data_dir) whatever must not be made by every rank.
+        prepare: `prepare(config, directory) -> str | None`, once, on the submitting machine, before queueing: puts
+            into `directory` (which the ranks see as ctx.paths.data_dir, and which it makes itself) whatever must not
+            be made by every rank. It runs in a process of its own and may import what it likes; what it prints is
+            shown, and a line that it returns is announced. That process has the environment of the submitting line,
+            a thread a library where that does not say otherwise, and nothing to read on stdin; what it leaves
+            running is ended. By hand (torchrun, srun) it runs in rank 0, and its line is not shown.
+        plan: `plan(config) -> str | None`, one line on what `prepare` would do, which a dry run shows; None where
+            there is nothing to prepare, and then `prepare` is not started. Torch-free; reads no network and writes
+            nothing. Default: there is always something to prepare.
+        prepare_timeout_s: seconds after which `prepare` is killed, with whatever it has started, and nothing is
+            queued.
         build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
         memory_bytes: `memory_bytes(config, shape) -> int`, roughly the peak bytes of one rank. Torch-free.
         preload: built-in workloads only: modules that may be imported once before ranks are forked (they must
@@ -153,6 +162,8 @@ class WorkloadEntry:
     validate: Hook | None = None
     mesh: Hook | None = None
     prepare: Hook | None = None
+    plan: Hook | None = None
+    prepare_timeout_s: float = 3600
     build: Hook | None = None
     memory_bytes: Hook | None = None
     preload: tuple[str, ...] = ()

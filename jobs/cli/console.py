@@ -27,6 +27,8 @@ class Console:
         self.as_json = as_json
         self.job_started = False
         """From then on an error is the job's, not the user's."""
+        self.facts: dict[str, Any] = {}
+        """What the one object holds besides, however the command ends."""
         self._stdout = sys.stdout
         self.stream = sys.stderr if as_json else sys.stdout
 
@@ -43,4 +45,4 @@ class Console:
     def finish(self, record: dict[str, Any]) -> None:
         """The one JSON object, where it was asked for."""
         if self.as_json:
-            print(json.dumps(to_json(record), allow_nan=False), file=self._stdout, flush=True)
+            print(json.dumps(to_json({**self.facts, **record}), allow_nan=False), file=self._stdout, flush=True)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 import yaml
 
-from jobs import blame, executor
+from jobs import blame, executor, preparing
 from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.options import Options
@@ -37,8 +38,9 @@ def run(given: Options, console: Console) -> int:
     """
     resolved = resolve(given)
     spec = resolved.spec
+    plan = preparing.plan(resolved.entry, resolved.config)
     if given.dry_run:
-        _dry_run(resolved, console)
+        _dry_run(resolved, plan, console)
         return 0
     if spec.executor == "slurm":
         words = executor.check_slurm(executor.render(spec, resolved.cluster))
@@ -47,7 +49,10 @@ def run(given: Options, console: Console) -> int:
     run_dir = RunDirectory.create(spec.run_dir)
     with _removed_on(BaseException, run_dir, existed):
         run_dir.describe(spec)
-        resolved.entry.call("prepare", resolved.config, run_dir.data)
+        prepared = None if plan is None else _prepare(resolved, plan)
+    if prepared is not None:
+        resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
+        console.facts["prepared"] = prepared
     if spec.executor == "slurm":
         return _queue(resolved, run_dir, existed, console, wait=bool(given.wait))
     _announce(resolved, console)
@@ -58,6 +63,30 @@ def run(given: Options, console: Console) -> int:
 
     wait = given.wait is not False
     return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
+
+
+def _prepare(resolved: Resolved, plan: str) -> str | None:
+    """Has the workload prepare its data, in a process of its own.
+
+    Returns:
+        The line that `prepare` returned, if it did.
+    """
+    preparation = None
+    try:
+        with interrupts.held():
+            preparation = preparing.Preparation(resolved.entry, resolved.spec, plan, _pass_on)
+        return preparation.outcome()
+    except BaseException:
+        interrupts.ignore()
+        raise
+    finally:
+        with interrupts.held():
+            if preparation is not None:
+                preparation.end()
+
+
+def _pass_on(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 def _announce(resolved: Resolved, console: Console) -> None:
@@ -116,13 +145,15 @@ def _removed_on(error: type[BaseException], run_dir: RunDirectory, existed: bool
         raise
 
 
-def _dry_run(resolved: Resolved, console: Console) -> None:
+def _dry_run(resolved: Resolved, plan: str | None, console: Console) -> None:
     spec = resolved.spec
     submission = executor.render(spec, resolved.cluster)
     hosts = [f"host{rank // spec.resources.gpus_per_node}" for rank in range(spec.resources.shape.world_size)]
     console.say("dry run: nothing is started or written\n")
     for line in resolved.announcements:
         console.say(line)
+    if plan is not None:
+        console.say(f"prepare: {plan}")
     console.say(f"run directory: {spec.run_dir}\n")
     console.say("settings:")
     console.say(_indent(yaml.safe_dump(spec.settings, sort_keys=False)))
@@ -140,6 +171,7 @@ def _dry_run(resolved: Resolved, console: Console) -> None:
             "status": "dry-run",
             "exit_code": 0,
             "job": spec.model_dump(mode="json"),
+            "prepare": plan,
             "mesh": {
                 "names": resolved.mesh.names,
                 "sizes": resolved.mesh.sizes,

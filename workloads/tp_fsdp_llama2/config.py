@@ -145,6 +145,16 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
     return MeshSpec(("dp", "tp"), (shape.world_size // tp, tp))
 
 
+def plan(config: Config) -> str | None:
+    """What there is to prepare: without a tokenizer, nothing."""
+    data = config.data
+    if data.tokenizer is None:
+        return None
+    paths = "Python's documentation" if data.path is None else data.path
+    text = paths if isinstance(paths, str) else ", ".join(paths)
+    return f"cuts {text} into tokens with {data.tokenizer}"
+
+
 def vocab_size(config: Config) -> int:
     """Rows of the embedding: what model.vocab_size says, or else the tokenizer's size or 256 for bytes.
 

@@ -1,0 +1,332 @@
+"""A workload's `prepare` in a process of its own, with a deadline: it can neither hang nor crash who submits.
+
+A preparation may import torch, download and tokenise; the line that submits stays light and answers to Ctrl-C. The
+process reads its job from the run directory, as a rank does. What it prints comes through one pipe and is shown, what
+it comes to through another: a user's words are never read as an answer.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import math
+import os
+import re
+import select
+import selectors
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs import blame, processes, sbatch
+from jobs.records import RunDirectory, read_json
+from jobs.spec import JobSpec
+from workloads import registry
+from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+
+POLL_S = 0.05
+SAY_AFTER_S = 10.0
+"""A preparation that has been silent for so long is said to be what is waited for."""
+STOP_S = 2.0
+"""Between SIGINT, upon which `finally` clauses run, and SIGKILL."""
+DRAIN_S = 1.0
+"""For what is left in the pipes when the process has ended."""
+TAIL = 4000
+"""Characters that are kept for the last words."""
+
+
+def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
+    """One line on what a workload's `prepare` would do.
+
+    Returns:
+        None where there is nothing to prepare, and so nothing to start.
+
+    Raises:
+        WorkloadError: its `plan`, or the deadline that it gives its preparation, is none.
+    """
+    if entry.prepare is None:
+        return None
+    timeout_s = entry.prepare_timeout_s
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise WorkloadError(
+            f"workload {entry.name}: prepare_timeout_s={timeout_s!r}: must be a number of seconds above 0"
+        )
+    if entry.plan is None:
+        return "would run; the workload has no `plan` that says what it would do"
+    line = entry.call("plan", config)
+    if line is not None and not isinstance(line, str):
+        raise WorkloadError(
+            f"workload {entry.name}: plan returned a {type(line).__name__}; return one line on what prepare would do, "
+            "or None where there is nothing to prepare"
+        )
+    return None if line is None else _one_line(line)
+
+
+# --- on the submitting side -------------------------------------------------------------------------------------------
+
+
+class Preparation:
+    """A workload's `prepare`, started; whoever starts one ends it, whatever happens.
+
+    Args:
+        entry: the workload.
+        spec: the job; its run directory describes it already.
+        what: the plan's line.
+        show: gets what the preparation prints, as it comes.
+
+    Raises:
+        WorkloadError: no process can be started.
+    """
+
+    def __init__(self, entry: WorkloadEntry, spec: JobSpec, what: str, show: Callable[[str], None]) -> None:
+        self._entry = entry
+        self._what = what
+        self._show = show
+        self._began = time.monotonic()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tail = ""
+        self._answer = b""
+        self._before = processes.children()
+        # What the preparation leaves behind comes to this process, also from sessions of its own, and is ended here.
+        processes.adopt_orphans()
+        owner, self._owner = os.pipe()  # the write end closes when this process ends, however it ends
+        self._results, results = os.pipe()
+        run_dir, parent = str(spec.run_dir), str(os.getpid())
+        command = [sys.executable, "-u", str(sbatch.ENTRY), "--prepare", run_dir, parent, str(owner), str(results)]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), spec.threads_per_rank)
+        try:
+            # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.
+            self._process = subprocess.Popen(
+                command,
+                # A login node has many cores and many users.
+                env={**{name: str(count) for name, count in threads.items()}, **os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(owner, results),
+                start_new_session=True,
+            )
+        except OSError as error:
+            for end in (self._owner, self._results):
+                os.close(end)
+            raise WorkloadError(
+                f"workload {entry.name}: no process could be started for prepare: {error.strerror or error}"
+            ) from None
+        finally:
+            for end in (owner, results):
+                os.close(end)
+        assert self._process.stdout is not None
+        self._output = self._process.stdout.fileno()
+        self._selector = selectors.DefaultSelector()
+        for end in (self._output, self._results):
+            os.set_blocking(end, False)
+            self._selector.register(end, selectors.EVENT_READ)
+
+    def outcome(self) -> str | None:
+        """Waits for the end, and shows meanwhile what is printed.
+
+        Returns:
+            What `prepare` returned: a line, or None.
+
+        Raises:
+            WorkloadError: it refused, it crashed, or its time is over.
+        """
+        deadline = self._began + self._entry.prepare_timeout_s
+        said = False
+        while True:
+            # Asked before reading: what it wrote before its end is then there to be read.
+            ended = self._process.poll() is not None
+            if ended:
+                self._end_rest()
+                self._drain()
+            else:
+                self._read(POLL_S)
+            answer = self._read_answer()
+            if answer is not None and "refused" in answer:
+                raise WorkloadError(answer["refused"])
+            if ended:
+                return self._returned(answer)
+            if time.monotonic() > deadline:
+                raise WorkloadError(self._too_late(answer))
+            # Whoever prints says what is being waited for, and would have another's line in the middle of his own.
+            if not said and not self._tail and time.monotonic() - self._began > SAY_AFTER_S:
+                said = True
+                at_most = self._entry.prepare_timeout_s
+                self._show(f"meshrun: waiting for workload {self._entry.name} to prepare its data ({self._what})")
+                self._show(f", at most {at_most:g} s\n" if math.isfinite(at_most) else "\n")
+
+    def end(self) -> None:
+        """Ends the process, if it still runs, and everything below it; what it says from now on is not shown."""
+        self._stop()
+        self._end_rest()
+        processes.adopt_orphans(False)
+        if self._tail and not self._tail.endswith("\n"):
+            with contextlib.suppress(OSError):
+                self._show("\n")
+        self._selector.close()
+        for end in (self._owner, self._results):
+            os.close(end)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _returned(self, answer: dict[str, Any] | None) -> str | None:
+        code = self._process.returncode
+        if answer is not None and "returned" in answer and code == 0:
+            return answer["returned"]
+        how = blame.failure_of_exit(code, 0, "", 0, "").message
+        how = f"was {how}" if code < 0 else how
+        if answer is not None and "returned" in answer:
+            how = f"returned, and its process then {how.removesuffix(' before its work was done')}"
+        raise WorkloadError(f"workload {self._entry.name}: prepare {how}{self._last_words()}")
+
+    def _too_late(self, answer: dict[str, Any] | None) -> str:
+        what, timeout_s = f"workload {self._entry.name}: prepare", f"{self._entry.prepare_timeout_s:g} s"
+        if answer is not None:
+            return (
+                f"{what} has returned, but its process has not ended within {timeout_s}: a thread or a process that "
+                f"it started still runs, and was killed{self._last_words()}; wait for it in prepare, or make it a "
+                "daemon"
+            )
+        last_words = self._last_words()  # before it is told to stop, which it may comment on
+        answer = self._stop()
+        at = f", at {answer['stopped']}" if answer is not None and "stopped" in answer else ""
+        return (
+            f"{what} ({self._what}) was still at it after {timeout_s}{at}, and was killed{last_words}; if it needs "
+            "longer, raise prepare_timeout_s of the workload's entry"
+        )
+
+    def _stop(self) -> dict[str, Any] | None:
+        """Ends the process: with SIGINT, as a terminal would, then with SIGKILL.
+
+        Returns:
+            Its answer, should it have given one.
+        """
+        for signum, patience in ((signal.SIGINT, STOP_S), (signal.SIGKILL, 5.0)):
+            if self._process.poll() is not None:
+                break
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signum)
+            deadline = time.monotonic() + patience
+            while self._process.poll() is None and time.monotonic() < deadline:
+                self._read(POLL_S, quiet=True)
+        return self._read_answer()
+
+    def _end_rest(self) -> None:
+        """Ends what the process has left behind: nobody else would."""
+        if self._process.poll() is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        processes.kill_children(but=self._before)
+
+    def _read(self, timeout_s: float, quiet: bool = False) -> bool:
+        """Reads once what has come, or waits so long for it; whether there was anything."""
+        anything = False
+        for key, _ in self._selector.select(timeout_s):
+            try:
+                data = os.read(key.fd, 65536)
+            except BlockingIOError:
+                continue
+            if not data:
+                self._selector.unregister(key.fd)
+                continue
+            anything = True
+            if key.fd == self._results:
+                self._answer += data
+            elif not quiet and (text := self._decoder.decode(data)):
+                self._tail = (self._tail + text)[-TAIL:]
+                self._show(text)
+        return anything
+
+    def _drain(self) -> None:
+        # Nobody is left to write; where a process could not be ended, its words must not keep us.
+        deadline = time.monotonic() + DRAIN_S
+        while self._read(0) and time.monotonic() < deadline:
+            pass
+
+    def _read_answer(self) -> dict[str, Any] | None:
+        return json.loads(self._answer) if self._answer.endswith(b"\n") else None
+
+    def _last_words(self) -> str:
+        lines = [line for line in re.split(r"[\r\n]+", self._tail) if line.strip()]
+        return f" (its last words: {_one_line(lines[-1])[-300:]})" if lines else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+# --- in the process of its own ----------------------------------------------------------------------------------------
+
+
+def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
+    """Prepares the job of a run directory, and answers.
+
+    Args:
+        run_dir: the job's.
+        parent: who started this process.
+        owner: the read end of a pipe that the parent holds open.
+        results: where the answer goes.
+
+    Returns:
+        The exit code.
+    """
+    os.set_inheritable(results, False)
+    _end_with(owner, results)
+    processes.die_with_parent(parent)
+    # Under nohup and in a script's background SIGINT is ignored, and that is inherited; here it means the end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
+        entry = registry.load(spec.workload, spec.import_path)
+        config = entry.config.model_validate(spec.settings)
+        line = entry.call("prepare", config, RunDirectory(run_dir).data)
+        if line is not None and not isinstance(line, str):
+            raise WorkloadError(
+                f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line on what "
+                "was prepared"
+            )
+    except WorkloadError as error:
+        _say(results, {"refused": str(error)})
+        return 1
+    except KeyboardInterrupt as stopped:
+        last = traceback.extract_tb(stopped.__traceback__)[-1]
+        _say(results, {"stopped": f"{last.filename}:{last.lineno}"})
+        return 1
+    _say(results, {"returned": _one_line(line) or None if line is not None else None})
+    return 0
+
+
+def _say(results: int, answer: dict[str, Any]) -> None:
+    """The whole answer, ended by a line break; json has none inside."""
+    data = json.dumps(answer).encode() + b"\n"
+    while data:
+        data = data[os.write(results, data) :]
+
+
+def _end_with(owner: int, results: int) -> None:
+    """Leaves a process behind that ends this one's group when the owner is gone.
+
+    The kernel would end this process alone (`die_with_parent`), and only on Linux. No thread, which forking in a
+    user's `prepare` would make unsafe; and no child of this process, for which a user's `os.wait` would wait.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os.close(owner)
+        return
+    if os.fork() == 0:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        os.close(results)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        select.select([owner], [], [])
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
