@@ -34,6 +34,7 @@ ENTRY = WorkloadEntry(
     validate="workloads.tp_fsdp_llama2.config:validate",
     mesh="workloads.tp_fsdp_llama2.config:mesh",
     prepare="workloads.tp_fsdp_llama2.data:prepare",
+    plan="workloads.tp_fsdp_llama2.config:plan",
     build="workloads.tp_fsdp_llama2.parallelize:build",
     memory_bytes="workloads.tp_fsdp_llama2.config:memory_bytes",
     # FSDP2 imports the compiler when it is first used; eight ranks doing that by themselves take seconds.
