@@ -1,0 +1,23 @@
+"""What can be set about an image dataset. Torch-free and numpy-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from workloads.base import WorkloadConfig
+
+
+class ImageDataConfig(WorkloadConfig):
+    """Which images are trained on, and where they live."""
+
+    source: Literal["auto", "mnist", "fashion_mnist", "digits", "fake"] = "auto"
+    """mnist, fashion_mnist: 60,000 images to train on, 10,000 held out, downloaded once. digits: 1,500 and 297, from
+    scikit-learn, without network. fake: 2,048 and 512 of noise, for measuring speed. auto: mnist where it is on disk or
+    can be downloaded, otherwise digits."""
+    root: str = Field(default="data", min_length=1)
+    """Where datasets live, in torchvision's layout; every host must see it. Relative to the directory where the line is
+    typed; ~ is the home directory."""
+    download_timeout_s: float = Field(default=300, gt=0)
+    """Seconds that a whole download may take before it is given up."""

@@ -1,0 +1,457 @@
+"""Makes a dataset ready, once, where every host sees it; whole or not at all, and checked.
+
+    python -m workloads.images.prepare data.source=mnist data.root=DIR
+
+prepares by hand, on a machine with network. In a dataset's folder lie its four files and `checksums.json`, written
+last, which vouches for them. In the job's own directory `images.json` says which dataset it is and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from workloads.base import WorkloadError
+from workloads.images import idx, sources
+from workloads.images.config import ImageDataConfig
+from workloads.images.sources import FILES, SOURCES, TEST, TRAIN, Source
+
+log = logging.getLogger(__name__)
+
+CHECKSUMS_FILE = "checksums.json"
+RECORD_FILE = "images.json"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file was when it was checked."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset that is ready.
+
+    Attributes:
+        source: mnist, fashion_mnist, digits or fake; never auto.
+        root: data.root, absolute.
+        why: which dataset it is, and, where `auto` had to choose, why.
+        train: images to train on.
+        test: images held out.
+        files: by name, in `source`'s folder of `root`.
+    """
+
+    source: str
+    root: Path
+    why: str
+    train: int
+    test: int
+    files: Mapping[str, FileRecord]
+
+    @property
+    def announcement(self) -> str:
+        """One line for whoever started the job."""
+        return f"data: {self.why}"
+
+    @staticmethod
+    def read(directory: Path) -> Prepared | None:
+        """What `prepare` left in `directory`; None where it was not there.
+
+        Raises:
+            WorkloadError: images.json is there and is not one that `prepare` wrote.
+        """
+        path = directory / RECORD_FILE
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise WorkloadError(f"{path} cannot be read on {socket.gethostname()}: {error.strerror or error}") from None
+        try:
+            values = json.loads(text)
+            files = {name: FileRecord(**values["files"][name]) for name in FILES}
+            return Prepared(
+                SOURCES[values["source"]].name,
+                Path(values["root"]),
+                str(values["why"]),
+                int(values["train"]),
+                int(values["test"]),
+                files,
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise WorkloadError(
+                f"{path} is not what preparing a dataset writes ({type(error).__name__}: {error}): submit again"
+            ) from None
+
+
+class UnavailableError(WorkloadError):
+    """A dataset is not on disk and cannot be downloaded.
+
+    Args:
+        what: what was asked for.
+        reason: why it cannot be had.
+        cure: what to do about it.
+    """
+
+    def __init__(self, what: str, reason: str, cure: str) -> None:
+        super().__init__(f"{what}: {reason}; {cure}")
+        self.reason = reason
+
+
+def prepare(data: ImageDataConfig, directory: Path, *, download: bool = True) -> Prepared:
+    """Makes the dataset ready in data.root, unless it is, and says so in `directory`.
+
+    Any number of processes may do so at once: each writes into a folder of its own, and every file is put in place
+    whole. What is there and is not as it should be is named in a warning and made anew.
+
+    Args:
+        directory: where images.json is left for the ranks.
+        download: whether the network may be used.
+
+    Raises:
+        WorkloadError: the dataset cannot be had, or data.root or `directory` cannot be written.
+    """
+    prepared = make_ready(data, download=download)
+    values = {**asdict(prepared), "root": str(prepared.root)}
+    path = directory / RECORD_FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(path, values)
+    except OSError as error:
+        raise WorkloadError(f"{path} cannot be written: {error.strerror or error}") from None
+    return prepared
+
+
+def make_ready(data: ImageDataConfig, *, download: bool = True) -> Prepared:
+    """`prepare` without a word left in a job's directory."""
+    root = root_of(data)
+    try:
+        if data.source != "auto":
+            return _ready(SOURCES[data.source], data, root, download)
+        try:
+            return _ready(SOURCES["mnist"], data, root, download)
+        except UnavailableError as error:
+            return _ready(SOURCES["digits"], data, root, download, f", as MNIST could not be had: {error.reason}")
+    except OSError as error:
+        place = error.filename2 or error.filename or root
+        raise WorkloadError(
+            f"data.root={data.root}: {place}: {error.strerror or error}; give a data.root that can be written to and "
+            "has room"
+        ) from None
+
+
+def root_of(data: ImageDataConfig) -> Path:
+    """data.root, absolute.
+
+    Raises:
+        WorkloadError: it begins with the home directory of an unknown user.
+    """
+    try:
+        return Path(data.root).expanduser().absolute()
+    except RuntimeError:
+        raise WorkloadError(f"data.root={data.root}: there is no such home directory; write the path in full") from None
+
+
+def plan(data: ImageDataConfig) -> str:
+    """One line on what `prepare` would do, from a look at the disk alone; nothing is written."""
+    root = root_of(data)
+    source = SOURCES["mnist" if data.source == "auto" else data.source]
+    try:
+        found = look(source, root)
+    except OSError as error:
+        return f"data: {source.title}: {error.filename or root} cannot be read: {error.strerror or error}"
+    if found.complete and not found.problems:
+        return f"data: {_described(source, found)} in {source.raw(root)}"
+    if found.foreign:
+        state = found.foreign[0]
+    elif found.complete or found.problems:
+        state = found.problems[0]
+    else:
+        state = f"not in {source.raw(root)} yet"
+    if not source.downloaded:
+        return f"data: {source.title}: {state}; preparing makes it"
+    if found.complete:
+        return f"data: {source.title}: {state}; preparing unpacks it from the .gz file beside it"
+    instead = " or, where it cannot be had, uses digits" if data.source == "auto" else ""
+    if found.foreign:
+        return f"data: {source.title}: {state}; preparing " + ("uses digits" if instead else "refuses it")
+    return f"data: {source.title}: {state}; preparing downloads it{instead}"
+
+
+# ---- what is there
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look at a dataset's folder came to.
+
+    Attributes:
+        files: those that are as they should be.
+        counts: how many images or labels each holds.
+        recorded: checksums.json vouches for all four already.
+        packed: which of `files` are there as .gz only.
+        problems: what is wrong, each with the file's path.
+        foreign: files that are sound, but not this dataset's, and that no one but the user can have put there.
+    """
+
+    files: Mapping[str, FileRecord]
+    counts: Mapping[str, int]
+    recorded: bool
+    packed: tuple[str, ...]
+    problems: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.files) == len(FILES)
+
+
+def look(source: Source, root: Path) -> Found:
+    """Checks every file of a dataset: against checksums.json, its format, and the sums that were published.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    raw = source.raw(root)
+    problems: list[str] = []
+    foreign: list[str] = []
+    recorded = _recorded(raw / CHECKSUMS_FILE, problems)
+    files: dict[str, FileRecord] = {}
+    counts: dict[str, int] = {}
+    packed: list[str] = []
+    missing: list[str] = []
+    for name in FILES:
+        seen = False
+        for path in (raw / name, raw / f"{name}.gz"):
+            content = _content(path)
+            if content is None:
+                continue
+            seen = True
+            try:
+                if path.suffix == ".gz":
+                    content = idx.gunzip(content)
+                number = idx.count(content, name)
+            except idx.IdxError as error:
+                problems.append(f"{path} {error}")
+                continue
+            record = _record(content)
+            if record != recorded.get(name):
+                if source.md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != source.md5[name]:
+                    if name in recorded:
+                        problems.append(f"{path} is corrupt: its sha256 is not the one in {CHECKSUMS_FILE}")
+                    else:
+                        foreign.append(f"{path} is a sound file of {number:,}, but not {source.title}'s, by its md5")
+                    continue
+                if not source.md5:
+                    if name in recorded:
+                        problems.append(f"{path} is corrupt: its sha256 is not the one in {CHECKSUMS_FILE}")
+                    continue
+            files[name], counts[name] = record, number
+            if path.suffix == ".gz":
+                packed.append(name)
+            break
+        if not seen:
+            missing.append(str(raw / name))
+    if missing and len(missing) < len(FILES):
+        problems += [f"{path} is missing" for path in missing]
+    vouched = len(files) == len(FILES) and dict(recorded) == files and not packed
+    return Found(files, counts, vouched, tuple(packed), tuple(problems), tuple(foreign))
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _record(content: bytes) -> FileRecord:
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _recorded(path: Path, problems: list[str]) -> Mapping[str, FileRecord]:
+    """What checksums.json vouches for; nothing where it is missing or is none."""
+    text = _content(path)
+    if text is None:
+        return {}
+    try:
+        return {name: FileRecord(**values) for name, values in json.loads(text)["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        problems.append(f"{path} is no record of checksums")
+        return {}
+
+
+# ---- making it ready
+
+
+def _ready(source: Source, data: ImageDataConfig, root: Path, download: bool, because: str = "") -> Prepared:
+    found = look(source, root)
+    if found.foreign and not found.complete:
+        raise UnavailableError(
+            f"data.source={source.name}",
+            "; ".join(found.foreign),
+            "move it away to have the dataset downloaded, or give another data.root",
+        )
+    if not found.recorded:
+        if found.complete:
+            for problem in found.problems:
+                log.warning("%s; what it should be is there as well", problem)
+            found = _adopt(source, root, found)
+        else:
+            found = _made_anew(source, data, root, download, found)
+    why = f"{_described(source, found)} in {source.raw(root)}{because}"
+    return Prepared(source.name, root, why, found.counts[TRAIN[0]], found.counts[TEST[0]], found.files)
+
+
+def _described(source: Source, found: Found) -> str:
+    return f"{source.title} ({found.counts[TRAIN[0]]:,} {source.words} to train on, {found.counts[TEST[0]]:,} held out)"
+
+
+def _adopt(source: Source, root: Path, found: Found) -> Found:
+    """Takes files that someone put there, and that are what was published: unpacks and records them."""
+    raw = source.raw(root)
+    if found.packed:
+        with _folder_beside(source, root) as folder:
+            for name in found.packed:
+                content = idx.gunzip((raw / f"{name}.gz").read_bytes())
+                (folder / name).write_bytes(content)
+            for name in found.packed:
+                (folder / name).replace(raw / name)
+    try:
+        _write_checksums(source, root, found.files)
+    except OSError as error:
+        # A dataset that an administrator keeps for all is good without it.
+        log.info("%s cannot be written (%s): its files are checked anew each time", raw, error.strerror or error)
+    return found
+
+
+def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool, found: Found) -> Found:
+    raw = source.raw(root)
+    what = f"data.source={source.name} in data.root={data.root}"
+    state = "; ".join(found.problems) or f"not in {raw}"
+    cure = (
+        f"prepare it on a machine with network (python -m workloads.images.prepare data.source={source.name} "
+        f"data.root={root}), copy its files to {raw}, or use data.source=digits"
+    )
+    if source.downloaded and not download:
+        raise UnavailableError(what, f"{state}, and nothing may be downloaded here", cure)
+    for problem in found.problems:
+        log.warning("%s; it is %s", problem, "downloaded again" if source.downloaded else "made anew")
+    with _folder_beside(source, root) as folder:
+        if source.downloaded:
+            from workloads.images.fetch import FetchError, fetch
+
+            try:
+                place = fetch(source, folder, data.download_timeout_s)
+            except FetchError as error:
+                raise UnavailableError(what, f"{state}, and not to be downloaded: {error}", cure) from None
+        else:
+            place = folder
+            for name, content in sources.make(source).items():
+                (place / name).write_bytes(content)
+        files, counts = {}, {}
+        for name in FILES:
+            content = (place / name).read_bytes()
+            try:
+                counts[name] = idx.count(content, name)
+            except idx.IdxError as error:
+                raise UnavailableError(what, f"{name}, as it was downloaded, {error}", cure) from None
+            files[name] = _record(content)
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            # A file that is right may be in use by another job, on a host that would lose sight of it.
+            if found.files.get(name) != files[name] or name in found.packed:
+                (place / name).replace(raw / name)
+        _write_checksums(source, root, files)
+    return Found(files, counts, True, (), (), ())
+
+
+@contextlib.contextmanager
+def _folder_beside(source: Source, root: Path) -> Iterator[Path]:
+    """A new folder in `root`, of this process alone, that is gone afterwards."""
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".preparing-{source.folder}-", dir=root))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_checksums(source: Source, root: Path, files: Mapping[str, FileRecord]) -> None:
+    values = {"source": source.name, "files": {name: asdict(record) for name, record in files.items()}}
+    _write(source.raw(root) / CHECKSUMS_FILE, values)
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+        os.replace(partial, path)  # noqa: PTH105 (said as it is: one rename)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+# ---- by hand
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prepares a dataset by hand; returns the exit code, 2 for what cannot be had or was mistyped."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")
+    try:
+        print(make_ready(_settings(arguments)).announcement)
+    except WorkloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-made was left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _settings(arguments: Sequence[str]) -> ImageDataConfig:
+    """The settings in words such as data.source=mnist.
+
+    Raises:
+        WorkloadError: a word is no setting, or its value is refused.
+    """
+    fields = ImageDataConfig.model_fields
+    values: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("data.")
+        if not equals or name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f" (did you mean 'data.{close[0]}=...'?)" if close else ""
+            known = ", ".join(f"data.{name}=..." for name in fields)
+            raise WorkloadError(f"'{word}': no such setting{hint}; there are {known}")
+        if name in values:
+            raise WorkloadError(f"'{word}': data.{name} was given already, as {values[name]}; give it once")
+        values[name] = value
+    try:
+        return ImageDataConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise WorkloadError(f"data.{name}={values[name]}: {first['msg']}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
