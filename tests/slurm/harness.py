@@ -288,9 +288,23 @@ class Cluster:
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
     def wait_job_state(self, job: object, *states: str, deadline_s: float = 60) -> str:
-        """Returns the state once it is one of those."""
-        wait_until(lambda: self.job_state(job) in states, deadline_s, f"job {job} is {' or '.join(states)}")
-        return self.job_state(job)
+        """Returns the state once it is one of those.
+
+        Raises:
+            TimeoutError: it was none of them within the deadline; the text says what it is.
+        """
+        state = ""
+
+        def reached() -> bool:
+            nonlocal state
+            state = self.job_state(job)
+            return state in states
+
+        try:
+            wait_until(reached, deadline_s, f"job {job} is {' or '.join(states)}")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: it is {state}") from None
+        return state
 
     def states(self) -> dict[str, str]:
         """Every host's state in sinfo's words: idle, mixed, allocated, down, ...; `*` after it: does not respond."""

@@ -24,6 +24,11 @@ def said(cluster: Cluster, host: str, *words: object) -> str:
     return cluster.run(*cluster.exec(host, *words)).strip()
 
 
+def programs(cluster: Cluster, host: str) -> list[str]:
+    """The names of all that runs there; `sleep` is in process 1, too."""
+    return said(cluster, host, "sh", "-c", "cat /proc/[0-9]*/comm 2>/dev/null || true").split()  # one may end meanwhile
+
+
 def reaches(cluster: Cluster, host: str, address: str) -> bool:
     """Whether slurmd there can be connected to."""
     knock = ["timeout", "1", "bash", "-c", f": </dev/tcp/{address}/{SLURMD_PORT}"]
@@ -59,9 +64,9 @@ def test_a_host_has_its_own_name_network_processes_and_shared_memory(slurm: Clus
         addresses = said(slurm, host, "ip", "-4", "-brief", "address")
         assert f"10.77.0.{10 + i}/24" in addresses
         assert f"10.78.0.{10 + i}/24" in addresses
-        programs = said(slurm, host, "sh", "-c", "cat /proc/[0-9]*/comm").split()
-        assert programs.count("slurmd") == 1
-        assert "slurmctld" not in programs
+        running = programs(slurm, host)
+        assert running.count("slurmd") == 1
+        assert "slurmctld" not in running
     mine = Path("/dev/shm") / f"harness-{os.getpid()}"
     said(slurm, "node0", "touch", mine)
     assert said(slurm, "node0", "ls", "/dev/shm") == mine.name
@@ -77,11 +82,10 @@ def test_a_shell_on_a_host_is_where_one_called_it_and_ends_with_its_caller(slurm
     assert "node0" in shell.stdout
     assert shell.stdout.splitlines()[-1] == str(tmp_path)
     sleeper = subprocess.Popen(slurm.exec("node1", "sleep", "60"))
-    looks = ["sh", "-c", "cat /proc/[0-9]*/comm"]
-    wait_until(lambda: said(slurm, "node1", *looks).split().count("sleep") == 2, 10, "it runs beside process 1's own")
+    wait_until(lambda: programs(slurm, "node1").count("sleep") == 2, 10, "it runs beside process 1's own")
     sleeper.kill()
     sleeper.wait()
-    wait_until(lambda: said(slurm, "node1", *looks).split().count("sleep") == 1, 10, "it is gone")
+    wait_until(lambda: programs(slurm, "node1").count("sleep") == 1, 10, "it is gone")
 
 
 def test_names_gpu_types_and_settings_are_the_makers_choice(make_cluster: Callable[..., Cluster]) -> None:
@@ -112,7 +116,8 @@ def test_sallocs_shell_is_bash_whatever_runs_the_tests(
 
 def test_a_killed_host_is_gone_at_once_and_comes_back(slurm: Cluster) -> None:
     job = submit(slurm, "srun sleep 600", "--nodes=2", "--requeue")
-    slurm.wait_job_state(job, "RUNNING")
+    # Were its step not there yet, srun would not find the host, and the job would fail before Slurm sees anything.
+    wait_until(lambda: programs(slurm, "node1").count("sleep") == 2, 60, "its step runs beside process 1's own")
     slurm.kill_host("node1")
     assert not reaches(slurm, "node0", "10.77.0.11")
     wait_until(lambda: slurm.states()["node1"] == "down*", 40, "Slurm sees it")
