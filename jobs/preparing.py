@@ -36,7 +36,7 @@ SAY_AFTER_S = 10.0
 STOP_S = 2.0
 """Between SIGINT, upon which `finally` clauses run, and SIGKILL."""
 DRAIN_S = 1.0
-"""For what is left in the pipes when the process has ended."""
+"""For what is left in the pipes when the preparation is over."""
 TAIL = 4000
 """Characters that are kept for the last words."""
 
@@ -113,6 +113,7 @@ class Preparation:
                 start_new_session=True,
             )
         except OSError as error:
+            processes.adopt_orphans(False)
             for end in (self._owner, self._results):
                 os.close(end)
             raise WorkloadError(
@@ -149,6 +150,7 @@ class Preparation:
                 self._read(POLL_S)
             answer = self._read_answer()
             if answer is not None and "refused" in answer:
+                self._drain()  # what was printed before is in the other pipe
                 raise WorkloadError(answer["refused"])
             if ended:
                 return self._returned(answer)
@@ -158,8 +160,8 @@ class Preparation:
             if not said and not self._tail and time.monotonic() - self._began > SAY_AFTER_S:
                 said = True
                 at_most = self._entry.prepare_timeout_s
-                self._show(f"meshrun: waiting for workload {self._entry.name} to prepare its data ({self._what})")
-                self._show(f", at most {at_most:g} s\n" if math.isfinite(at_most) else "\n")
+                limit = f", at most {at_most:g} s" if math.isfinite(at_most) else ""
+                self._show(f"meshrun: waiting for workload {self._entry.name}: prepare{self._doing()}{limit}\n")
 
     def end(self) -> None:
         """Ends the process, if it still runs, and everything below it; what it says from now on is not shown."""
@@ -195,9 +197,9 @@ class Preparation:
             )
         last_words = self._last_words()  # before it is told to stop, which it may comment on
         answer = self._stop()
-        at = f", at {answer['stopped']}" if answer is not None and "stopped" in answer else ""
+        at = f" (it was at {answer['stopped']})" if answer is not None and "stopped" in answer else ""
         return (
-            f"{what} ({self._what}) was still at it after {timeout_s}{at}, and was killed{last_words}; if it needs "
+            f"{what}{self._doing()} has not ended within {timeout_s}{at}, and was killed{last_words}; if it needs "
             "longer, raise prepare_timeout_s of the workload's entry"
         )
 
@@ -251,7 +253,11 @@ class Preparation:
             pass
 
     def _read_answer(self) -> dict[str, Any] | None:
-        return json.loads(self._answer) if self._answer.endswith(b"\n") else None
+        line, whole, _ = self._answer.partition(b"\n")
+        return json.loads(line) if whole else None
+
+    def _doing(self) -> str:
+        return "" if self._entry.plan is None else f" ({self._what})"
 
     def _last_words(self) -> str:
         lines = [line for line in re.split(r"[\r\n]+", self._tail) if line.strip()]
@@ -277,6 +283,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
     Returns:
         The exit code.
     """
+    this = os.getpid()
     os.set_inheritable(results, False)
     _end_with(owner, results)
     processes.die_with_parent(parent)
@@ -292,6 +299,8 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
                 f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line on what "
                 "was prepared"
             )
+        if os.getpid() != this:  # a child that was forked in prepare and not ended there: not its answer
+            os._exit(0)
     except WorkloadError as error:
         _say(results, {"refused": str(error)})
         return 1
@@ -316,6 +325,7 @@ def _end_with(owner: int, results: int) -> None:
     The kernel would end this process alone (`die_with_parent`), and only on Linux. No thread, which forking in a
     user's `prepare` would make unsafe; and no child of this process, for which a user's `os.wait` would wait.
     """
+    group = os.getpid()
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -328,5 +338,5 @@ def _end_with(owner: int, results: int) -> None:
         os.close(results)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         select.select([owner], [], [])
-        os.killpg(0, signal.SIGKILL)
+        os.killpg(group, signal.SIGKILL)
     os._exit(0)

@@ -143,7 +143,8 @@ class WorkloadEntry:
             be made by every rank. It runs in a process of its own and may import what it likes; what it prints is
             shown, and a line that it returns is announced. That process has the environment of the submitting line,
             a thread a library where that does not say otherwise, and nothing to read on stdin; what it leaves
-            running is ended. By hand (torchrun, srun) it runs in rank 0, and its line is not shown.
+            running is ended. By hand (torchrun, srun) it runs in rank 0 itself, whatever `plan` says, and its line
+            is not shown.
         plan: `plan(config) -> str | None`, one line on what `prepare` would do, which a dry run shows; None where
             there is nothing to prepare, and then `prepare` is not started. Torch-free; reads no network and writes
             nothing. Default: there is always something to prepare.
