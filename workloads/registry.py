@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 BUILT_IN = {
+    "fsdp_mnist": "workloads.fsdp_mnist:ENTRY",
     "tp_fsdp": "workloads.tp_fsdp_llama2:ENTRY",
 }
 """What the command line calls a workload -> where it is."""

@@ -18,7 +18,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "torch._dynamo", "tests.workloads.worlds", "workloads.tp_fsdp_llama2.train"]
+PRELOAD = [
+    *("torch", "torch._dynamo", "tests.workloads.worlds"),
+    *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train"),
+]
 
 
 class WorldFailed(AssertionError):

@@ -20,7 +20,7 @@ so a run means the same on any grid; in fp64 the losses, norms and weights agree
 
 `config.py` is what can be set, `model.py` the bare model, `parallelize.py` the plan that cuts it, `init.py` its
 initial weights, `data.py` the corpora and the order of samples, `evaluate.py` what is measured on the held-out part,
-`export.py` the final weights, and `train.py` the loop.
+and `train.py` the loop.
 """
 
 from workloads.base import WorkloadEntry

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from workloads.tp_fsdp_llama2.data import Corpus, Split
 from workloads.tp_fsdp_llama2.loss import IGNORED, loss_context, to_float64, token_loss
-from workloads.tp_fsdp_llama2.parallelize import release_gathered
+from workloads.training.parameters import release_gathered
 
 
 @torch.no_grad()

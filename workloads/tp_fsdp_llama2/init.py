@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from workloads.tp_fsdp_llama2.model import Attention
+from workloads.training.parameters import named_parameters
 
 _BLOCK_ELEMENTS = 2**20
 # Part of what a seed means: another size gives other weights.
@@ -39,14 +40,6 @@ def initialize(model: nn.Module, seed: int, n_layers: int) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.reset_rotary()
-
-
-def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters under the bare model's names, whatever it has been wrapped in."""
-    return [
-        (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter)
-        for name, parameter in model.named_parameters()
-    ]
 
 
 def _fill(local: Tensor, rows: slice, columns: slice, shape: torch.Size, key: str, std: float) -> None:

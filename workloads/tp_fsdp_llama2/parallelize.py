@@ -129,16 +129,6 @@ def _selective_contexts() -> tuple[object, object]:
     return create_selective_checkpoint_contexts(policy)
 
 
-def release_gathered(model: nn.Module) -> None:
-    """Frees the weights that a forward pass without a backward one leaves gathered, cast to the type computed in.
-
-    Until then they, and not the shards, are what the model's parameters are.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def is_fsdp(model: nn.Module) -> bool:
     """Whether FSDP2 is on the model (it is not where tensor parallelism is compiled)."""
     return isinstance(model, FSDPModule)

@@ -25,11 +25,11 @@ from workloads.tp_fsdp_llama2.config import (
     warmup_steps,
 )
 from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
-from workloads.tp_fsdp_llama2.export import export
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.loss import loss_context, to_float64, token_loss
 from workloads.tp_fsdp_llama2.parallelize import build, is_fsdp
 from workloads.training.clip import clip_by_global_norm_
+from workloads.training.export import export
 from workloads.training.metrics import peak_flops, peak_memory_bytes, transformer_flops_per_token
 from workloads.training.optimizer import adamw, warmup_cosine
 

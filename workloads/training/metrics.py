@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -52,5 +54,24 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far: the allocator's on CUDA, otherwise its resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Lets peak_memory_bytes begin anew from what is held now.
+
+    Returns:
+        Whether it does: it cannot for a CPU's processes off Linux.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+    except OSError:
+        return False
+    return True

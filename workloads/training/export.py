@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
-from workloads.tp_fsdp_llama2.init import named_parameters
+from workloads.training.parameters import gather, named_parameters
 
 PART_BYTES = 5 * 10**9
 """A file's size at most (but for one larger parameter), and so what rank 0 holds in memory at once."""
@@ -40,19 +39,6 @@ def export(
         if writer is not None:
             writer.add(name, whole.cpu().contiguous())
     return writer.finish(description) if writer is not None else None
-
-
-@torch.no_grad()
-def gather(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, on every rank, whatever it is cut along."""
-    if not isinstance(parameter, DTensor):
-        return parameter.detach()
-    placements = list(parameter.placements)
-    # Dimension by dimension, outermost first: all at once is the same two gathers, and a warning on every rank.
-    for mesh_dim in range(len(placements)):
-        placements[mesh_dim] = Replicate()
-        parameter = parameter.redistribute(placements=placements)
-    return parameter.to_local()
 
 
 class _Writer:

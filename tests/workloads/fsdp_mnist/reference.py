@@ -1,0 +1,55 @@
+"""The same training as plain PyTorch on one process: no sampler, no loader.
+
+Nothing of the workload but its network and its normalisation, which fp64 would tell from any other order of operations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workloads.fsdp_mnist.config import Config, learning_rate
+from workloads.fsdp_mnist.data import transform
+from workloads.fsdp_mnist.model import Net, initialize
+from workloads.images.datasets import images_labels
+from workloads.images.prepare import Prepared
+from workloads.training.precision import parameter_dtype
+
+
+def pixels(images: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """uint8 (N, 28, 28) -> (N, 1, 28, 28), normalised in fp32 as MNIST is."""
+    normalised = transform("mnist")(torch.from_numpy(images.copy()).unsqueeze(1))
+    torch.testing.assert_close(normalised, (torch.from_numpy(images.copy()).unsqueeze(1) / 255 - 0.1307) / 0.3081)
+    return normalised.to(dtype)
+
+
+def reference(config: Config, prepared: Prepared) -> tuple[list[float], Net, float]:
+    """Each step's loss, the trained network, and its accuracy on the held-out samples."""
+    dtype = parameter_dtype(config.precision)
+    images, labels = images_labels(prepared, train=True)
+    x, y = pixels(images, dtype), torch.from_numpy(labels.copy()).long()
+    net = Net(dropout=False, dtype=dtype)
+    initialize(net, config.seed, dtype)
+    kind = torch.optim.Adadelta if config.optimizer == "adadelta" else torch.optim.AdamW
+    optimizer = kind(net.parameters(), lr=learning_rate(config), weight_decay=config.weight_decay)
+    losses: list[float] = []
+    for epoch in range(1, config.epochs + 1):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(config.seed + epoch))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config) * config.lr_decay ** (epoch - 1)
+        for batch in order[: len(x) // config.global_batch_size * config.global_batch_size].split(
+            config.global_batch_size
+        ):
+            if len(losses) == config.steps:
+                break
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x[batch]), y[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    images, labels = images_labels(prepared, train=False)
+    with torch.no_grad():
+        right = net.eval()(pixels(images, dtype)).argmax(1) == torch.from_numpy(labels.copy()).long()
+    return losses, net, right.double().mean().item()

@@ -1,0 +1,105 @@
+"""fsdp, hsdp and ddp on 2 and 4 ranks train what one plain process trains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workloads.fsdp_mnist.reference import reference
+from tests.workloads.worlds import run_world
+from workloads.base import RunContext, Shape
+from workloads.fsdp_mnist.config import Config, mesh
+from workloads.images.prepare import Prepared, prepare
+
+pytestmark = pytest.mark.dist
+
+STRATEGIES = {1: ("single", "fsdp", "ddp"), 2: ("fsdp", "ddp"), 4: ("fsdp", "ddp", "hsdp")}
+"""By the number of ranks; hsdp is 2 x 2."""
+
+
+def config(**given: Any) -> Config:
+    """Dropout off: ranks drop out different things."""
+    settings = {"data": {"source": "digits"}, "dropout": False, "global_batch_size": 16, **given}
+    return Config.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    root = tmp_path_factory.mktemp("digits")
+    return prepare(config(data={"source": "digits", "root": str(root)}).data, root)
+
+
+def train_each(ctx: RunContext, prepared: Prepared, configs: list[Config]) -> list[dict[str, Any]]:
+    """One training after the other in one world; what each came to, with its steps' rows and exported weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from workloads.fsdp_mnist.train import train
+
+    came_to = []
+    for number, one in enumerate(configs):
+        spec = mesh(one, Shape(1, ctx.world_size))
+        folder = ctx.paths.run_dir / str(number)
+        folder.mkdir(exist_ok=True)
+        paths = replace(ctx.paths, metrics=folder / "metrics.jsonl", export_dir=folder / "export")
+        device_mesh = init_device_mesh("cpu", spec.sizes, mesh_dim_names=spec.names)
+        result = train(one, replace(ctx, mesh=device_mesh, paths=paths), prepared)
+        rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()] if ctx.rank == 0 else []
+        came_to.append({**result, "rows": rows})
+    return came_to
+
+
+def train_all(prepared: Prepared, ranks: int, run_dir: Path, **given: Any) -> dict[str, dict[str, Any]]:
+    """By strategy, what rank 0 returned."""
+    configs = [config(strategy=strategy, export=True, **given) for strategy in STRATEGIES[ranks]]
+    results = run_world(
+        *(train_each, prepared, configs),
+        sizes=(1, ranks),
+        run_dir=run_dir,
+        deadline_seconds=240,
+    )[0]
+    return dict(zip(STRATEGIES[ranks], results, strict=True))
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [row["loss"] for row in result["rows"]]
+
+
+def weights(result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(result["export"])
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b)
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def in_fp64(prepared: Prepared) -> tuple[list[float], torch.nn.Module, float]:
+    return reference(config(precision="fp64", steps=100, epochs=2), prepared)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_fp64_losses_of_100_steps(ranks: int, prepared: Prepared, in_fp64: Any, tmp_path: Path) -> None:
+    expected, net, accuracy = in_fp64
+    for strategy, result in train_all(prepared, ranks, tmp_path, precision="fp64", steps=100, epochs=2).items():
+        assert len(expected) == 100
+        assert largest_difference(losses(result), expected) < 1e-12, strategy
+        assert result["heldout_accuracy"] == accuracy, strategy
+        for name, weight in weights(result).items():
+            torch.testing.assert_close(weight, net.get_parameter(name).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("optimizer", ["adadelta", "adamw"])
+def test_fp32_losses_of_5_steps(ranks: int, optimizer: str, prepared: Prepared, tmp_path: Path) -> None:
+    given = {"optimizer": optimizer, "steps": 5, "seed": 7, "global_batch_size": 32, "weight_decay": 0.01}
+    expected, _, _ = reference(config(**given), prepared)
+    for strategy, result in train_all(prepared, ranks, tmp_path, **given).items():
+        assert largest_difference(losses(result), expected) < 1e-5, strategy

@@ -1,0 +1,17 @@
+"""A CNN on MNIST under fully sharded data parallelism, with the memory to show for it."""
+
+from workloads.base import WorkloadEntry
+from workloads.fsdp_mnist.config import Config
+
+ENTRY = WorkloadEntry(
+    name="fsdp_mnist",
+    summary="CNN on MNIST: parameters, gradients and optimizer states sharded (FSDP2), beside HSDP, DDP and one process",
+    config=Config,
+    run="workloads.fsdp_mnist.train:run",
+    validate="workloads.fsdp_mnist.config:validate",
+    mesh="workloads.fsdp_mnist.config:mesh",
+    prepare="workloads.fsdp_mnist.data:prepare",
+    build="workloads.fsdp_mnist.parallelize:build",
+    memory_bytes="workloads.fsdp_mnist.config:memory_bytes",
+    preload=("workloads.fsdp_mnist.train", "torch._dynamo"),
+)

@@ -1,0 +1,159 @@
+"""What can be set in an fsdp_mnist run, and what can be said about it before it starts. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.images.config import ImageDataConfig
+
+PARAMETERS = 1_199_882
+"""Of the network in model.py."""
+WRAP_MIN_PARAMS = 10_000
+"""Makes units of conv2 and fc1; what is left goes with the root."""
+LR = {"adadelta": 1.0, "adamw": 1e-3}
+
+
+class DataConfig(ImageDataConfig):
+    """What is trained on, and how it is read."""
+
+    workers: int = Field(default=0, ge=0)
+    """Processes that each rank has for reading samples ahead; 0: it reads them itself."""
+    prefetch: int | None = Field(default=None, ge=1)
+    """Batches that each worker reads ahead; needs data.workers. None: 2."""
+
+
+class Config(WorkloadConfig):
+    """Settings of an fsdp_mnist run."""
+
+    data: DataConfig = DataConfig()
+    """What is trained on."""
+
+    strategy: Literal["fsdp", "hsdp", "ddp", "single"] = "fsdp"
+    """fsdp: parameters, gradients and optimizer states sharded over all ranks. hsdp: sharded within groups of dp_shard
+    ranks, replicated over the groups. ddp: a full copy on every rank, gradients averaged. single: one rank."""
+    dp_shard: int | None = Field(default=None, gt=0)
+    """For hsdp, the ranks that share one copy; must divide their number. None: those of a host, or, on a single host,
+    half of them."""
+    wrap_min_params: int | None = Field(default=None, gt=0)
+    """For fsdp and hsdp: every smallest subtree of the model with so many parameters is gathered as a unit. None:
+    10,000."""
+    compare: bool = False
+    """Trains the same under single, ddp and fsdp, one after the other, and prints a table of memory, time, accuracy."""
+
+    epochs: int = Field(default=10, gt=0)
+    """Passes over the training samples."""
+    steps: int | None = Field(default=None, gt=0)
+    """Ends the run after so many optimizer steps, if that is before the last epoch's end. None: it is not."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Determines the initial weights, the order of samples and what is dropped out."""
+    global_batch_size: int = Field(default=64, gt=0)
+    """Samples a step, over all ranks; must be divisible by their number."""
+    eval_batch_size: int = Field(default=256, gt=0)
+    """Held-out samples that a rank passes through the model at once."""
+    drop_last: bool = True
+    """Leaves out the samples of an epoch (others in each) that do not fill a step. false: they make a smaller step, for
+    which some are taken twice where the ranks need equally many."""
+    dropout: bool = True
+    """As the classic example has it: 0.25 after the convolutions, 0.5 between the matrices."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: computes in bf16 (fsdp, hsdp: gathers and computes; ddp, single: autocast), keeps parameters, reduces
+    gradients and steps in fp32. fp64: everything in fp64."""
+
+    optimizer: Literal["adadelta", "adamw"] = "adadelta"
+    """adadelta: as the classic example has it."""
+    lr: float | None = Field(default=None, gt=0)
+    """The first epoch's learning rate. None: 1.0 for adadelta, 0.001 for adamw."""
+    lr_decay: float = Field(default=0.7, gt=0, le=1)
+    """What the learning rate is multiplied by after every epoch."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Adadelta's (added to the gradient) or AdamW's (decoupled) weight decay, on all parameters."""
+
+    export: bool = False
+    """Gather the final weights to rank 0 and write them as safetensors under plain, unsharded names."""
+
+
+def mesh(config: Config, shape: Shape) -> MeshSpec:
+    """`dp_replicate x dp_shard`: copies of the model, and the ranks that each is cut over.
+
+    Raises:
+        WorkloadError: dp_shard does not divide the ranks, or the strategy is for one rank only.
+    """
+    ranks = shape.world_size
+    if config.dp_shard is not None and config.strategy != "hsdp":
+        raise WorkloadError(f"dp_shard={config.dp_shard} with strategy={config.strategy}: is for hsdp; leave it out")
+    if config.strategy == "single" and ranks > 1 and not config.compare:
+        raise WorkloadError(
+            f"strategy=single with {ranks} ranks ({shape}): it is one process; use --nodes 1 --gpus-per-node 1, or "
+            "compare=true"
+        )
+    if config.strategy == "ddp":
+        return MeshSpec(("dp_replicate", "dp_shard"), (ranks, 1))
+    if config.strategy != "hsdp":
+        return MeshSpec(("dp_replicate", "dp_shard"), (1, ranks))
+    dp_shard = config.dp_shard or (shape.gpus_per_node if shape.nodes > 1 else max(1, ranks // 2))
+    if ranks % dp_shard or dp_shard == 1 or dp_shard == ranks:
+        given = f"dp_shard={dp_shard}" + ("" if config.dp_shard else " (as none was given)")
+        fits = [d for d in range(2, ranks) if ranks % d == 0]
+        raise WorkloadError(
+            f"strategy=hsdp with {given} on {ranks} ranks: it must divide them and leave at least two copies, each "
+            f"over at least two ranks; use {f'dp_shard={fits[-1]}' if fits else 'strategy=fsdp, or 4 or more ranks'}"
+        )
+    return MeshSpec(("dp_replicate", "dp_shard"), (ranks // dp_shard, dp_shard))
+
+
+def validate(config: Config, shape: Shape) -> None:
+    """Refuses what cannot work, before anything is prepared or queued.
+
+    Raises:
+        WorkloadError: in one line, what was given, which rule it breaks and what to do.
+    """
+    ranks = shape.world_size
+    batch = config.global_batch_size
+    if batch % ranks:
+        raise WorkloadError(
+            f"global_batch_size={batch} is not divisible by the {ranks} ranks ({shape}): each takes equally many "
+            f"samples; use global_batch_size={-(-batch // ranks) * ranks}"
+        )
+    if config.wrap_min_params is not None and config.strategy not in ("fsdp", "hsdp"):
+        raise WorkloadError(
+            f"wrap_min_params={config.wrap_min_params} with strategy={config.strategy}: is for fsdp and hsdp; leave it "
+            "out"
+        )
+    if config.data.prefetch is not None and not config.data.workers:
+        raise WorkloadError(
+            f"data.prefetch={config.data.prefetch} without data.workers: nobody would read ahead; give data.workers=1 "
+            "or more, or leave it out"
+        )
+    if config.compare:
+        if ranks == 1:
+            raise WorkloadError("compare=true on 1 rank: there is nothing to shard; use --gpus-per-node 2 or more")
+        if config.strategy != "fsdp":
+            raise WorkloadError(
+                f"compare=true with strategy={config.strategy}: it runs single, ddp and fsdp by itself; leave one out"
+            )
+        if config.export:
+            raise WorkloadError("compare=true with export=true: which of the three models is meant? leave one out")
+
+
+def learning_rate(config: Config) -> float:
+    """The first epoch's."""
+    return LR[config.optimizer] if config.lr is None else config.lr
+
+
+def memory_bytes(config: Config, shape: Shape) -> int:
+    """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
+
+    With `e` bytes a parameter (8 in fp64, else 4) and N parameters: 4 e N for the parameters, gradients and the
+    optimizer's two means, divided by the ranks that share a copy, and e N for what is gathered; 0.4 MB (in fp32) a
+    sample of a rank's batch for activations, kept and temporary; 450 MB for the process: Python, torch, torchvision, the
+    data.
+    """
+    stored = 8 if config.precision == "fp64" else 4
+    copies = 1 if config.compare else mesh(config, shape).sizes[1]
+    states = 4 * stored * PARAMETERS // copies + stored * PARAMETERS
+    batch = max(config.global_batch_size // (1 if config.compare else shape.world_size), config.eval_batch_size // 2)
+    workers = config.data.workers * 300 * 10**6
+    return states + batch * 100_000 * stored + workers + 450 * 10**6

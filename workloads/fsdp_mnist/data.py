@@ -1,0 +1,166 @@
+"""From the prepared files to batches: who gets which samples, in training and in evaluation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from workloads.images.datasets import open_split
+from workloads.images.vision import torchvision
+
+from workloads.base import RunContext, WorkloadError
+from workloads.fsdp_mnist.config import Config
+from workloads.images import prepare as images
+
+WORKER_TIMEOUT_S = 120
+"""So long a rank waits for a batch of its workers; then it fails and says so."""
+MEAN_AND_STD = {"fashion_mnist": (0.2860, 0.3530)}
+"""Of the training pixels, in units of the full scale; MNIST's for all others."""
+
+
+def prepare(config: Config, directory: Path) -> str:
+    """Sees to the data before the job is queued; returns a line that says which it is.
+
+    Raises:
+        WorkloadError: it cannot be had, or one step is more than all of it.
+    """
+    prepared = images.prepare(config.data, directory)
+    steps_per_epoch(config, prepared.train)
+    return prepared.announcement
+
+
+def plan(config: Config) -> str:
+    """What `prepare` would do, on one line."""
+    return images.plan(config.data)
+
+
+def find(config: Config, ctx: RunContext) -> images.Prepared:
+    """What was prepared for this run; where nobody has, as under a bare torchrun, rank 0 does, without a download.
+
+    Raises:
+        WorkloadError: it is not there.
+    """
+    mistake: list[str | None] = [None]
+    if ctx.rank == 0 and images.Prepared.read(ctx.paths.data_dir) is None:
+        try:
+            images.prepare(config.data, ctx.paths.data_dir, download=False)
+        except WorkloadError as error:
+            mistake = [str(error)]
+    if ctx.world_size > 1:
+        dist.broadcast_object_list(mistake, src=0)
+    if mistake[0] is not None:
+        raise WorkloadError(mistake[0])
+    prepared = images.Prepared.read(ctx.paths.data_dir)
+    if prepared is None:
+        raise WorkloadError(
+            f"{ctx.paths.data_dir}: what was prepared for this run cannot be seen on {ctx.host}; run directories must "
+            "be on a file system that all hosts share"
+        )
+    return prepared
+
+
+def steps_per_epoch(config: Config, samples: int) -> int:
+    """Optimizer steps in a pass over so many training samples.
+
+    Raises:
+        WorkloadError: not even one.
+    """
+    batch = config.global_batch_size
+    if samples < batch:
+        raise WorkloadError(
+            f"global_batch_size={batch} is more than the {samples:,} training samples of data.source="
+            f"{config.data.source}: an epoch would have no step; use a smaller one"
+        )
+    return samples // batch if config.drop_last else -(-samples // batch)
+
+
+def total_steps(config: Config, prepared: images.Prepared) -> int:
+    """Optimizer steps of the run."""
+    steps = config.epochs * steps_per_epoch(config, prepared.train)
+    return steps if config.steps is None else min(steps, config.steps)
+
+
+class TrainingBatches:
+    """A rank's batches of one epoch after the other.
+
+    Together the ranks' batches of a step are the same samples on any number of ranks: the sampler deals a permutation
+    out card by card, so that the first global_batch_size cards are the first step's.
+
+    Args:
+        ranks: over which a batch is split.
+        rank: which of them this is.
+    """
+
+    def __init__(self, config: Config, prepared: images.Prepared, ranks: int, rank: int, device: torch.device) -> None:
+        dataset = open_split(prepared, train=True, transform=transform(prepared.source))
+        self.steps_per_epoch = steps_per_epoch(config, len(dataset))
+        self._sampler: DistributedSampler[Any] = DistributedSampler(
+            dataset, ranks, rank, shuffle=True, seed=config.seed, drop_last=config.drop_last
+        )
+        batch = config.global_batch_size // ranks
+        self._loader = _loader(config, dataset, batch, device, sampler=self._sampler, drop_last=config.drop_last)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, 1, 28, 28) in fp32, normalised, and labels (B), where B is global_batch_size / ranks.
+
+        Args:
+            number: decides the order; each epoch has its own.
+        """
+        self._sampler.set_epoch(number)
+        return iter(self._loader)
+
+
+class HeldOutBatches:
+    """A rank's part of the held-out samples, each of them on exactly one rank.
+
+    The ranks make equally many passes, as FSDP's gathers need all of them. DistributedSampler makes their parts equal
+    by giving out the first samples once more; those are marked, so that they count for nothing.
+    """
+
+    def __init__(self, config: Config, prepared: images.Prepared, ranks: int, rank: int, device: torch.device) -> None:
+        dataset = open_split(prepared, train=False, transform=transform(prepared.source))
+        self.samples = len(dataset)
+        self._ranks, self._rank = ranks, rank
+        sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank, shuffle=False)
+        self._loader = _loader(config, dataset, config.eval_batch_size, device, sampler=sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images (B, 1, 28, 28) in fp32, labels (B), and which of them count (B), bool."""
+        done = 0
+        for images_BCHW, labels in self._loader:
+            # The sampler gives sample i to rank i mod ranks; what would be past the end is a repetition.
+            dealt = self._rank + self._ranks * torch.arange(done, done + len(labels))
+            done += len(labels)
+            yield images_BCHW, labels, dealt < self.samples
+
+
+@functools.cache
+def transform(source: str) -> Any:
+    """An image as torchvision reads it -> (1, 28, 28) in fp32, of mean 0 and deviation 1 over the training pixels."""
+    torchvision()
+    from torchvision.transforms import v2
+
+    mean, std = MEAN_AND_STD.get(source, (0.1307, 0.3081))
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((mean,), (std,))])
+
+
+def _loader(
+    config: Config, dataset: Dataset[Any], batch_size: int, device: torch.device, **options: Any
+) -> DataLoader[Any]:
+    workers = config.data.workers
+    if workers:
+        # Not by a fork: a rank has threads, of torch and of its collectives, and a fork takes their locks along.
+        options |= {
+            "num_workers": workers,
+            "multiprocessing_context": "forkserver",
+            "persistent_workers": True,
+            "prefetch_factor": config.data.prefetch or 2,
+            "timeout": WORKER_TIMEOUT_S,
+        }
+    return DataLoader(dataset, batch_size=batch_size, pin_memory=device.type == "cuda", **options)

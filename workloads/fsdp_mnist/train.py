@@ -1,0 +1,190 @@
+"""The training loop, from the settings to the result; reads top to bottom, and is the same for every strategy."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Adadelta, Optimizer
+from torch.optim.lr_scheduler import StepLR
+
+from workloads.base import Reduced, RunContext, largest, mean
+from workloads.fsdp_mnist import data
+from workloads.fsdp_mnist.config import WRAP_MIN_PARAMS, Config, learning_rate
+from workloads.fsdp_mnist.evaluate import evaluate
+from workloads.fsdp_mnist.memory import measure
+from workloads.fsdp_mnist.model import initialize
+from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate
+from workloads.fsdp_mnist.wrap import units_by_size
+from workloads.images.prepare import Prepared
+from workloads.training.export import export
+from workloads.training.metrics import peak_memory_bytes
+from workloads.training.optimizer import adamw
+from workloads.training.precision import parameter_dtype
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, ctx: RunContext) -> dict[str, Any]:
+    """Trains and evaluates, under one strategy or, to compare, under three.
+
+    Returns:
+        What becomes `result` in result.json; only {"stopped_at_step": n} if the run was asked to stop.
+    """
+    prepared = data.find(config, ctx)
+    if ctx.rank == 0:
+        log.info("%s", prepared.announcement)
+    if config.compare:
+        from workloads.fsdp_mnist.compare import compare  # which itself calls train
+
+        result = compare(config, ctx, prepared)
+    else:
+        result = train(config, ctx, prepared)
+    return {**result, "data": {"source": prepared.source, "root": str(prepared.root), "why": prepared.announcement}}
+
+
+def train(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]:
+    """One training under config.strategy, on all ranks or, under `single`, on the one that calls it."""
+    device, dtype = ctx.device, parameter_dtype(config.precision)
+    alone = config.strategy == "single"
+    ranks, rank = (1, 0) if alone else (ctx.world_size, ctx.rank)
+
+    batches = data.TrainingBatches(config, prepared, ranks, rank, device)
+    held_out = data.HeldOutBatches(config, prepared, ranks, rank, device)
+    total_steps = data.total_steps(config, prepared)
+
+    model: nn.Module = build(config, ctx.mesh, device)
+    model.to_empty(device=device)
+    initialize(model, config.seed, dtype)
+    if ctx.rank == 0:
+        _say(config, ctx.mesh, model, prepared)
+    if config.strategy == "ddp":
+        model = replicate(model, ctx.mesh, device)
+    optimizer = make_optimizer(config, model, device)
+    schedule = StepLR(optimizer, step_size=1, gamma=config.lr_decay)  # its steps are epochs, as in the classic example
+    # Each rank drops out something else; nothing else draws from here on.
+    torch.manual_seed((config.seed + 1_000_003 * (rank + 1)) % 2**63)
+
+    step, step_seconds, held_out_metrics = 0, [], {}
+    for epoch in itertools.count(1):
+        lr = schedule.get_last_lr()[0]
+        began = time.perf_counter()
+        for images_BCHW, labels_B in batches.epoch(epoch):
+            step += 1
+            images_BCHW, labels_B = images_BCHW.to(device, dtype), labels_B.to(device)
+            optimizer.zero_grad()
+            with autocast(config, device):
+                logits_BK = model(images_BCHW)
+            # The mean over this rank's samples; FSDP2 and DDP average the gradients over the ranks as they reduce them.
+            loss = F.cross_entropy(logits_BK.to(dtype), labels_B)
+            loss.backward()
+            optimizer.step()
+
+            right = (logits_BK.argmax(1) == labels_B).double().mean()
+            # The one wait for the device in a step.
+            loss_value, accuracy = torch.stack((loss.detach().double(), right)).tolist()
+            seconds = time.perf_counter() - began
+            step_seconds.append(seconds)
+            metrics: dict[str, Any] = {
+                "step": step,
+                "total_steps": total_steps,
+                "epoch": epoch,
+                "lr": lr,
+                "samples_per_second": len(labels_B) * ranks / seconds,
+                "step_seconds": seconds,
+                **shared_metrics(alone, loss_value, accuracy, peak_memory_bytes(device)),
+            }
+            if step == total_steps or step % batches.steps_per_epoch == 0:
+                held_out_metrics = evaluate(config, model, held_out, None if alone else ctx.mesh, device)
+                metrics |= held_out_metrics
+                if ctx.rank == 0:
+                    log.info(
+                        "epoch %d, step %d: held-out accuracy %.2f%% (%d of %d), loss %.4f",
+                        epoch,
+                        step,
+                        100 * held_out_metrics["heldout_accuracy"],
+                        held_out_metrics["heldout_correct"],
+                        held_out.samples,
+                        held_out_metrics["heldout_loss"],
+                    )
+            if ctx.end_step(metrics):
+                return {"stopped_at_step": step}
+            if step == total_steps:
+                break
+            began = time.perf_counter()
+        if step == total_steps:
+            break
+        schedule.step()
+
+    memory = measure(model, optimizer, device, alone)
+    result: dict[str, Any] = {
+        "strategy": config.strategy,
+        "mesh": {"single": 1} if alone else dict(zip(ctx.mesh.mesh_dim_names or (), ctx.mesh.shape, strict=True)),
+        "epochs": epoch,
+        "steps": step,
+        "final_loss": ctx.last_metrics["loss"],
+        **held_out_metrics,
+        "samples_per_second": config.global_batch_size / statistics.median(step_seconds),
+        "step_seconds": statistics.median(step_seconds),
+        "training_seconds": sum(step_seconds),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "memory_bytes": {
+            **memory.by_rank,
+            "states_of_the_whole": memory.whole,
+            "states_ideal": math.ceil(memory.ideal),
+            "states_that_cannot_be_split": memory.unsplit,
+        },
+    }
+    if ctx.rank == 0:
+        log.info("%s", memory)
+    if config.export:
+        written = export(model, ctx.paths.export_dir, {"model_type": "fsdp_mnist.Net", "source": prepared.source})
+        if written is not None:
+            result["export"] = str(written)
+            log.info("weights are in %s", written)
+    return result
+
+
+def shared_metrics(alone: bool, loss: float, accuracy: float, peak: int) -> dict[str, Reduced]:
+    """A step's metrics that come from all ranks; where one is alone, the others, which only look on, put in zeros."""
+    over_ranks = largest if alone else mean
+    return {
+        "loss": over_ranks(loss, finite=True),
+        "accuracy": over_ranks(accuracy),
+        "peak_memory_bytes": largest(peak),
+    }
+
+
+def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
+    """Adadelta as in PyTorch's MNIST example, or AdamW. Its states are sharded as the parameters are."""
+    lr = learning_rate(config)
+    if config.optimizer == "adadelta":
+        return Adadelta(model.parameters(), lr=lr, weight_decay=config.weight_decay)
+    return adamw(
+        model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, device=device
+    )
+
+
+def _say(config: Config, mesh: DeviceMesh, model: nn.Module, prepared: Prepared) -> None:
+    log.info(
+        "strategy %s on %s, %s, %s; %d steps of %d samples",
+        config.strategy,
+        " x ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+        next(model.parameters()).device.type,
+        config.precision,
+        data.total_steps(config, prepared),
+        config.global_batch_size,
+    )
+    if config.strategy in SHARDED:
+        units = units_by_size(model, config.wrap_min_params or WRAP_MIN_PARAMS)
+        numbers = [f"{name} {sum(p.numel() for p in unit.parameters()):,}" for name, unit in units]
+        whole = sum(p.numel() for p in model.parameters())
+        log.info("FSDP units: %s; root, the rest of %s parameters", ", ".join(numbers) or "none", f"{whole:,}")

@@ -1,0 +1,50 @@
+"""Which parts of a model become FSDP units of their own: a policy by size, for any model.
+
+A unit's parameters are gathered together, just before its forward and its backward pass, and freed together after it.
+Few large units make few, efficient exchanges; many small ones hold less in full at once. FSDP1 had a policy for that
+(`torch.distributed.fsdp.wrap.size_based_auto_wrap_policy`); FSDP2 (`fully_shard`) leaves the choice to its caller.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+NOT_CALLED = (nn.ModuleList, nn.ModuleDict)
+"""Containers that nobody calls: FSDP hooks onto a module's call, and would never gather theirs."""
+INDIVISIBLE = (nn.MultiheadAttention,)
+"""Modules that use their children's parameters without calling the children; FSDP1's policy leaves them to the unit
+above, whatever their size."""
+
+
+def units_by_size(model: nn.Module, min_params: int) -> list[tuple[str, nn.Module]]:
+    """The smallest subtrees of at least `min_params` parameters, not counting what is in smaller ones below them.
+
+    The root is never among them: it is the last unit in any case and takes what is left. These are the modules that
+    FSDP1's `size_based_auto_wrap_policy(min_num_params=min_params)` picks.
+
+    Args:
+        model: any; it may be on the meta device.
+        min_params: a number of parameters, not bytes; one that several modules share counts in each.
+
+    Returns:
+        Names, as in `named_modules()`, and modules; children before their parents, the order to shard them in.
+    """
+    units: list[tuple[str, nn.Module]] = []
+    in_units: dict[nn.Module, int] = {}
+
+    def visit(name: str, module: nn.Module) -> int:
+        """Appends the units of a subtree; returns how many of its parameters are in one."""
+        if module in in_units:  # met before, under another name
+            return in_units[module]
+        size = sum(parameter.numel() for parameter in module.parameters())
+        taken = 0
+        if size >= min_params and not isinstance(module, INDIVISIBLE):
+            taken = sum(visit(f"{name}.{child}" if name else child, below) for child, below in module.named_children())
+            if size - taken >= min_params and module is not model and not isinstance(module, NOT_CALLED):
+                units.append((name, module))
+                taken = size
+        in_units[module] = taken
+        return taken
+
+    visit("", model)
+    return units

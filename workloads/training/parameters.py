@@ -1,0 +1,57 @@
+"""Parameters as a reader thinks of them: under the bare model's names, whole, and what of them a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under the bare model's names, whatever it has been wrapped in."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    found = []
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        found.append((name, parameter))
+    return found
+
+
+@torch.no_grad()
+def gather(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, on every rank, whatever it is cut along."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    placements = list(parameter.placements)
+    # Dimension by dimension, outermost first: all at once is the same two gathers, and a warning on every rank.
+    for mesh_dim in range(len(placements)):
+        placements[mesh_dim] = Replicate()
+        parameter = parameter.redistribute(placements=placements)
+    return parameter.to_local()
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Frees the weights that a forward pass without a backward one leaves gathered, cast to the type computed in.
+
+    Until then they, and not the shards, are what the model's parameters are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind tensors on this rank: each storage whole, padding included, and counted once."""
+    storages = {}
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        storages[(local.device, storage.data_ptr())] = storage.nbytes()
+    return sum(storages.values())
