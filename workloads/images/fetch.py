@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,20 +66,35 @@ def fetch(source: Source, into: Path, timeout_s: float) -> Path:
     if answering and failures:
         log.info("mirrors of %s left out: %s", source.title, _listed(failures))
     for attempt in range(len(answering)):
-        # Where torchvision's list comes to a halt at a mirror, the others get their turn: each has its share of time.
+        # torchvision goes on to its next mirror when one refuses or sends the wrong bytes, and not when one falls
+        # silent or is slow: then the mirrors after the first get their share of the time.
         mirrors = answering[attempt:]
-        remaining = timeout_s - (time.monotonic() - started)
-        share = remaining / len(mirrors)
+        share = (timeout_s - (time.monotonic() - started)) / len(mirrors)
+        if share <= 0:
+            break
         log.info("downloading %s from %s, for at most %.0f s", source.title, " or ".join(mirrors), share)
         place = into / str(attempt)
         place.mkdir()
-        failure = _download(base, mirrors, place, share)
-        if failure is None:
-            size = sum(path.stat().st_size for path in place.rglob("*.gz"))
-            log.info("downloaded %s: %.1f MiB in %.1f s", source.title, size / 2**20, time.monotonic() - started)
-            return source.raw(place)
-        failures[", ".join(mirrors)] = failure
+        try:
+            _download(base, mirrors, place, share)
+        except _AllTriedError as error:
+            failures[" and ".join(mirrors)] = str(error)
+            break
+        except _StuckError as error:
+            failures[" then ".join(mirrors)] = str(error)
+            continue
+        size = sum(path.stat().st_size for path in place.rglob("*.gz"))
+        log.info("downloaded %s: %.2f MiB in %.1f s", source.title, size / 2**20, time.monotonic() - started)
+        return source.raw(place)
     raise FetchError(_listed(failures))
+
+
+class _AllTriedError(Exception):
+    """torchvision has tried every mirror in its list."""
+
+
+class _StuckError(Exception):
+    """It has not: one of them fell silent, or took too long."""
 
 
 def _probe(mirrors: list[str], name: str, timeout_s: float) -> dict[str, str | None]:
@@ -106,12 +122,24 @@ def _ask(url: str, timeout_s: float) -> str | None:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             begin = response.read(2)
     except Exception as error:
-        return f"{_words(error, timeout_s)} after {time.monotonic() - started:.1f} s"
+        return f"{_words(error, timeout_s)}{_proxy(url)} after {time.monotonic() - started:.1f} s"
     return None if begin == b"\x1f\x8b" else "answers with something that is no gzip file"
 
 
-def _download(base: Any, mirrors: list[str], place: Path, timeout_s: float) -> str | None:
-    """torchvision's download into `place`; what went wrong, or None."""
+def _proxy(url: str) -> str:
+    """A word on the proxy that an address is asked through; its own address, which may hold a password, is left out."""
+    parts = urllib.parse.urlsplit(url)
+    through = parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or "")
+    return f" through the proxy of {parts.scheme}_proxy" if through else ""
+
+
+def _download(base: Any, mirrors: list[str], place: Path, timeout_s: float) -> None:
+    """torchvision's download into `place`.
+
+    Raises:
+        _AllTriedError, _StuckError: what went wrong with the mirrors.
+        OSError: what went wrong with the disk.
+    """
     allowed = list(mirrors)
     # Of the same name, as that names the folder.
     dataset = type(base.__name__, (base,), {"mirrors": allowed})
@@ -129,13 +157,14 @@ def _download(base: Any, mirrors: list[str], place: Path, timeout_s: float) -> s
         thread.join(timeout_s)
     if thread.is_alive():
         allowed.clear()  # what it does now fails, and there is no other mirror for it to go on with
-        return f"not done after {timeout_s:.0f} s (data.download_timeout_s sets how long all may take)"
+        raise _StuckError(f"not done after {timeout_s:.0f} s (data.download_timeout_s is how long all may take)")
     if not raised:
-        return None
+        return
     error = raised[0]
     if isinstance(error, OSError) and error.errno in _DISK and not isinstance(error, urllib.error.URLError):
         raise error
-    return _words(error, READ_TIMEOUT_S)
+    words = _words(error, READ_TIMEOUT_S)
+    raise _AllTriedError(words) if isinstance(error, RuntimeError) else _StuckError(words)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,17 @@ comes through `vision.torchvision` too.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from workloads.images.vision import torchvision
 
-_datasets = torchvision().datasets
+if TYPE_CHECKING:
+    from torchvision import datasets
+else:
+    datasets = torchvision().datasets
 
 
-class MNIST(_datasets.MNIST):
+class MNIST(datasets.MNIST):
     """ROOT/MNIST/raw."""
 
     def _check_legacy_exist(self) -> bool:
@@ -19,7 +24,7 @@ class MNIST(_datasets.MNIST):
         return False
 
 
-class FashionMNIST(_datasets.FashionMNIST):
+class FashionMNIST(datasets.FashionMNIST):
     """ROOT/FashionMNIST/raw."""
 
     def _check_legacy_exist(self) -> bool:

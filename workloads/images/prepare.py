@@ -312,7 +312,7 @@ def _ready(source: Source, data: ImageDataConfig, root: Path, download: bool, be
     if not found.recorded:
         if found.complete:
             for problem in found.problems:
-                log.warning("%s; what it should be is there as well", problem)
+                log.warning("%s; it is made good from what is there", problem)
             found = _adopt(source, root, found)
         else:
             found = _made_anew(source, data, root, download, found)
@@ -345,13 +345,14 @@ def _adopt(source: Source, root: Path, found: Found) -> Found:
 def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool, found: Found) -> Found:
     raw = source.raw(root)
     what = f"data.source={source.name} in data.root={data.root}"
-    state = "; ".join(found.problems) or f"not in {raw}"
+    damage = "".join(f"{problem}; " for problem in found.problems)
     cure = (
         f"prepare it on a machine with network (python -m workloads.images.prepare data.source={source.name} "
         f"data.root={root}), copy its files to {raw}, or use data.source=digits"
     )
     if source.downloaded and not download:
-        raise UnavailableError(what, f"{state}, and nothing may be downloaded here", cure)
+        state = damage or f"it is not in {raw}; "
+        raise UnavailableError(what, f"{state}nothing may be downloaded from here", cure)
     for problem in found.problems:
         log.warning("%s; it is %s", problem, "downloaded again" if source.downloaded else "made anew")
     with _folder_beside(source, root) as folder:
@@ -361,7 +362,7 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
             try:
                 place = fetch(source, folder, data.download_timeout_s)
             except FetchError as error:
-                raise UnavailableError(what, f"{state}, and not to be downloaded: {error}", cure) from None
+                raise UnavailableError(what, f"{damage}no download: {error}", cure) from None
         else:
             place = folder
             for name, content in sources.make(source).items():
@@ -376,9 +377,13 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
             files[name] = _record(content)
         raw.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            # A file that is right may be in use by another job, on a host that would lose sight of it.
-            if found.files.get(name) != files[name] or name in found.packed:
-                (place / name).replace(raw / name)
+            # A file that is right stays: another job may be reading it, on a host that would lose hold of it.
+            current = _content(raw / name)
+            if current is not None and _record(current) == files[name]:
+                continue
+            if current is not None and not found.problems:
+                log.warning("%s is not as it is made here, and is made anew", raw / name)
+            (place / name).replace(raw / name)
         _write_checksums(source, root, files)
     return Found(files, counts, True, (), (), ())
 
