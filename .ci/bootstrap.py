@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-OTHERS_MIB = {"": 35, "dev": 70}
-"""Measured size of everything but torch, as wheels."""
+OTHERS_MIB = {"": 90, "dev": 130}
+"""Measured size of everything but torch, as wheels; a third of it is scipy, which scikit-learn needs."""
 CUDA_LIBRARIES_MIB = 2500
 """Roughly what a Linux CUDA build of torch asks for beside itself."""
 
@@ -48,6 +48,8 @@ def main() -> int:
     have = installed(python, "torch")
     torch_arguments: list[str] = []
     if have is not None and have.partition("+")[0] == wanted:
+        # A torchvision that is missing comes as the plain wheel below, which leaves this torch alone: it asks for its
+        # version, not for its build.
         print(f"setup: torch {have} is installed already; up to {OTHERS_MIB[extra]} MiB of other packages", flush=True)
     else:
         torch_arguments, line = choose_torch(pip, wanted)
@@ -68,20 +70,28 @@ def works(python: Path) -> bool:
 
 
 def choose_torch(pip: list[str], version: str) -> tuple[list[str], str]:
-    """pip's arguments for the build of torch that fits this machine, and a line that says what it is."""
+    """pip's arguments for the build of torch that fits this machine, and a line that says what it is.
+
+    torchvision is taken with it where its build would otherwise be another: each index has one to go with its torch.
+    """
+    vision = pinned("torchvision")
     if has_gpu():
         # `===` matches the plain version only, not a "+cpu" build that pip would otherwise prefer.
         arguments = [f"torch==={version}"]
         found = ask(pip, arguments)
-        return arguments, describe(found, version, "this machine has a GPU")
+        return [*arguments, f"torchvision==={vision}"], describe(found, version, "this machine has a GPU")
     arguments = [f"torch=={version}"]
     found = ask(pip, arguments)
     if sys.platform == "linux" and not (found and "+cpu" in found["version"]):
         index = ["--index-url", CPU_INDEX, "--retries", "0", "--timeout", "5"]
         cpu = ask(pip, [*index, f"torch=={version}"], deadline_s=30)
         if cpu:
-            # Only torch comes from there; what it needs is found as usual.
-            return ["--extra-index-url", CPU_INDEX, f"torch=={cpu['version']}"], describe(cpu, version, "no GPU here")
+            # Only these two come from there; what they need is found as usual.
+            both = [f"torch=={cpu['version']}"]
+            cpu_vision = ask(pip, [*index, f"torchvision=={vision}"], deadline_s=30)
+            if cpu_vision:
+                both.append(f"torchvision=={cpu_vision['version']}")
+            return ["--extra-index-url", CPU_INDEX, *both], describe(cpu, version, "no GPU here")
     return arguments, describe(found, version, "no GPU here")
 
 
