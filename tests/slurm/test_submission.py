@@ -221,3 +221,40 @@ def test_unequal_hosts_end_the_job_with_the_table(uneven: list[str], slurm: Clus
     assert "node0: rank 0; node1: ranks 1 2 3" in result["error"]
     logs = [(tmp_path / "run" / "attempt-0" / f"rank-{rank}.log").read_text() for rank in range(4)]
     assert all(table in log for log in logs)
+
+
+# --- what is prepared before it is queued -----------------------------------------------------------------------------
+
+PREPARES = """
+from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+
+class Config(WorkloadConfig):
+    refuses: bool = False
+
+def run(config, ctx):
+    return {"made": (ctx.paths.data_dir / "made").read_text()}
+
+def prepare(config, directory):
+    print("making it")
+    directory.mkdir()
+    (directory / "made").write_text("here")
+    if config.refuses:
+        raise WorkloadError("no such corpus; give another")
+    return "made one file"
+
+ENTRY = WorkloadEntry(name="mine", config=Config, run=run, prepare=prepare, plan=lambda config: "makes one file")
+"""
+
+
+def test_what_is_prepared_is_there_and_a_refusal_queues_nothing(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PREPARES)
+    line = submit(tmp_path, "mine:ENTRY", "refuses=true", env=slurm.env)
+    assert line.finish() == (2, "", "making it\nmeshrun: error: no such corpus; give another\n")
+    assert not line.run_dir.exists()
+    assert subprocess.run(["squeue", "--noheader"], env=slurm.env, capture_output=True, text=True).stdout == ""
+    line = submit(tmp_path, "mine:ENTRY", "--wait", "--json", env=slurm.env)
+    code, out, err = line.finish(120)
+    assert code == 0, err
+    record = json.loads(out)
+    assert (record["prepared"], record["result"]) == ("made one file", {"made": "here"})
+    assert err.index("making it\n") < err.index("prepared: made one file\n") < err.index("submitted job ")
