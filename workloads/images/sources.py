@@ -97,7 +97,10 @@ def make(source: Source) -> dict[str, bytes]:
 
 
 def digits() -> dict[str, bytes]:
-    """scikit-learn's 1,797 digits, in its order: the first 1,500 to train on, the last 297 held out.
+    """scikit-learn's 1,797 digits: 297 of them, evenly spread over its order, are held out, and 1,500 to train on.
+
+    The 13 people who wrote them follow one another there: so everybody is in both parts, and accuracy is that on new
+    digits of known hands. (On the last 297, of hands never seen, a small network's is 4 to 5 points lower.)
 
     Each is 8 x 8 with values 0 to 16; it is enlarged to 20 x 20 and framed with 4 pixels of 0, as MNIST's digits are
     (20 x 20 within 28 x 28).
@@ -116,7 +119,9 @@ def digits() -> dict[str, bytes]:
     bunch = load_digits()
     images = np.zeros((len(bunch.images), idx.SIDE, idx.SIDE), np.uint8)
     images[:, 4:24, 4:24] = _enlarge(bunch.images.astype(np.int64))
-    return _files(images, bunch.target.astype(np.uint8), len(images) - DIGITS_TEST)
+    held_out = np.arange(DIGITS_TEST) * len(images) // DIGITS_TEST
+    order = np.concatenate([np.setdiff1d(np.arange(len(images)), held_out), held_out])
+    return _files(images[order], bunch.target[order].astype(np.uint8), len(images) - DIGITS_TEST)
 
 
 def _enlarge(images: np.ndarray) -> np.ndarray:
