@@ -148,8 +148,8 @@ def memory_bytes(config: Config, shape: Shape) -> int:
 
     With `e` bytes a parameter (8 in fp64, else 4) and N parameters: 4 e N for the parameters, gradients and the
     optimizer's two means, divided by the ranks that share a copy, and e N for what is gathered; 0.4 MB (in fp32) a
-    sample of a rank's batch for activations, kept and temporary; 450 MB for the process: Python, torch, torchvision, the
-    data.
+    sample of a rank's batch for activations, kept and temporary; 450 MB for the process: Python, torch, torchvision,
+    the data.
     """
     stored = 8 if config.precision == "fp64" else 4
     copies = 1 if config.compare else mesh(config, shape).sizes[1]

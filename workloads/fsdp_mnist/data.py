@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from workloads.images.datasets import open_split
-from workloads.images.vision import torchvision
 
 from workloads.base import RunContext, WorkloadError
 from workloads.fsdp_mnist.config import Config
 from workloads.images import prepare as images
+from workloads.images.datasets import open_split
+from workloads.images.vision import torchvision
 
 WORKER_TIMEOUT_S = 120
 """So long a rank waits for a batch of its workers; then it fails and says so."""

@@ -49,7 +49,9 @@ def evaluate(
 
 def sum_over(mesh: DeviceMesh | None, mine: Tensor) -> Tensor:
     """The sum over the ranks, dimension by dimension; each rank adds in one order, so that all get the same bits."""
-    for name in reversed(mesh.mesh_dim_names or ()) if mesh is not None else ():
+    if mesh is None:
+        return mine
+    for name in reversed(mesh.mesh_dim_names or ()):
         group = mesh.get_group(name)
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, mine, group=group)

@@ -29,8 +29,8 @@ class Memory:
     shards: int
     """Ranks that share one copy."""
     unsplit: int
-    """What of the whole cannot be cut into equal parts: of a tensor of 10 rows over 4 ranks one holds 3, half a row more
-    than its share; numbers that are no tensor, as an optimizer's count of steps, every rank holds."""
+    """What of the whole cannot be cut into equal parts: of a tensor of 10 rows over 4 ranks one holds 3, half a row
+    more than its share; and scalars, as an optimizer's counts of steps, which every rank holds."""
 
     @property
     def ideal(self) -> float:
