@@ -177,7 +177,7 @@ def plan(data: ImageDataConfig) -> str:
         found = look(source, root)
     except OSError as error:
         return f"data: {source.title}: {error.filename or root} cannot be read: {error.strerror or error}"
-    if found.complete and not found.problems:
+    if found.complete and not found.problems and not found.foreign:
         return f"data: {_described(source, found)} in {source.raw(root)}"
     if found.foreign:
         state = found.foreign[0]
@@ -187,11 +187,11 @@ def plan(data: ImageDataConfig) -> str:
         state = f"not in {source.raw(root)} yet"
     if not source.downloaded:
         return f"data: {source.title}: {state}; preparing makes it"
-    if found.complete:
-        return f"data: {source.title}: {state}; preparing unpacks it from the .gz file beside it"
-    instead = " or, where it cannot be had, uses digits" if data.source == "auto" else ""
     if found.foreign:
-        return f"data: {source.title}: {state}; preparing " + ("uses digits" if instead else "refuses it")
+        return f"data: {source.title}: {state}; preparing " + ("uses digits" if data.source == "auto" else "refuses it")
+    if found.complete:
+        return f"data: {source.title}: {state}; preparing makes it good from what is there"
+    instead = " or, where it cannot be had, uses digits" if data.source == "auto" else ""
     return f"data: {source.title}: {state}; preparing downloads it{instead}"
 
 
@@ -238,41 +238,44 @@ def look(source: Source, root: Path) -> Found:
     packed: list[str] = []
     missing: list[str] = []
     for name in FILES:
-        seen = False
-        for path in (raw / name, raw / f"{name}.gz"):
-            content = _content(path)
-            if content is None:
-                continue
-            seen = True
+        there = [path for path in (raw / name, raw / f"{name}.gz") if path.exists()]
+        if not there:
+            missing.append(f"{raw / name} is missing")
+        for path in there:
             try:
+                content = path.read_bytes()
                 if path.suffix == ".gz":
                     content = idx.gunzip(content)
-                number = idx.count(content, name)
+                counts[name] = idx.count(content, name)
             except idx.IdxError as error:
                 problems.append(f"{path} {error}")
                 continue
             record = _record(content)
-            if record != recorded.get(name):
-                if source.md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != source.md5[name]:
-                    if name in recorded:
-                        problems.append(f"{path} is corrupt: its sha256 is not the one in {CHECKSUMS_FILE}")
-                    else:
-                        foreign.append(f"{path} is a sound file of {number:,}, but not {source.title}'s, by its md5")
-                    continue
-                if not source.md5:
-                    if name in recorded:
-                        problems.append(f"{path} is corrupt: its sha256 is not the one in {CHECKSUMS_FILE}")
-                    continue
-            files[name], counts[name] = record, number
-            if path.suffix == ".gz":
-                packed.append(name)
-            break
-        if not seen:
-            missing.append(str(raw / name))
-    if missing and len(missing) < len(FILES):
-        problems += [f"{path} is missing" for path in missing]
+            if record == recorded.get(name) or _published(source, name, content):
+                files[name] = record
+                if path.suffix == ".gz":
+                    packed.append(name)
+                break
+            if name in recorded:
+                problems.append(f"{path} is corrupt: its sha256 is not the one in {CHECKSUMS_FILE}")
+            elif source.downloaded:
+                foreign.append(f"{path} is a sound file of {counts[name]:,}, but its md5 is not {source.title}'s")
+    if len(missing) < len(FILES):
+        problems += missing
+    if len(files) < len(FILES):
+        for images, labels in (TRAIN, TEST):
+            if images in counts and labels in counts:
+                try:
+                    idx.check_pair(counts[images], counts[labels])
+                except idx.IdxError as error:
+                    (foreign or problems).append(f"{raw / images} {error}")
     vouched = len(files) == len(FILES) and dict(recorded) == files and not packed
     return Found(files, counts, vouched, tuple(packed), tuple(problems), tuple(foreign))
+
+
+def _published(source: Source, name: str, content: bytes) -> bool:
+    """Whether a file is, to the byte, the one that the dataset's authors gave out."""
+    return name in source.md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() == source.md5[name]
 
 
 def _content(path: Path) -> bytes | None:
@@ -303,7 +306,7 @@ def _recorded(path: Path, problems: list[str]) -> Mapping[str, FileRecord]:
 
 def _ready(source: Source, data: ImageDataConfig, root: Path, download: bool, because: str = "") -> Prepared:
     found = look(source, root)
-    if found.foreign and not found.complete:
+    if found.foreign:
         raise UnavailableError(
             f"data.source={source.name}",
             "; ".join(found.foreign),

@@ -239,7 +239,8 @@ def test_auto_says_which_and_why(web: Web, small: Small, tmp_path: Path) -> None
     line = make_ready(mnist(tmp_path, source="auto")).announcement
     assert re.fullmatch(
         r"data: digits \(1,500 handwritten digits from scikit-learn to train on, 297 held out\) in "
-        rf"{tmp_path}/Digits/raw, as MNIST could not be had: no download: {web.address}/404/: HTTP 404 Not Found after \d\.\d s; "
+        rf"{tmp_path}/Digits/raw, as MNIST could not be had: no download: "
+        rf"{web.address}/404/: HTTP 404 Not Found after \d\.\d s; "
         rf"{web.address}/html/: answers with something that is no gzip file",
         line,
     )
