@@ -79,7 +79,13 @@ def run(meshrun: Path, *arguments: str, cwd: Path, **env: str) -> subprocess.Com
 
 def test_the_wheel_holds_what_runs_need_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("submit.py", "jobs/entry.py", "workloads/tp_fsdp_llama2/train.py", "cluster_configs/local.yaml"):
+    for needed in (
+        "submit.py",
+        "jobs/entry.py",
+        "workloads/images/prepare.py",
+        "workloads/tp_fsdp_llama2/train.py",
+        "cluster_configs/local.yaml",
+    ):
         assert needed in names
     assert not [name for name in names if name.startswith("tests")]
 

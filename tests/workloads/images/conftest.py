@@ -120,6 +120,12 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
                         self.wfile.write(body[place : place + 1])
                         if place > 20 and over.wait(0.05):
                             return
+                elif kind == "sluggish":
+                    for place in range(0, 250, 50):
+                        self.wfile.write(body[place : place + 50])
+                        self.wfile.flush()
+                        over.wait(0.5)
+                    self.connection.close()
                 elif kind == "half":
                     self.wfile.write(body[: len(body) // 2])
                     self.wfile.flush()
@@ -143,6 +149,11 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     over.set()
     server.shutdown()
     server.server_close()
+    downloads_have_ended()
+
+
+def downloads_have_ended() -> None:
+    """Waits for the threads of downloads that were given up."""
     deadline = time.monotonic() + 10
     while any(thread.name.startswith("download of") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "a download that was given up still runs"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.workloads.images.conftest import Small, Web
+from tests.workloads.images.conftest import Small, Web, downloads_have_ended
 from workloads.base import WorkloadError
 from workloads.images import fetch
 from workloads.images.config import ImageDataConfig
@@ -84,7 +84,17 @@ def test_a_mirror_that_stops_half_way_does_not_keep_from_the_next(
     web.mirrors(bad, "good")
     began = time.monotonic()
     make_ready(mnist(tmp_path, download_timeout_s=2))
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 8
+    assert_good(tmp_path, small)
+
+
+def test_a_download_that_was_given_up_does_not_come_back(web: Web, small: Small, tmp_path: Path) -> None:
+    """Its mirror closes later: torchvision would go on with the next, in a folder that it makes anew."""
+    web.mirrors("second-sluggish", "good")
+    make_ready(mnist(tmp_path, download_timeout_s=3))
+    asked = len(web.asked)
+    downloads_have_ended()
+    assert len(web.asked) == asked
     assert_good(tmp_path, small)
 
 
@@ -105,7 +115,7 @@ def test_one_line_says_what_was_tried_and_what_to_do(bad: str, words: str, web: 
     web.mirrors(bad)
     began = time.monotonic()
     line = refused(mnist(tmp_path, download_timeout_s=2), tmp_path)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 8
     assert re.search(words, line)
     assert f"{web.address}/{bad}/" in line
     assert f"python -m workloads.images.prepare data.source=mnist data.root={tmp_path}" in line
@@ -125,7 +135,7 @@ def test_mirrors_that_do_not_answer_are_asked_side_by_side(web: Web, tmp_path: P
     web.mirrors(*["hang"] * 1, "x/hang", "y/hang", "z/hang")
     began = time.monotonic()
     refused(mnist(tmp_path), tmp_path)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2.5  # one after the other would be 2.8
 
 
 @contextmanager
@@ -154,7 +164,7 @@ def test_nobody_answers_at_all(web: Web, tmp_path: Path, monkeypatch: pytest.Mon
             monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", addresses)
             began = time.monotonic()
             line = refused(mnist(tmp_path), tmp_path)
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 8
     assert re.search(re.escape(refusing) + r": connection refused after \d\.\d s", line)
     assert re.search(rf":{port}/: (silent for|no answer within) 0\.7 s", line)
     assert re.search(r"no-such-host\.invalid/: (its name cannot be looked up|no answer within)", line)
@@ -176,7 +186,7 @@ def test_a_look_up_of_a_name_that_hangs_holds_nobody(
     monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", ["http://slow.invalid/", f"{web.address}/good/"])
     began = time.monotonic()
     make_ready(mnist(tmp_path))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8
     over.set()
     assert_good(tmp_path, small)
 
