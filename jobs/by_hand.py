@@ -168,7 +168,8 @@ def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> 
         if info.attempt == 0 or not run.job.exists():
             entry = registry.load(spec.workload, spec.import_path)
             RunDirectory.create(spec.run_dir).describe(spec)
-            entry.call("prepare", entry.config.model_validate(spec.settings), run.data)
+            if entry.prepare_by_hand:
+                entry.call("prepare", entry.config.model_validate(spec.settings), run.data)
     except BaseException as error:
         board.say({"refused": str(error)})
         if isinstance(error, Exception):

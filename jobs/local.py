@@ -35,6 +35,7 @@ from jobs.records import Attempt, RunDirectory, read_json, write_json
 from jobs.spec import JobSpec
 from jobs.topology import local_env
 from workloads import registry
+from workloads.base import WorkloadError
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,8 @@ class _Watch:
         if unsafe is None:
             is_built_in = self.spec.workload in registry.BUILT_IN
             for module in (*PRELOAD, *(registry.load(self.spec.workload).preload if is_built_in else ())):
-                importlib.import_module(module)
+                with contextlib.suppress(WorkloadError):  # what is missing, the ranks will say
+                    importlib.import_module(module)
                 self._check_orders()
             threads = len(list(Path("/proc/self/task").iterdir()))
             if threads > 1:

@@ -144,12 +144,14 @@ class WorkloadEntry:
             shown, and a line that it returns is announced. That process has the environment of the submitting line,
             a thread a library where that does not say otherwise, and nothing to read on stdin; what it leaves
             running is ended. By hand (torchrun, srun) it runs in rank 0 itself, whatever `plan` says, and its line
-            is not shown.
+            is not shown; unless `prepare_by_hand` is off.
         plan: `plan(config) -> str | None`, one line on what `prepare` would do, which a dry run shows; None where
             there is nothing to prepare, and then `prepare` is not started. Torch-free; reads no network and writes
             nothing. Default: there is always something to prepare.
         prepare_timeout_s: seconds after which `prepare` is killed, with whatever it has started, and nothing is
             queued.
+        prepare_by_hand: whether rank 0 may prepare where nobody has submitted the job; not, where that is a download:
+            compute nodes often have no internet. `run` then finds no `ctx.paths.data_dir`.
         build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
         memory_bytes: `memory_bytes(config, shape) -> int`, roughly the peak bytes of one rank. Torch-free.
         preload: built-in workloads only: modules that may be imported once before ranks are forked (they must
@@ -165,6 +167,7 @@ class WorkloadEntry:
     prepare: Hook | None = None
     plan: Hook | None = None
     prepare_timeout_s: float = 3600
+    prepare_by_hand: bool = True
     build: Hook | None = None
     memory_bytes: Hook | None = None
     preload: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -514,19 +515,29 @@ def report(run_dir: Path, record: dict[str, Any], console: Console, seconds: flo
     console.say("done" if seconds is None else f"done in {seconds:.1f} s")
     result = record.get("result")
     if isinstance(result, dict):
-        for key, value in result.items():
-            shown = f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
-            console.say(f"  {key}: {shown}" if "\n" not in shown else f"  {key}:\n" + _indent(shown))
+        for line in _lines(result):
+            console.say("  " + line)
     console.finish({**record, "exit_code": EXIT_DONE, "run_dir": str(run_dir)})
+
+
+def _lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """A result for people: a line a value, and below its name what has lines of its own."""
+    for key, value in result.items():
+        if isinstance(value, Mapping) and any(isinstance(item, (Mapping, list)) for item in value.values()):
+            yield f"{key}:"
+            yield from ("  " + line for line in _lines(value))
+            continue
+        shown = f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
+        if "\n" in shown:
+            yield f"{key}:"
+            yield from ("  " + line for line in shown.splitlines())
+        else:
+            yield f"{key}: {shown}"
 
 
 def _printable(text: str) -> str:
     """Generated text may hold what a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())
 
 
 def _tail(path: Path, lines: int = 15) -> str:

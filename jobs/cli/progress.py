@@ -160,6 +160,8 @@ class Display:
         step = metrics.get("step")
         if not isinstance(step, int):
             return
+        total = metrics.get("total_steps")  # of a workload whose settings say epochs
+        self.total_steps = total if isinstance(total, int) else self.total_steps
         if self.on_terminal:
             if self.bar is None:
                 from tqdm import tqdm

@@ -62,6 +62,38 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int],
     return run
 
 
+def train_mnist(folder: Path, *words: str, env: dict[str, str] | None = None) -> tuple[dict[str, Any], Any]:
+    """One fsdp_mnist job of 2 x 2 from the shell to its end; its result.json, and what must not differ by a bit."""
+    settings = ["data.source=digits", f"data.root={folder.parent / 'data'}", "steps=12", "eval_batch_size=64"]
+    line = [sys.executable, str(ROOT / "submit.py"), "fsdp_mnist", "--nodes", "2", "--gpus-per-node", "2"]
+    done = subprocess.run(
+        [*line, *words, *settings, "export=true", "--wait", "--run-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=folder.parent,
+        env=env,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "result.json").read_text())
+    measured = [record["result"][key] for key in ("heldout_accuracy", "heldout_loss")]
+    weights = (folder / "export" / "model.safetensors").read_bytes()
+    assert len(steps) == 12
+    return record, ([(row["loss"], row["accuracy"]) for row in steps], measured, weights)
+
+
+@pytest.mark.parametrize(("strategy", "sizes"), [("fsdp", (1, 4)), ("hsdp", (2, 2)), ("ddp", (4, 1))])
+def test_fsdp_mnist_on_two_hosts_of_two(strategy: str, sizes: tuple[int, int], slurm: Cluster, tmp_path: Path) -> None:
+    """Dropout is on; hsdp shards within a host and keeps a copy on each."""
+    word = f"strategy={strategy}"
+    record, on_slurm = train_mnist(tmp_path / "slurm", word, env=slurm.env)
+    _, on_one_box = train_mnist(tmp_path / "local", word, "--executor", "local")
+    assert record["mesh"] == dict(zip(("dp_replicate", "dp_shard"), sizes, strict=True))
+    assert record["nodes"] == 2
+    assert on_slurm == on_one_box
+
+
 def placed(folder: Path) -> list[tuple[int, str, int]]:
     """Of every rank, by the scheduler's number: its rank, its host as the log says, the scheduler's number again."""
     found = []

@@ -11,7 +11,10 @@ ENTRY = WorkloadEntry(
     validate="workloads.fsdp_mnist.config:validate",
     mesh="workloads.fsdp_mnist.config:mesh",
     prepare="workloads.fsdp_mnist.data:prepare",
+    plan="workloads.fsdp_mnist.config:plan",
+    prepare_by_hand=False,
     build="workloads.fsdp_mnist.parallelize:build",
     memory_bytes="workloads.fsdp_mnist.config:memory_bytes",
-    preload=("workloads.fsdp_mnist.train", "torch._dynamo"),
+    # Each rank would import torchvision and, when FSDP2 is first used, the compiler; eight doing so take seconds.
+    preload=("workloads.fsdp_mnist.train", "workloads.images.mnist_like", "torchvision.transforms.v2", "torch._dynamo"),
 )

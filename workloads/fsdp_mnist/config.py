@@ -104,6 +104,13 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
     return MeshSpec(("dp_replicate", "dp_shard"), (ranks // dp_shard, dp_shard))
 
 
+def plan(config: Config) -> str:
+    """What preparing the data would come to, on one line."""
+    from workloads.images.prepare import plan
+
+    return plan(config.data)
+
+
 def validate(config: Config, shape: Shape) -> None:
     """Refuses what cannot work, before anything is prepared or queued.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,7 @@ def prepare(config: Config, directory: Path) -> str:
     """
     prepared = images.prepare(config.data, directory)
     steps_per_epoch(config, prepared.train)
-    return prepared.announcement
-
-
-def plan(config: Config) -> str:
-    """What `prepare` would do, on one line."""
-    return images.plan(config.data)
+    return prepared.why
 
 
 def find(config: Config, ctx: RunContext) -> images.Prepared:
@@ -155,10 +151,13 @@ def _loader(
 ) -> DataLoader[Any]:
     workers = config.data.workers
     if workers:
-        # Not by a fork: a rank has threads, of torch and of its collectives, and a fork takes their locks along.
+        # Not forked from the rank: it has threads, of torch and of its collectives, whose locks a fork takes along.
+        # Forked from a process that has only imported what they need.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["workloads.images.mnist_like", "torchvision.transforms.v2"])
         options |= {
             "num_workers": workers,
-            "multiprocessing_context": "forkserver",
+            "multiprocessing_context": context,
             "persistent_workers": True,
             "prefetch_factor": config.data.prefetch or 2,
             "timeout": WORKER_TIMEOUT_S,

@@ -39,9 +39,10 @@ class Memory:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {max(self.by_rank[kind]) / 1e6:.3f}" for kind in KINDS[:3])
+        ideal = f"; 1/{self.shards} of that is {self.ideal / 1e6:.3f}" if self.shards > 1 else ""
         return (
-            f"a rank holds at most {max(self.states()) / 1e6:.3f} MB ({kinds}) of the model's {self.whole / 1e6:.3f}; "
-            f"1/{self.shards} of that is {self.ideal / 1e6:.3f}"
+            f"a rank holds at most {max(self.states()) / 1e6:.3f} MB ({kinds}) of the model's "
+            f"{self.whole / 1e6:.3f}{ideal}"
         )
 
     def states(self) -> list[int]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Adadelta, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
@@ -24,6 +23,7 @@ from workloads.fsdp_mnist.memory import measure
 from workloads.fsdp_mnist.model import initialize
 from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate
 from workloads.fsdp_mnist.wrap import units_by_size
+from workloads.images import vision
 from workloads.images.prepare import Prepared
 from workloads.training.export import export
 from workloads.training.metrics import peak_memory_bytes
@@ -41,14 +41,16 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     """
     prepared = data.find(config, ctx)
     if ctx.rank == 0:
-        log.info("%s", prepared.announcement)
+        for line in (prepared.announcement, vision.remark()):
+            if line is not None:
+                log.info("%s", line)
     if config.compare:
         from workloads.fsdp_mnist.compare import compare  # which itself calls train
 
         result = compare(config, ctx, prepared)
     else:
         result = train(config, ctx, prepared)
-    return {**result, "data": {"source": prepared.source, "root": str(prepared.root), "why": prepared.announcement}}
+    return {"data": {"source": prepared.source, "root": str(prepared.root), "why": prepared.why}, **result}
 
 
 def train(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def train(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]
     model.to_empty(device=device)
     initialize(model, config.seed, dtype)
     if ctx.rank == 0:
-        _say(config, ctx.mesh, model, prepared)
+        _say(config, ctx, model, prepared)
     if config.strategy == "ddp":
         model = replicate(model, ctx.mesh, device)
     optimizer = make_optimizer(config, model, device)
@@ -127,7 +129,7 @@ def train(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]
     memory = measure(model, optimizer, device, alone)
     result: dict[str, Any] = {
         "strategy": config.strategy,
-        "mesh": {"single": 1} if alone else dict(zip(ctx.mesh.mesh_dim_names or (), ctx.mesh.shape, strict=True)),
+        "mesh": layout(config, ctx),
         "epochs": epoch,
         "steps": step,
         "final_loss": ctx.last_metrics["loss"],
@@ -173,12 +175,19 @@ def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> Op
     )
 
 
-def _say(config: Config, mesh: DeviceMesh, model: nn.Module, prepared: Prepared) -> None:
+def layout(config: Config, ctx: RunContext) -> dict[str, int]:
+    """How many copies there are, and over how many ranks each is cut."""
+    if config.strategy in SHARDED:
+        return {name: ctx.mesh[name].size() for name in ("dp_replicate", "dp_shard")}
+    return {"dp_replicate": ctx.world_size if config.strategy == "ddp" else 1, "dp_shard": 1}
+
+
+def _say(config: Config, ctx: RunContext, model: nn.Module, prepared: Prepared) -> None:
     log.info(
-        "strategy %s on %s, %s, %s; %d steps of %d samples",
+        "strategy %s: %s, %s, %s; %d steps of %d samples",
         config.strategy,
-        " x ".join(f"{name} {size}" for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
-        next(model.parameters()).device.type,
+        " x ".join(f"{name} {size}" for name, size in layout(config, ctx).items()),
+        ctx.device.type,
         config.precision,
         data.total_steps(config, prepared),
         config.global_batch_size,

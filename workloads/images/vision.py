@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import logging
 import re
 import sys
 from types import ModuleType
 from typing import Any
 
 from workloads.base import WorkloadError
-
-log = logging.getLogger(__name__)
 
 _KEPT: list[Any] = []
 """torch forgets operators whose Library object is gone."""
@@ -51,13 +48,17 @@ def torchvision() -> ModuleType:
         module = importlib.import_module("torchvision")
     except Exception as error:
         raise WorkloadError(_other(error)) from error
-    log.info(
-        "torchvision %s is built for CUDA and torch %s is not: its datasets, transforms and models work, its compiled "
-        "operators do not",
-        _version("torchvision"),
-        _version("torch"),
-    )
     return module
+
+
+def remark() -> str | None:
+    """What whoever runs this should know of the torchvision that was imported; a line for the log, or None."""
+    if not _KEPT:
+        return None
+    return (
+        f"torchvision {_version('torchvision')} is built for CUDA and torch {_version('torch')} is not: its datasets, "
+        "transforms and models work, its compiled operators do not"
+    )
 
 
 def _declare_operators() -> None:

@@ -18,13 +18,13 @@ from workloads.images.prepare import Prepared, prepare
 
 pytestmark = pytest.mark.dist
 
-STRATEGIES = {1: ("single", "fsdp", "ddp"), 2: ("fsdp", "ddp"), 4: ("fsdp", "ddp", "hsdp")}
+STRATEGIES = {1: ("single",), 2: ("fsdp", "ddp"), 4: ("fsdp", "ddp", "hsdp")}
 """By the number of ranks; hsdp is 2 x 2."""
 
 
 def config(**given: Any) -> Config:
     """Dropout off: ranks drop out different things."""
-    settings = {"data": {"source": "digits"}, "dropout": False, "global_batch_size": 16, **given}
+    settings = {"data": {"source": "digits"}, "dropout": False, "global_batch_size": 8, **given}
     return Config.model_validate(settings)
 
 
@@ -55,7 +55,7 @@ def train_each(ctx: RunContext, prepared: Prepared, configs: list[Config]) -> li
 
 def train_all(prepared: Prepared, ranks: int, run_dir: Path, **given: Any) -> dict[str, dict[str, Any]]:
     """By strategy, what rank 0 returned."""
-    configs = [config(strategy=strategy, export=True, **given) for strategy in STRATEGIES[ranks]]
+    configs = [config(**{"strategy": strategy, "export": True, **given}) for strategy in STRATEGIES[ranks]]
     results = run_world(
         *(train_each, prepared, configs),
         sizes=(1, ranks),
@@ -82,13 +82,13 @@ def largest_difference(a: list[float], b: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def in_fp64(prepared: Prepared) -> tuple[list[float], torch.nn.Module, float]:
-    return reference(config(precision="fp64", steps=100, epochs=2), prepared)
+    return reference(config(precision="fp64", steps=100), prepared)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_fp64_losses_of_100_steps(ranks: int, prepared: Prepared, in_fp64: Any, tmp_path: Path) -> None:
     expected, net, accuracy = in_fp64
-    for strategy, result in train_all(prepared, ranks, tmp_path, precision="fp64", steps=100, epochs=2).items():
+    for strategy, result in train_all(prepared, ranks, tmp_path, precision="fp64", steps=100).items():
         assert len(expected) == 100
         assert largest_difference(losses(result), expected) < 1e-12, strategy
         assert result["heldout_accuracy"] == accuracy, strategy
@@ -97,9 +97,25 @@ def test_fp64_losses_of_100_steps(ranks: int, prepared: Prepared, in_fp64: Any, 
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("optimizer", ["adadelta", "adamw"])
-def test_fp32_losses_of_5_steps(ranks: int, optimizer: str, prepared: Prepared, tmp_path: Path) -> None:
-    given = {"optimizer": optimizer, "steps": 5, "seed": 7, "global_batch_size": 32, "weight_decay": 0.01}
+def test_fp32_losses_of_5_steps(ranks: int, prepared: Prepared, tmp_path: Path) -> None:
+    given = {"steps": 5, "seed": 7, "global_batch_size": 32, "weight_decay": 0.01}
     expected, _, _ = reference(config(**given), prepared)
     for strategy, result in train_all(prepared, ranks, tmp_path, **given).items():
         assert largest_difference(losses(result), expected) < 1e-5, strategy
+
+
+def test_adamw_into_a_second_epoch(prepared: Prepared, tmp_path: Path) -> None:
+    """In fp64: where a gradient is next to nothing, Adam's first steps make its rounding a difference of 2 lr."""
+    given = {"optimizer": "adamw", "precision": "fp64", "steps": 6, "global_batch_size": 300, "weight_decay": 0.01}
+    expected, _, accuracy = reference(config(epochs=2, **given), prepared)
+    for strategy, result in train_all(prepared, 2, tmp_path, epochs=2, **given).items():
+        assert [row["epoch"] for row in result["rows"]] == [1] * 5 + [2]
+        assert largest_difference(losses(result), expected) < 1e-12, strategy
+        assert result["heldout_accuracy"] == accuracy, strategy
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp"), (4, "hsdp")])
+def test_accuracy_at_the_end(ranks: int, strategy: str, prepared: Prepared, tmp_path: Path) -> None:
+    one = config(strategy=strategy, epochs=4, global_batch_size=50)
+    [result] = run_world(train_each, prepared, [one], sizes=(1, ranks), run_dir=tmp_path, deadline_seconds=240)[0]
+    assert result["heldout_accuracy"] > 0.95

@@ -39,7 +39,7 @@ image = transform(torch.zeros(1, 28, 28, dtype=torch.uint8))
 assert image.shape == (1, 28, 28)
 assert models.resnet18(num_classes=10).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 """
-    done = run(IMPORT + use)
+    done = run(IMPORT + use + "from workloads.images import vision; print(vision.remark())")
     assert done.returncode == 0, done.stderr
     announced = done.stdout.count("its datasets, transforms and models work, its compiled operators do not")
     # On a build of torch that torchvision's matches, importing it needs nothing, and nothing is said.

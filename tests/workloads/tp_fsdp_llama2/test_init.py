@@ -12,8 +12,8 @@ from tests.workloads.tp_fsdp_llama2.reference import bare_model
 from tests.workloads.worlds import run_world
 from workloads.tp_fsdp_llama2 import init
 from workloads.tp_fsdp_llama2.config import Config
-from workloads.training.parameters import gather
 from workloads.tp_fsdp_llama2.parallelize import build
+from workloads.training.parameters import gather
 
 # Few rows a block, so that every shard meets block boundaries within it and at odd places.
 SMALL_BLOCK = 700

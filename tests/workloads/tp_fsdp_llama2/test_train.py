@@ -26,10 +26,10 @@ from workloads.base import NonFiniteError, RunContext
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
 from workloads.tp_fsdp_llama2.evaluate import heldout_loss
-from workloads.training.export import export
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
+from workloads.training.export import export
 
 pytestmark = pytest.mark.dist
 
