@@ -1,4 +1,33 @@
-"""A CNN on MNIST under fully sharded data parallelism, with the memory to show for it."""
+"""A CNN on MNIST under fully sharded data parallelism, with the memory to show for it.
+
+*Data parallelism* gives each of N ranks its own part of every batch. The gradients are averaged over the ranks, so that
+all take the same step, the one that a single process with the whole batch would take.
+
+- Under *DDP* each rank keeps everything: parameters, gradients and the optimizer's states. In fp32 and with Adadelta or
+  Adam, which keep two numbers a parameter, that is 16 bytes a parameter: 19.198 MB for this network's 1,199,882, on
+  every rank, however many there are.
+- Under *FSDP* each rank keeps 1/N of each of them: of every tensor some of its rows. With 4 ranks the largest share is
+  4.801 MB, 1.200 of parameters, 1.200 of gradients and 2.400 of optimizer states; with 2 ranks it is 9.599 MB. Just
+  before a part of the network is used, forward or backward, its parameters are gathered from all ranks, and freed right
+  after. The backward pass ends with a reduce-scatter: each rank gets the mean of all ranks' gradients, for its own rows
+  alone, and steps its rows with its own optimizer states. DDP's all-reduce of the gradients is a reduce-scatter and an
+  all-gather; FSDP has the first, and gathers parameters twice: it sends half as much again.
+- What is gathered at once is a *unit*, and the choice of units is the one decision that FSDP2 leaves to its user. Here
+  `wrap.py` decides by size: `conv2` (18,496 parameters) and `fc1` (1,179,776) are units, and the rest is the root's. At
+  no time is more than the root and two units there in full.
+- *HSDP* is both: shards within a group of ranks (a host, whose links are fast), copies over the groups.
+
+A tensor of 10 rows cannot be cut into 4 equal parts: what lies above 1/N is measured and reported, too.
+
+    python submit.py fsdp_mnist --executor local --gpus-per-node 4 compare=true epochs=5 dropout=false
+
+trains under one process, DDP and FSDP, one after the other, and prints memory, time and accuracy side by side; the
+README shows the table. With dropout off the losses are the same on any number of ranks, in fp64 to 1e-12.
+
+`config.py` is what can be set, `model.py` the bare network, `wrap.py` the choice of units, `parallelize.py` what each
+strategy does to the network, `data.py` who gets which samples, `train.py` the loop, `evaluate.py` the held-out part,
+`memory.py` what is measured and `compare.py` the table.
+"""
 
 from workloads.base import WorkloadEntry
 from workloads.fsdp_mnist.config import Config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.jobs.submitting import ROOT
+from workloads import fsdp_mnist
 
 pytestmark = pytest.mark.dist
 
@@ -79,6 +81,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words: list[str], line: str, t
     [error] = [row for row in said.splitlines() if row.startswith("meshrun: error: ")]
     assert line in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_readmes_table(tmp_path: Path) -> None:
+    """Its bytes are those of a run, and the package's docstring has them, too."""
+    readme = (ROOT / "README.md").read_text()
+    [line] = re.findall(r"^\$ python submit.py fsdp_mnist (.*compare=true.*)$", readme, re.MULTILINE)
+    words = [word for word in line.split() if word not in ("--executor", "local")]
+    record, _ = typed(tmp_path, *words, "data.source=digits", "steps=2")
+    table = record["result"]["table"].splitlines()
+    shown = re.findall(r"^(?:single|ddp|fsdp) .*$", readme, re.MULTILINE)
+    assert [row.split("MB")[:5] for row in shown] == [row.split("MB")[:5] for row in table[1:]]
+    assert table[0].split() in [row.split() for row in readme.splitlines()]
+    for figure in ("19.198 MB", "4.801 MB", "1.200 of parameters", "2.400 of optimizer states"):
+        assert figure in " ".join((fsdp_mnist.__doc__ or "").split())
 
 
 def test_tp_fsdp_pays_nothing_for_it(tmp_path: Path) -> None:
