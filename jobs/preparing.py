@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -284,6 +285,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
         The exit code.
     """
     this = os.getpid()
+    logging.basicConfig(format="meshrun: %(levelname)s: %(message)s", level=logging.WARNING)
     os.set_inheritable(results, False)
     _end_with(owner, results)
     processes.die_with_parent(parent)

@@ -523,7 +523,9 @@ def report(run_dir: Path, record: dict[str, Any], console: Console, seconds: flo
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     """A result for people: a line a value, and below its name what has lines of its own."""
     for key, value in result.items():
-        if isinstance(value, Mapping) and any(isinstance(item, (Mapping, list)) for item in value.values()):
+        if isinstance(value, Mapping) and (
+            len(str(value)) > 100 or any(isinstance(item, (Mapping, list)) for item in value.values())
+        ):
             yield f"{key}:"
             yield from ("  " + line for line in _lines(value))
             continue

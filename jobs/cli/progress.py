@@ -178,7 +178,8 @@ class Display:
         if step == 1 or step == self.total_steps or now - self.last_line >= PLAIN_LINE_EVERY_S:
             self.last_line = now
             of = f"/{self.total_steps}" if self.total_steps else ""
-            self.console.say(f"step {step}{of}  {_words(metrics)}")
+            which = f"{metrics['strategy']} " if isinstance(metrics.get("strategy"), str) else ""
+            self.console.say(f"{which}step {step}{of}  {_words(metrics)}")
 
     def close(self) -> None:
         if self.bar is not None:

@@ -13,13 +13,14 @@ all take the same step, the one that a single process with the whole batch would
   alone, and steps its rows with its own optimizer states. DDP's all-reduce of the gradients is a reduce-scatter and an
   all-gather; FSDP has the first, and gathers parameters twice: it sends half as much again.
 - What is gathered at once is a *unit*, and the choice of units is the one decision that FSDP2 leaves to its user. Here
-  `wrap.py` decides by size: `conv2` (18,496 parameters) and `fc1` (1,179,776) are units, and the rest is the root's. At
-  no time is more than the root and two units there in full.
+  `wrap.py` decides by size: `conv2` (18,496 parameters) and `fc1` (1,179,776) are units, and the rest is the root's. So
+  4.7 MB of parameters are there in full while `fc1` works; a network of many equal layers has little more than two of
+  them in full at any time.
 - *HSDP* is both: shards within a group of ranks (a host, whose links are fast), copies over the groups.
 
 A tensor of 10 rows cannot be cut into 4 equal parts: what lies above 1/N is measured and reported, too.
 
-    python submit.py fsdp_mnist --executor local --gpus-per-node 4 compare=true epochs=5 dropout=false
+    python submit.py fsdp_mnist --executor local --gpus-per-node 4 data.source=digits compare=true dropout=false
 
 trains under one process, DDP and FSDP, one after the other, and prints memory, time and accuracy side by side; the
 README shows the table. With dropout off the losses are the same on any number of ranks, in fp64 to 1e-12.

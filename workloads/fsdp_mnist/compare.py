@@ -42,13 +42,15 @@ def compare(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, An
         if strategy == "single" and ctx.rank != 0:
             results[strategy] = _look_on(one, ctx, prepared)
         else:
-            results[strategy] = train(one, ctx, prepared)
+            results[strategy] = train(one, ctx, prepared, {"strategy": strategy})
         if "stopped_at_step" in results[strategy]:
             return {"stopped_in": strategy, **results[strategy]}
     if ctx.rank != 0:
         return {}
     text = table(results, ctx.world_size)
     log.info("per rank (the largest), %d ranks:\n%s", ctx.world_size, text)
+    if config.dropout:
+        log.info("each rank drops out something else, so that single differs; with dropout=false all three are equal")
     return {"strategies": results, "table": text}
 
 

@@ -20,7 +20,8 @@ class DataConfig(ImageDataConfig):
     """What is trained on, and how it is read."""
 
     workers: int = Field(default=0, ge=0)
-    """Processes that each rank has for reading samples ahead; 0: it reads them itself."""
+    """Processes that each rank has for reading samples ahead, and as many again while it evaluates; 0: it reads them
+    itself."""
     prefetch: int | None = Field(default=None, ge=1)
     """Batches that each worker reads ahead; needs data.workers. None: 2."""
 
@@ -41,7 +42,8 @@ class Config(WorkloadConfig):
     """For fsdp and hsdp: every smallest subtree of the model with so many parameters is gathered as a unit. None:
     10,000."""
     compare: bool = False
-    """Trains the same under single, ddp and fsdp, one after the other, and prints a table of memory, time, accuracy."""
+    """Trains the same under single, ddp and fsdp, one after the other, and prints a table of memory, time, accuracy.
+    With dropout=false the three have the same losses; else each rank drops out something else."""
 
     epochs: int = Field(default=10, gt=0)
     """Passes over the training samples."""
@@ -95,11 +97,17 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
         return MeshSpec(("dp_replicate", "dp_shard"), (1, ranks))
     dp_shard = config.dp_shard or (shape.gpus_per_node if shape.nodes > 1 else max(1, ranks // 2))
     if ranks % dp_shard or dp_shard == 1 or dp_shard == ranks:
+        if ranks < 4:
+            raise WorkloadError(
+                f"strategy=hsdp on {shape} ranks: it keeps at least two copies, each cut over at least two ranks; "
+                "use 4 or more, or strategy=fsdp"
+            )
         given = f"dp_shard={dp_shard}" + ("" if config.dp_shard else " (as none was given)")
         fits = [d for d in range(2, ranks) if ranks % d == 0]
+        use = f"dp_shard={fits[-1]}" if fits else "strategy=fsdp, or another number of ranks"
         raise WorkloadError(
             f"strategy=hsdp with {given} on {ranks} ranks: it must divide them and leave at least two copies, each "
-            f"over at least two ranks; use {f'dp_shard={fits[-1]}' if fits else 'strategy=fsdp, or 4 or more ranks'}"
+            f"over at least two ranks; use {use}"
         )
     return MeshSpec(("dp_replicate", "dp_shard"), (ranks // dp_shard, dp_shard))
 
@@ -124,6 +132,8 @@ def validate(config: Config, shape: Shape) -> None:
             f"global_batch_size={batch} is not divisible by the {ranks} ranks ({shape}): each takes equally many "
             f"samples; use global_batch_size={-(-batch // ranks) * ranks}"
         )
+    if config.data.source != "auto":
+        refuse_if_no_step(config, samples(config)[0], config.data.source)
     if config.wrap_min_params is not None and config.strategy not in ("fsdp", "hsdp"):
         raise WorkloadError(
             f"wrap_min_params={config.wrap_min_params} with strategy={config.strategy}: is for fsdp and hsdp; leave it "
@@ -145,6 +155,24 @@ def validate(config: Config, shape: Shape) -> None:
             raise WorkloadError("compare=true with export=true: which of the three models is meant? leave one out")
 
 
+def refuse_if_no_step(config: Config, samples: int, source: str) -> None:
+    """Raises WorkloadError where not one step can be made of so many training samples."""
+    batch = config.global_batch_size
+    if config.drop_last and samples < batch:
+        raise WorkloadError(
+            f"global_batch_size={batch} is more than the {samples:,} training samples of data.source={source}: "
+            "an epoch would have no step; use a smaller one, or drop_last=false"
+        )
+
+
+def samples(config: Config) -> tuple[int, int]:
+    """Images to train on and held out, as far as they are known before the data is there: at most so many."""
+    from workloads.images.sources import SOURCES
+
+    source = SOURCES["mnist" if config.data.source == "auto" else config.data.source]
+    return source.train, source.test
+
+
 def learning_rate(config: Config) -> float:
     """The first epoch's."""
     return LR[config.optimizer] if config.lr is None else config.lr
@@ -161,6 +189,10 @@ def memory_bytes(config: Config, shape: Shape) -> int:
     stored = 8 if config.precision == "fp64" else 4
     copies = 1 if config.compare else mesh(config, shape).sizes[1]
     states = 4 * stored * PARAMETERS // copies + stored * PARAMETERS
-    batch = max(config.global_batch_size // (1 if config.compare else shape.world_size), config.eval_batch_size // 2)
-    workers = config.data.workers * 300 * 10**6
+    train, held_out = samples(config)
+    ranks = 1 if config.compare else shape.world_size
+    # No gradients, and half of the activations, in evaluation.
+    batch = max(min(config.global_batch_size, train) // ranks, min(config.eval_batch_size, held_out // ranks) // 2)
+    # Each with its own torch in use; the process that forks them, and twice the workers while evaluating.
+    workers = (1 + 2 * config.data.workers) * 150 * 10**6 if config.data.workers else 0
     return states + batch * 100_000 * stored + workers + 450 * 10**6

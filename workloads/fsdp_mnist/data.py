@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from workloads.base import RunContext, WorkloadError
-from workloads.fsdp_mnist.config import Config
+from workloads.fsdp_mnist.config import Config, refuse_if_no_step
 from workloads.images import prepare as images
 from workloads.images.datasets import open_split
 from workloads.images.vision import torchvision
 
-WORKER_TIMEOUT_S = 120
-"""So long a rank waits for a batch of its workers; then it fails and says so."""
+WORKER_TIMEOUT_S = 60
+"""So long a rank waits for a batch of its workers; then it fails and says so, also of one that was killed before."""
 MEAN_AND_STD = {"fashion_mnist": (0.2860, 0.3530)}
 """Of the training pixels, in units of the full scale; MNIST's for all others."""
 
@@ -32,7 +32,7 @@ def prepare(config: Config, directory: Path) -> str:
         WorkloadError: it cannot be had, or one step is more than all of it.
     """
     prepared = images.prepare(config.data, directory)
-    steps_per_epoch(config, prepared.train)
+    refuse_if_no_step(config, prepared.train, prepared.source)
     return prepared.why
 
 
@@ -61,24 +61,20 @@ def find(config: Config, ctx: RunContext) -> images.Prepared:
     return prepared
 
 
-def steps_per_epoch(config: Config, samples: int) -> int:
+def steps_per_epoch(config: Config, samples: int, source: str) -> int:
     """Optimizer steps in a pass over so many training samples.
 
     Raises:
         WorkloadError: not even one.
     """
     batch = config.global_batch_size
-    if samples < batch:
-        raise WorkloadError(
-            f"global_batch_size={batch} is more than the {samples:,} training samples of data.source="
-            f"{config.data.source}: an epoch would have no step; use a smaller one"
-        )
+    refuse_if_no_step(config, samples, source)
     return samples // batch if config.drop_last else -(-samples // batch)
 
 
 def total_steps(config: Config, prepared: images.Prepared) -> int:
     """Optimizer steps of the run."""
-    steps = config.epochs * steps_per_epoch(config, prepared.train)
+    steps = config.epochs * steps_per_epoch(config, prepared.train, prepared.source)
     return steps if config.steps is None else min(steps, config.steps)
 
 
@@ -95,12 +91,17 @@ class TrainingBatches:
 
     def __init__(self, config: Config, prepared: images.Prepared, ranks: int, rank: int, device: torch.device) -> None:
         dataset = open_split(prepared, train=True, transform=transform(prepared.source))
-        self.steps_per_epoch = steps_per_epoch(config, len(dataset))
+        self.steps_per_epoch = steps_per_epoch(config, len(dataset), prepared.source)
         self._sampler: DistributedSampler[Any] = DistributedSampler(
             dataset, ranks, rank, shuffle=True, seed=config.seed, drop_last=config.drop_last
         )
         batch = config.global_batch_size // ranks
-        self._loader = _loader(config, dataset, batch, device, sampler=self._sampler, drop_last=config.drop_last)
+        self._loader = _loader(
+            *(config, dataset, batch, device),
+            sampler=self._sampler,
+            drop_last=config.drop_last,
+            persistent_workers=config.data.workers > 0,
+        )
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, 1, 28, 28) in fp32, normalised, and labels (B), where B is global_batch_size / ranks.
@@ -158,8 +159,14 @@ def _loader(
         options |= {
             "num_workers": workers,
             "multiprocessing_context": context,
-            "persistent_workers": True,
             "prefetch_factor": config.data.prefetch or 2,
             "timeout": WORKER_TIMEOUT_S,
         }
-    return DataLoader(dataset, batch_size=batch_size, pin_memory=device.type == "cuda", **options)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        pin_memory=device.type == "cuda",
+        # A loader draws a seed for its workers. From the default generator that would shift what is dropped out.
+        generator=torch.Generator(),
+        **options,
+    )

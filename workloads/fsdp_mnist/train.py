@@ -7,6 +7,7 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,8 +54,14 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     return {"data": {"source": prepared.source, "root": str(prepared.root), "why": prepared.why}, **result}
 
 
-def train(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]:
-    """One training under config.strategy, on all ranks or, under `single`, on the one that calls it."""
+def train(
+    config: Config, ctx: RunContext, prepared: Prepared, labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """One training under config.strategy, on all ranks or, under `single`, on the one that calls it.
+
+    Args:
+        labels: go into every row of metrics.jsonl, where there are rows of several trainings.
+    """
     device, dtype = ctx.device, parameter_dtype(config.precision)
     alone = config.strategy == "single"
     ranks, rank = (1, 0) if alone else (ctx.world_size, ctx.rank)
@@ -96,6 +103,7 @@ def train(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]
             seconds = time.perf_counter() - began
             step_seconds.append(seconds)
             metrics: dict[str, Any] = {
+                **(labels or {}),
                 "step": step,
                 "total_steps": total_steps,
                 "epoch": epoch,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from workloads.base import WorkloadError
+
 NOT_CALLED = (nn.ModuleList, nn.ModuleDict)
 """Containers that nobody calls: FSDP hooks onto a module's call, and would never gather theirs."""
 INDIVISIBLE = (nn.MultiheadAttention,)
@@ -20,7 +22,7 @@ def units_by_size(model: nn.Module, min_params: int) -> list[tuple[str, nn.Modul
     """The smallest subtrees of at least `min_params` parameters, not counting what is in smaller ones below them.
 
     The root is never among them: it is the last unit in any case and takes what is left. These are the modules that
-    FSDP1's `size_based_auto_wrap_policy(min_num_params=min_params)` picks.
+    FSDP1's `size_based_auto_wrap_policy(min_num_params=min_params)` picks, in a model that has no module twice.
 
     Args:
         model: any; it may be on the meta device.
@@ -28,6 +30,9 @@ def units_by_size(model: nn.Module, min_params: int) -> list[tuple[str, nn.Modul
 
     Returns:
         Names, as in `named_modules()`, and modules; children before their parents, the order to shard them in.
+
+    Raises:
+        WorkloadError: two units, the root among them, would share a parameter. FSDP2 would make it two.
     """
     units: list[tuple[str, nn.Module]] = []
     in_units: dict[nn.Module, int] = {}
@@ -47,4 +52,24 @@ def units_by_size(model: nn.Module, min_params: int) -> list[tuple[str, nn.Modul
         return taken
 
     visit("", model)
+    _refuse_shared(model, units)
     return units
+
+
+def _refuse_shared(model: nn.Module, units: list[tuple[str, nn.Module]]) -> None:
+    unit_of = {module: name for name, module in units}
+    owner: dict[nn.Parameter, str] = {}
+
+    def visit(name: str, module: nn.Module, unit: str) -> None:
+        unit = unit_of.get(module, unit)
+        for own, parameter in module.named_parameters(recurse=False):
+            if owner.setdefault(parameter, unit) != unit:
+                where = " and ".join(f"unit {u}" if u else "the root" for u in (owner[parameter], unit))
+                raise WorkloadError(
+                    f"{f'{name}.{own}'.lstrip('.')} would be in {where}, as modules share it: FSDP2 would make two "
+                    "parameters of it; use a wrap_min_params that leaves them in one unit"
+                )
+        for child, below in module.named_children():
+            visit(f"{name}.{child}" if name else child, below, unit)
+
+    visit("", model, "")

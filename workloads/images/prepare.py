@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -148,13 +148,18 @@ def make_ready(data: ImageDataConfig, *, download: bool = True) -> Prepared:
         try:
             return _ready(SOURCES["mnist"], data, root, download)
         except UnavailableError as error:
-            return _ready(SOURCES["digits"], data, root, download, f", as MNIST could not be had: {error.reason}")
+            reason = error.reason
+        except OSError as error:
+            if not look(SOURCES["digits"], root).complete:
+                raise
+            reason = f"{error.filename2 or error.filename or root}: {error.strerror or error}"
+        return _ready(SOURCES["digits"], data, root, download, f", as MNIST could not be had: {reason}")
     except OSError as error:
         place = error.filename2 or error.filename or root
-        raise WorkloadError(
-            f"data.root={data.root}: {place}: {error.strerror or error}; give a data.root that can be written to and "
-            "has room"
-        ) from None
+        cure = "give a data.root that can be written to and has room"
+        if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
+            cure = "a file or directory is in the way: move it, or give another data.root"
+        raise WorkloadError(f"data.root={data.root}: {place}: {error.strerror or error}; {cure}") from None
 
 
 def root_of(data: ImageDataConfig) -> Path:
@@ -173,16 +178,21 @@ def plan(data: ImageDataConfig) -> str:
     """One line on what `prepare` would do, from a look at the disk alone; nothing is written."""
     root = root_of(data)
     source = SOURCES["mnist" if data.source == "auto" else data.source]
+    if root.exists() and not root.is_dir():
+        return f"data: {root} is no directory; preparing refuses it"
     try:
         found = look(source, root)
     except OSError as error:
         return f"data: {source.title}: {error.filename or root} cannot be read: {error.strerror or error}"
     if found.complete and not found.problems and not found.foreign:
         return f"data: {_described(source, found)} in {source.raw(root)}"
+    there = [name for name in FILES if (source.raw(root) / name).exists()]
     if found.foreign:
         state = found.foreign[0]
-    elif found.complete or found.problems:
+    elif found.problems:
         state = found.problems[0]
+    elif there:
+        state = f"{source.raw(root) / there[0]} is there, and no {CHECKSUMS_FILE} vouches for it"
     else:
         state = f"not in {source.raw(root)} yet"
     if not source.downloaded:
@@ -239,6 +249,7 @@ def look(source: Source, root: Path) -> Found:
     missing: list[str] = []
     for name in FILES:
         there = [path for path in (raw / name, raw / f"{name}.gz") if path.exists()]
+        odd: list[str] = []
         if not there:
             missing.append(f"{raw / name} is missing")
         for path in there:
@@ -251,15 +262,21 @@ def look(source: Source, root: Path) -> Found:
                 problems.append(f"{path} {error}")
                 continue
             record = _record(content)
-            if record == recorded.get(name) or _published(source, name, content):
+            # What is made here is always the same; an earlier version may have made, and recorded, something else.
+            if _published(source, name, content) or (source.downloaded and record == recorded.get(name)):
                 files[name] = record
                 if path.suffix == ".gz":
                     packed.append(name)
+                problems += odd  # the file, where the .gz beside it is right: it was that once
+                odd = []
                 break
-            if name in recorded:
+            if name in recorded and record != recorded[name]:
                 problems.append(f"{path} is corrupt: its sha256 is not the one in {CHECKSUMS_FILE}")
             elif source.downloaded:
-                foreign.append(f"{path} is a sound file of {counts[name]:,}, but its md5 is not {source.title}'s")
+                odd.append(f"{path} is a sound file of {counts[name]:,}, but its md5 is not {source.title}'s")
+            else:
+                problems.append(f"{path} is a sound file, but not the one that is made here")
+        foreign += odd
     if len(missing) < len(FILES):
         problems += missing
     if len(files) < len(FILES):
@@ -384,8 +401,6 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
             current = _content(raw / name)
             if current is not None and _record(current) == files[name]:
                 continue
-            if current is not None and not found.problems:
-                log.warning("%s is not as it is made here, and is made anew", raw / name)
             (place / name).replace(raw / name)
         _write_checksums(source, root, files)
     return Found(files, counts, True, (), (), ())
@@ -422,6 +437,9 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Prepares a dataset by hand; returns the exit code, 2 for what cannot be had or was mistyped."""
+    if {"-h", "--help"} & set(arguments):
+        print(_usage())
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s", datefmt="%H:%M:%S")
     try:
         print(make_ready(_settings(arguments)).announcement)
@@ -432,6 +450,15 @@ def main(arguments: Sequence[str]) -> int:
         print("interrupted; nothing half-made was left", file=sys.stderr)
         return 130
     return 0
+
+
+def _usage() -> str:
+    lines = ["usage: python -m workloads.images.prepare [data.KEY=VALUE ...]"]
+    for name, field in ImageDataConfig.model_fields.items():
+        choices = "|".join(get_args(field.annotation))
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  data.{name}={choices or '...'} (default: {field.default})\n      {meaning}")
+    return "\n".join(lines)
 
 
 def _settings(arguments: Sequence[str]) -> ImageDataConfig:

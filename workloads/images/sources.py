@@ -6,7 +6,7 @@ All have torchvision's layout, `ROOT/CLASS/raw/` with four IDX files, so that it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,19 +30,20 @@ class Source:
         folder: its folder in data.root, which torchvision names after its class.
         title: what announcements call it.
         words: what its images are.
-        md5: of each file, unpacked, where they were published; empty for what is made here.
+        train: images to train on.
+        test: images held out.
+        downloaded: whether it comes from the network; the others are made here.
+        md5: of each file, unpacked: as published, or as it is made here.
     """
 
     name: str
     folder: str
     title: str
     words: str
-    md5: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def downloaded(self) -> bool:
-        """Whether it comes from the network; the others are made here."""
-        return bool(self.md5)
+    train: int
+    test: int
+    downloaded: bool
+    md5: Mapping[str, str]
 
     def raw(self, root: Path) -> Path:
         """The directory of its files."""
@@ -59,6 +60,9 @@ SOURCES = {
             "MNIST",
             "MNIST",
             "handwritten digits",
+            60_000,
+            10_000,
+            True,
             {
                 "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
                 "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -71,6 +75,9 @@ SOURCES = {
             "FashionMNIST",
             "Fashion-MNIST",
             "pieces of clothing",
+            60_000,
+            10_000,
+            True,
             {
                 "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
                 "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -78,13 +85,38 @@ SOURCES = {
                 "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
             },
         ),
-        Source("digits", "Digits", "digits", "handwritten digits from scikit-learn"),
-        Source("fake", "Fake", "fake", "images of noise"),
+        Source(
+            "digits",
+            "Digits",
+            "digits",
+            "handwritten digits from scikit-learn",
+            1500,
+            297,
+            False,
+            {
+                "train-images-idx3-ubyte": "4ce5abed09c8be1a25d3305a71d08191",
+                "train-labels-idx1-ubyte": "453d1ac5e77eac09cc896f1801b596aa",
+                "t10k-images-idx3-ubyte": "5a7f6d7a5c4819cf48463c1b67e8e287",
+                "t10k-labels-idx1-ubyte": "c394a13817bddf5774c1464b9108639e",
+            },
+        ),
+        Source(
+            "fake",
+            "Fake",
+            "fake",
+            "images of noise",
+            2048,
+            512,
+            False,
+            {
+                "train-images-idx3-ubyte": "f69368faf87f0132fb2c2ed58bc8bf00",
+                "train-labels-idx1-ubyte": "1bf8a4f2225a8e53d610c943dedc9c12",
+                "t10k-images-idx3-ubyte": "5e29450e2e9eab683869ebcdd7a85aff",
+                "t10k-labels-idx1-ubyte": "c7b5bbf009ed25124530aef41e9de712",
+            },
+        ),
     )
 }
-
-DIGITS_TEST = 297
-FAKE_TRAIN, FAKE_TEST = 2048, 512
 
 
 def make(source: Source) -> dict[str, bytes]:
@@ -119,9 +151,10 @@ def digits() -> dict[str, bytes]:
     bunch = load_digits()
     images = np.zeros((len(bunch.images), idx.SIDE, idx.SIDE), np.uint8)
     images[:, 4:24, 4:24] = _enlarge(bunch.images.astype(np.int64))
-    held_out = np.arange(DIGITS_TEST) * len(images) // DIGITS_TEST
+    test = SOURCES["digits"].test
+    held_out = np.arange(test) * len(images) // test
     order = np.concatenate([np.setdiff1d(np.arange(len(images)), held_out), held_out])
-    return _files(images[order], bunch.target[order].astype(np.uint8), len(images) - DIGITS_TEST)
+    return _files(images[order], bunch.target[order].astype(np.uint8), len(images) - test)
 
 
 def _enlarge(images: np.ndarray) -> np.ndarray:
@@ -143,11 +176,11 @@ def fake() -> dict[str, bytes]:
     import numpy as np
 
     # The raw generator's stream is fixed for good, unlike numpy's distributions (NEP 19).
-    count = FAKE_TRAIN + FAKE_TEST
+    count = SOURCES["fake"].train + SOURCES["fake"].test
     noise = np.random.PCG64(0).random_raw(count * idx.SIDE**2 // 8).astype("<u8").tobytes()
     images = np.frombuffer(noise, np.uint8).reshape(count, idx.SIDE, idx.SIDE)
     labels = (np.random.PCG64(1).random_raw(count) % idx.CLASSES).astype(np.uint8)
-    return _files(images, labels, FAKE_TRAIN)
+    return _files(images, labels, SOURCES["fake"].train)
 
 
 def _files(images: np.ndarray, labels: np.ndarray, train: int) -> dict[str, bytes]:

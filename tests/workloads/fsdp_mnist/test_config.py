@@ -51,12 +51,18 @@ def test_the_mesh(given: dict[str, Any], shape: tuple[int, int], sizes: tuple[in
         ({"dp_shard": 2}, (1, 4), r"dp_shard=2 with strategy=fsdp: is for hsdp; leave it out"),
         ({"strategy": "hsdp", "dp_shard": 3}, (1, 4), r"strategy=hsdp with dp_shard=3 on 4 ranks: .*; use dp_shard=2"),
         ({"strategy": "hsdp", "dp_shard": 4}, (1, 4), r"dp_shard=4 on 4 ranks: .* at least two copies"),
+        ({"strategy": "hsdp"}, (1, 2), r"strategy=hsdp on 1 x 2 ranks: .* at least two copies.*; use 4 or more"),
+        ({"strategy": "hsdp"}, (3, 1), r"strategy=hsdp on 3 x 1 ranks: .*; use 4 or more, or strategy=fsdp"),
         (
-            {"strategy": "hsdp"},
-            (1, 2),
-            r"dp_shard=1 \(as none was given\) on 2 ranks: .*; use strategy=fsdp, or 4 or more",
+            {"strategy": "hsdp", "global_batch_size": 70},
+            (5, 1),
+            r"dp_shard=1 \(as none was given\) on 5 ranks: .*; use strategy=fsdp, or another number",
         ),
-        ({"strategy": "hsdp"}, (3, 1), r"dp_shard=1 \(as none was given\) on 3 ranks: .*; use strategy=fsdp"),
+        (
+            {"data": {"source": "digits"}, "global_batch_size": 2000},
+            (1, 2),
+            r"global_batch_size=2000 is more than the 1,500 training samples of data.source=digits: .*drop_last=false",
+        ),
         (
             {"wrap_min_params": 5, "strategy": "ddp"},
             (1, 2),
@@ -85,6 +91,13 @@ def test_the_number_of_parameters_is_the_networks() -> None:
     from workloads.fsdp_mnist.model import Net
 
     assert sum(parameter.numel() for parameter in Net().parameters()) == PARAMETERS
+
+
+def test_memory_is_for_what_there_is() -> None:
+    """A batch that is more than all of the data is all of the data."""
+    huge = config(data={"source": "digits"}, eval_batch_size=10**9, global_batch_size=10**9, drop_last=False)
+    assert memory_bytes(huge, Shape(1, 1)) < 2 * 10**9
+    validate(huge, Shape(1, 1))
 
 
 def test_memory_shrinks_with_the_ranks_that_share() -> None:

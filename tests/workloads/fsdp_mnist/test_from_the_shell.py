@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.dist
 def typed(folder: Path, *words: str, code: int = 0) -> tuple[dict[str, Any], str]:
     """One line, in `folder`; the JSON object that it prints, and its other words."""
     line = [sys.executable, str(ROOT / "submit.py"), "fsdp_mnist", "--executor", "local", "--json", *words]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=folder)
+    # Nothing is downloaded, wherever the tests run: nobody listens on port 9.
+    env = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=folder, env=env)
     assert done.returncode == code, done.stdout + done.stderr
     return json.loads(done.stdout) if code == 0 else {}, done.stderr
 
@@ -30,10 +33,11 @@ def losses(run: str) -> list[float]:
 
 
 def test_digits_by_workers_and_without(tmp_path: Path) -> None:
-    words = ["--gpus-per-node", "2", "data.source=digits", "steps=30", "dropout=false"]
+    # Dropout on, and into the second epoch: reading ahead must not shift what is drawn.
+    words = ["--gpus-per-node", "2", "data.source=digits", "steps=6", "global_batch_size=500"]
     first, said = typed(tmp_path, *words)
     assert "prepared: digits (1,500 handwritten digits from scikit-learn to train on, 297 held out) in " in said
-    assert "step 30/30" in said
+    assert "step 6/6" in said
     assert (tmp_path / "data" / "Digits" / "raw" / "checksums.json").exists()
     assert first["result"]["data"]["source"] == "digits"
     second, said = typed(tmp_path, *words, "data.workers=2", "data.prefetch=3")
@@ -47,18 +51,15 @@ def test_epochs_have_a_number_of_steps_too(tmp_path: Path) -> None:
 
 
 def test_auto_says_what_it_takes_before_and_after(tmp_path: Path) -> None:
-    """Without network, or where there is none to be had within the time."""
     record, said = typed(tmp_path, "--dry-run")
     assert "MNIST: not in " in record["prepare"]
     assert not (tmp_path / "data").exists()
-    words = ["steps=1", "data.download_timeout_s=20"]
-    record, said = typed(tmp_path, *words)
+    record, said = typed(tmp_path, "steps=1")
     data = record["result"]["data"]
-    assert data["source"] in ("mnist", "digits")
+    assert data["source"] == "digits"
     [line] = [line for line in said.splitlines() if line.startswith("prepared: ")]
     assert line == "prepared: " + data["why"]
-    if data["source"] == "digits":
-        assert "as MNIST could not be had: " in line
+    assert "as MNIST could not be had: " in line
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_the_readmes_table(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     [line] = re.findall(r"^\$ python submit.py fsdp_mnist (.*compare=true.*)$", readme, re.MULTILINE)
     words = [word for word in line.split() if word not in ("--executor", "local")]
-    record, _ = typed(tmp_path, *words, "data.source=digits", "steps=2")
+    record, _ = typed(tmp_path, *words, "steps=2")
     table = record["result"]["table"].splitlines()
     shown = re.findall(r"^(?:single|ddp|fsdp) .*$", readme, re.MULTILINE)
     assert [row.split("MB")[:5] for row in shown] == [row.split("MB")[:5] for row in table[1:]]

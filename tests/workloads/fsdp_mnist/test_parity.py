@@ -24,7 +24,7 @@ STRATEGIES = {1: ("single",), 2: ("fsdp", "ddp"), 4: ("fsdp", "ddp", "hsdp")}
 
 def config(**given: Any) -> Config:
     """Dropout off: ranks drop out different things."""
-    settings = {"data": {"source": "digits"}, "dropout": False, "global_batch_size": 8, **given}
+    settings = {"data": {"source": "digits"}, "dropout": False, "global_batch_size": 4, **given}
     return Config.model_validate(settings)
 
 

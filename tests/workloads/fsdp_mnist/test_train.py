@@ -175,13 +175,43 @@ def test_bf16_is_near_fp32(strategy: str, prepared: Prepared, tmp_path: Path) ->
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)
 
 
+def test_bf16_gradients_are_reduced_in_fp32() -> None:
+    found = run_world(_reduced, config(precision="bf16"), sizes=(1, 4), names=("dp_replicate", "dp_shard"))
+    assert found == [torch.float32] * 4
+
+
+def _reduced(ctx: RunContext, one: Config) -> torch.dtype | None:
+    from workloads.fsdp_mnist.parallelize import build
+
+    model = build(one, ctx.mesh, ctx.device)
+    [group] = [state._fsdp_param_group for state in [model.fc1._get_fsdp_state()]]  # type: ignore[operator, union-attr]
+    return group.mp_policy.reduce_dtype
+
+
+def test_ddp_keeps_gradients_once(prepared: Prepared) -> None:
+    """They are views of the buffers that are sent."""
+    assert run_world(_storages, config(strategy="ddp"), sizes=(2, 1), names=("dp_replicate", "dp_shard")) == [True] * 2
+
+
+def _storages(ctx: RunContext, one: Config) -> bool:
+    from workloads.fsdp_mnist.model import Net
+    from workloads.fsdp_mnist.parallelize import replicate
+
+    model = replicate(Net(), ctx.mesh, ctx.device)
+    model(torch.zeros(1, 1, 28, 28)).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return len({gradient.untyped_storage().data_ptr() for gradient in gradients}) < len(gradients) == 8
+
+
 def test_compare_prints_the_three_side_by_side(prepared: Prepared, tmp_path: Path) -> None:
     one = config(compare=True, dropout=False, steps=4)
     result, other = world(prepared, one, 2, tmp_path)
     assert "strategies" not in other
     strategies = result["strategies"]
     assert list(strategies) == ["single", "ddp", "fsdp"]
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4] * 3
+    assert [(row["strategy"], row["step"]) for row in rows(tmp_path)] == [
+        (strategy, step) for strategy in ("single", "ddp", "fsdp") for step in (1, 2, 3, 4)
+    ]
     losses = [row["loss"] for row in rows(tmp_path)]
     assert losses[4:8] == pytest.approx(losses[:4], rel=1e-4)
     assert losses[8:] == pytest.approx(losses[:4], rel=1e-4)
@@ -228,6 +258,10 @@ def test_a_corrupt_file_ends_every_rank_with_its_name(tmp_path: Path) -> None:
     file.write_bytes(bytes(content))
     with pytest.raises(WorldFailed, match=r"train-images-idx3-ubyte is corrupt on .*submitting again repairs it"):
         world(prepared, config(), 2, tmp_path / "run")
+    prepare_at(tmp_path)
+    (file.parent / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(WorldFailed, match=r"t10k-labels-idx1-ubyte is missing on .*submitting again repairs it"):
+        world(prepared, config(), 2, tmp_path / "another")
 
 
 def test_without_a_submission_rank_0_makes_what_needs_no_network(tmp_path: Path) -> None:

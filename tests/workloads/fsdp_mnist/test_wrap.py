@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp.wrap import _recursive_wrap, size_based_auto_wrap_policy
 
 from tests.workloads.worlds import run_world
+from workloads.base import WorkloadError
 from workloads.fsdp_mnist.model import Net
 from workloads.fsdp_mnist.wrap import units_by_size
 
@@ -81,7 +82,7 @@ def fsdp1_on_all(ctx: Any, questions: list[tuple[str, int]]) -> list[list[str]]:
 @pytest.mark.dist
 def test_the_modules_are_those_that_fsdp1_wraps() -> None:
     sizes = [1, 30, 100, 300, 700, 1_000, 5_000, 20_000, 100_000, 1_000_000, 10**9]
-    questions = [(model, size) for model in MODELS for size in sizes if model != "tied" or size > 30]
+    questions = [(model, size) for model in MODELS for size in sizes if model != "tied" or size > 1000]
     [answers] = run_world(fsdp1_on_all, questions, sizes=(1,), names=("dp",))
     ours = [names(MODELS[model](), size) for model, size in questions]
     for question, mine, theirs in zip(questions, ours, answers, strict=True):
@@ -139,10 +140,20 @@ def test_children_come_before_their_parents_and_the_root_never() -> None:
         assert not any(other.startswith(name + ".") for other in order[position:])
 
 
-def test_a_module_under_two_names_is_one_unit() -> None:
+def test_a_parameter_of_two_units_is_refused() -> None:
+    """FSDP2 would silently make two parameters of one."""
+    assert names(Tied(), 5_000) == []
+    with pytest.raises(WorkloadError, match=r"output.weight would be in unit embedding and unit output, as modules"):
+        units_by_size(Tied(), 300)
     shared = nn.Linear(10, 10)
     model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared, nn.Linear(3, 3)))
     assert names(model, 100) == ["0.0"]
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    model[1].bias = model[0].bias
+    model.append(nn.Linear(2, 2))
+    model[2].bias = model[0].bias
+    with pytest.raises(WorkloadError, match=r"1.bias would be in unit 0 and unit 1, as modules share it"):
+        units_by_size(model, 100)
 
 
 @pytest.mark.dist

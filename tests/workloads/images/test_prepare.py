@@ -87,6 +87,53 @@ def test_fake_is_the_same_everywhere(tmp_path: Path) -> None:
     assert set(labels.tolist()) == set(range(10))
 
 
+def test_what_an_earlier_version_made_and_vouched_for_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    today = make_ready(images("fake", tmp_path))
+    raw = tmp_path / "Fake" / "raw"
+    flip(raw / TRAIN[0])
+    record = json.loads((raw / CHECKSUMS_FILE).read_text())
+    record["files"][TRAIN[0]]["sha256"] = hashlib.sha256((raw / TRAIN[0]).read_bytes()).hexdigest()
+    (raw / CHECKSUMS_FILE).write_text(json.dumps(record))
+    assert "not the one that is made here; preparing makes it" in plan(images("fake", tmp_path))
+    assert make_ready(images("fake", tmp_path)) == today
+    assert len(caplog.messages) == 1
+
+
+def test_auto_takes_digits_that_are_there_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake error in a read-only file system's place: root, who runs these tests in CI, may write anywhere."""
+    make_ready(images("digits", tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".preparing"))
+
+    monkeypatch.setattr("workloads.images.prepare._folder_beside", refuse)
+    prepared = make_ready(images("auto", tmp_path))
+    assert prepared.source == "digits"
+    assert f"as MNIST could not be had: {tmp_path}/.preparing: Permission denied" in prepared.why
+    with pytest.raises(WorkloadError, match=r"give a data\.root that can be written to"):
+        make_ready(images("auto", tmp_path / "empty"))
+
+
+def test_a_damaged_file_whose_packed_one_is_right_is_unpacked_anew(
+    small: Small, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As torchvision leaves them: both, and no record."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in FILES:
+        (raw / name).write_bytes(small.raw[name])
+        (raw / f"{name}.gz").write_bytes(gzip.compress(small.raw[name]))
+    flip(raw / TEST[0])
+    assert make_ready(images("mnist", tmp_path), download=False).source == "mnist"
+    assert (raw / TEST[0]).read_bytes() == small.raw[TEST[0]]
+    assert len(caplog.messages) == 1
+    assert f"{raw / TEST[0]} is a sound file of 297, but its md5 is not MNIST's; it is made good" in caplog.messages[0]
+
+
 def test_what_is_there_is_used_as_it_is(tmp_path: Path) -> None:
     make_ready(images("fake", tmp_path))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "Fake" / "raw").iterdir()}
@@ -163,7 +210,7 @@ def test_files_without_a_record_that_are_others_are_named(tmp_path: Path, caplog
     (raw / CHECKSUMS_FILE).unlink()
     flip(raw / TEST[1])
     make_ready(images("fake", tmp_path))
-    assert caplog.messages == [f"{raw / TEST[1]} is not as it is made here, and is made anew"]
+    assert caplog.messages == [f"{raw / TEST[1]} is a sound file, but not the one that is made here; it is made anew"]
 
 
 def test_folders_that_a_killed_process_left_do_no_harm(tmp_path: Path) -> None:
@@ -359,7 +406,8 @@ def test_a_root_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     ):
         for source in ("fake", "auto"):
             line = refused(images("fake", root), download=source == "auto")
-            assert re.search(rf"^data\.root={root}: .*({words}); give a data\.root that can be written to", line), line
+            assert re.search(rf"^data\.root={root}: .*({words}); (give a|.* another) data\.root", line), line
+            assert ("is in the way: move it" in line) == bool(re.search("exists|Not a directory", line)), line
             assert "\n" not in plan(images(source, root))
     assert "there is no such home directory" in refused(images("fake", "~nobody-of-this-name/data"))
 
