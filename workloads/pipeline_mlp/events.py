@@ -1,0 +1,37 @@
+"""What a rank did in a pipeline's step, and when: the records that the picture and the bubble are made of. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUSY = ("forward", "backward", "backward_input", "backward_weight")
+"""The kinds of event in which a rank computes; the rest of a step is its bubble."""
+KINDS = (*BUSY, "send", "wait")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that a rank did in one step.
+
+    Attributes:
+        rank: of the pipeline, from 0 to its ranks - 1 (not the world's).
+        kind: one of `KINDS`. `send` is handing a tensor over to be sent, which does not wait for it to arrive; `wait`
+            is being blocked on something to arrive or, at a step's end, on what was sent to be gone.
+        stage: the part of the model; for send and wait, the one on this rank whose tensor it is.
+        microbatch: from 0.
+        start_s: seconds from the moment in which this rank left a barrier over the pipeline's ranks just before the
+            step: by it the ranks' clocks, which share no zero, are made comparable, to within the time that a barrier
+            takes to let go of all (a fraction of a millisecond within a host).
+        end_s: on the same clock.
+    """
+
+    rank: int
+    kind: str
+    stage: int
+    microbatch: int
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
