@@ -1,7 +1,7 @@
 """Executes a schedule: one rank's list of actions, one after the other, over batched isend and irecv.
 
-    engine = Engine(modules, make("1f1b", ranks=4, microbatches=8), group, loss, example)
-    step = engine.step(inputs, targets, record=True)   # gradients are in the parameters' .grad; step.events the timeline
+engine = Engine(modules, make("1f1b", ranks=4, microbatches=8), group, loss, example)
+step = engine.step(inputs, targets, record=True)   # gradients are in the parameters' .grad; step.events the timeline
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a rank did in a pipeline's step, and when: the records that the picture and the bubble are made of. Torch-free."""
+"""What a rank did in a pipeline's step, and when: what the picture and the bubble are made of. Torch-free."""
 
 from __future__ import annotations
 
