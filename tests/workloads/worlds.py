@@ -20,7 +20,7 @@ from typing import Any
 
 PRELOAD = [
     *("torch", "torch._dynamo", "tests.workloads.worlds"),
-    *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train"),
+    *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train", "workloads.pipeline_mlp.train"),
 ]
 
 

@@ -359,6 +359,25 @@ def refusal(name: str, ranks: int, microbatches: int, stages: int | None = None)
     return None
 
 
+def torch_refusal(name: str, ranks: int, microbatches: int) -> str | None:
+    """Why torch.distributed.pipelining (2.13) cannot run a schedule that there is, on one line; None: it can."""
+    what, cure = f"engine=torch with schedule={name}", "or leave engine=torch out"
+    if name == "naive":
+        return f"{what}: torch.distributed.pipelining has no such schedule; use another, {cure}"
+    if name == "1f1b" and microbatches < ranks:
+        return (
+            f"{what}, microbatches={microbatches} on {ranks} pipeline ranks: torch wants at least as many as there are "
+            f"stages; use microbatches={ranks}, {cure}"
+        )
+    rounds = max(1, microbatches // ranks)
+    if name in ("interleaved", "zero_bubble") and microbatches % rounds:
+        return (
+            f"{what}, microbatches={microbatches} on {ranks} pipeline ranks: torch wants a multiple of "
+            f"microbatches // ranks, {rounds}; use microbatches={-(-microbatches // ranks) * ranks}, {cure}"
+        )
+    return None
+
+
 def forward_only(placement: Sequence[int], microbatches: int) -> Schedule:
     """The forward passes alone, as for evaluation."""
     ranks = max(placement) + 1
