@@ -10,7 +10,6 @@ from pydantic import Field
 
 from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
 from workloads.images.config import ImageDataConfig
-from workloads.pipeline_mlp.schedule import SCHEDULES, default_stages, refusal, torch_refusal
 
 PIXELS, CLASSES = 28 * 28, 10
 LR = {"sgd": 0.05, "adamw": 1e-3}
@@ -74,9 +73,6 @@ class Config(WorkloadConfig):
     """Gather the final weights to rank 0 and write them as safetensors under plain names."""
 
 
-assert Config.model_fields["schedule"].annotation == Literal[SCHEDULES]  # the settings' list and the code's are one
-
-
 def mesh(config: Config, shape: Shape) -> MeshSpec:
     """`pp x dp`: stages, and copies of each. Neighbouring ranks hold the same stage: stages span hosts first.
 
@@ -95,6 +91,9 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
 
 def stages(config: Config, ranks: int) -> int:
     """Of a pipeline over so many ranks."""
+    # Not at the top: then the package would import schedule.py, and `python -m` could not run it without a warning.
+    from workloads.pipeline_mlp.schedule import default_stages
+
     return config.stages or default_stages(config.schedule, ranks)
 
 
@@ -104,6 +103,8 @@ def validate(config: Config, shape: Shape) -> None:
     Raises:
         WorkloadError: in one line, what was given, which rule it breaks and what to do.
     """
+    from workloads.pipeline_mlp.schedule import refusal, torch_refusal
+
     ranks = mesh(config, shape).sizes[0]
     problem = refusal(config.schedule, ranks, config.microbatches, config.stages)
     if problem is None and config.engine == "torch":

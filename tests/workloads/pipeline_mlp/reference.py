@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Reference:
 def network(widths: list[int], seed: int, dtype: torch.dtype) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs, dtype=dtype), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

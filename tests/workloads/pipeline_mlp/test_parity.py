@@ -107,17 +107,12 @@ def configs(ranks: int, dp: int) -> list[Config]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_fp64_of_50_steps(ranks: int, dp: int) -> None:
     all_of_them = configs(ranks, dp)
-    by_optimizer = {
-        given["optimizer"]: reference(WIDTHS, batches(), **given, seed=3)
-        for given in (SGD, ADAMW)
-    }
+    by_optimizer = {given["optimizer"]: reference(WIDTHS, batches(), **given, seed=3) for given in (SGD, ADAMW)}
     for optimizer, expected in by_optimizer.items():
         assert sum(expected.losses[-5:]) < 0.95 * sum(expected.losses[:5])  # it does learn, all of it
         assert min(gradient.abs().max() for gradient in expected.gradients.values()) > 1e-3
         these = [one for one in all_of_them if one.optimizer == optimizer]
-        results = run_world(
-            *(train_each, these, expected), sizes=(ranks, dp), names=("pp", "dp"), deadline_seconds=240
-        )
+        results = run_world(*(train_each, these, expected), sizes=(ranks, dp), names=("pp", "dp"), deadline_seconds=240)
         digests: dict[tuple[str, int], dict[str, str]] = {}
         for number, one in enumerate(these):
             by_rank: list[CameTo] = [rank[number] for rank in results]
