@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from workloads.base import WorkloadError
 from workloads.pipeline_mlp import split
+from workloads.pipeline_mlp.clock import common_zero
 from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.schedule import COMPUTE, SENDS, Action, Schedule, forward_only
 
@@ -139,11 +140,10 @@ class Engine:
             inputs: (B, ...), cut into the schedule's microbatches along the first dimension, on the rank with the
                 first stage; else ignored.
             targets: (B, ...), likewise on the rank with the last stage.
-            record: measures the timeline, from a barrier over the group on, and the bytes of activations.
+            record: measures the timeline and the bytes of activations; all ranks do, or none.
         """
-        if record:
-            dist.barrier(self.group)
-        execution = _Execution(self, self.schedule, record)
+        zero = common_zero(self.group, self.device) if record else None
+        execution = _Execution(self, self.schedule, zero)
         if self.has_first:
             execution.inputs = self._cut(inputs, self._inputs[0].shape[0])
         if self.has_last:
@@ -164,7 +164,7 @@ class Engine:
         samples, size = len(inputs), int(self._any_size())
         number = max(1, math.ceil(samples / size))
         schedule = forward_only(self.schedule.placement, number)
-        execution = _Execution(self, schedule, record=False)
+        execution = _Execution(self, schedule, zero=None)
         if self.has_first:
             missing = number * size - samples
             whole = torch.cat((inputs, inputs.new_zeros((missing, *inputs.shape[1:])))) if missing else inputs
@@ -248,9 +248,13 @@ def _same_schedule(schedule: Schedule, group: dist.ProcessGroup, device: torch.d
 
 
 class _Execution:
-    """A walk through this rank's list of actions, and what is under way meanwhile."""
+    """A walk through this rank's list of actions, and what is under way meanwhile.
 
-    def __init__(self, engine: Engine, schedule: Schedule, record: bool) -> None:
+    Args:
+        zero: of the timeline, by perf_counter; None: nothing is measured.
+    """
+
+    def __init__(self, engine: Engine, schedule: Schedule, zero: float | None) -> None:
         self._engine, self._schedule = engine, schedule
         self._training = torch.is_grad_enabled()
         self.inputs: list[Tensor] = []
@@ -264,10 +268,9 @@ class _Execution:
         self._to_send: dict[Action, Tensor] = {}
         self._arriving: dict[Action, tuple[dist.Work, Tensor]] = {}
         self._leaving: deque[tuple[Action, dist.Work, Tensor]] = deque()
-        self._record = record
-        self._held = _Held([p for module in engine.modules.values() for p in module.parameters()], record)
+        self._record, self._zero = zero is not None, zero or 0.0
+        self._held = _Held([p for module in engine.modules.values() for p in module.parameters()], self._record)
         self._events: list[Event] = []
-        self._zero = time.perf_counter()
 
     def run(self) -> Step:
         actions = self._schedule.actions[self._engine.rank]

@@ -19,9 +19,8 @@ class Event:
             is being blocked on something to arrive or, at a step's end, on what was sent to be gone.
         stage: the part of the model; for send and wait, the one on this rank whose tensor it is.
         microbatch: from 0.
-        start_s: seconds from the moment in which this rank left a barrier over the pipeline's ranks just before the
-            step: by it the ranks' clocks, which share no zero, are made comparable, to within the time that a barrier
-            takes to let go of all (a fraction of a millisecond within a host).
+        start_s: seconds from one moment shortly before the step that is the same for all ranks, to within a fraction of
+            a millisecond: `clock.py` compares their clocks.
         end_s: on the same clock.
     """
 

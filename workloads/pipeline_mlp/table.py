@@ -38,15 +38,7 @@ class Table:
         return len(self.target)
 
     def split(self, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers to train on, and held out; at least one of each.
-
-        Raises:
-            WorkloadError: there is only one row.
-        """
-        if len(self) < 2:
-            raise WorkloadError(
-                f"a table of {len(self)} rows: one to train on and one to hold out is the least there is"
-            )
+        """Row numbers to train on, and held out; at least one of each."""
         order = np.random.default_rng(HELD_OUT_SEED).permutation(len(self))
         number = min(max(1, round(held_out * len(self))), len(self) - 1)
         return np.sort(order[number:]), np.sort(order[:number])
@@ -90,7 +82,9 @@ def read(path: Path, target: str) -> Table:
         raise WorkloadError(
             f"data.target={target} in {path} is of shape {list(y.shape)}; one number a row is predicted"
         )
-    if y.size and np.ptp(y) == 0:
+    if len(y) < 2:
+        raise WorkloadError(f"{path} has 1 row: one to train on and one to hold out is the least there is")
+    if np.ptp(y) == 0:
         raise WorkloadError(f"data.target={target} in {path} is {y[0]:g} in every row: there is nothing to learn")
     names = [
         name if column.ndim == 1 else f"{name}[{index}]"
@@ -157,11 +151,10 @@ def _number(text: str) -> float | None:
 def _npz(path: Path) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise WorkloadError(
-                    f"{path} holds a single array, as np.save writes; write it with np.savez(x=..., y=...)"
-                )
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise WorkloadError(f"{path} holds a single array, as np.save writes; write it with np.savez(x=..., y=...)")
+        with arrays:
             for name in arrays.files:
                 columns[name] = arrays[name]
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:

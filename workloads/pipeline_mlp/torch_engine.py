@@ -18,6 +18,7 @@ from torch.distributed.pipelining import (
 )
 
 from workloads.base import WorkloadError
+from workloads.pipeline_mlp.clock import common_zero
 from workloads.pipeline_mlp.engine import Loss, Step
 from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.schedule import Schedule, torch_refusal
@@ -64,9 +65,7 @@ class TorchEngine:
     def step(self, inputs: Tensor | None, targets: Tensor | None, *, record: bool = False) -> Step:
         """As `Engine.step`. The timeline has only what stages compute: where torch waits is not seen from outside."""
         events: list[Event] | None = [] if record else None
-        if record:
-            dist.barrier(self.group)
-        zero = time.perf_counter()
+        zero = common_zero(self.group, self._stages[0].device) if record else 0.0
         for stage in self._stages:
             stage.begin(events, zero, self.rank)
         losses: list[Tensor] = []
