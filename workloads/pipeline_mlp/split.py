@@ -91,17 +91,18 @@ class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BI, weight_OI, bias_O):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_BI, weight_OI)
-        ctx.bias, ctx.later = bias_O, _current
+        # The parameters themselves, to have their gradients: what comes back of what is saved may be another tensor.
+        ctx.parameters, ctx.later = (weight_OI, bias_O), _current
         return F.linear(x_BI, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx, gradient_BO):  # type: ignore[no-untyped-def]
         x_BI, weight_OI = ctx.saved_tensors
-        bias_O = ctx.bias
+        weight, bias = ctx.parameters
 
         def weights() -> None:
-            _accumulate(weight_OI, gradient_BO.t() @ x_BI)
-            _accumulate(bias_O, gradient_BO.sum(0))
+            _accumulate(weight, gradient_BO.t() @ x_BI)
+            _accumulate(bias, gradient_BO.sum(0))
 
         now_or_later(ctx.later, weights, x_BI, gradient_BO)
         return (gradient_BO @ weight_OI if ctx.needs_input_grad[0] else None), None, None
