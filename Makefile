@@ -10,7 +10,7 @@ help:
 	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
 	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
 	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
-	@echo "make bench   benchmarks: start-up beside torchrun and beside a hand-written Slurm script, a rank's death to the end"
+	@echo "make bench   benchmarks: start-up beside torchrun and a hand-written Slurm script, failures, pipelines' bubbles"
 	@echo "make clean   remove $(VENV) and caches; run directories stay"
 
 setup: $(VENV)/.ready
@@ -43,6 +43,7 @@ bench: slurm
 	$(BIN)/python -m tests.benchmarks.start_up
 	$(BIN)/python -m tests.benchmarks.failures
 	$(BIN)/python -m tests.benchmarks.slurm_start
+	$(BIN)/python -m tests.benchmarks.pipeline_bubble
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 BUILT_IN = {
     "fsdp_mnist": "workloads.fsdp_mnist:ENTRY",
+    "pipeline_mlp": "workloads.pipeline_mlp:ENTRY",
     "tp_fsdp": "workloads.tp_fsdp_llama2:ENTRY",
 }
 """What the command line calls a workload -> where it is."""

@@ -20,7 +20,8 @@ from typing import Any
 
 PRELOAD = [
     *("torch", "torch._dynamo", "tests.workloads.worlds"),
-    *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train", "workloads.images.mnist_like"),
+    *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train", "workloads.pipeline_mlp.train"),
+    "workloads.images.mnist_like",
 ]
 
 

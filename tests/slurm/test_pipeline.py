@@ -1,0 +1,52 @@
+"""Pipelines over the hosts of a Slurm job train what the local executor's do, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.submitting import ROOT
+from tests.slurm.harness import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+SETTINGS = ["data.source=digits", "layers=8", "width=32", "steps=6", "global_batch_size=32", "export=true"]
+
+
+def trained(folder: Path, *words: str, env: dict[str, str] | None = None) -> tuple[list[float], bytes, dict[str, Any]]:
+    """A job from the shell to its end: each step's loss, the exported weights, result.json."""
+    line = [sys.executable, str(ROOT / "submit.py"), "pipeline_mlp", *words, *SETTINGS, "--wait"]
+    done = subprocess.run(
+        [*line, "--nodes", "2", "--gpus-per-node", "2", "--run-dir", str(folder)],
+        **{"capture_output": True, "text": True, "timeout": 240, "cwd": folder.parent, "env": env},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [json.loads(row)["loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+    record = json.loads((folder / "result.json").read_text())
+    return losses, (folder / "export" / "model.safetensors").read_bytes(), record
+
+
+@pytest.mark.parametrize(
+    ("words", "mesh"),
+    [
+        (["schedule=interleaved"], {"pp": 4, "dp": 1}),  # stages go round both hosts, twice
+        (["schedule=zero_bubble", "dp=2"], {"pp": 2, "dp": 2}),  # a stage a host, its two copies within it
+    ],
+)
+def test_stages_across_hosts(words: list[str], mesh: dict[str, int], slurm: Cluster, tmp_path: Path) -> None:
+    local = trained(tmp_path / "local", "--executor", "local", *words)
+    found = trained(tmp_path / "slurm", *words, env=slurm.env)
+    assert found[:2] == local[:2]
+    assert found[2]["nodes"] == 2
+    result = found[2]["result"]
+    assert result["mesh"] == mesh
+    assert result["heldout_accuracy"] == local[2]["result"]["heldout_accuracy"]
+    assert Path(result["timeline"]) == tmp_path / "slurm" / "timeline.json"
+    assert (tmp_path / "slurm" / "timeline.svg").exists()
+    assert 0 < result["bubble_measured"] < 1

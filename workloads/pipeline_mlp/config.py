@@ -1,0 +1,169 @@
+"""What can be set in a pipeline_mlp run, and what can be said about it before it starts. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.images.config import ImageDataConfig
+
+PIXELS, CLASSES = 28 * 28, 10
+LR = {"sgd": 0.05, "adamw": 1e-3}
+
+
+class DataConfig(ImageDataConfig):
+    """What is learned: digits from their images, or a column of a table from its other columns."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """A table to do a regression on, instead of images: FILE.csv with a header and numbers, or FILE.npz with arrays of
+    equally many rows. Relative to the directory where the line is typed; ~ is the home directory."""
+    target: str | None = Field(default=None, min_length=1)
+    """With data.path, the column (of a CSV) or the array (of an npz) to predict; all others are what it is predicted
+    from."""
+    heldout: float = Field(default=0.2, gt=0, lt=1)
+    """With data.path, the part of the rows, drawn at random, that is not trained on but predicted at the end."""
+
+
+class Config(WorkloadConfig):
+    """Settings of a pipeline_mlp run."""
+
+    data: DataConfig = DataConfig()
+    """What is learned."""
+
+    schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """naive: one microbatch at a time. gpipe: all forward, then all back. 1f1b: as fast, with less memory. interleaved:
+    several smaller stages a rank, a smaller bubble. zero_bubble (ZB-H1): the weights' gradients fill the bubble.
+    python -m workloads.pipeline_mlp.schedule prints them."""
+    microbatches: int = Field(default=8, gt=0)
+    """Into which each replica's batch is cut."""
+    stages: int | None = Field(default=None, gt=0)
+    """Parts of the model. None: one a pipeline rank; for interleaved, which may have any multiple of them, two."""
+    dp: int = Field(default=1, gt=0)
+    """Replicas of the whole pipeline, which share a batch and average their gradients. The rest of the ranks divided by
+    them is the pipeline's length."""
+    engine: Literal["own", "torch"] = "own"
+    """own: executes the schedule's lists of actions over isend and irecv. torch: torch.distributed.pipelining, as a
+    cross-check."""
+
+    layers: int = Field(default=9, gt=0)
+    """Matrices of the network, at least one a stage; stages get them so that the costliest is as cheap as can be."""
+    width: int = Field(default=512, gt=0)
+    """Of what each of them but the last gives."""
+
+    steps: int = Field(default=100, gt=0)
+    """Optimizer steps."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Determines the initial weights and the order of samples."""
+    global_batch_size: int = Field(default=256, gt=0)
+    """Samples a step, over all replicas; must be divisible by dp x microbatches."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """sgd: with momentum 0.9."""
+    lr: float | None = Field(default=None, gt=0)
+    """The learning rate. None: 0.05 for sgd, 0.001 for adamw."""
+    precision: Literal["fp32", "fp64"] = "fp32"
+    """In which everything is kept, computed and sent."""
+
+    timeline: bool = True
+    """Measures the last steps: timeline.json and timeline.svg, the bubble, and the bytes of activations."""
+    export: bool = False
+    """Gather the final weights to rank 0 and write them as safetensors under plain names."""
+
+
+def mesh(config: Config, shape: Shape) -> MeshSpec:
+    """`pp x dp`: stages, and copies of each. Neighbouring ranks hold the same stage: stages span hosts first.
+
+    Raises:
+        WorkloadError: dp does not divide the ranks.
+    """
+    ranks = shape.world_size
+    if ranks % config.dp:
+        fits = max(d for d in range(1, config.dp) if ranks % d == 0)
+        raise WorkloadError(
+            f"dp={config.dp} does not divide the {ranks} ranks ({shape}): each replica is a pipeline of equally many; "
+            f"use dp={fits}"
+        )
+    return MeshSpec(("pp", "dp"), (ranks // config.dp, config.dp))
+
+
+def stages(config: Config, ranks: int) -> int:
+    """Of a pipeline over so many ranks."""
+    # Not at the top: then the package would import schedule.py, and `python -m` could not run it without a warning.
+    from workloads.pipeline_mlp.schedule import default_stages
+
+    return config.stages or default_stages(config.schedule, ranks)
+
+
+def validate(config: Config, shape: Shape) -> None:
+    """Refuses what cannot work, before anything is prepared or queued.
+
+    Raises:
+        WorkloadError: in one line, what was given, which rule it breaks and what to do.
+    """
+    from workloads.pipeline_mlp.schedule import refusal, torch_refusal
+
+    ranks = mesh(config, shape).sizes[0]
+    problem = refusal(config.schedule, ranks, config.microbatches, config.stages)
+    if problem is None and config.engine == "torch":
+        problem = torch_refusal(config.schedule, ranks, config.microbatches)
+    if problem:
+        raise WorkloadError(problem)
+    number = stages(config, ranks)
+    if number > config.layers:
+        raise WorkloadError(
+            f"layers={config.layers} for {number} stages on {ranks} pipeline ranks: each stage has at least one layer; "
+            f"use layers={number} or more, or fewer stages"
+        )
+    parts = config.dp * config.microbatches
+    if config.global_batch_size % parts:
+        raise WorkloadError(
+            f"global_batch_size={config.global_batch_size} is not divisible by dp x microbatches, {config.dp} x "
+            f"{config.microbatches}: microbatches are equally large; use global_batch_size="
+            f"{-(-config.global_batch_size // parts) * parts}"
+        )
+    _validate_data(config.data)
+
+
+def _validate_data(data: DataConfig) -> None:
+    given = {name for name in ("target", "heldout") if name in data.model_fields_set}
+    if data.path is None:
+        for name in sorted(given):
+            raise WorkloadError(f"data.{name}={getattr(data, name)} without data.path: is for a table; give data.path")
+        return
+    if data.source != "auto":
+        raise WorkloadError(
+            f"data.path={data.path} with data.source={data.source}: either a table or images; leave one out"
+        )
+    if Path(data.path).suffix.lower() not in (".csv", ".npz"):
+        raise WorkloadError(f"data.path={data.path}: is neither .csv nor .npz; convert it to one of them")
+    if data.target is None:
+        raise WorkloadError(f"data.path={data.path} without data.target: name the column to predict")
+
+
+def learning_rate(config: Config) -> float:
+    return LR[config.optimizer] if config.lr is None else config.lr
+
+
+def widths(config: Config, inputs: int = PIXELS, outputs: int = CLASSES) -> list[int]:
+    """Of the input, of what each layer gives, and so of the output."""
+    return [inputs, *[config.width] * (config.layers - 1), outputs]
+
+
+def memory_bytes(config: Config, shape: Shape) -> int:
+    """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
+
+    With e bytes a number and N parameters of the costliest stages a rank has, as if they were evenly shared: 4 e N for
+    parameters, gradients and an optimizer's two means; for each microbatch that is held, two activations a layer; and
+    400 MB for the process: Python, torch, the data.
+    """
+    size = 8 if config.precision == "fp64" else 4
+    ranks = mesh(config, shape).sizes[0]
+    wide = widths(config)
+    parameters = sum(a * b + b for a, b in itertools.pairwise(wide)) / ranks + config.width**2
+    held = config.microbatches if config.schedule == "gpipe" else min(config.microbatches, 2 * ranks)
+    samples = held * config.global_batch_size // (config.dp * config.microbatches)
+    activations = samples * (2 * sum(wide) / ranks + wide[0])
+    return int(size * (4 * parameters + activations)) + 400 * 10**6

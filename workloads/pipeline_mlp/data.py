@@ -1,0 +1,184 @@
+"""From the prepared files to batches: images of digits to classify, or a table to do a regression on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from workloads.base import RunContext, WorkloadError
+from workloads.images import prepare as images
+from workloads.images.datasets import images_labels
+from workloads.pipeline_mlp.config import CLASSES, Config
+from workloads.pipeline_mlp.engine import Loss
+from workloads.pipeline_mlp.table import Table, read
+from workloads.training.precision import parameter_dtype
+
+TABLE_FILE = "table.npz"
+MEAN_AND_STD = {"fashion_mnist": (0.2860, 0.3530)}
+"""Of the training pixels, in units of the full scale; MNIST's, 0.1307 and 0.3081, for all others, as in fsdp_mnist."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All that is learned from, on every rank's CPU: it is small, and each then takes what it needs.
+
+    Attributes:
+        train_x: (N, D), of mean 0 and deviation 1.
+        train_y: (N) classes as int64; or, in a regression, (N, 1), of mean 0 and deviation 1.
+        heldout_x: (H, D); by the training samples' mean and deviation.
+        heldout_y: (H) or (H, 1).
+        outputs: of the network: classes, or 1.
+        words: what it is, on one line.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    heldout_x: Tensor
+    heldout_y: Tensor
+    outputs: int
+    words: str
+
+    @property
+    def regression(self) -> bool:
+        return self.train_y.is_floating_point()
+
+    @property
+    def loss(self) -> Loss:
+        """The mean over a microbatch: cross-entropy in nats, or, in a regression, squared deviations."""
+        return F.mse_loss if self.regression else F.cross_entropy
+
+
+def prepare(config: Config, directory: Path) -> str:
+    """Sees to the data before the job is queued; returns a line that says which it is.
+
+    Raises:
+        WorkloadError: it cannot be had, or one step is more than all of it.
+    """
+    if config.data.path is None:
+        prepared = images.prepare(config.data, directory)
+        _enough(config, prepared.train)
+        return prepared.announcement
+    table = _read(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    table.write(directory / TABLE_FILE)
+    return f"data: {_words(config, table)}"
+
+
+def plan(config: Config) -> str:
+    """What `prepare` would do, on one line."""
+    if config.data.path is None:
+        return images.plan(config.data)
+    return f"data: {config.data.target} of {config.data.path}, which preparing checks and copies into the run directory"
+
+
+def find(config: Config, ctx: RunContext) -> Samples:
+    """What was prepared for this run; where nobody has, as under a bare torchrun, rank 0 does, without a download.
+
+    Raises:
+        WorkloadError: it is not there.
+    """
+    mistake: list[str | None] = [None]
+    if ctx.rank == 0 and not _is_there(config, ctx.paths.data_dir):
+        try:
+            if config.data.path is None:
+                images.prepare(config.data, ctx.paths.data_dir, download=False)
+            else:
+                prepare(config, ctx.paths.data_dir)
+        except WorkloadError as error:
+            mistake = [str(error)]
+    if ctx.world_size > 1:
+        dist.broadcast_object_list(mistake, src=0)
+    if mistake[0] is not None:
+        raise WorkloadError(mistake[0])
+    if not _is_there(config, ctx.paths.data_dir):
+        raise WorkloadError(
+            f"{ctx.paths.data_dir}: what was prepared for this run cannot be seen on {ctx.host}; run directories must "
+            "be on a file system that all hosts share"
+        )
+    dtype = parameter_dtype(config.precision)
+    if config.data.path is not None:
+        table = Table.load(ctx.paths.data_dir / TABLE_FILE)
+        return of_table(table, config.data.heldout, dtype, _words(config, table))
+    prepared = images.Prepared.read(ctx.paths.data_dir)
+    assert prepared is not None
+    return of_images(prepared, dtype)
+
+
+def of_images(prepared: images.Prepared, dtype: torch.dtype) -> Samples:
+    """Pixels in rows of 784, normalised in fp32 as for fsdp_mnist."""
+    mean, std = MEAN_AND_STD.get(prepared.source, (0.1307, 0.3081))
+
+    def part(train: bool) -> tuple[Tensor, Tensor]:
+        pixels, labels = images_labels(prepared, train)
+        x = (torch.from_numpy(pixels.copy()).flatten(1).float() / 255 - mean) / std
+        return x.to(dtype), torch.from_numpy(labels.copy()).long()
+
+    return Samples(*part(True), *part(False), CLASSES, prepared.why)
+
+
+def of_table(table: Table, held_out: float, dtype: torch.dtype, words: str) -> Samples:
+    """Columns shifted and scaled to mean 0 and deviation 1 over the training rows; a constant one becomes 0."""
+    train, rest = table.split(held_out)
+    columns = []
+    for values in (table.features, table.target[:, None]):
+        mean, deviation = values[train].mean(axis=0), values[train].std(axis=0)
+        scaled = (values - mean) / np.where(deviation > 0, deviation, 1.0)
+        columns += [torch.from_numpy(scaled[train]).to(dtype), torch.from_numpy(scaled[rest]).to(dtype)]
+    train_x, heldout_x, train_y, heldout_y = columns
+    return Samples(train_x, train_y, heldout_x, heldout_y, outputs=1, words=words)
+
+
+def batches(config: Config, samples: Samples, replica: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """A replica's part of each step's batch, for ever; the last samples of a pass that fill no step are left out.
+
+    The batches of all replicas together are the same samples in the same order for any number of them.
+
+    Args:
+        replica: this rank's place along `dp`.
+    """
+    size = config.global_batch_size // config.dp
+    epoch = 0
+    while True:
+        order = torch.randperm(len(samples.train_x), generator=torch.Generator().manual_seed(config.seed + epoch))
+        for batch in order.split(config.global_batch_size):
+            if len(batch) == config.global_batch_size:
+                mine = batch[replica * size : (replica + 1) * size]
+                yield samples.train_x[mine].to(device), samples.train_y[mine].to(device)
+        epoch += 1
+
+
+def _is_there(config: Config, directory: Path) -> bool:
+    if config.data.path is not None:
+        return (directory / TABLE_FILE).exists()
+    return images.Prepared.read(directory) is not None
+
+
+def _read(config: Config) -> Table:
+    assert config.data.path is not None
+    assert config.data.target is not None
+    table = read(Path(config.data.path).expanduser().absolute(), config.data.target)
+    _enough(config, len(table.split(config.data.heldout)[0]))
+    return table
+
+
+def _words(config: Config, table: Table) -> str:
+    train, rest = table.split(config.data.heldout)
+    return (
+        f"{table.predicted} from {len(table.names)} columns of {config.data.path} ({len(train):,} rows to train on, "
+        f"{len(rest):,} held out)"
+    )
+
+
+def _enough(config: Config, samples: int) -> None:
+    if samples < config.global_batch_size:
+        raise WorkloadError(
+            f"global_batch_size={config.global_batch_size} is more than the {samples:,} samples to train on: there "
+            "would be no step; use a smaller one"
+        )

@@ -1,0 +1,208 @@
+"""The figure that papers on pipelines draw, from a step that was measured: ranks as rows, microbatches as boxes.
+
+An SVG, written by hand, so that a run needs no library to draw. Torch-free.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
+
+from workloads.pipeline_mlp.events import BUSY, Event
+
+HUES = {"forward": 212, "backward": 140, "backward_input": 174, "backward_weight": 32}
+"""Degrees. The halves' colours are as far from each other as from the whole's: they must be told apart in one row."""
+NAMES = {
+    "forward": "forward",
+    "backward": "backward",
+    "backward_input": "backward, input",
+    "backward_weight": "backward, weights",
+    "send": "send",
+    "wait": "wait",
+}
+PLAIN = {"send": "#444444", "wait": "#e4e4e4"}
+LEFT, RIGHT, TOP, ROW, GAP = 64.0, 20.0, 64.0, 30.0, 6.0
+"""Pixels: margins, a row's height, and what lies between two rows."""
+BOX = 17.0
+"""Pixels of the median forward: room for a number of two digits."""
+WIDTHS = (640.0, 6000.0)
+"""Pixels of the whole time axis, at least and at most."""
+
+
+def write(
+    events: Sequence[Event],
+    path: Path,
+    *,
+    schedule: str = "",
+    ranks: int | None = None,
+    microbatches: int | None = None,
+    measured: float | None = None,
+    theoretical: float | None = None,
+) -> None:
+    """Draws one step. Each box lies where its time says, to the hundredth of a pixel, and says more when pointed at.
+
+    Forwards, backwards and their halves have a colour each, the darker the later the microbatch; of several stages on
+    a rank, the later ones are the darker ones. What is empty or grey is the bubble.
+
+    Args:
+        events: of one step, all ranks of one pipeline, in any order.
+        path: of the SVG; it is replaced as a whole, or not at all.
+        schedule: for the title.
+        ranks: rows, from 0. None: as many as have events.
+        microbatches: for the title. None: as many as the events have.
+        measured: bubble fraction, for the title.
+        theoretical: bubble fraction, for the title.
+
+    Raises:
+        ValueError: there is nothing to draw, or an event is of a rank that has no row.
+    """
+    if not events:
+        raise ValueError("no events: there is no step to draw")
+    rows = max(event.rank for event in events) + 1
+    if ranks is not None and rows > ranks:
+        raise ValueError(f"an event of rank {rows - 1} in a pipeline of {ranks}; give those of one pipeline only")
+    words = [schedule] if schedule else []
+    words.append(_count(ranks or rows, "rank"))
+    words.append(_count(microbatches or max(event.microbatch for event in events) + 1, "microbatch", "es"))
+    if measured is not None:
+        words.append(f"bubble {100 * measured:.1f}% measured")
+    if theoretical is not None:
+        words.append(f"{'' if measured is not None else 'bubble '}{100 * theoretical:.1f}% in theory")
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text("\n".join(_svg(events, ranks or rows, ", ".join(words))) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _count(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number} {thing}{'' if number == 1 else plural}"
+
+
+def _svg(events: Sequence[Event], ranks: int, title: str) -> Iterator[str]:
+    began = min(event.start_s for event in events)
+    seconds = max(event.end_s for event in events) - began or 1e-3
+    forwards = [event.seconds for event in events if event.kind == "forward" and event.seconds > 0]
+    wanted = BOX * seconds / statistics.median(forwards) if forwards else 0.0
+    axis = min(max(wanted, WIDTHS[0]), WIDTHS[1])
+    scale = axis / seconds
+    bottom = TOP + ranks * (ROW + GAP)
+    # A bold letter of the title takes 9 pixels at most, whatever the font is.
+    width, height = LEFT + max(axis, 9.0 * len(title)) + RIGHT, bottom + 40
+
+    yield '<?xml version="1.0" encoding="UTF-8"?>'
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="Helvetica, Arial, sans-serif" font-size="12">'
+    )
+    yield f"<title>{escape(title)}</title>"
+    yield f'<rect class="paper" width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>'
+    yield f'<text class="title" x="{LEFT:.0f}" y="22" font-size="15" font-weight="bold">{escape(title)}</text>'
+    yield from _legend(events)
+    for rank in range(ranks):
+        y = TOP + rank * (ROW + GAP)
+        yield f'<text class="rank" x="{LEFT - 8:.0f}" y="{y + ROW / 2 + 4:.1f}" text-anchor="end">rank {rank}</text>'
+        yield (
+            f'<rect class="row" x="{LEFT:.2f}" y="{y:.1f}" width="{axis:.2f}" height="{ROW:.0f}" fill="#f8f8f8" '
+            'stroke="#c8c8c8" stroke-width="0.5"/>'
+        )
+    yield from _axis(seconds, scale, bottom)
+    shade = _shades(events)
+    # Waits first: where a clock's grain makes neighbours touch, work is drawn over them.
+    for event in sorted(events, key=lambda event: (event.kind != "wait", event.rank, event.start_s)):
+        yield from _box(event, LEFT + (event.start_s - began) * scale, event.seconds * scale, began, *shade(event))
+    yield "</svg>"
+
+
+def _box(event: Event, x: float, width: float, began: float, fill: str, ink: str) -> Iterator[str]:
+    y = TOP + event.rank * (ROW + GAP)
+    said = (
+        f"rank {event.rank}: {NAMES[event.kind]}, microbatch {event.microbatch}, stage {event.stage}; "
+        f"{1000 * event.seconds:.2f} ms from {1000 * (event.start_s - began):.2f} ms"
+    )
+    edge = ' stroke="#ffffff" stroke-width="0.6"' if event.kind in BUSY else ""
+    yield (
+        f'<rect class={quoteattr(event.kind)} x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{ROW:.0f}" '
+        f'fill="{fill}"{edge}><title>{escape(said)}</title></rect>'
+    )
+    number = str(event.microbatch)
+    # 0.62 of its size is what a digit of these fonts takes.
+    size = min(12.0, (width - 2) / (0.62 * len(number)))
+    if event.kind in BUSY and size >= 6:
+        yield (
+            f'<text class="number" x="{x + width / 2:.2f}" y="{y + ROW / 2 + 0.36 * size:.1f}" font-size="{size:.1f}" '
+            f'fill="{ink}" text-anchor="middle" pointer-events="none">{number}</text>'
+        )
+
+
+def _stages(events: Sequence[Event]) -> dict[int, list[int]]:
+    """Those that each rank has, by rank, in order."""
+    held: dict[int, set[int]] = {}
+    for event in events:
+        held.setdefault(event.rank, set()).add(event.stage)
+    return {rank: sorted(stages) for rank, stages in held.items()}
+
+
+def _shades(events: Sequence[Event]) -> Callable[[Event], tuple[str, str]]:
+    """From an event to its colour and that of the number in it."""
+    stages = _stages(events)
+    most = max(map(len, stages.values()))
+    last = max(event.microbatch for event in events) or 1
+
+    def shade(event: Event) -> tuple[str, str]:
+        if event.kind in PLAIN:
+            return PLAIN[event.kind], "#000000"
+        # A band of lightness for each stage of a rank, from light to dark; within it, a step for each microbatch.
+        band = (0.84 - 0.42) / most
+        lightness = 0.84 - band * (stages[event.rank].index(event.stage) + 0.8 * event.microbatch / last)
+        fill = _hex(HUES[event.kind], lightness)
+        return fill, "#000000" if _luminance(fill) > 0.18 else "#ffffff"
+
+    return shade
+
+
+def _hex(hue: float, lightness: float) -> str:
+    """Not every viewer of SVG knows hsl()."""
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue / 360, lightness, 0.55))
+
+
+def _luminance(fill: str) -> float:
+    """Relative luminance, 0 to 1 (WCAG 2.1): above 0.18, black on it is easier to read than white."""
+    parts = [int(fill[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _legend(events: Sequence[Event]) -> Iterator[str]:
+    x = LEFT
+    for kind, name in NAMES.items():
+        if not any(event.kind == kind for event in events):
+            continue
+        yield (
+            f'<rect class="legend" x="{x:.0f}" y="34" width="16" height="14" '
+            f'fill="{PLAIN.get(kind) or _hex(HUES[kind], 0.66)}"/>'
+        )
+        yield f'<text class="legend" x="{x + 21:.0f}" y="45">{name}</text>'
+        x += 21 + 6.4 * len(name) + 22
+    yield f'<rect class="legend" x="{x:.0f}" y="34" width="16" height="14" fill="#f8f8f8" stroke="#c8c8c8"/>'
+    most = max(map(len, _stages(events).values()))
+    darker = f"; of a rank's {most} stages, the later is the darker" if most > 1 else ""
+    yield f'<text class="legend" x="{x + 21:.0f}" y="45">idle{darker}</text>'
+
+
+def _axis(seconds: float, scale: float, y: float) -> Iterator[str]:
+    """Ticks at 1, 2 or 5 times a power of ten milliseconds, some hundred pixels apart."""
+    least = 1000 * 90 / scale
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    yield (
+        f'<line class="axis" x1="{LEFT:.2f}" y1="{y:.1f}" x2="{LEFT + seconds * scale:.2f}" y2="{y:.1f}" '
+        'stroke="#444444"/>'
+    )
+    for tick in range(int(1000 * seconds / step) + 1):
+        x = LEFT + tick * step / 1000 * scale
+        yield f'<line class="tick" x1="{x:.2f}" y1="{y:.1f}" x2="{x:.2f}" y2="{y + 5:.1f}" stroke="#444444"/>'
+        unit = " ms" if tick == 0 else ""
+        yield f'<text class="tick" x="{x:.2f}" y="{y + 18:.1f}" text-anchor="middle">{tick * step:g}{unit}</text>'

@@ -1,0 +1,242 @@
+"""The training loop, from the settings to the result; reads top to bottom, and is the same for every schedule."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from workloads.base import Reduced, RunContext, largest, total
+from workloads.pipeline_mlp import data, picture, theory, timeline
+from workloads.pipeline_mlp.config import Config, learning_rate, stages, widths
+from workloads.pipeline_mlp.engine import Engine, Step
+from workloads.pipeline_mlp.events import Event
+from workloads.pipeline_mlp.model import build, initialize
+from workloads.pipeline_mlp.schedule import Schedule, make
+from workloads.pipeline_mlp.torch_engine import TorchEngine
+from workloads.training.metrics import peak_memory_bytes
+from workloads.training.optimizer import adamw
+from workloads.training.precision import parameter_dtype
+
+log = logging.getLogger(__name__)
+
+MEASURED_STEPS = 5
+"""The last so many are measured; of them the one whose bubble is the median is drawn."""
+
+
+def run(config: Config, ctx: RunContext) -> dict[str, Any]:
+    """Trains, predicts what was held out, and says how much of the ranks' time was bubble.
+
+    Returns:
+        What becomes `result` in result.json; only {"stopped_at_step": n} if the run was asked to stop.
+    """
+    device, dtype = ctx.device, parameter_dtype(config.precision)
+    pipeline, replicas = ctx.mesh.get_group("pp"), ctx.mesh.get_group("dp")
+    ranks, replica = ctx.mesh["pp"].size(), ctx.mesh["dp"].get_local_rank()
+
+    samples = data.find(config, ctx)
+    batches = data.batches(config, samples, replica, device)
+    wide = widths(config, samples.train_x.shape[1], samples.outputs)
+
+    modules = build(config, ctx.mesh, device, wide[0], wide[-1])
+    modules.to_empty(device=device)
+    initialize(modules, wide, config.seed, dtype)
+    optimizer = make_optimizer(config, modules, device)
+
+    schedule = make(config.schedule, ranks, config.microbatches, config.stages)
+    rows = config.global_batch_size // (config.dp * config.microbatches)
+    example = torch.empty(rows, wide[0], dtype=dtype, device=device)
+    engine = Engine(list(modules), schedule, pipeline, samples.loss, example)
+    trainer = (
+        TorchEngine(list(modules), schedule, pipeline, samples.loss, example) if config.engine == "torch" else engine
+    )
+    if ctx.rank == 0:
+        _say(config, ctx, samples, schedule, wide)
+
+    step_seconds: list[float] = []
+    measured: list[Step] = []
+    for step in range(1, config.steps + 1):
+        began = time.perf_counter()
+        x_BD, y_B = next(batches)
+        optimizer.zero_grad()
+        record = config.timeline and step > config.steps - MEASURED_STEPS
+        done = trainer.step(x_BD, y_B, record=record)
+        average_gradients(modules, replicas)
+        optimizer.step()
+        seconds = time.perf_counter() - began
+        step_seconds.append(seconds)
+        if record:
+            measured.append(done)
+
+        # Only the last stage has a loss, one for each replica; the others add nothing.
+        loss = 0.0 if done.loss is None else done.loss.item() / config.dp
+        metrics: dict[str, Any] = {
+            "step": step,
+            "total_steps": config.steps,
+            "lr": learning_rate(config),
+            "samples_per_second": config.global_batch_size / seconds,
+            "step_seconds": seconds,
+            "loss": total(loss, finite=True),
+            "peak_memory_bytes": largest(peak_memory_bytes(device)),
+        }
+        if step == config.steps:
+            metrics |= evaluate(engine, samples, replica, config.dp, device)
+        if ctx.end_step(metrics):
+            return {"stopped_at_step": step}
+
+    result: dict[str, Any] = {
+        "schedule": config.schedule,
+        "engine": config.engine,
+        "mesh": dict(zip(ctx.mesh.mesh_dim_names or (), ctx.mesh.shape, strict=True)),
+        "stages": schedule.stages,
+        "microbatches": config.microbatches,
+        "steps": config.steps,
+        "final_loss": ctx.last_metrics["loss"],
+        **heldout(ctx.last_metrics, samples),
+        "samples_per_second": config.global_batch_size / statistics.median(step_seconds),
+        "step_seconds": statistics.median(step_seconds),
+        "parameters": sum(a * b + b for a, b in itertools.pairwise(wide)),
+        "data": samples.words,
+        **report(config, ctx, schedule, measured),
+    }
+    if config.export:
+        result |= export(modules, ctx)
+    return result
+
+
+def make_optimizer(config: Config, modules: nn.ModuleList, device: torch.device) -> Optimizer:
+    """Of this rank's stages alone: each parameter's update needs no other rank."""
+    lr = learning_rate(config)
+    if config.optimizer == "sgd":
+        return SGD(modules.parameters(), lr=lr, momentum=0.9)
+    return adamw(modules.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, device=device)
+
+
+@torch.no_grad()
+def average_gradients(modules: nn.ModuleList, replicas: dist.ProcessGroup) -> None:
+    """The mean of each stage's gradients over its copies: one all_reduce a stage, of all its gradients laid end to end.
+
+    All of it once, at the step's end; averaged over microbatches they are already.
+    """
+    number = dist.get_world_size(replicas)
+    if number == 1:
+        return
+    for module in modules:
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=replicas)
+        flat /= number
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def evaluate(
+    engine: Engine, samples: data.Samples, replica: int, replicas: int, device: torch.device
+) -> dict[str, Reduced]:
+    """Sums over the held-out samples, each counted on one rank: the last stage's of the replica that predicts it."""
+    x, y = samples.heldout_x[replica::replicas], samples.heldout_y[replica::replicas]
+    if len(x) == 0:  # there are fewer than replicas
+        return {"heldout_loss_sum": total(0.0), "heldout_right": total(0)}
+    predicted = engine.predict(x.to(device))
+    if predicted is None:
+        return {"heldout_loss_sum": total(0.0), "heldout_right": total(0)}
+    y = y.to(device)
+    right = 0 if samples.regression else int((predicted.argmax(1) == y).sum())
+    return {"heldout_loss_sum": total(samples.loss(predicted, y).item() * len(y)), "heldout_right": total(right)}
+
+
+def heldout(metrics: dict[str, Any], samples: data.Samples) -> dict[str, Any]:
+    """What was held out: its mean loss, and how many were right, or which part of the variance was explained."""
+    number = len(samples.heldout_y)
+    result = {"heldout_samples": number, "heldout_loss": metrics["heldout_loss_sum"] / number}
+    if not samples.regression:
+        return {**result, "heldout_accuracy": metrics["heldout_right"] / number}
+    y: Tensor = samples.heldout_y.double()
+    variation = (y - y.mean()).square().sum().item()
+    return {**result, "heldout_r2": 1 - metrics["heldout_loss_sum"] / variation if variation else None}
+
+
+# ---- what was measured
+
+
+def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[Step]) -> dict[str, Any]:
+    """The first replica's bubble beside the theoretical one, activations by rank, and the timeline in two forms."""
+    if not measured:
+        return {}
+    everyone: list[Any] = [None] * ctx.world_size
+    dist.all_gather_object(everyone, (ctx.mesh["dp"].get_local_rank(), measured))
+    if ctx.rank != 0:
+        return {}
+    by_rank: list[list[Step]] = [steps for replica, steps in everyone if replica == 0]
+    steps = [[event for rank in by_rank for event in rank[number].events] for number in range(len(measured))]
+    bubbles = [timeline.bubble_fraction(events, schedule.ranks) for events in steps]
+    bubble = statistics.median_low(bubbles)
+    chosen: list[Event] = steps[bubbles.index(bubble)]
+    in_theory = theory.bubble_fraction(
+        config.schedule, schedule.ranks, config.microbatches, schedule.stages // schedule.ranks
+    )
+    ctx.paths.refuse_if_superseded()
+    timeline.write(chosen, ctx.paths.run_dir / "timeline.json")
+    picture.write(chosen, ctx.paths.run_dir / "timeline.svg")
+    log.info(
+        "bubble: %.1f%% of the ranks' time measured (median of %d steps), %.1f%% in theory for %s with stages of equal "
+        "cost",
+        *(100 * bubble, len(bubbles), 100 * in_theory, config.schedule),
+    )
+    log.info("timeline: %s (ui.perfetto.dev) and timeline.svg", ctx.paths.run_dir / "timeline.json")
+    return {
+        "bubble_measured": bubble,
+        "bubble_theory": in_theory,
+        "peak_microbatches": {
+            str(stage): max(step.peak_microbatches[stage] for step in rank)
+            for number, rank in enumerate(by_rank)
+            for stage in schedule.stages_on(number)
+        },
+        "peak_activation_bytes": [max(step.peak_bytes for step in rank) for rank in by_rank],
+        "timeline": str(ctx.paths.run_dir / "timeline.json"),
+        "picture": str(ctx.paths.run_dir / "timeline.svg"),
+    }
+
+
+def export(modules: nn.ModuleList, ctx: RunContext) -> dict[str, str]:
+    """Writes model.safetensors; all ranks call it, rank 0 writes."""
+    # As numpy: torch's own pickling hands over shared memory.
+    mine = {name: p.detach().cpu().numpy() for module in modules for name, p in module.named_parameters()}
+    everyone: list[Any] = [None] * ctx.world_size
+    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0)
+    if ctx.rank != 0:
+        return {}
+    path = ctx.paths.export_dir / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: torch.from_numpy(value) for part in everyone for name, value in part.items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    log.info("weights are in %s", path)
+    return {"export": str(path)}
+
+
+def _say(config: Config, ctx: RunContext, samples: data.Samples, schedule: Schedule, wide: list[int]) -> None:
+    from workloads.pipeline_mlp.partition import layer_costs, partition
+
+    log.info("data: %s", samples.words)
+    log.info(
+        "schedule %s, %d microbatches of %d samples, engine %s, mesh %s, %s",
+        *(config.schedule, config.microbatches, config.global_batch_size // (config.dp * config.microbatches)),
+        config.engine,
+        " x ".join(f"{n} {s}" for n, s in zip(ctx.mesh.mesh_dim_names or (), ctx.mesh.shape, strict=True)),
+        config.precision,
+    )
+    costs = layer_costs(wide)
+    whole = sum(costs)
+    for stage, layers in enumerate(partition(costs, stages(config, schedule.ranks))):
+        log.info(
+            "stage %d on pipeline rank %d: layers %d to %d, %.1f%% of the work",
+            *(stage, schedule.placement[stage], layers[0], layers[-1], 100 * sum(costs[i] for i in layers) / whole),
+        )
