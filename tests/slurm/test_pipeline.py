@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.jobs.submitting import ROOT
 from tests.slurm.harness import Cluster
+from tests.slurm.runs import finished, rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -20,15 +17,10 @@ SETTINGS = ["data.source=digits", "layers=8", "width=32", "steps=6", "global_bat
 
 def trained(folder: Path, *words: str, env: dict[str, str] | None = None) -> tuple[list[float], bytes, dict[str, Any]]:
     """A job from the shell to its end: each step's loss, the exported weights, result.json."""
-    line = [sys.executable, str(ROOT / "submit.py"), "pipeline_mlp", *words, *SETTINGS, "--wait"]
-    done = subprocess.run(
-        [*line, "--nodes", "2", "--gpus-per-node", "2", "--run-dir", str(folder)],
-        **{"capture_output": True, "text": True, "timeout": 240, "cwd": folder.parent, "env": env},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    losses = [json.loads(row)["loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    line = ["pipeline_mlp", "--nodes", "2", "--gpus-per-node", "2", *words, *SETTINGS]
+    record = finished(folder, *line, env=env)
+    losses = [row["loss"] for row in rows(folder)]
     assert len(losses) == 6
-    record = json.loads((folder / "result.json").read_text())
     return losses, (folder / "export" / "model.safetensors").read_bytes(), record
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.submitting import ROOT
 from tests.slurm.harness import Cluster
+from tests.slurm.runs import finished, rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -26,22 +23,12 @@ SETTINGS = [
 
 def train(folder: Path, *words: str, env: dict[str, str] | None = None) -> dict[str, Any]:
     """One tp_fsdp job from the shell to its end; its result.json."""
-    line = [sys.executable, str(ROOT / "submit.py"), "tp_fsdp", *words, *SETTINGS]
-    done = subprocess.run(
-        [*line, "--wait", "--run-dir", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=folder.parent,
-        env=env,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "result.json").read_text())
+    return finished(folder, "tp_fsdp", *words, *SETTINGS, env=env)
 
 
 def trained(folder: Path) -> tuple[list[tuple[Any, ...]], dict[str, bytes]]:
     """What must not differ by a bit: every step's loss and gradient norm, and the exported weights."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = rows(folder)
     weights = {path.name: path.read_bytes() for path in sorted((folder / "export").glob("*.safetensors"))}
     assert len(steps) == 5
     assert weights
@@ -65,18 +52,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int],
 def train_mnist(folder: Path, *words: str, env: dict[str, str] | None = None) -> tuple[dict[str, Any], Any]:
     """One fsdp_mnist job of 2 x 2 from the shell to its end; its result.json, and what must not differ by a bit."""
     settings = ["data.source=digits", f"data.root={folder.parent / 'data'}", "steps=12", "eval_batch_size=64"]
-    line = [sys.executable, str(ROOT / "submit.py"), "fsdp_mnist", "--nodes", "2", "--gpus-per-node", "2"]
-    done = subprocess.run(
-        [*line, *words, *settings, "export=true", "--wait", "--run-dir", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=folder.parent,
-        env=env,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    record = json.loads((folder / "result.json").read_text())
+    line = ["fsdp_mnist", "--nodes", "2", "--gpus-per-node", "2", *words, *settings, "export=true"]
+    record = finished(folder, *line, env=env)
+    steps = rows(folder)
     measured = [record["result"][key] for key in ("heldout_accuracy", "heldout_loss")]
     weights = (folder / "export" / "model.safetensors").read_bytes()
     assert len(steps) == 12

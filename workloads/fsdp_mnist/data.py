@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from workloads.base import RunContext, WorkloadError
+from workloads.base import RunContext
 from workloads.fsdp_mnist.config import Config, refuse_if_no_step
 from workloads.images import prepare as images
 from workloads.images.datasets import open_split
+from workloads.images.sources import MEAN_AND_STD
 from workloads.images.vision import torchvision
+from workloads.training.prepared import make_if_missing
 
 WORKER_TIMEOUT_S = 60
 """So long a rank waits for a batch of its workers; then it fails and says so, also of one that was killed before."""
-MEAN_AND_STD = {"fashion_mnist": (0.2860, 0.3530)}
-"""Of the training pixels, in units of the full scale; MNIST's for all others."""
 
 
 def prepare(config: Config, directory: Path) -> str:
@@ -42,22 +41,14 @@ def find(config: Config, ctx: RunContext) -> images.Prepared:
     Raises:
         WorkloadError: it is not there.
     """
-    mistake: list[str | None] = [None]
-    if ctx.rank == 0 and images.Prepared.read(ctx.paths.data_dir) is None:
-        try:
-            images.prepare(config.data, ctx.paths.data_dir, download=False)
-        except WorkloadError as error:
-            mistake = [str(error)]
-    if ctx.world_size > 1:
-        dist.broadcast_object_list(mistake, src=0)
-    if mistake[0] is not None:
-        raise WorkloadError(mistake[0])
-    prepared = images.Prepared.read(ctx.paths.data_dir)
-    if prepared is None:
-        raise WorkloadError(
-            f"{ctx.paths.data_dir}: what was prepared for this run cannot be seen on {ctx.host}; run directories must "
-            "be on a file system that all hosts share"
-        )
+    directory = ctx.paths.data_dir
+    make_if_missing(
+        ctx,
+        is_there=lambda: images.Prepared.read(directory) is not None,
+        make=lambda: images.prepare(config.data, directory, download=False),
+    )
+    prepared = images.Prepared.read(directory)
+    assert prepared is not None
     return prepared
 
 
@@ -143,7 +134,7 @@ def transform(source: str) -> Any:
     torchvision()
     from torchvision.transforms import v2
 
-    mean, std = MEAN_AND_STD.get(source, (0.1307, 0.3081))
+    mean, std = MEAN_AND_STD[source]
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((mean,), (std,))])
 
 

@@ -118,6 +118,14 @@ SOURCES = {
     )
 }
 
+MEAN_AND_STD = {
+    "mnist": (0.1307, 0.3081),
+    "fashion_mnist": (0.2860, 0.3530),
+    "digits": (0.1307, 0.3081),
+    "fake": (0.1307, 0.3081),
+}
+"""Of the training pixels, in units of the full scale; MNIST's also for what stands in its place."""
+
 
 def make(source: Source) -> dict[str, bytes]:
     """The four files of a dataset that is made here, always the same to the byte.

@@ -143,6 +143,15 @@ def _validate_data(data: DataConfig) -> None:
         raise WorkloadError(f"data.path={data.path} without data.target: name the column to predict")
 
 
+def plan(config: Config) -> str:
+    """What preparing the data would come to, on one line."""
+    from workloads.images.prepare import plan
+
+    if config.data.path is None:
+        return plan(config.data)
+    return f"{config.data.target} of {config.data.path}: preparing checks it and copies it into the run directory"
+
+
 def learning_rate(config: Config) -> float:
     return LR[config.optimizer] if config.lr is None else config.lr
 

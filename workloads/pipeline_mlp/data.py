@@ -8,21 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from workloads.base import RunContext, WorkloadError
 from workloads.images import prepare as images
 from workloads.images.datasets import images_labels
+from workloads.images.sources import MEAN_AND_STD
 from workloads.pipeline_mlp.config import CLASSES, Config
 from workloads.pipeline_mlp.engine import Loss
 from workloads.pipeline_mlp.table import Table, read
 from workloads.training.precision import parameter_dtype
+from workloads.training.prepared import make_if_missing
 
 TABLE_FILE = "table.npz"
-MEAN_AND_STD = {"fashion_mnist": (0.2860, 0.3530)}
-"""Of the training pixels, in units of the full scale; MNIST's, 0.1307 and 0.3081, for all others, as in fsdp_mnist."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +63,11 @@ def prepare(config: Config, directory: Path) -> str:
     if config.data.path is None:
         prepared = images.prepare(config.data, directory)
         _enough(config, prepared.train)
-        return prepared.announcement
+        return prepared.why
     table = _read(config)
     directory.mkdir(parents=True, exist_ok=True)
     table.write(directory / TABLE_FILE)
-    return f"data: {_words(config, table)}"
-
-
-def plan(config: Config) -> str:
-    """What `prepare` would do, on one line."""
-    if config.data.path is None:
-        return images.plan(config.data)
-    return f"data: {config.data.target} of {config.data.path}, which preparing checks and copies into the run directory"
+    return _words(config, table)
 
 
 def find(config: Config, ctx: RunContext) -> Samples:
@@ -84,24 +76,15 @@ def find(config: Config, ctx: RunContext) -> Samples:
     Raises:
         WorkloadError: it is not there.
     """
-    mistake: list[str | None] = [None]
-    if ctx.rank == 0 and not _is_there(config, ctx.paths.data_dir):
-        try:
-            if config.data.path is None:
-                images.prepare(config.data, ctx.paths.data_dir, download=False)
-            else:
-                prepare(config, ctx.paths.data_dir)
-        except WorkloadError as error:
-            mistake = [str(error)]
-    if ctx.world_size > 1:
-        dist.broadcast_object_list(mistake, src=0)
-    if mistake[0] is not None:
-        raise WorkloadError(mistake[0])
-    if not _is_there(config, ctx.paths.data_dir):
-        raise WorkloadError(
-            f"{ctx.paths.data_dir}: what was prepared for this run cannot be seen on {ctx.host}; run directories must "
-            "be on a file system that all hosts share"
-        )
+    directory = ctx.paths.data_dir
+
+    def make() -> None:
+        if config.data.path is None:
+            images.prepare(config.data, directory, download=False)
+        else:
+            prepare(config, directory)
+
+    make_if_missing(ctx, lambda: _is_there(config, directory), make)
     dtype = parameter_dtype(config.precision)
     if config.data.path is not None:
         table = Table.load(ctx.paths.data_dir / TABLE_FILE)
@@ -113,7 +96,7 @@ def find(config: Config, ctx: RunContext) -> Samples:
 
 def of_images(prepared: images.Prepared, dtype: torch.dtype) -> Samples:
     """Pixels in rows of 784, normalised in fp32 as for fsdp_mnist."""
-    mean, std = MEAN_AND_STD.get(prepared.source, (0.1307, 0.3081))
+    mean, std = MEAN_AND_STD[prepared.source]
 
     def part(train: bool) -> tuple[Tensor, Tensor]:
         pixels, labels = images_labels(prepared, train)

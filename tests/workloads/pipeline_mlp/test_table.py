@@ -12,7 +12,7 @@ import torch
 
 from workloads.base import WorkloadError
 from workloads.pipeline_mlp import data
-from workloads.pipeline_mlp.config import Config
+from workloads.pipeline_mlp.config import Config, plan
 from workloads.pipeline_mlp.table import Table, read
 
 
@@ -133,10 +133,8 @@ def many(folder: Path, rows: int) -> Path:
 def test_prepared_and_scaled(tmp_path: Path) -> None:
     one = config(many(tmp_path, 50))
     line = data.prepare(one, tmp_path / "data")
-    assert line == f"data: y from 3 columns of {tmp_path / 'table.npz'} (40 rows to train on, 10 held out)"
-    assert data.plan(one) == (
-        f"data: y of {tmp_path / 'table.npz'}, which preparing checks and copies into the run directory"
-    )
+    assert line == f"y from 3 columns of {tmp_path / 'table.npz'} (40 rows to train on, 10 held out)"
+    assert plan(one) == f"y of {tmp_path / 'table.npz'}: preparing checks it and copies it into the run directory"
     table = Table.load(tmp_path / "data" / "table.npz")
     samples = data.of_table(table, 0.2, torch.float64, line)
     assert samples.regression
