@@ -128,10 +128,13 @@ def validate(config: Config, shape: Shape) -> None:
 
 
 def _validate_data(data: DataConfig) -> None:
-    given = {name for name in ("target", "heldout") if name in data.model_fields_set}
     if data.path is None:
-        for name in sorted(given):
-            raise WorkloadError(f"data.{name}={getattr(data, name)} without data.path: is for a table; give data.path")
+        # Not what was given: a run's settings.yaml, which runs it again, gives everything.
+        for name in ("target", "heldout"):
+            if getattr(data, name) != DataConfig.model_fields[name].default:
+                raise WorkloadError(
+                    f"data.{name}={getattr(data, name)} without data.path: is for a table; give data.path"
+                )
         return
     if data.source != "auto":
         raise WorkloadError(

@@ -26,7 +26,7 @@ from workloads.pipeline_mlp.schedule import Schedule, torch_refusal
 ONE_STAGE: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 SEVERAL_STAGES: dict[str, Any] = {
     "interleaved": ScheduleInterleaved1F1B,
-    "zero_bubble": ScheduleInterleavedZeroBubble,  # with one stage a rank it is ZB-H1
+    "zero_bubble": ScheduleInterleavedZeroBubble,  # torch calls what it implements ZB1P
 }
 
 

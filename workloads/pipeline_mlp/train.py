@@ -180,6 +180,7 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     bubbles = [timeline.bubble_fraction(events, schedule.ranks) for events in steps]
     bubble = statistics.median_low(bubbles)
     chosen: list[Event] = steps[bubbles.index(bubble)]
+    peak_bytes = [max(step.peak_bytes for step in rank) for rank in by_rank]
     in_theory = theory.bubble_fraction(
         config.schedule, schedule.ranks, config.microbatches, schedule.stages // schedule.ranks
     )
@@ -200,7 +201,7 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
             for number, rank in enumerate(by_rank)
             for stage in schedule.stages_on(number)
         },
-        "peak_activation_bytes": [max(step.peak_bytes for step in rank) for rank in by_rank],
+        **({"peak_activation_bytes": peak_bytes} if config.engine == "own" else {}),  # torch's do not say
         "timeline": str(ctx.paths.run_dir / "timeline.json"),
         "picture": str(ctx.paths.run_dir / "timeline.svg"),
     }

@@ -91,6 +91,12 @@ def test_one_line_for_what_cannot_work(given: dict[str, Any], shape: tuple[int, 
     assert "\n" not in str(error.value)
 
 
+def test_a_runs_settings_run_it_again() -> None:
+    """settings.yaml has every setting, given or not."""
+    for one in (config(), config(data={"path": "a.csv", "target": "y"})):
+        validate(config(**one.model_dump()), Shape(1, 2))
+
+
 def test_the_settings_list_is_the_codes() -> None:
     assert get_args(Config.model_fields["schedule"].annotation) == SCHEDULES
 
