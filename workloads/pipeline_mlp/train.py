@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import statistics
 import time
 from typing import Any
@@ -192,6 +193,15 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
         "cost",
         *(100 * bubble, len(bubbles), 100 * in_theory, config.schedule),
     )
+    cores = os.cpu_count() or 1
+    if ctx.device.type == "cpu" and ctx.local_world_size > cores:
+        log.info(
+            "(%d ranks share this host's %d cores: they also wait for each other to leave one)",
+            *(
+                ctx.local_world_size,
+                cores,
+            ),
+        )
     log.info("timeline: %s (ui.perfetto.dev) and timeline.svg", ctx.paths.run_dir / "timeline.json")
     return {
         "bubble_measured": bubble,
