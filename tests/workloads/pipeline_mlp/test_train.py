@@ -171,7 +171,7 @@ def test_a_rank_that_dies_mid_schedule(how: str, blame: str, folder: Path) -> No
     """4 stages, 8 microbatches: rank 2 dies in its 20th forward pass, in the 3rd step's steady state."""
     words = settings(**{"data.source": "digits", "microbatches": 8, "steps": 1000, "timeline": "false", "how": how})
     began = time.monotonic()
-    shape = ["--nodes", "2", "--gpus-per-node", "2", "--run-dir", f"dies-{how}"]
+    shape = ["--nodes", "2", "--gpus-per-node", "2", "--run-dir", str(folder / f"dies-{how}")]
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "submit.py"), "tests.workloads.pipeline_mlp.dying:ENTRY"),
