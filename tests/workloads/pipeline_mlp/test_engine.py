@@ -157,9 +157,9 @@ def test_the_timeline_has_everything_once(measured: list[Any]) -> None:
         for (kind, stage, i), start in began.items():
             # The ranks' clocks agree to within what a barrier takes.
             if kind == "forward" and stage:
-                assert start > ended["forward", stage - 1, i] - 0.003, name
+                assert start > ended["forward", stage - 1, i] - 0.01, name
             if kind in ("backward", "backward_input") and stage + 1 < schedule.stages:
-                assert start > ended[kind, stage + 1, i] - 0.003, name
+                assert start > ended[kind, stage + 1, i] - 0.01, name
         for rank in range(RANKS):
             mine = [e for e in events if e.rank == rank and e.kind in BUSY]
             assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(mine))
@@ -174,7 +174,7 @@ def _zero(ctx: RunContext) -> float:
 def test_the_zero_is_one_moment() -> None:
     """On one host all processes read one clock: here their zeros can be compared."""
     zeros = run_world(_zero, sizes=(4, 1), names=("pp", "dp"))
-    assert max(zeros) - min(zeros) < 0.003
+    assert max(zeros) - min(zeros) < 0.01
 
 
 def test_predictions_are_the_whole_networks(measured: list[Any]) -> None:
