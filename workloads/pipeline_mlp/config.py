@@ -68,7 +68,8 @@ class Config(WorkloadConfig):
     """In which everything is kept, computed and sent."""
 
     timeline: bool = True
-    """Measures the last steps: timeline.json and timeline.svg, the bubble, and the bytes of activations."""
+    """Measures the last steps: timeline.json and timeline.svg, the bubble, and the bytes of activations. With
+    engine=torch, only what stages compute: its sends, waits and bytes are not seen from outside."""
     export: bool = False
     """Gather the final weights to rank 0 and write them as safetensors under plain names."""
 
@@ -115,7 +116,7 @@ def validate(config: Config, shape: Shape) -> None:
     if number > config.layers:
         raise WorkloadError(
             f"layers={config.layers} for {number} stages on {ranks} pipeline ranks: each stage has at least one layer; "
-            f"use layers={number} or more, or fewer stages"
+            f"use layers={number} or more, or fewer ranks or a larger dp"
         )
     parts = config.dp * config.microbatches
     if config.global_batch_size % parts:
@@ -136,10 +137,11 @@ def _validate_data(data: DataConfig) -> None:
                     f"data.{name}={getattr(data, name)} without data.path: is for a table; give data.path"
                 )
         return
-    if data.source != "auto":
-        raise WorkloadError(
-            f"data.path={data.path} with data.source={data.source}: either a table or images; leave one out"
-        )
+    for name in ("source", "root", "download_timeout_s"):
+        if getattr(data, name) != DataConfig.model_fields[name].default:
+            raise WorkloadError(
+                f"data.path={data.path} with data.{name}={getattr(data, name)}: either a table or images; leave one out"
+            )
     if Path(data.path).suffix.lower() not in (".csv", ".npz"):
         raise WorkloadError(f"data.path={data.path}: is neither .csv nor .npz; convert it to one of them")
     if data.target is None:

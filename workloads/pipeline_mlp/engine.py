@@ -37,10 +37,7 @@ from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.schedule import COMPUTE, SENDS, Action, Schedule, forward_only
 
 MAX_DIMS = 8
-DTYPES = (
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What a stage may give the next one; the place in this list is the number that stands for it on the way."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,8 +53,8 @@ class Step:
         peak_microbatches: by stage on this rank, the most microbatches whose activations it held at once: from the
             forward pass to the end of the backward one, or of its weights' half.
         peak_bytes: the most bytes of such activations that this rank held at once, over its stages: what autograd
-            saved, and the stages' inputs and outputs; without parameters. 0 unless events were asked for, as counting
-            costs time.
+            saved, and the stages' inputs and outputs; without parameters, and without tensors that are on their way
+            to another rank. 0 unless events were asked for, as counting costs time.
     """
 
     loss: Tensor | None = None
@@ -223,7 +220,7 @@ def agree(
             module.train(was_training)
         gives[stage] = Spec(tuple(output.shape), output.dtype)
         if stage + 1 < schedule.stages:
-            if output.dtype not in DTYPES or not output.dtype.is_floating_point or output.dim() > MAX_DIMS:
+            if output.dtype not in DTYPES or output.dim() > MAX_DIMS:
                 raise WorkloadError(
                     f"stage {stage} gives {gives[stage]}: what is handed to the next stage has a floating point type "
                     f"and at most {MAX_DIMS} dimensions"
@@ -371,8 +368,8 @@ class _Execution:
                 self._leaving.append((action, work, tensor))
             else:
                 self._arriving[action] = (work, tensor)
-        # So that tensors on their way do not pile up; as a rule the oldest is gone already.
-        while len(self._leaving) > 2 + self._schedule.ranks:
+        # Those that are gone are let go, and tensors on their way do not pile up.
+        while self._leaving and (len(self._leaving) > 2 + self._schedule.ranks or self._leaving[0][1].is_completed()):
             self._let_one_leave()
 
     def _arrived(self, receive: Action) -> Tensor:
@@ -416,7 +413,8 @@ class _Execution:
 
     def _finish_on_device(self) -> None:
         if self._record and self._engine.device.type == "cuda":
-            torch.cuda.synchronize(self._engine.device)
+            # This stream alone: transfers that nothing waits for yet are on others.
+            torch.cuda.current_stream(self._engine.device).synchronize()
 
 
 class _Held:

@@ -121,6 +121,6 @@ class _TimedStage(PipelineStage):
     def _note(self, kind: str, microbatch: int, began: float) -> None:
         if self._events is not None:
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+                torch.cuda.current_stream(self.device).synchronize()
             event = Event(self._rank_in_pipeline, kind, self.stage_index, microbatch, began, self._now())
             self._events.append(event)

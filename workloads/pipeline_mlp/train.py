@@ -7,6 +7,7 @@ import logging
 import os
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         done = trainer.step(x_BD, y_B, record=record)
         average_gradients(modules, replicas)
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the one wait for the device in a step
         seconds = time.perf_counter() - began
         step_seconds.append(seconds)
         if record:
@@ -109,7 +112,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         **report(config, ctx, schedule, measured),
     }
     if config.export:
-        result |= export(modules, ctx)
+        result |= export(modules, wide, samples, ctx)
     return result
 
 
@@ -172,63 +175,89 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     """The first replica's bubble beside the theoretical one, activations by rank, and the timeline in two forms."""
     if not measured:
         return {}
+    # Without the losses, which may be on another rank's GPU.
+    mine = [replace(step, loss=None) for step in measured] if ctx.mesh["dp"].get_local_rank() == 0 else None
     everyone: list[Any] = [None] * ctx.world_size
-    dist.all_gather_object(everyone, (ctx.mesh["dp"].get_local_rank(), measured))
+    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0)
     if ctx.rank != 0:
         return {}
-    by_rank: list[list[Step]] = [steps for replica, steps in everyone if replica == 0]
+    by_rank: list[list[Step]] = [steps for steps in everyone if steps is not None]
     steps = [[event for rank in by_rank for event in rank[number].events] for number in range(len(measured))]
     bubbles = [timeline.bubble_fraction(events, schedule.ranks) for events in steps]
     bubble = statistics.median_low(bubbles)
     chosen: list[Event] = steps[bubbles.index(bubble)]
-    peak_bytes = [max(step.peak_bytes for step in rank) for rank in by_rank]
     in_theory = theory.bubble_fraction(
         config.schedule, schedule.ranks, config.microbatches, schedule.stages // schedule.ranks
     )
     ctx.paths.refuse_if_superseded()
-    timeline.write(chosen, ctx.paths.run_dir / "timeline.json")
-    picture.write(chosen, ctx.paths.run_dir / "timeline.svg")
+    trace, drawn = ctx.paths.run_dir / "timeline.json", ctx.paths.run_dir / "timeline.svg"
+    timeline.write(chosen, trace)
+    picture.write(
+        chosen,
+        drawn,
+        schedule=config.schedule,
+        ranks=schedule.ranks,
+        microbatches=config.microbatches,
+        measured=bubble,
+        theoretical=in_theory,
+    )
     log.info(
         "bubble: %.1f%% of the ranks' time measured (median of %d steps), %.1f%% in theory for %s with stages of equal "
         "cost",
         *(100 * bubble, len(bubbles), 100 * in_theory, config.schedule),
     )
+    log.info("%s", _where_the_time_went(chosen, schedule.ranks))
     cores = os.cpu_count() or 1
     if ctx.device.type == "cpu" and ctx.local_world_size > cores:
-        log.info(
-            "(%d ranks share this host's %d cores: they also wait for each other to leave one)",
-            *(
-                ctx.local_world_size,
-                cores,
-            ),
-        )
-    log.info("timeline: %s (ui.perfetto.dev) and timeline.svg", ctx.paths.run_dir / "timeline.json")
-    return {
+        log.info("%d ranks share this host's %d cores, and also wait for one", ctx.local_world_size, cores)
+    log.info("timeline: %s (ui.perfetto.dev) and %s", trace, drawn.name)
+    result = {
         "bubble_measured": bubble,
         "bubble_theory": in_theory,
-        "peak_microbatches": {
-            str(stage): max(step.peak_microbatches[stage] for step in rank)
-            for number, rank in enumerate(by_rank)
-            for stage in schedule.stages_on(number)
+        "peak_microbatches_by_stage": {
+            str(stage): max(step.peak_microbatches[stage] for step in by_rank[schedule.placement[stage]])
+            for stage in range(schedule.stages)
         },
-        **({"peak_activation_bytes": peak_bytes} if config.engine == "own" else {}),  # torch's do not say
-        "timeline": str(ctx.paths.run_dir / "timeline.json"),
-        "picture": str(ctx.paths.run_dir / "timeline.svg"),
+        "timeline": str(trace),
+        "picture": str(drawn),
     }
+    if config.engine == "own":  # torch's does not say
+        result["peak_activation_bytes_by_rank"] = [max(step.peak_bytes for step in rank) for rank in by_rank]
+    return result
 
 
-def export(modules: nn.ModuleList, ctx: RunContext) -> dict[str, str]:
-    """Writes model.safetensors; all ranks call it, rank 0 writes."""
-    # As numpy: torch's own pickling hands over shared memory.
-    mine = {name: p.detach().cpu().numpy() for module in modules for name, p in module.named_parameters()}
+def _where_the_time_went(events: list[Event], ranks: int) -> str:
+    computing = [event for event in events if event.kind not in ("send", "wait")]
+    window = max(event.end_s for event in computing) - min(event.start_s for event in computing)
+
+    def share(*kinds: str) -> float:
+        return 100 * sum(event.end_s - event.start_s for event in events if event.kind in kinds) / (ranks * window)
+
+    forward = statistics.median(event.end_s - event.start_s for event in events if event.kind == "forward")
+    compute = share("forward", "backward", "backward_input", "backward_weight")
+    return (
+        f"a microbatch's forward pass takes {1000 * forward:.2f} ms; of the ranks' time {compute:.0f}% is computing, "
+        f"{share('send'):.0f}% handing over, {share('wait'):.0f}% waiting: the longer the passes, the nearer to theory"
+    )
+
+
+def export(modules: nn.ModuleList, wide: list[int], samples: data.Samples, ctx: RunContext) -> dict[str, str]:
+    """Writes model.safetensors; all ranks call it, rank 0 writes, beside and then renamed."""
+    mine: dict[str, Any] = {}
+    if ctx.mesh["dp"].get_local_rank() == 0:
+        mine = {name: p.detach().cpu().numpy() for module in modules for name, p in module.named_parameters()}
     everyone: list[Any] = [None] * ctx.world_size
     dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0)
     if ctx.rank != 0:
         return {}
+    ctx.paths.refuse_if_superseded()
     path = ctx.paths.export_dir / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: torch.from_numpy(value) for part in everyone for name, value in part.items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    about = {"model_type": "pipeline_mlp", "widths": str(wide), "activation": "relu", "data": samples.words}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file(weights, partial, metadata={"format": "pt", **about})
+    partial.replace(path)
     log.info("weights are in %s", path)
     return {"export": str(path)}
 

@@ -132,3 +132,25 @@ def test_fp64_of_50_steps(ranks: int, dp: int) -> None:
         assert whole.keys() == expected[one.optimizer].weights.keys()
         # Schedules differ in when, not in what: to the bit.
         assert digests.setdefault((one.engine, one.microbatches), whole) == whole, what
+
+
+def test_uneven_layers_and_odd_numbers() -> None:
+    """7 layers over 2, 3 or 6 stages; 4 microbatches, which 3 ranks do not divide: the same bits as on one rank."""
+    given: dict[str, Any] = {"layers": 7, "microbatches": 4, "global_batch_size": BATCH, **SGD}
+    wide = widths(config(1, **given), INPUTS, CLASSES)
+    expected = {"sgd": reference(wide, batches(), **SGD, seed=3)}
+    cases: dict[int, list[dict[str, Any]]] = {
+        1: [{"schedule": "naive"}],
+        2: [{"schedule": "interleaved", "stages": 6}, {"schedule": "zero_bubble"}, {"schedule": "gpipe"}],
+        3: [{"schedule": "interleaved"}, {"schedule": "1f1b"}, {"schedule": "zero_bubble"}],
+    }
+    seen: dict[str, str] = {}
+    for ranks, ways in cases.items():
+        each = [config(ranks, **{**given, **way}) for way in ways]
+        results = run_world(*(train_each, each, expected), sizes=(ranks, 1), names=("pp", "dp"), deadline_seconds=240)
+        for by_rank in results:
+            for one, came_to in zip(each, by_rank, strict=True):
+                assert max(came_to.losses, came_to.gradients, came_to.weights) < LIMIT, (ranks, one.schedule)
+                for name, digest in came_to.digests.items():
+                    assert seen.setdefault(name, digest) == digest, (ranks, one.schedule, name)
+    assert len(seen) == 2 * 7
