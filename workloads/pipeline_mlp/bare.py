@@ -5,6 +5,9 @@
 What the model learns: whether the sum of 8 numbers is positive.
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,6 +46,9 @@ def train(rank: int, steps: int = STEPS) -> tuple[nn.Linear, list[float]]:
 
 
 if __name__ == "__main__":
+    if os.environ.get("WORLD_SIZE") != "2":
+        print("needs torchrun --nproc-per-node 2", file=sys.stderr)
+        sys.exit(2)
     dist.init_process_group("gloo")
     _, losses = train(dist.get_rank())
     for step in range(9, len(losses), 10):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import colorsys
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
@@ -25,12 +26,19 @@ NAMES = {
     "wait": "wait",
 }
 PLAIN = {"send": "#444444", "wait": "#e4e4e4"}
-LEFT, RIGHT, TOP, ROW, GAP = 64.0, 20.0, 64.0, 30.0, 6.0
-"""Pixels: margins, a row's height, and what lies between two rows."""
-BOX = 17.0
-"""Pixels of the median forward: room for a number of two digits."""
-WIDTHS = (640.0, 6000.0)
-"""Pixels of the whole time axis, at least and at most."""
+LEFT, RIGHT, TOP, GAP = 64.0, 20.0, 82.0, 6.0
+"""Pixels: margins, and what lies between two rows."""
+ROWS, ROW = 320.0, (30.0, 64.0)
+"""Pixels that all rows share, and of one, at least and at most."""
+BOX = 24.0
+"""Pixels of the median forward, where the page is wide enough: room for a number of two digits."""
+WIDTHS = (640.0, 1400.0 - LEFT - RIGHT)
+"""Pixels of the whole time axis, at least and at most: the picture fits a page."""
+MANY, KEPT, CELLS = 2600, 1200, 6000
+"""From so many boxes on, the thin ones are merged; how many are then left at most, and how many columns, in all rows.
+
+A box with its number and what it says takes up to 400 bytes, a column up to 100: together less than 1 MB.
+"""
 
 
 def write(
@@ -46,7 +54,8 @@ def write(
     """Draws one step. Each box lies where its time says, to the hundredth of a pixel, and says more when pointed at.
 
     Forwards, backwards and their halves have a colour each, the darker the later the microbatch; of several stages on
-    a rank, the later ones are the darker ones. What is empty or grey is the bubble.
+    a rank, the later ones are the darker ones. What is empty or grey is the bubble. Of very many boxes, those thinner
+    than a pixel (or more, to leave 1200) are merged into columns that show how much of the time each kind took.
 
     Args:
         events: of one step, all ranks of one pipeline, in any order.
@@ -88,9 +97,13 @@ def _svg(events: Sequence[Event], ranks: int, title: str) -> Iterator[str]:
     wanted = BOX * seconds / statistics.median(forwards) if forwards else 0.0
     axis = min(max(wanted, WIDTHS[0]), WIDTHS[1])
     scale = axis / seconds
-    bottom = TOP + ranks * (ROW + GAP)
-    # A bold letter of the title takes 9 pixels at most, whatever the font is.
-    width, height = LEFT + max(axis, 9.0 * len(title)) + RIGHT, bottom + 40
+    row = min(max(ROWS / ranks, ROW[0]), ROW[1])
+    bottom = TOP + ranks * (row + GAP)
+    kept, merged, thin = _thinned(events, scale)
+    # A bold letter of the title takes 0.6 of its size at most, whatever the font is.
+    size = min(15.0, WIDTHS[1] / (0.6 * len(title)))
+    width = LEFT + min(max(axis, 0.6 * size * len(title)), WIDTHS[1]) + RIGHT
+    height = bottom + (58 if merged else 40)
 
     yield '<?xml version="1.0" encoding="UTF-8"?>'
     yield (
@@ -99,41 +112,87 @@ def _svg(events: Sequence[Event], ranks: int, title: str) -> Iterator[str]:
     )
     yield f"<title>{escape(title)}</title>"
     yield f'<rect class="paper" width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>'
-    yield f'<text class="title" x="{LEFT:.0f}" y="22" font-size="15" font-weight="bold">{escape(title)}</text>'
+    yield f'<text class="title" x="{LEFT:.0f}" y="22" font-size="{size:.1f}" font-weight="bold">{escape(title)}</text>'
     yield from _legend(events)
     for rank in range(ranks):
-        y = TOP + rank * (ROW + GAP)
-        yield f'<text class="rank" x="{LEFT - 8:.0f}" y="{y + ROW / 2 + 4:.1f}" text-anchor="end">rank {rank}</text>'
+        y = TOP + rank * (row + GAP)
+        yield f'<text class="rank" x="{LEFT - 8:.0f}" y="{y + row / 2 + 4:.1f}" text-anchor="end">rank {rank}</text>'
         yield (
-            f'<rect class="row" x="{LEFT:.2f}" y="{y:.1f}" width="{axis:.2f}" height="{ROW:.0f}" fill="#f8f8f8" '
+            f'<rect class="row" x="{LEFT:.2f}" y="{y:.1f}" width="{axis:.2f}" height="{row:.1f}" fill="#f8f8f8" '
             'stroke="#c8c8c8" stroke-width="0.5"/>'
         )
     yield from _axis(seconds, scale, bottom)
+    if merged:
+        yield from _columns(merged, began, scale, axis, row)
+        yield (
+            f'<text class="caption" x="{LEFT:.0f}" y="{bottom + 40:.0f}">{len(merged)} of {len(events)} boxes, no '
+            f"wider than {thin:.2g} px, are merged: columns show how much of the time each kind took.</text>"
+        )
     shade = _shades(events)
+    digits = len(str(max(event.microbatch for event in events)))  # all numbers of one size
     # Waits first: where a clock's grain makes neighbours touch, work is drawn over them.
-    for event in sorted(events, key=lambda event: (event.kind != "wait", event.rank, event.start_s)):
-        yield from _box(event, LEFT + (event.start_s - began) * scale, event.seconds * scale, began, *shade(event))
+    for event in sorted(kept, key=lambda event: (event.kind != "wait", event.rank, event.start_s)):
+        x, wide = LEFT + (event.start_s - began) * scale, event.seconds * scale
+        yield from _box(event, x, wide, row, digits, began, *shade(event))
     yield "</svg>"
 
 
-def _box(event: Event, x: float, width: float, began: float, fill: str, ink: str) -> Iterator[str]:
-    y = TOP + event.rank * (ROW + GAP)
+def _thinned(events: Sequence[Event], scale: float) -> tuple[list[Event], list[Event], float]:
+    """What is drawn as a box, what is merged, and how many pixels wide a box has to be."""
+    if len(events) <= MANY:
+        return list(events), [], 0.0
+    thin = max(1.0, sorted((event.seconds * scale for event in events), reverse=True)[KEPT])
+    kept = [event for event in events if event.seconds * scale > thin]
+    return kept, [event for event in events if event.seconds * scale <= thin], thin
+
+
+def _columns(events: Sequence[Event], began: float, scale: float, axis: float, row: float) -> Iterator[str]:
+    """The kinds above one another, of a height that goes with their time in a column's; what is left is idle."""
+    ranks = max(event.rank for event in events) + 1
+    number = min(int(axis), max(1, CELLS // ranks))
+    column = axis / number
+    shares: dict[tuple[int, int], Counter[str]] = {}
+    for event in events:
+        left, right = (event.start_s - began) * scale / column, (event.end_s - began) * scale / column
+        for at in range(int(left), min(int(right), number - 1) + 1):
+            part = max(0.0, min(right, at + 1) - max(left, at))
+            shares.setdefault((event.rank, at), Counter())[event.kind] += part  # type: ignore[assignment]
+    lines: dict[str, list[str]] = {}
+    for (rank, at), by_kind in sorted(shares.items()):
+        y = TOP + rank * (row + GAP)
+        for kind in NAMES:
+            if (high := row * by_kind[kind]) >= 0.05:
+                lines.setdefault(kind, []).append(f"M{LEFT + (at + 0.5) * column:.1f} {y:.1f}v{high:.1f}")
+                y += high
+    for kind, parts in lines.items():
+        fill = PLAIN.get(kind) or _hex(HUES[kind], 0.66)
+        yield f'<path class="merged" d="{"".join(parts)}" stroke="{fill}" stroke-width="{column:.2f}"/>'
+
+
+def _box(
+    event: Event, x: float, width: float, row: float, digits: int, began: float, fill: str, ink: str
+) -> Iterator[str]:
+    y = TOP + event.rank * (row + GAP)
     said = (
         f"rank {event.rank}: {NAMES[event.kind]}, microbatch {event.microbatch}, stage {event.stage}; "
         f"{1000 * event.seconds:.2f} ms from {1000 * (event.start_s - began):.2f} ms"
     )
     edge = ' stroke="#ffffff" stroke-width="0.6"' if event.kind in BUSY else ""
     yield (
-        f'<rect class={quoteattr(event.kind)} x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{ROW:.0f}" '
+        f'<rect class={quoteattr(event.kind)} x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{row:.1f}" '
         f'fill="{fill}"{edge}><title>{escape(said)}</title></rect>'
     )
     number = str(event.microbatch)
-    # 0.62 of its size is what a digit of these fonts takes.
-    size = min(12.0, (width - 2) / (0.62 * len(number)))
+    # 0.62 of its size is what a digit of these fonts takes in width, and 0.72 in height.
+    size, turn = min(12.0, (width - 2) / (0.62 * digits)), ""
+    middle = y + row / 2
+    if size < 7:
+        size = min(12.0, (width - 1) / 0.72, (row - 2) / (0.62 * digits))
+        turn = f' transform="rotate(-90 {x + width / 2:.2f} {middle:.1f})"'
     if event.kind in BUSY and size >= 6:
         yield (
-            f'<text class="number" x="{x + width / 2:.2f}" y="{y + ROW / 2 + 0.36 * size:.1f}" font-size="{size:.1f}" '
-            f'fill="{ink}" text-anchor="middle" pointer-events="none">{number}</text>'
+            f'<text class="number" x="{x + width / 2:.2f}" y="{middle + 0.36 * size:.1f}" font-size="{size:.1f}" '
+            f'fill="{ink}" text-anchor="middle" pointer-events="none"{turn}>{number}</text>'
         )
 
 
@@ -188,8 +247,11 @@ def _legend(events: Sequence[Event]) -> Iterator[str]:
         x += 21 + 6.4 * len(name) + 22
     yield f'<rect class="legend" x="{x:.0f}" y="34" width="16" height="14" fill="#f8f8f8" stroke="#c8c8c8"/>'
     most = max(map(len, _stages(events).values()))
-    darker = f"; of a rank's {most} stages, the later is the darker" if most > 1 else ""
-    yield f'<text class="legend" x="{x + 21:.0f}" y="45">idle{darker}</text>'
+    yield f'<text class="legend" x="{x + 21:.0f}" y="45">idle</text>'
+    said = "The higher a microbatch's number, the darker its box"
+    if most > 1:
+        said += f"; of a rank's {most} stages, the later is the darker"
+    yield f'<text class="shade" x="{LEFT:.0f}" y="66">{said}.</text>'
 
 
 def _axis(seconds: float, scale: float, y: float) -> Iterator[str]:

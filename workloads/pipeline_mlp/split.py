@@ -77,7 +77,7 @@ def now_or_later(later: Later | None, work: Callable[[], None], *kept: Tensor) -
 
 
 class Linear(nn.Linear):
-    """nn.Linear on (B, D), whose backward pass can be split."""
+    """nn.Linear, whose backward pass can be split."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _current is None:
@@ -86,7 +86,10 @@ class Linear(nn.Linear):
 
 
 class _SplitLinear(torch.autograd.Function):
-    """y = x W' + b, with gradients dx = dy W now and dW = dy' x, db = sum of dy over the batch later."""
+    """y = x W' + b, with gradients dx = dy W now and dW = dy' x, db = sum of dy over the batch later.
+
+    B: all dimensions but the last. There may be no bias, and parameters may be frozen.
+    """
 
     @staticmethod
     def forward(ctx, x_BI, weight_OI, bias_O):  # type: ignore[no-untyped-def]
@@ -101,10 +104,14 @@ class _SplitLinear(torch.autograd.Function):
         weight, bias = ctx.parameters
 
         def weights() -> None:
-            _accumulate(weight, gradient_BO.t() @ x_BI)
-            _accumulate(bias, gradient_BO.sum(0))
+            rows_BO = gradient_BO.reshape(-1, gradient_BO.shape[-1])
+            if weight.requires_grad:
+                _accumulate(weight, rows_BO.t() @ x_BI.reshape(-1, x_BI.shape[-1]))
+            if bias is not None and bias.requires_grad:
+                _accumulate(bias, rows_BO.sum(0))
 
-        now_or_later(ctx.later, weights, x_BI, gradient_BO)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            now_or_later(ctx.later, weights, x_BI, gradient_BO)
         return (gradient_BO @ weight_OI if ctx.needs_input_grad[0] else None), None, None
 
 

@@ -17,7 +17,7 @@ LETTERS = {
     "send": "send",
     "wait": "wait",
 }
-"""How a box is called; its microbatch's number follows."""
+"""How a box is called; its microbatch's number follows, and, where a rank has several stages, `.s` and the stage's."""
 
 
 def bubble_fraction(events: Sequence[Event], ranks: int) -> float:
@@ -67,6 +67,7 @@ def write(events: Sequence[Event], path: Path) -> None:
     rows: list[dict[str, Any]] = [_name("process_name", 0, name="pipeline")]
     for rank in sorted({event.rank for event in events}):
         rows += [_name("thread_name", rank, name=f"rank {rank}"), _name("thread_sort_index", rank, sort_index=rank)]
+    several = len({(event.rank, event.stage) for event in events}) > len({event.rank for event in events})
     computed: dict[tuple[str, int, int], Event] = {}
     for event in sorted(events, key=lambda event: (event.rank, event.start_s, event.end_s)):
         if event.kind in BUSY:
@@ -74,7 +75,7 @@ def write(events: Sequence[Event], path: Path) -> None:
         start = microseconds(event.start_s)
         rows.append(
             {
-                "name": f"{LETTERS[event.kind]}{event.microbatch}",
+                "name": f"{LETTERS[event.kind]}{event.microbatch}{f'.s{event.stage}' if several else ''}",
                 "cat": event.kind,
                 "ph": "X",
                 "ts": start,

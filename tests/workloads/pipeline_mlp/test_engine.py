@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tests.workloads.pipeline_mlp.reference import network
 from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import RunContext, WorkloadError
-from workloads.pipeline_mlp import bare, split
+from workloads.pipeline_mlp import bare, clock, split
 from workloads.pipeline_mlp.engine import Engine, Step
 from workloads.pipeline_mlp.events import BUSY, Event
 from workloads.pipeline_mlp.model import Stage
@@ -165,16 +166,30 @@ def test_the_timeline_has_everything_once(measured: list[Any]) -> None:
             assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(mine))
 
 
-def _zero(ctx: RunContext) -> float:
-    from workloads.pipeline_mlp.clock import common_zero
-
-    return common_zero(ctx.mesh.get_group("pp"), ctx.device)
+def _zero(ctx: RunContext, other_hosts: bool) -> float:
+    if other_hosts:
+        clock.identity = lambda: ctx.rank  # this process is the test's own
+    return clock.common_zero(ctx.mesh.get_group("pp"), ctx.device)
 
 
 def test_the_zero_is_one_moment() -> None:
-    """On one host all processes read one clock: here their zeros can be compared."""
-    zeros = run_world(_zero, sizes=(4, 1), names=("pp", "dp"))
-    assert max(zeros) - min(zeros) < 0.01
+    """On one host all processes read one clock: here their zeros can be compared, however they were found."""
+    zeros = run_world(_zero, False, sizes=(4, 1), names=("pp", "dp"))
+    assert len(set(zeros)) == 1
+    # As if each were a host: estimated by questions and answers.
+    zeros = run_world(_zero, True, sizes=(4, 1), names=("pp", "dp"))
+    assert 0 < max(zeros) - min(zeros) < 0.01
+
+
+def test_a_clock_that_cannot_be_identified_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert clock.identity() == clock.identity()
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert clock.identity() != clock.identity()
+    assert 0 <= clock.identity() < 2**63
 
 
 def test_predictions_are_the_whole_networks(measured: list[Any]) -> None:
@@ -358,6 +373,29 @@ def test_halves_are_the_whole_to_the_bit() -> None:
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_split_layer_is_a_layer(shape: tuple[int, ...], frozen: tuple[str, ...], biased: bool) -> None:
+    torch.manual_seed(0)
+    plain, halves = nn.Linear(7, 4, bias=biased), split.Linear(7, 4, bias=biased)
+    halves.load_state_dict(plain.state_dict())
+    xs = [torch.randn(shape).requires_grad_()]
+    xs.append(xs[0].detach().clone().requires_grad_())
+    later = split.Later()
+    for layer, x in zip((plain, halves), xs, strict=True):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        with split.into(later):
+            layer(x).square().sum().backward()
+    assert all(parameter.grad is None for parameter in halves.parameters())
+    later.do()
+    torch.testing.assert_close(xs[0].grad, xs[1].grad)
+    for one, other in zip(plain.parameters(), halves.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def _not_splitting(ctx: RunContext) -> bool:
     """Under zero_bubble, modules that know of no halves come to the same gradients."""
     gradients = []
@@ -407,11 +445,30 @@ def test_bare_is_short_and_runs_as_it_says() -> None:
     assert len(path.read_text().splitlines()) <= 60
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", bare.__name__],
-        **{"capture_output": True, "text": True, "timeout": 120, "cwd": path.parents[2]},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=path.parents[2],
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("step 10: loss 0.")
     assert done.stdout.count("\n") == 5
+
+
+@pytest.mark.parametrize("ranks", [None, "3"])
+def test_bare_says_how_it_is_started(ranks: str | None) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    environment |= {"WORLD_SIZE": ranks} if ranks else {}
+    done = subprocess.run(
+        [sys.executable, bare.__file__],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (2, "needs torchrun --nproc-per-node 2\n")
 
 
 def test_the_reference_draws_what_stages_draw() -> None:

@@ -99,7 +99,8 @@ def test_every_microbatch_can_be_read_in_its_box(tmp_path: Path) -> None:
     numbers = texts(svg, "number")
     assert len(numbers) == 2 * 8 * 32
     assert {text.text for text in numbers} == {str(number) for number in range(32)}
-    assert min(float(text.get("font-size", "nan")) for text in numbers) >= 9
+    assert float(svg.get("width", "nan")) <= 1400
+    assert min(float(text.get("font-size", "nan")) for text in numbers) >= 7
     assert len(boxes(svg, "forward")) == len(boxes(svg, "backward")) == 8 * 32
 
 
@@ -107,8 +108,40 @@ def test_what_is_too_narrow_for_a_number_has_none(tmp_path: Path) -> None:
     # One forward takes a thousand times the others: they become slivers, and their numbers would lie on each other.
     slivers = [Event(0, "forward", 0, number, number * 1e-4, (number + 1) * 1e-4) for number in range(10)]
     svg = drawn([*slivers[:1], Event(0, "backward", 0, 0, 1.0, 6.0), *slivers[1:]], tmp_path)
-    assert float(svg.get("width", "nan")) < 6200
+    assert float(svg.get("width", "nan")) <= 1400
     assert [text.text for text in texts(svg, "number")] == ["0"]
+
+
+@pytest.mark.parametrize(("ranks", "microbatches", "halves"), [(4, 2048, False), (32, 100, True), (2, 649, False)])
+def test_very_many_boxes_are_merged_and_said_to_be(ranks: int, microbatches: int, halves: bool, tmp_path: Path) -> None:
+    events = step(ranks, microbatches, halves=halves)
+    svg = drawn(events, tmp_path, schedule="gpipe")
+    assert (tmp_path / "timeline.svg").stat().st_size < 1e6
+    assert float(svg.get("width", "nan")) <= 1400
+    captions = texts(svg, "caption")
+    merged = [path for path in svg.iter(f"{SVG}path") if path.get("class") == "merged"]
+    if len(events) <= picture.MANY:
+        assert not captions
+        assert not merged
+        return
+    (caption,) = captions
+    assert (caption.text or "").startswith(f"{len(events) - len(boxes(svg))} of {len(events)} boxes, no wider than ")
+    # Area is time: with the boxes that are left, the columns have all that was done.
+    (row, *_) = (box for box in svg.iter(f"{SVG}rect") if box.get("class") == "row")
+    drawn_pixels = sum(float(box.get("width", "nan")) for box in boxes(svg)) * float(row.get("height", "nan"))
+    for path in merged:
+        heights = [float(line.split("v")[1]) for line in (path.get("d") or "").split("M")[1:]]
+        drawn_pixels += sum(heights) * float(path.get("stroke-width", "nan"))
+    whole = float(row.get("width", "nan")) * float(row.get("height", "nan"))
+    window = max(event.end_s for event in events) - min(event.start_s for event in events)
+    assert drawn_pixels / whole == pytest.approx(sum(event.seconds for event in events) / window, rel=0.02)
+
+
+def test_numbers_are_turned_where_only_that_fits(tmp_path: Path) -> None:
+    svg = drawn(step(4, 64), tmp_path)
+    numbers = texts(svg, "number")
+    assert {text.text for text in numbers} == {str(number) for number in range(64)}
+    assert any("rotate" in text.get("transform", "") for text in numbers)
 
 
 def test_colours_tell_the_kinds_the_microbatches_and_the_stages_apart(tmp_path: Path) -> None:
@@ -128,6 +161,7 @@ def test_title_legend_and_what_a_box_says(tmp_path: Path) -> None:
     (title,) = texts(svg, "title")
     assert title.text == "gpipe <&>, 2 ranks, 4 microbatches, bubble 21.2% measured, 20.0% in theory"
     assert [text.text for text in texts(svg, "legend")] == ["forward", "backward", "wait", "idle"]
+    assert [text.text for text in texts(svg, "shade")] == ["The higher a microbatch's number, the darker its box."]
     assert [text.text for text in texts(svg, "rank")] == ["rank 0", "rank 1"]
     assert texts(svg, "tick")[0].text == "0 ms"
     said = boxes(svg, "backward")[-1].findtext(f"{SVG}title")

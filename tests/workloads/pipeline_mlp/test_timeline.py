@@ -108,6 +108,11 @@ def test_stages_on_one_rank_have_no_arrow_between_them(tmp_path: Path) -> None:
     assert not [row for row in rows if row["ph"] in "sf"]
 
 
+def test_boxes_name_their_stage_where_a_rank_has_several(tmp_path: Path) -> None:
+    rows = written([Event(0, "forward", 0, 3, 0.0, 1.0), Event(0, "forward", 2, 3, 1.0, 2.0)], tmp_path)
+    assert [row["name"] for row in rows if row["ph"] == "X"] == ["F3.s0", "F3.s2"]
+
+
 def test_neighbours_never_overlap_in_the_file(tmp_path: Path) -> None:
     # Perfetto drops a box that begins before the one before it has ended; thirds have no end in decimals.
     thirds = [Event(0, "forward", 0, number, 7 + number / 3e4, 7 + (number + 1) / 3e4) for number in range(300)]
