@@ -179,13 +179,13 @@ def plan(data: ImageDataConfig) -> str:
     root = root_of(data)
     source = SOURCES["mnist" if data.source == "auto" else data.source]
     if root.exists() and not root.is_dir():
-        return f"data: {root} is no directory; preparing refuses it"
+        return f"{root} is no directory; preparing refuses it"
     try:
         found = look(source, root)
     except OSError as error:
-        return f"data: {source.title}: {error.filename or root} cannot be read: {error.strerror or error}"
+        return f"{source.title}: {error.filename or root} cannot be read: {error.strerror or error}"
     if found.complete and not found.problems and not found.foreign:
-        return f"data: {_described(source, found)} in {source.raw(root)}"
+        return f"{_described(source, found)} in {source.raw(root)}"
     there = [name for name in FILES if (source.raw(root) / name).exists()]
     if found.foreign:
         state = found.foreign[0]
@@ -196,13 +196,13 @@ def plan(data: ImageDataConfig) -> str:
     else:
         state = f"not in {source.raw(root)} yet"
     if not source.downloaded:
-        return f"data: {source.title}: {state}; preparing makes it"
+        return f"{source.title}: {state}; preparing makes it"
     if found.foreign:
-        return f"data: {source.title}: {state}; preparing " + ("uses digits" if data.source == "auto" else "refuses it")
+        return f"{source.title}: {state}; preparing " + ("uses digits" if data.source == "auto" else "refuses it")
     if found.complete:
-        return f"data: {source.title}: {state}; preparing makes it good from what is there"
+        return f"{source.title}: {state}; preparing makes it good from what is there"
     instead = " or, where it cannot be had, uses digits" if data.source == "auto" else ""
-    return f"data: {source.title}: {state}; preparing downloads it{instead}"
+    return f"{source.title}: {state}; preparing downloads it{instead}"
 
 
 # ---- what is there

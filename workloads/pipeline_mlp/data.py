@@ -107,15 +107,28 @@ def of_images(prepared: images.Prepared, dtype: torch.dtype) -> Samples:
 
 
 def of_table(table: Table, held_out: float, dtype: torch.dtype, words: str) -> Samples:
-    """Columns shifted and scaled to mean 0 and deviation 1 over the training rows; a constant one becomes 0."""
+    """Columns shifted and scaled to mean 0 and deviation 1 over the training rows; a constant one becomes 0.
+
+    A feature that is constant over the training rows becomes 0 in the held-out ones too: nothing is learned about it.
+    A target that is constant over them is only shifted.
+    """
     train, rest = table.split(held_out)
-    columns = []
-    for values in (table.features, table.target[:, None]):
-        mean, deviation = values[train].mean(axis=0), values[train].std(axis=0)
-        scaled = (values - mean) / np.where(deviation > 0, deviation, 1.0)
-        columns += [torch.from_numpy(scaled[train]).to(dtype), torch.from_numpy(scaled[rest]).to(dtype)]
-    train_x, heldout_x, train_y, heldout_y = columns
+    x, varies = _scaled(table.features, train)
+    x[:, ~varies] = 0
+    y, _ = _scaled(table.target[:, None], train)
+    train_x, heldout_x, train_y, heldout_y = (
+        torch.from_numpy(scaled[rows]).to(dtype) for scaled in (x, y) for rows in (train, rest)
+    )
     return Samples(train_x, train_y, heldout_x, heldout_y, outputs=1, words=words)
+
+
+def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns by the training rows' mean and deviation, and which of them vary there."""
+    known = values[train]
+    deviation = known.std(axis=0)
+    varies = (np.ptp(known, axis=0) > 0) & (deviation > 0)  # rounding gives equal numbers a deviation above 0
+    mean = np.where(varies, known.mean(axis=0), known[0])
+    return (values - mean) / np.where(varies, deviation, 1.0), varies
 
 
 def batches(config: Config, samples: Samples, replica: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,22 +159,29 @@ def _is_there(config: Config, directory: Path) -> bool:
 def _read(config: Config) -> Table:
     assert config.data.path is not None
     assert config.data.target is not None
-    table = read(Path(config.data.path).expanduser().absolute(), config.data.target)
+    try:
+        path = Path(config.data.path).expanduser().absolute()
+    except RuntimeError:
+        raise WorkloadError(
+            f"data.path={config.data.path} cannot be read: there is no such home directory; write the path in full"
+        ) from None
+    table = read(path, config.data.target)
     _enough(config, len(table.split(config.data.heldout)[0]))
     return table
 
 
 def _words(config: Config, table: Table) -> str:
     train, rest = table.split(config.data.heldout)
+    columns, rows = len(table.names), len(train)
     return (
-        f"{table.predicted} from {len(table.names)} columns of {config.data.path} ({len(train):,} rows to train on, "
-        f"{len(rest):,} held out)"
+        f"{table.predicted} from {columns} column{'s' * (columns != 1)} of {config.data.path} "
+        f"({rows:,} row{'s' * (rows != 1)} to train on, {len(rest):,} held out)"
     )
 
 
 def _enough(config: Config, samples: int) -> None:
     if samples < config.global_batch_size:
         raise WorkloadError(
-            f"global_batch_size={config.global_batch_size} is more than the {samples:,} samples to train on: there "
-            "would be no step; use a smaller one"
+            f"global_batch_size={config.global_batch_size} is more than the {samples:,} "
+            f"sample{'s' * (samples != 1)} to train on: there would be no step; use a smaller one"
         )

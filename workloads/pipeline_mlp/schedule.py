@@ -2,10 +2,10 @@
 
     python -m workloads.pipeline_mlp.schedule schedule=1f1b ranks=4 microbatches=8 [stages=8]
 
-prints a row a rank. `F3` is microbatch 3's forward pass, `B3` its backward pass; zero_bubble has `I3`, the half of it
-that gives the gradient of the stage's input, and `W3`, the half that gives the weights'. `F3>1` sends what the forward
-pass gave to rank 1, `F3<0` receives it from rank 0; `B3>0` and `B3<1` likewise send and receive gradients. With several
-stages on a rank, `F3.s5` is stage 5's.
+prints a row a rank, and a line that explains them. `F3` is microbatch 3's forward pass, `B3` its backward pass;
+zero_bubble has `I3`, the half of it that gives the gradient of the stage's input, and `W3`, the half that gives the
+weights'. `F3>1` sends what the forward pass gave to rank 1, `F3<0` receives it from rank 0; `B3>0` and `B3<1` likewise
+send and receive gradients. With several stages on a rank, `F3.s5` is stage 5's.
 
 A schedule is made in two moves. One of the functions below says in which order each rank computes: that is the idea,
 a few lines for each. `with_transfers` then adds sending and receiving, in one way for all of them.
@@ -344,16 +344,17 @@ def refusal(name: str, ranks: int, microbatches: int, stages: int | None = None)
     if name == "interleaved":
         if ranks == 1:
             return (
-                "schedule=interleaved on 1 pipeline rank: its stages take turns over several; use more ranks, or "
+                "schedule=interleaved on 1 pipeline rank: interleaved needs at least 2 pipeline ranks; use more ranks, or "
                 "schedule=gpipe"
             )
-        if stages is not None and (stages % ranks or stages == ranks):
+        if stages is not None and (stages % ranks or stages < 2 * ranks):
             return (
                 f"stages={stages} with schedule=interleaved on {ranks} pipeline ranks: each has equally many, and at "
                 f"least two; use stages={max(2, -(-stages // ranks)) * ranks}"
             )
     elif stages is not None and stages != ranks:
-        return f"stages={stages} with schedule={name} on {ranks} pipeline ranks: each has one; leave stages out" + (
+        where = f"{ranks} pipeline rank{'s' * (ranks != 1)}"
+        return f"stages={stages} with schedule={name} on {where}: each rank has one stage; leave stages out" + (
             ", or use schedule=interleaved" if stages > ranks > 1 else ""
         )
     return None
@@ -369,13 +370,20 @@ def torch_refusal(name: str, ranks: int, microbatches: int) -> str | None:
             f"{what}, microbatches={microbatches} on {ranks} pipeline ranks: torch wants at least as many as there are "
             f"stages; use microbatches={ranks}, {cure}"
         )
-    rounds = max(1, microbatches // ranks)
-    if name in ("interleaved", "zero_bubble") and microbatches % rounds:
+    if name in ("interleaved", "zero_bubble") and not _in_torch_rounds(ranks, microbatches):
+        # One number below works for certain, and one above: any multiple of the ranks does.
+        fewer = next(m for m in range(microbatches, 0, -1) if _in_torch_rounds(ranks, m))
+        more = next(m for m in range(microbatches, microbatches + ranks) if _in_torch_rounds(ranks, m))
         return (
-            f"{what}, microbatches={microbatches} on {ranks} pipeline ranks: torch wants a multiple of "
-            f"microbatches // ranks, {rounds}; use microbatches={-(-microbatches // ranks) * ranks}, {cure}"
+            f"{what}, microbatches={microbatches} on {ranks} pipeline ranks: torch cuts them into "
+            f"{microbatches // ranks} rounds (microbatches // ranks) of one size; use microbatches={fewer} or {more}, "
+            f"{cure}"
         )
     return None
+
+
+def _in_torch_rounds(ranks: int, microbatches: int) -> bool:
+    return microbatches % max(1, microbatches // ranks) == 0
 
 
 def forward_only(placement: Sequence[int], microbatches: int) -> Schedule:
@@ -397,31 +405,75 @@ def forward_only(placement: Sequence[int], microbatches: int) -> Schedule:
 # ---- by hand
 
 
+LEGEND = (
+    "F forward, B backward, I and W its halves (for the input, for the weights) of microbatch 0, 1, ...; F0>1 sends "
+    "microbatch 0's output to rank 1, F0<0 receives it from rank 0, B0>0 and B0<1 its gradient; .s2: stage 2"
+)
+
+SETTINGS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
+    {
+        "schedule": ("|".join(SCHEDULES), "1f1b", "the idea by which it is ordered"),
+        "ranks": ("N", "4", "pipeline ranks, at least 1; interleaved needs 2"),
+        "microbatches": ("N", "8", "into which a batch is cut, at least 1"),
+        "stages": ("N", "", "by default one a rank; for interleaved two, or any larger number for each"),
+        "transfers": ("yes|no", "yes", "whether sends and receives are printed"),
+    }
+)
+"""Of the command: what can be given, what stands where nothing is, what it means."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Prints a schedule; returns the exit code, 2 for what was mistyped or cannot be."""
-    usage = "python -m workloads.pipeline_mlp.schedule schedule=1f1b ranks=4 microbatches=8 [stages=8] [transfers=no]"
-    values: dict[str, str] = {"schedule": "1f1b", "ranks": "4", "microbatches": "8", "stages": "", "transfers": "yes"}
+    if {"-h", "--help"} & set(arguments):
+        print(_usage())
+        return 0
     try:
-        for word in arguments:
-            key, equals, value = word.partition("=")
-            if not equals or key not in values:
-                raise WorkloadError(f"'{word}': no such setting; {usage}")
-            values[key] = value
-        numbers: dict[str, int | None] = {}
-        for key in ("ranks", "microbatches", "stages"):
-            if not values[key].isdecimal() and not (key == "stages" and not values[key]):
-                raise WorkloadError(f"{key}={values[key]}: is not a whole number; {usage}")
-            numbers[key] = int(values[key]) if values[key] else None
+        values = {key: default for key, (_, default, _) in SETTINGS.items()} | _given(arguments)
+        ranks, microbatches = _number("ranks", values["ranks"]), _number("microbatches", values["microbatches"])
+        stages = _number("stages", values["stages"]) if values["stages"] else None
         if values["transfers"] not in ("yes", "no"):
             raise WorkloadError(f"transfers={values['transfers']}: is neither yes nor no")
-        ranks, microbatches = numbers["ranks"], numbers["microbatches"]
-        assert ranks is not None
-        assert microbatches is not None
-        print(make(values["schedule"], ranks, microbatches, numbers["stages"]).text(values["transfers"] == "yes"))
+        print(make(values["schedule"], ranks, microbatches, stages).text(values["transfers"] == "yes"))
+        print(LEGEND)
     except WorkloadError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"meshrun: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _usage() -> str:
+    lines = ["usage: python -m workloads.pipeline_mlp.schedule [KEY=VALUE ...]", "prints what each rank does, in order"]
+    for key, (choices, default, meaning) in SETTINGS.items():
+        lines.append(f"  {key}={choices}" + (f" (default: {default})" if default else "") + f"\n      {meaning}")
+    return "\n".join([*lines, LEGEND])
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for word in arguments:
+        key, _, value = word.partition("=")
+        if key not in SETTINGS:
+            close = difflib.get_close_matches(key, SETTINGS, n=1)
+            hint = f" (did you mean '{close[0]}=...'?)" if close else ""
+            known = ", ".join(f"{name}={choices}" for name, (choices, _, _) in SETTINGS.items())
+            raise WorkloadError(f"{word!r}: no such setting{hint}; there are {known}")
+        if not value:
+            raise WorkloadError(f"{word!r}: has no value; write {key}={SETTINGS[key][0]}")
+        if key in values:
+            raise WorkloadError(f"{word!r}: {key} was given already, as {values[key]}; give it once")
+        values[key] = value
+    return values
+
+
+def _number(key: str, value: str) -> int:
+    digits = value.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise WorkloadError(f"{key}={value}: is not a whole number; write {key}=N")
+    if len(digits) > 6:
+        raise WorkloadError(f"{key}={value}: is more than can be listed")
+    if int(value) < 1:
+        raise WorkloadError(f"{key}={value}: must be at least 1")
+    return int(value)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def test_folders_that_a_killed_process_left_do_no_harm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_files_put_there_by_hand_are_adopted(packed: bool, small: Small, tmp_path: Path) -> None:
     raw = small.put(tmp_path, packed=packed)
-    assert plan(images("auto", tmp_path)).startswith("data: MNIST (1,500 handwritten digits to train on, 297 held out)")
+    assert plan(images("auto", tmp_path)).startswith("MNIST (1,500 handwritten digits to train on, 297 held out)")
     prepared = make_ready(images("auto", tmp_path), download=False)
     assert prepared.source == "mnist"
     record = json.loads((raw / CHECKSUMS_FILE).read_text())
@@ -478,16 +478,15 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     root = tmp_path / "data"
     lines = {source: plan(images(source, root)) for source in ("auto", "mnist", "fashion_mnist", "digits", "fake")}
     assert lines == {
-        "auto": f"data: MNIST: not in {root}/MNIST/raw yet; "
-        "preparing downloads it or, where it cannot be had, uses digits",
-        "mnist": f"data: MNIST: not in {root}/MNIST/raw yet; preparing downloads it",
-        "fashion_mnist": f"data: Fashion-MNIST: not in {root}/FashionMNIST/raw yet; preparing downloads it",
-        "digits": f"data: digits: not in {root}/Digits/raw yet; preparing makes it",
-        "fake": f"data: fake: not in {root}/Fake/raw yet; preparing makes it",
+        "auto": f"MNIST: not in {root}/MNIST/raw yet; preparing downloads it or, where it cannot be had, uses digits",
+        "mnist": f"MNIST: not in {root}/MNIST/raw yet; preparing downloads it",
+        "fashion_mnist": f"Fashion-MNIST: not in {root}/FashionMNIST/raw yet; preparing downloads it",
+        "digits": f"digits: not in {root}/Digits/raw yet; preparing makes it",
+        "fake": f"fake: not in {root}/Fake/raw yet; preparing makes it",
     }
     assert not list(tmp_path.iterdir())
     prepared = make_ready(images("fake", root))
-    assert plan(images("fake", root)) == prepared.announcement
+    assert plan(images("fake", root)) == prepared.why
 
 
 def test_importing_and_planning_stay_light() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from workloads.base import WorkloadError
 from workloads.pipeline_mlp.schedule import (
     COMPUTE,
+    LEGEND,
     RECEIVES,
     SCHEDULES,
     SENDS,
     Action,
     Schedule,
     forward_only,
+    main,
     make,
     refusal,
     torch_refusal,
@@ -247,14 +250,21 @@ def test_forward_alone_is_a_schedule_too() -> None:
     ("given", "line"),
     [
         (("1f2b", 2, 2), r"schedule=1f2b: no such schedule \(did you mean '1f1b'\?\); there are naive, gpipe"),
-        (("interleaved", 1, 4), "schedule=interleaved on 1 pipeline rank: .* use more ranks, or schedule=gpipe"),
+        (
+            ("interleaved", 1, 4),
+            "schedule=interleaved on 1 pipeline rank: interleaved needs at least 2 pipeline ranks; use more",
+        ),
         (("interleaved", 4, 4, 6), "stages=6 with schedule=interleaved on 4 pipeline ranks: .*; use stages=8"),
         (("interleaved", 4, 4, 4), "stages=4 with schedule=interleaved on 4 pipeline ranks: .*; use stages=8"),
         (
             ("gpipe", 2, 4, 4),
-            "stages=4 with schedule=gpipe on 2 pipeline ranks: each has one; leave stages out, or use",
+            "stages=4 with schedule=gpipe on 2 pipeline ranks: each rank has one stage; leave stages out, or use",
         ),
-        (("gpipe", 4, 4, 2), "stages=2 with schedule=gpipe on 4 pipeline ranks: each has one; leave stages out$"),
+        (
+            ("gpipe", 4, 4, 2),
+            "stages=2 with schedule=gpipe on 4 pipeline ranks: each rank has one stage; leave stages out$",
+        ),
+        (("interleaved", 4, 4, 0), "stages=0 with schedule=interleaved on 4 pipeline ranks: .*; use stages=8"),
         (("gpipe", 0, 4), "ranks=0, microbatches=4: a pipeline has at least one of each"),
     ],
 )
@@ -266,8 +276,12 @@ def test_what_cannot_be(given: tuple, line: str) -> None:
 def test_what_torch_cannot() -> None:
     assert "torch.distributed.pipelining has no such schedule" in (torch_refusal("naive", 2, 4) or "")
     assert "use microbatches=4" in (torch_refusal("1f1b", 4, 3) or "")
-    assert "use microbatches=12" in (torch_refusal("interleaved", 4, 11) or "")
-    assert "use microbatches=12" in (torch_refusal("zero_bubble", 4, 11) or "")
+    assert "use microbatches=10 or 12, " in (torch_refusal("interleaved", 4, 11) or "")
+    assert "use microbatches=6 or 8, " in (torch_refusal("zero_bubble", 3, 7) or "")
+    for ranks in range(1, 9):
+        for number in range(1, 40):
+            for m in re.findall(r"microbatches=(\d+) or (\d+)", torch_refusal("interleaved", ranks, number) or ""):
+                assert [torch_refusal("interleaved", ranks, int(use)) for use in m] == [None, None]
     assert torch_refusal("1f1b", 4, 4) is None
     assert torch_refusal("interleaved", 4, 2) is None
     assert torch_refusal("gpipe", 4, 1) is None
@@ -283,12 +297,41 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_printed_from_the_shell() -> None:
     done = command("schedule=zero_bubble", "ranks=2", "microbatches=2", "transfers=no")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "rank 0: F0 F1 I0 W0 I1 W1\nrank 1: F0 I0 F1 I1 W0 W1\n"
-    for wrong in ("rank=2", "ranks=two", "ranks=0", "schedule=gpip", "transfers=maybe", "stages=-1"):
-        done = command(wrong)
-        assert (done.returncode, done.stdout) == (2, ""), wrong
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
+    assert done.stdout == f"rank 0: F0 F1 I0 W0 I1 W1\nrank 1: F0 I0 F1 I1 W0 W1\n{LEGEND}\n"
+    done = command("ranks=0")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "meshrun: error: ranks=0: must be at least 1\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["rank=2"], "'rank=2': no such setting (did you mean 'ranks=...'?); there are schedule=naive|gpipe|"),
+        (["ranks"], "'ranks': has no value; write ranks=N"),
+        (["schedule="], "'schedule=': has no value; write schedule=naive|gpipe|"),
+        (["ranks=two"], "ranks=two: is not a whole number; write ranks=N"),
+        (["ranks=²"], "ranks=²: is not a whole number"),
+        (["ranks=99999999"], "ranks=99999999: is more than can be listed"),
+        (["stages=-1"], "stages=-1: must be at least 1"),
+        (["microbatches=-3"], "microbatches=-3: must be at least 1"),
+        (["ranks=2", "ranks=3"], "'ranks=3': ranks was given already, as 2; give it once"),
+        (["schedule=gpip"], "schedule=gpip: no such schedule (did you mean 'gpipe'?)"),
+        (["transfers=maybe"], "transfers=maybe: is neither yes nor no"),
+    ],
+)
+def test_mistyped(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"meshrun: error: {line}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_usage(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ranks=2", word]) == 0
+    out = capsys.readouterr().out
+    for says in (*SCHEDULES, "ranks=N (default: 4)", "microbatches=N", "stages=N", "transfers=yes|no", LEGEND):
+        assert says in out
 
 
 def test_schedules_come_without_torch_and_without_numpy() -> None:

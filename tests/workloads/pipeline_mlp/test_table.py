@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,11 @@ def test_an_npz(tmp_path: Path) -> None:
     ("text", "line"),
     [
         ("", "is empty; the first line of a CSV file names its columns"),
-        ("a,y\n", "has a header and no rows"),
-        ("a,y\n1,2\n3\n", "line 3: 1 values for 2 columns"),
+        ("a,y\n", "has a header and no rows; add a row for each sample"),
+        ("a,y\n1,2\n3\n", "line 3: 1 value for 2 columns; give each row one value a column"),
         ("a,y\n1,2\n3,4,5\n", "line 3: 3 values for 2 columns"),
         ("a,y\n1,2\n3,x\n", "line 3, column y: 'x' is no finite number; mend or drop the row"),
-        ("a,y\n1,2\n,4\n", "line 3, column a: nothing is no finite number"),
+        ("a,y\n1,2\n,4\n", "line 3, column a: is empty; mend or drop the row"),
         ("a,y\n1,nan\n", "line 2, column y: 'nan' is no finite number"),
         ("a,y\n1,-inf\n", "line 2, column y: '-inf' is no finite number"),
         ("a,y\n1_000,2\n", "line 2, column a: '1_000' is no finite number"),
@@ -68,7 +70,16 @@ def test_an_npz(tmp_path: Path) -> None:
         ("a,y\n1,2\n2,2\n", "data.target=y in .* is 2 in every row: there is nothing to learn"),
         (b"a,y\n\xff\xfe,2\n", "is no CSV file in UTF-8"),
         (b"a,y\n1,\x002\n", "line 2, column y|is no CSV file"),
-        ('a,y\n"1,2\n3,4\n', r"line \d: 1 values for 2 columns"),
+        ('a,y\n"1,2\n3,4\n', r"line 3: is no CSV: unexpected end of data; is there a quote that is not closed\?"),
+        ("\n \n\n", "is empty; the first line"),
+        ("a,y\n1,٣\n", "column y: '٣' is no finite number"),
+        ('a,y\n1,"2\n3"\n', r"column y: '2\\n3' is no finite number"),
+        (f"a,y\n1,{'x' * 50}\n", f"column y: '{'x' * 40}...' is no finite number"),
+        (f'a,y\n1,"{"x" * 200_000}', "is no CSV: field larger than field limit"),
+        ("a,y\n1e300,1\n2,2\n", "column a: its mean or deviation is beyond fp64; rescale it"),
+        ("a,y\n1,1e308\n2,1e308\n", "column y: its mean or deviation is beyond fp64; rescale it"),
+        ("a,y\n1e308,1\n-1e308,2\n", "column a: its mean or deviation is beyond fp64; rescale it"),
+        ("a,y\n0,1\n1e-200,2\n", "column a: its mean or deviation is beyond fp64; rescale it"),
     ],
 )
 def test_what_is_wrong_with_a_csv(text: str | bytes, line: str, tmp_path: Path) -> None:
@@ -78,18 +89,23 @@ def test_what_is_wrong_with_a_csv(text: str | bytes, line: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arrays", "line"),
     [
-        ({}, "holds no array"),
+        ({}, r"holds no array; write it with np.savez\(file, x=..., y=...\)"),
         ({"x": [1.0, 2]}, "data.target=y: .* has no such column; it has x"),
         ({"x": [1.0, 2], "y": [1.0, 2, 3]}, "arrays have unequally many rows: x 2, y 3"),
         ({"x": [1.0, np.nan], "y": [1.0, 2]}, r"x\[1\] is nan, no finite number"),
         ({"x": [[1.0, 2], [3, np.inf]], "y": [1.0, 2]}, r"x\[1, 1\] is inf, no finite number"),
         ({"x": ["a", "b"], "y": [1.0, 2]}, "array x is of <U1, not of real numbers"),
         ({"x": [1j, 2], "y": [1.0, 2]}, "array x is of complex128, not of real numbers"),
-        ({"x": np.array([{}, {}]), "y": [1.0, 2]}, "is no npz file of plain numbers: Object arrays"),
+        (
+            {"x": np.array([{}, {}]), "y": [1.0, 2]},
+            "cannot be read as an npz file of plain numbers: array x is of Python objects; ",
+        ),
         ({"x": np.ones((2, 2, 2)), "y": [1.0, 2]}, "array x has 3 dimensions; give rows, or rows x features"),
-        ({"x": 1.0, "y": [1.0, 2]}, "array x has 0 dimensions"),
+        ({"x": 1.0, "y": [1.0, 2]}, "array x is a single number and has no rows"),
         ({"x": np.ones((2, 0)), "y": [1.0, 2]}, "has no feature beside y"),
-        ({"x": [1.0, 2], "y": [[1.0], [2]]}, r"data.target=y in .* is of shape \[2, 1\]; one number a row"),
+        ({"x": [1.0, 2], "y": 1.0}, "array y is a single number and has no rows"),
+        ({"x": [1.0, 2], "y": np.ones((2, 2))}, r"data.target=y in .* is of shape \[2, 2\]; one number a row"),
+        ({"x": [np.longdouble("1e400"), np.longdouble(2)], "y": [1.0, 2]}, r"x\[0\] is 1e\+400, beyond fp64"),
         ({"x": [], "y": []}, "its arrays have no rows"),
     ],
 )
@@ -101,15 +117,98 @@ def test_what_is_no_npz_at_all(tmp_path: Path) -> None:
     path = tmp_path / "table.npz"
     one_line(path, "y", "there is no such file; give a .csv or .npz file")
     path.write_bytes(b"hello")
-    one_line(path, "y", "is no npz file of plain numbers")
+    one_line(path, "y", r"table.npz is no npz file; write it with np.savez\(file, x=..., y=...\)$")
     path.write_bytes(npz(tmp_path, x=[1.0, 2], y=[1.0, 2]).read_bytes()[:-30])
-    one_line(path, "y", "is no npz file of plain numbers")
+    one_line(path, "y", "table.npz is no npz file; ")
     with path.open("wb") as file:
         np.save(file, np.ones(3))
     one_line(path, "y", "holds a single array, as np.save writes")
     path.unlink()
     path.mkdir()
     one_line(path, "y", "is a directory")
+
+
+def test_a_target_of_one_column_is_a_target(tmp_path: Path) -> None:
+    assert read(npz(tmp_path, x=[1.0, 2], y=[[1.0], [2]]), "y").target.tolist() == [1, 2]
+
+
+def test_blank_lines_are_skipped(tmp_path: Path) -> None:
+    table = read(csv(tmp_path, "\n  \na,y\n1,2\n   \n3,4\n\n"), "y")
+    assert table.features.tolist() == [[1], [3]]
+
+
+def damaged(path: Path, wrong: str) -> None:
+    header = b"\x93NUMPY\x01\x00"
+    if wrong == "giant":
+        words = b"{'descr': '<f8', 'fortran_order': False, 'shape': (%d,), }\n" % 10**16
+    else:
+        words = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }\n"
+    npy = header + len(words).to_bytes(2, "little") + words + bytes(8)
+    packing = zipfile.ZIP_DEFLATED if wrong == "deflated" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("notes.txt" if wrong == "text" else "y.npy", b"words" if wrong == "text" else npy)
+        start, directory = archive.infolist()[0].header_offset, archive.fp.tell()  # type: ignore[union-attr]
+    content = bytearray(path.read_bytes())
+    if wrong == "deflated":
+        content[start + 30 + len("y.npy")] = 0xFF
+    if wrong == "encrypted":
+        content[start + 6] |= 1
+        content[directory + 8] |= 1
+    if wrong == "method":
+        content[start + 8] = content[directory + 10] = 99
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ("text", "table.npz: notes.txt is no array; write it with"),
+        ("giant", "cannot be read as an npz file of plain numbers: "),
+        ("deflated", "cannot be read as an npz file of plain numbers: Error -3 while decompressing"),
+        ("encrypted", "cannot be read as an npz file of plain numbers: .*encrypted"),
+        ("method", "cannot be read as an npz file of plain numbers: That compression method is not supported"),
+    ],
+)
+def test_a_zip_that_is_no_npz(wrong: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.npz"
+    damaged(path, wrong)
+    one_line(path, "y", line)
+
+
+def test_what_is_no_file_to_read(tmp_path: Path) -> None:
+    one_line(tmp_path / ("x" * 300 + ".csv"), "y", "cannot be read: File name too long")
+    os.mkfifo(tmp_path / "table.csv")
+    one_line(tmp_path / "table.csv", "y", "is no regular file; give a .csv or .npz file")
+    with pytest.raises(WorkloadError, match="cannot be read: there is no such home directory; write the path in full"):
+        data.prepare(config(Path("~nosuchuser/x.csv")), tmp_path / "data")
+
+
+def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(np.ones((2, 1)), np.arange(2.0), ("x",), "y")
+
+    def fail(file: Any, **_: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", fail)
+        with pytest.raises(OSError, match="disk full"):
+            table.write(tmp_path / "table.npz")
+    assert not list(tmp_path.iterdir())
+    table.write(tmp_path / "table.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.npz"]
+
+
+def test_a_column_constant_over_the_training_rows_becomes_0() -> None:
+    """The deviation of equal floats comes out above 0: divided by it, a held-out row would be 1e15."""
+    values = np.full((50, 2), 0.1)
+    table = Table(values, np.arange(50.0), ("a", "b"), "y")
+    train, rest = table.split(0.2)
+    assert (values[train].std(axis=0) > 0).all()
+    values[rest] = 5
+    samples = data.of_table(table, 0.2, torch.float64, "")
+    assert not samples.train_x.any()
+    assert not samples.heldout_x.any()
 
 
 def one_line(path: Path, target: str, line: str) -> None:
