@@ -344,8 +344,8 @@ def refusal(name: str, ranks: int, microbatches: int, stages: int | None = None)
     if name == "interleaved":
         if ranks == 1:
             return (
-                "schedule=interleaved on 1 pipeline rank: interleaved needs at least 2 pipeline ranks; use more ranks, or "
-                "schedule=gpipe"
+                "schedule=interleaved on 1 pipeline rank: interleaved needs at least 2 pipeline ranks; use more ranks, "
+                "or schedule=gpipe"
             )
         if stages is not None and (stages % ranks or stages < 2 * ranks):
             return (
