@@ -65,7 +65,11 @@ def test_the_mesh(given: dict[str, Any], shape: tuple[int, int], sizes: tuple[in
         ({"schedule": "interleaved", "dp": 2}, (1, 2), r"schedule=interleaved on 1 pipeline rank"),
         ({"schedule": "interleaved", "stages": 6}, (1, 4), r"stages=6 with .* use stages=8"),
         ({"stages": 4}, (1, 2), r"stages=4 with schedule=1f1b on 2 pipeline ranks: .* or use schedule=interleaved"),
-        ({"stages": 2}, (1, 4), r"stages=2 with schedule=1f1b on 4 pipeline ranks: each rank has one stage; leave stages out$"),
+        (
+            {"stages": 2},
+            (1, 4),
+            r"stages=2 with schedule=1f1b on 4 .*: each rank has one stage; leave stages out$",
+        ),
         ({"engine": "torch", "schedule": "naive"}, (1, 2), r"engine=torch with schedule=naive: .* no such schedule"),
         (
             {"engine": "torch", "microbatches": 2},
