@@ -80,3 +80,11 @@ def test_the_table_of_the_run_directory_names_what_records_names(tmp_path: Path)
     first = (run.submission, run.result, run.metrics, run.settings, run.job)
     for path in (*first, run.paths(0).export_dir, run.attempt(0).log(3)):
         assert f"| `{path.relative_to(tmp_path)}" in README
+
+
+def test_the_schedule_that_it_shows_is_what_is_printed() -> None:
+    [(line, shown)] = re.findall(
+        r"```\n\$ python -m (workloads\.pipeline_mlp\.schedule .*)\n(.*?)```", README, re.DOTALL
+    )
+    done = subprocess.run([sys.executable, "-m", *line.split()], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == shown
