@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import statistics
@@ -254,10 +255,13 @@ def export(modules: nn.ModuleList, wide: list[int], samples: data.Samples, ctx: 
     path = ctx.paths.export_dir / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: torch.from_numpy(value) for part in everyone for name, value in part.items()}
-    about = {"model_type": "pipeline_mlp", "widths": str(wide), "activation": "relu", "data": samples.words}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(weights, partial, metadata={"format": "pt", **about})
+    save_file(weights, partial, metadata={"format": "pt"})
     partial.replace(path)
+    # Not in the file's metadata, whose order differs from one write to the next.
+    about = {"model_type": "pipeline_mlp", "widths": wide, "activation": "relu", "data": samples.words}
+    partial.write_text(json.dumps(about, indent=2) + "\n")
+    partial.replace(path.with_name("config.json"))
     log.info("weights are in %s", path)
     return {"export": str(path)}
 
