@@ -34,6 +34,8 @@ from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 POLL_S = 0.05
 SAY_AFTER_S = 10.0
 """A preparation that has been silent for so long is said to be what is waited for."""
+START_S = 120.0
+"""For an interpreter and the workload's module, on a loaded machine or a slow file system: not `prepare`'s time."""
 STOP_S = 2.0
 """Between SIGINT, upon which `finally` clauses run, and SIGKILL."""
 DRAIN_S = 1.0
@@ -90,6 +92,7 @@ class Preparation:
         self._what = what
         self._show = show
         self._began = time.monotonic()
+        self._called: float | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._tail = ""
         self._answer = b""
@@ -139,7 +142,6 @@ class Preparation:
         Raises:
             WorkloadError: it refused, it crashed, or its time is over.
         """
-        deadline = self._began + self._entry.prepare_timeout_s
         said = False
         while True:
             # Asked before reading: what it wrote before its end is then there to be read.
@@ -155,7 +157,16 @@ class Preparation:
                 raise WorkloadError(answer["refused"])
             if ended:
                 return self._returned(answer)
-            if time.monotonic() > deadline:
+            if self._called is None and self._answer:
+                self._called = time.monotonic()
+            if self._called is None and time.monotonic() > self._began + START_S:
+                self._stop()
+                raise WorkloadError(
+                    f"workload {self._entry.name}: the process for prepare has not come to calling it within "
+                    f"{START_S:g} s, and was killed{self._last_words()}; is this machine overloaded, or the file "
+                    "system that python is on?"
+                )
+            if self._called is not None and time.monotonic() > self._called + self._entry.prepare_timeout_s:
                 raise WorkloadError(self._too_late(answer))
             # Whoever prints says what is being waited for, and would have another's line in the middle of his own.
             if not said and not self._tail and time.monotonic() - self._began > SAY_AFTER_S:
@@ -254,8 +265,12 @@ class Preparation:
             pass
 
     def _read_answer(self) -> dict[str, Any] | None:
-        line, whole, _ = self._answer.partition(b"\n")
-        return json.loads(line) if whole else None
+        """What came of `prepare`: the line that is not the one that says that it was called."""
+        for line in self._answer.split(b"\n")[:-1]:
+            answer: dict[str, Any] = json.loads(line)
+            if "called" not in answer:
+                return answer
+        return None
 
     def _doing(self) -> str:
         return "" if self._entry.plan is None else f" ({self._what})"
@@ -295,6 +310,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
         spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
         entry = registry.load(spec.workload, spec.import_path)
         config = entry.config.model_validate(spec.settings)
+        _say(results, {"called": True})  # from here on it is prepare's time
         line = entry.call("prepare", config, RunDirectory(run_dir).data)
         if line is not None and not isinstance(line, str):
             raise WorkloadError(
@@ -315,7 +331,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
 
 
 def _say(results: int, answer: dict[str, Any]) -> None:
-    """The whole answer, ended by a line break; json has none inside."""
+    """All of it, ended by a line break; json has none inside."""
     data = json.dumps(answer).encode() + b"\n"
     while data:
         data = data[os.write(results, data) :]

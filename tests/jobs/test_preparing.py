@@ -222,10 +222,10 @@ def test_what_does_not_end_is_ended_and_said(prepared: Type) -> None:
         time.sleep(600)
     """
     began = time.monotonic()
-    line = prepared(body, more=", prepare_timeout_s=1.5, plan=lambda config: 'fetches nine files'")
+    line = prepared(body, more=", prepare_timeout_s=3, plan=lambda config: 'fetches nine files'")
     check_refused(
         line,
-        "workload mine: prepare (fetches nine files) has not ended within 1.5 s (it was at ",
+        "workload mine: prepare (fetches nine files) has not ended within 3 s (it was at ",
         "mine.py:29), and was killed (its last words: file 3 of 9); if it needs longer, raise prepare_timeout_s",
     )
     assert time.monotonic() - began < 15
@@ -238,6 +238,30 @@ def test_what_ignores_ctrl_c_is_ended_too(prepared: Type) -> None:
         time.sleep(600)
     """
     check_refused(prepared(body, more=", prepare_timeout_s=1"), "prepare has not ended within 1 s, and was killed;")
+
+
+SLOW_TO_START = """)
+BEGAN = time.monotonic()
+if Path(sys.modules["__main__"].__file__).name == "entry.py":
+    print("slow", flush=True)
+    (time.sleep({})"""
+
+
+def test_its_time_begins_when_it_is_called(prepared: Type, tmp_path: Path) -> None:
+    """Not with the interpreter, which may have torch to import, and a loaded machine to do it on."""
+    body = "Path('when').write_text(str(time.monotonic() - BEGAN))"
+    code, _, err = prepared(body, "made=false", more=", prepare_timeout_s=1.5" + SLOW_TO_START.format(2)).finish()
+    assert code == 0, err
+    assert float((tmp_path / "when").read_text()) > 2
+
+
+def test_a_process_that_never_comes_to_it_is_ended_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "return", SLOW_TO_START.format(600))
+    monkeypatch.setattr(preparing, "START_S", 5.0)
+    with pytest.raises(
+        WorkloadError, match=r"has not come to calling it within 5 s, and was killed \(its last words: slo"
+    ):
+        outcome(tmp_path, monkeypatch, "sleeps")
 
 
 def test_a_thread_that_goes_on_is_waited_for_and_said(prepared: Type) -> None:
@@ -258,8 +282,15 @@ def test_a_deadline_is_a_number_of_seconds(timeout_s: Any) -> None:
 def test_a_long_silence_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "time.sleep(1)\nreturn 'done'", ", plan=lambda config: 'sleeps'")
     monkeypatch.setattr(preparing, "SAY_AFTER_S", 0.1)
+    answer, shown = outcome(tmp_path, monkeypatch, "sleeps")
+    assert answer == "done"
+    assert shown == ["meshrun: waiting for workload mine: prepare (sleeps), at most 3600 s\n"]
+
+
+def outcome(directory: Path, monkeypatch: pytest.MonkeyPatch, plan: str) -> tuple[str | None, list[str]]:
+    """What came of the workload that was written there, and what was shown; nothing may be left."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    run = RunDirectory.create(tmp_path / "run")
+    run = RunDirectory.create(directory / "run")
     spec = JobSpec(
         workload="mine:ENTRY",
         settings={},
@@ -267,20 +298,20 @@ def test_a_long_silence_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyP
         executor="local",
         cluster="none",
         run_dir=run.path,
-        import_path=(str(tmp_path),),
+        import_path=(str(directory),),
     )
     run.describe(spec)
     sys.modules.pop("mine", None)
     shown: list[str] = []
     before = processes.children()
-    preparation = preparing.Preparation(registry.load("mine:ENTRY", spec.import_path), spec, "sleeps", shown.append)
+    preparation = preparing.Preparation(registry.load("mine:ENTRY", spec.import_path), spec, plan, shown.append)
     try:
-        assert preparation.outcome() == "done"
+        answer = preparation.outcome()
     finally:
         preparation.end()
         del sys.modules["mine"]
-    assert shown == ["meshrun: waiting for workload mine: prepare (sleeps), at most 3600 s\n"]
-    assert processes.children() == before
+        assert processes.children() == before
+    return answer, shown
 
 
 # --- who submits is interrupted ---------------------------------------------------------------------------------------
