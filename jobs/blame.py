@@ -18,7 +18,8 @@ from typing import Any, Literal
 ENDS = "this rank ends: "
 """What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
 
-Kind = Literal["error", "exit", "killed", "lost_peer"]
+Kind = Literal["error", "exit", "killed", "lost_peer", "unreachable"]
+"""The last two are about others: whom this rank lost, or could never reach, which rank 0 knows nothing of."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Failure:
     traceback: str = ""
     log: str = ""
     """The rank's log file."""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is this rank's own doing, and not what it met with in another."""
+        return self.kind not in ("lost_peer", "unreachable")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,6 +71,8 @@ def kind_of(error: BaseException) -> Kind:
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         name = type(cause).__name__
+        if name == "UnreachableError":
+            return "unreachable"
         if name in ("DistNetworkError", "DistStoreError", "RendezvousError"):
             return "lost_peer"
         text = str(cause)
@@ -160,7 +168,11 @@ def _instead(failure: Failure, rank: int, host: str, message: str) -> Failure:
 
 
 def blame(failures: Sequence[Failure]) -> Failure:
-    """The failure that ended the job: the earliest that is not merely the loss of a peer, else the earliest."""
+    """The failure that ended the job: the earliest that is not merely the loss of a peer, else the earliest.
+
+    Who could not reach rank 0 knows why the ranks did not meet; the others know only that they did not.
+    """
     assert failures
-    own = [failure for failure in failures if failure.kind != "lost_peer"]
-    return min(own or failures, key=lambda failure: (failure.when, failure.rank))
+    own = [failure for failure in failures if failure.own]
+    unreachable = [failure for failure in failures if failure.kind == "unreachable"]
+    return min(own or unreachable or failures, key=lambda failure: (failure.when, failure.rank))

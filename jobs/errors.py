@@ -12,6 +12,7 @@ MeshrunError
 ├── TopologyError            in a rank: the environment names no rank, hosts hold unequal numbers of them, or a host has
 │                            not the network interface that it should have
 └── RendezvousError          in a rank: the others did not come in time, or are not of this job
+    └── UnreachableError     where rank 0 is announced this rank does not find it
 
 Interrupted                  exit 130: Ctrl-C, a hang-up, a termination; like KeyboardInterrupt no Exception, so that no
                              `except Exception` on its way, a user's own least of all, takes it for a failure
@@ -82,6 +83,10 @@ class TopologyError(MeshrunError):
 
 
 class RendezvousError(MeshrunError):
+    pass
+
+
+class UnreachableError(RendezvousError):
     pass
 
 

@@ -293,7 +293,7 @@ class _Watch:
         while True:
             self._reap()
             failures = [f for rank in self.ranks if rank.exit_code is not None and (f := self._failure(rank))]
-            enough = SETTLE_S if any(f.kind != "lost_peer" for f in failures) else SETTLE_LOST_PEER_S
+            enough = SETTLE_S if any(f.own for f in failures) else SETTLE_LOST_PEER_S
             if time.monotonic() - began > enough or all(rank.exit_code is not None for rank in self.ranks):
                 return
             time.sleep(POLL_S)

@@ -129,7 +129,7 @@ def _own_failure(seen: Evidence) -> Failure | None:
     """The first that failed by itself."""
     recorded = {failure.rank: failure for failure in seen.failures}
     order = {end.rank: place for place, end in enumerate(seen.words.ends)}
-    own = [f for f in seen.failures if f.kind != "lost_peer"]
+    own = [f for f in seen.failures if f.own]
     if _cause(seen):
         # What a rank says while Slurm ends it, such as "a worker was killed", is not what ended the job.
         own = [f for f in own if (end := seen.words.end_of(f.rank)) is None or not end.echo]
@@ -203,7 +203,7 @@ def _user(uid: str) -> str:
 def _silence(seen: Evidence) -> Failure | None:
     """The failure of a job in which nobody was seen to fail: some left without a word, or only lost others."""
     recorded = {failure.rank for failure in seen.failures}
-    lost = [failure for failure in seen.failures if failure.kind == "lost_peer"]
+    lost = [failure for failure in seen.failures if not failure.own]
     ended = {end.rank for end in seen.words.ends}
     completed = seen.state is not None and seen.state.state == "COMPLETED"
     # srun speaks of every rank that it saw end badly or had to end: a rank that is in nobody's words exited with 0.
@@ -215,6 +215,8 @@ def _silence(seen: Evidence) -> Failure | None:
     if not lost:
         return None
     failure = blame.blame(lost)
+    if failure.kind == "unreachable":
+        return failure
     if seen.done:
         return blame.left_early(failure, [seen.last_of(rank) for rank in sorted(seen.done)])
     running = [seen.last_of(end.rank) for end in seen.words.ends if end.echo and end.rank not in recorded]
@@ -438,7 +440,7 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
 
 def _may_be_preempted(seen: Evidence) -> bool:
     """Whether a SIGTERM ended it, as a preemption with a grace time begins; only Slurm can tell it from somebody's."""
-    if any(failure.kind != "lost_peer" for failure in seen.failures):
+    if any(failure.own for failure in seen.failures):
         return False
     cause = seen.words.cause or seen.words.later
     if cause:

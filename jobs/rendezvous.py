@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from jobs.errors import MeshrunError, RendezvousError, TopologyError
+from jobs.errors import MeshrunError, RendezvousError, TopologyError, UnreachableError
 from jobs.processes import look_again_in_s
 from jobs.records import read_json, write_json
 from jobs.topology import Placement, RankInfo, Seat, number_by_host, place, seat_table
@@ -271,7 +271,7 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
     """
     said: dict[str, Any] | None = None
     asking: futures.Future[dist.Store] | None = None
-    others, problem = "", ""
+    others, problem, kind = "", "", RendezvousError
     retry_pause, ask_at, began = 0.0, 0.0, time.monotonic()
     while True:
         latest = _read(announcement)
@@ -280,7 +280,7 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
         if latest is not None and latest != said:
             if "error" in latest:
                 raise RendezvousError(latest["error"])
-            said, asking, problem, retry_pause, ask_at = latest, None, "", 0.25, 0.0
+            said, asking, problem, kind, retry_pause, ask_at = latest, None, "", RendezvousError, 0.25, 0.0
         now = time.monotonic()
         pause = look_again_in_s(now - began)
         if now >= deadline:
@@ -296,6 +296,8 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
                 return store, said["address"]
             except (OSError, RendezvousError, dist.DistError) as error:
                 known, problem = problem, _problem(error)
+                # Where something answers to the connection alone, it may be rank 0 that hangs: that is not this rank's.
+                kind = RendezvousError if isinstance(error, dist.DistError) else UnreachableError
             if problem != known:
                 log.warning("%s; asking again until the deadline", _announced(said, problem))
             # Ever less often: with each refusal torch's client writes a page into the log.
@@ -305,7 +307,7 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
             f"missing: rank 0{_on_host(info)}, which has not announced itself within {timeout_s:g} s "
             f"(in {announcement}{others}); is it still starting, and does it see the same file system?"
         )
-    raise RendezvousError(
+    raise kind(
         f"{_announced(said, problem or 'where something listens that does not answer')}; asked for {timeout_s:g} s"
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs.blame import Failure, Kind, blame, failure_of, failure_of_exit, kind_of
+from jobs.errors import RendezvousError, UnreachableError
 
 
 def failure(rank: int, when: float, kind: Kind) -> Failure:
@@ -32,6 +33,11 @@ def test_an_own_failure_beats_the_loss_of_a_peer_however_late(kind: Kind) -> Non
 
 def test_where_all_lost_a_peer_the_earliest_is_named() -> None:
     assert everywhere([failure(2, 1.5, "lost_peer"), failure(1, 1, "lost_peer")]) == {1}
+
+
+def test_who_could_not_reach_rank_0_knows_more_than_who_waited() -> None:
+    assert everywhere([failure(0, 1, "lost_peer"), failure(1, 2, "unreachable"), failure(2, 1.5, "lost_peer")]) == {1}
+    assert everywhere([failure(0, 3, "killed"), failure(1, 2, "unreachable")]) == {0}
 
 
 def test_the_same_moment_goes_by_rank() -> None:
@@ -89,6 +95,8 @@ LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection cl
         (SystemExit(3), "exit"),
         (KeyboardInterrupt(), "error"),
         (MemoryError(), "error"),
+        (RendezvousError("3 of 4 ranks came"), "lost_peer"),
+        (UnreachableError("rank 0 announced itself, and it cannot be reached from here"), "unreachable"),
         (chained(RuntimeError(LOST), ValueError("cannot save"), "from"), "lost_peer"),
         (chained(RuntimeError(LOST), ValueError("cannot save"), "context"), "lost_peer"),
         (chained(RuntimeError(LOST), ValueError("cannot save"), "from None"), "error"),

@@ -48,6 +48,10 @@ def lost(rank: int, when: float = 400.0) -> Failure:
     return Failure(rank, f"node{rank // 2}", when, "lost_peer", "RuntimeError: Connection closed by peer", "T", "")
 
 
+UNREACHABLE = replace(
+    lost(3), kind="unreachable", message="rank 0 announced itself, and it cannot be reached from here"
+)
+
 LATE_CANCEL = srun.read(
     "srun: error: node0: task 0: Exited with exit code 1\n"
     "srun: Terminating StepId=12.0\n"
@@ -99,6 +103,11 @@ LATE_CANCEL = srun.read(
             seen("SIGTERM", [lost(3)], done=frozenset({1}), last_steps={1: "last in step 7, 30 s ago"}),
             "rank 1 on node0: returned from its work (last in step 7, 30 s ago) while rank 3 was still in its own, and",
         ),
+        (
+            seen("SIGTERM", [lost(0), UNREACHABLE]),
+            "rank 3 on node1: rank 0 announced itself, and it cannot be reached from here",
+        ),
+        (seen("SIGTERM", [UNREACHABLE]), "rank 3 on node1: rank 0 announced itself, and it cannot be reached"),
         # What Slurm did.
         (seen("time-limit", state="TIMEOUT", time_min=90), "job 12 reached its time limit of 90 min; ask for more"),
         (seen("scancel", state="CANCELLED"), "job 12 was cancelled"),

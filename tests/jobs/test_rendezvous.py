@@ -611,7 +611,9 @@ def test_whoever_else_is_at_the_announced_port_is_not_joined_and_is_named(meetin
         announce(tmp_path / f"{name}.json", port)
         ends += meeting.come([info(1, ["a", "b"])], tmp_path / f"{name}.json", timeout_s=10)
     for (name, port), came in zip(ports.items(), meeting.results(ends), strict=True):
-        assert came.kind == "RendezvousError", name
+        # Whatever listens may be rank 0 that hangs, and then it is to blame.
+        listens = "where something listens" in expected[name]
+        assert came.kind == ("RendezvousError" if listens else "UnreachableError"), name
         assert came.error.startswith(f"rank 0 announced 127.0.0.1:{port} on a, {expected[name]}"), name
         assert came.error.endswith("asked for 10 s"), name
         assert "\n" not in came.error
@@ -732,7 +734,7 @@ def test_a_straggler_of_the_earlier_attempt_is_not_let_into_the_newer_ones_store
     ends = meeting.come(infos, tmp_path / "attempt-1" / "r.json", ports=ports, pauses=[0, 6])
     assert port_of(tmp_path / "attempt-1" / "r.json") == ports[0]
     (straggler,) = meeting.results(meeting.come([info(1, ["a", "b"])], tmp_path / "attempt-0" / "r.json", timeout_s=2))
-    assert straggler.kind == "RendezvousError"
+    assert straggler.kind == "UnreachableError"
     assert "and the store there is that of 7-1, not that of 7-0" in straggler.error
     assert [c.total for c in meeting.results(ends)] == [2.0, 2.0]
 
