@@ -25,6 +25,7 @@ from tests.slurm.harness import Cluster
 ROOT = Path(__file__).resolve().parents[2]
 NODES, GPUS = 2, 4
 DEADLINE_S = 120
+READY_S = 10
 SETTINGS = ["steps=1", "sample_tokens=0", "eval_windows=1"]
 
 BATCH = """#!/bin/bash
@@ -106,6 +107,11 @@ def main() -> None:
     times: dict[str, list[float]] = {"ours": [], "by hand": []}
     with tempfile.TemporaryDirectory() as name, Cluster(Path(name) / "slurm", hosts=NODES, gpus=GPUS) as cluster:
         os.chdir(name)
+        with Cluster(Path(name) / "accounting", hosts=NODES, gpus=GPUS, accounting=True) as other:
+            starts = {"": cluster.seconds_to_start, ", with accounting": other.seconds_to_start}
+        for which, seconds in starts.items():
+            verdict = "ok" if seconds <= READY_S else "MISSED"
+            print(f"a cluster of {NODES} hosts{which}: ready in {seconds:.1f} s (at most {READY_S}: {verdict})")
         data = Path(name) / "data"
         ENTRY.call("prepare", config, data)
         for number in range(-1, pairs):  # the first pair only warms the file cache

@@ -108,7 +108,7 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     assert (record["status"], record["exit_code"], record["job_id"]) == ("done", 0, job_id(line))
     assert record["result"]["total"] == 12
     assert "step 4/4" not in again.stderr
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 30
 
 
 @pytest.mark.parametrize(

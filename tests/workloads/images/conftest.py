@@ -80,6 +80,7 @@ class Web:
 def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     over = threading.Event()
     asked: list[str] = []
+    meeting = threading.Barrier(4)
     hits: dict[str, int] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -98,7 +99,9 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
                 # It answers when it is asked at first, and fails when the file is wanted.
                 hits[behaviour] = hits.get(behaviour, 0) + 1
                 kind = "good" if hits[behaviour] == 1 else kind
-            if kind == "404":
+            if kind == "meet":
+                meeting.wait(60)  # until four are here: whoever asks one after the other waits for ever
+            if kind in ("404", "meet"):
                 self.send_error(404)
                 return
             if kind == "hang":
@@ -147,6 +150,7 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(fetch, "READ_TIMEOUT_S", 0.7)
     yield Web(f"http://127.0.0.1:{server.server_port}", asked, monkeypatch)
     over.set()
+    meeting.abort()
     server.shutdown()
     server.server_close()
     downloads_have_ended()
