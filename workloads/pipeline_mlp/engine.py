@@ -385,6 +385,7 @@ class _Execution:
         send, work, _tensor = self._leaving.popleft()
         began = self._now()
         work.wait()
+        self._finish_on_device()
         self._event("wait", send.stage, send.microbatch, began)
 
     def _check(self, stage: int, output: Tensor) -> None:

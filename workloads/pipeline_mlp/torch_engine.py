@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,10 +58,17 @@ class TorchEngine:
             _TimedStage(module, stage, schedule.stages, example.device, group=group)
             for stage, module in zip(schedule.stages_on(self.rank), modules, strict=True)
         ]
+        last = self._stages[-1]
+
+        def timed_loss(output: Tensor, target: Tensor) -> Tensor:
+            value = loss(output, target)
+            last.include_loss()
+            return value
+
         if schedule.name in ONE_STAGE:
-            self._schedule = ONE_STAGE[schedule.name](self._stages[0], schedule.microbatches, loss_fn=loss)
+            self._schedule = ONE_STAGE[schedule.name](last, schedule.microbatches, loss_fn=timed_loss)
         else:
-            self._schedule = SEVERAL_STAGES[schedule.name](self._stages, schedule.microbatches, loss_fn=loss)
+            self._schedule = SEVERAL_STAGES[schedule.name](self._stages, schedule.microbatches, loss_fn=timed_loss)
 
     def step(self, inputs: Tensor | None, targets: Tensor | None, *, record: bool = False) -> Step:
         """As `Engine.step`. The timeline has only what stages compute: where torch waits is not seen from outside."""
@@ -84,18 +92,32 @@ class TorchEngine:
 class _TimedStage(PipelineStage):
     """Notes when its microbatches are computed, and how many are held."""
 
+    _events: list[Event] | None = None
+
     def begin(self, events: list[Event] | None, zero: float, rank: int) -> None:
         self._events, self._zero, self._rank_in_pipeline = events, zero, rank
         self._held = self.peak = 0
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         began = self._now()
+        cause: BaseException | None = None
         try:
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except RuntimeError as error:
+            # torch's own error has the arguments' shapes; what went wrong is its cause, and whom to blame is in that.
+            cause = error.__cause__
+            if cause is None:
+                raise
         finally:
             self._held += 1
             self.peak = max(self.peak, self._held)
             self._note("forward", fwd_chunk_id, began)
+        raise cause
+
+    def include_loss(self) -> None:
+        """The loss has been computed, right after the last stage's forward pass, and is part of it as in engine.py."""
+        if self._events:
+            self._events[-1] = replace(self._events[-1], end_s=self._now())
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
@@ -116,11 +138,18 @@ class _TimedStage(PipelineStage):
             self._note("backward_weight", bwd_chunk_id, began)
 
     def _now(self) -> float:
+        """Seconds since the zero, if a timeline is asked for.
+
+        The device is waited for: torch has waited for what this chunk takes, but over NCCL that only lets the stream
+        wait, and it would be counted as computing.
+        """
+        if self._events is None:
+            return 0.0
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter() - self._zero
 
     def _note(self, kind: str, microbatch: int, began: float) -> None:
         if self._events is not None:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
             event = Event(self._rank_in_pipeline, kind, self.stage_index, microbatch, began, self._now())
             self._events.append(event)
