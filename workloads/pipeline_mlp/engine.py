@@ -82,8 +82,9 @@ class Engine:
 
     Args:
         modules: this rank's stages, in the order of `schedule.stages_on(rank)`: one, or with interleaving several.
-            Each takes one tensor and returns one, and has a parameter at least. Ones that split their backward pass
-            (zero_bubble) do it as `split.py` says; others do all of it in the input's half.
+            Each takes one tensor and returns one; the first has a parameter that requires a gradient, at least. Ones
+            that split their backward pass (zero_bubble) do it as `split.py` says; others do all of it in the input's
+            half.
         schedule: for as many ranks as the group has; neighbouring stages are on different ranks.
         group: the pipeline's ranks, in order; of any backend that has send and receive (gloo, NCCL).
         loss: (last stage's output, targets) of one microbatch -> a scalar, the mean over its samples.
@@ -91,7 +92,8 @@ class Engine:
             the rank with the first stage: along the pipeline each stage, given zeros once, announces what it gives.
 
     Raises:
-        WorkloadError: a stage cannot take what the one before gives, or gives what cannot be handed on.
+        WorkloadError: a stage cannot take what the one before gives, or gives what cannot be handed on; or the first
+            has nothing to train.
         ValueError: the group, the modules and the schedule do not belong together; on every rank, where ranks have
             different schedules.
     """
@@ -115,6 +117,11 @@ class Engine:
         if any(a == b for a, b in zip(schedule.placement, schedule.placement[1:], strict=False)):
             raise ValueError(f"stages on ranks {schedule.placement}: neighbours have to be on different ranks")
         self.modules = dict(zip(stages, modules, strict=True))
+        if self.has_first and not any(parameter.requires_grad for parameter in self.modules[0].parameters()):
+            raise WorkloadError(
+                "stage 0 has no parameter that requires a gradient, so that no backward pass can go through it: give "
+                "the first stage something to train"
+            )
         self._loss = loss
         self._inputs, self._outputs = agree(self.modules, schedule, group, example)
 
@@ -148,29 +155,40 @@ class Engine:
         return execution.run()
 
     @torch.no_grad()
-    def predict(self, inputs: Tensor) -> Tensor | None:
-        """What the last stage gives for any number of samples, by forward passes alone.
+    def predict(self, inputs: Tensor | None) -> Tensor | None:
+        """What the last stage gives for any number of samples, by forward passes alone, with modules in eval mode.
 
         Args:
-            inputs: (N, ...); on ranks without the first stage only N matters. The last microbatch is filled up with
-                zeros, which are cut off again.
+            inputs: (N, ...) on the rank with the first stage; else ignored. They are cut into microbatches as large as
+                the example's, the last filled up with zeros, which are cut off again.
 
         Returns:
             (N, ...) on the rank with the last stage, else None.
+
+        Raises:
+            ValueError: no inputs; or the last stage does not give a row a sample.
         """
-        samples, size = len(inputs), int(self._any_size())
+        first = self.schedule.placement[0]
+        if self.has_first and inputs is None:
+            raise ValueError("no inputs, to be predicted from")
+        # What others take need not have a row a sample: how many microbatches there are is for the first stage to say.
+        sizes = torch.zeros(2, dtype=torch.int64, device=self.device)
+        if inputs is not None and self.has_first:
+            sizes = torch.tensor([len(inputs), self._inputs[0].shape[0]], device=self.device)
+        dist.broadcast(sizes, group=self.group, group_src=first)
+        samples, size = sizes.tolist()
         number = max(1, math.ceil(samples / size))
-        schedule = forward_only(self.schedule.placement, number)
-        execution = _Execution(self, schedule, zero=None)
-        if self.has_first:
+        if self.has_last and self._outputs[self.schedule.stages - 1].shape[:1] != (size,):
+            given = self._outputs[self.schedule.stages - 1]
+            raise ValueError(f"the last stage gives {given} for {size} samples: predictions have a row a sample")
+        execution = _Execution(self, forward_only(self.schedule.placement, number), zero=None)
+        if inputs is not None and self.has_first:
             missing = number * size - samples
             whole = torch.cat((inputs, inputs.new_zeros((missing, *inputs.shape[1:])))) if missing else inputs
             execution.inputs = list(whole.split(size))
-        execution.run()
+        with _evaluating(*self.modules.values()):
+            execution.run()
         return torch.cat(execution.predictions)[:samples] if self.has_last else None
-
-    def _any_size(self) -> int:
-        return next(iter(self._inputs.values())).shape[0]
 
     def _cut(self, batch: Tensor | None, size: int | None) -> list[Tensor]:
         number = self.schedule.microbatches
@@ -207,17 +225,13 @@ def agree(
             code, dims, *shape = header.tolist()
             takes[stage] = Spec(tuple(shape[:dims]), DTYPES[code])
         source = "the data has" if stage == 0 else f"stage {stage - 1} gives"
-        # A forward pass must leave no trace: in training, dropout would have drawn, batch norm counted.
-        was_training = module.training
-        module.eval()
         try:
-            with torch.no_grad():
+            # A forward pass must leave no trace: in training, dropout would have drawn, batch norm counted.
+            with torch.no_grad(), _evaluating(module):
                 output = module(torch.zeros(takes[stage].shape, dtype=takes[stage].dtype, device=example.device))
         except Exception as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise WorkloadError(f"stage {stage} cannot take what {source}, {takes[stage]}: {words}") from error
-        finally:
-            module.train(was_training)
         gives[stage] = Spec(tuple(output.shape), output.dtype)
         if stage + 1 < schedule.stages:
             if output.dtype not in DTYPES or output.dim() > MAX_DIMS:
@@ -229,6 +243,19 @@ def agree(
             header = torch.tensor([DTYPES.index(output.dtype), output.dim(), *shape], device=example.device)
             dist.send(header, group=group, group_dst=schedule.placement[stage + 1])
     return takes, gives
+
+
+@contextlib.contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards each module in them is in its own again, as some may be kept in eval mode."""
+    before = [(one, one.training) for module in modules for one in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for one, training in before:
+            one.training = training
 
 
 def _same_schedule(schedule: Schedule, group: dist.ProcessGroup, device: torch.device) -> None:

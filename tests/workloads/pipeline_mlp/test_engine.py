@@ -254,6 +254,43 @@ def test_shapes_and_dtypes_travel_once_and_are_right() -> None:
         assert gradient == pytest.approx(1.0, rel=1e-2)
 
 
+class Tokens(nn.Module):
+    """(B, S, D) -> (B S, D), or back again: at the boundary between two of them, rows are no samples."""
+
+    def __init__(self, there: bool) -> None:
+        super().__init__()
+        self.linear, self._there = nn.Linear(4, 4), there
+        self.dropout, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.frozen(self.dropout(self.linear(x)))
+        return x.flatten(0, 1) if self._there else x.unflatten(0, (-1, 3)).sum(1)
+
+
+def _rows_that_are_no_samples(ctx: RunContext) -> tuple[list[Any], list[Any], list[bool]]:
+    torch.manual_seed(0)
+    both = [Tokens(there=True), Tokens(there=False)]
+    x = torch.randn(7, 3, 4)
+    group = ctx.mesh.get_group("pp")
+    engine = Engine([both[ctx.rank]], make("1f1b", 2, 2), group, F.mse_loss, torch.empty(2, 3, 4))
+    found = []
+    for number in (7, 4, 1):
+        predicted = engine.predict(x[:number] if ctx.rank == 0 else None)
+        found += [] if predicted is None else [predicted]
+    modes = [module.training for module in both[ctx.rank].modules()]
+    expected = [both[1].eval()(both[0].eval()(x[:number])).detach() for number in (7, 4, 1)]
+    return [p.numpy() for p in found], [e.numpy() for e in expected], modes
+
+
+def test_predictions_where_rows_between_stages_are_no_samples_and_without_dropout() -> None:
+    """Only the first stage knows how many samples there are; each module is in the mode again that it was in."""
+    first, last = run_world(_rows_that_are_no_samples, sizes=(2, 1), names=("pp", "dp"))
+    assert first[0] == []
+    for found, expected in zip(last[0], last[1], strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected))
+    assert first[2] == last[2] == [True, True, True, False]  # itself, its layer, dropout, and the one kept in eval mode
+
+
 def _mismatch(ctx: RunContext) -> None:
     rank = ctx.mesh["pp"].get_local_rank()
     widths = [[4, 7], [6, 3]][rank]
@@ -262,7 +299,7 @@ def _mismatch(ctx: RunContext) -> None:
 
 def test_a_stage_that_cannot_take_what_it_is_given_says_so_before_the_first_step() -> None:
     with pytest.raises(WorldFailed) as error:
-        run_world(_mismatch, sizes=(2, 1), names=("pp", "dp"), deadline_seconds=30)
+        run_world(_mismatch, sizes=(2, 1), names=("pp", "dp"))
     assert "WorkloadError: stage 1 cannot take what stage 0 gives, float32 [2, 7]: RuntimeError: mat1" in str(
         error.value
     )
@@ -275,7 +312,7 @@ def _integers(ctx: RunContext) -> None:
 
 def test_what_has_no_gradient_cannot_be_handed_on() -> None:
     with pytest.raises(WorldFailed, match=r"WorkloadError: stage 0 gives int64 \[2\]: .* floating point type"):
-        run_world(_integers, sizes=(2, 1), names=("pp", "dp"), deadline_seconds=30)
+        run_world(_integers, sizes=(2, 1), names=("pp", "dp"))
 
 
 def _other_schedules(ctx: RunContext) -> None:
@@ -286,7 +323,7 @@ def _other_schedules(ctx: RunContext) -> None:
 
 def test_ranks_with_different_schedules_are_named_on_all() -> None:
     with pytest.raises(WorldFailed) as error:
-        run_world(_other_schedules, sizes=(3, 1), names=("pp", "dp"), deadline_seconds=30)
+        run_world(_other_schedules, sizes=(3, 1), names=("pp", "dp"))
     assert str(error.value).count("ValueError: ranks [2] of the pipeline have another schedule than rank 0") == 3
 
 
@@ -310,18 +347,23 @@ def _growing(ctx: RunContext) -> None:
 
 def test_an_output_that_changes_its_shape_is_refused() -> None:
     with pytest.raises(WorldFailed, match=r"stage 0 gives float32 \[4, 4\], and had announced float32 \[2, 4\]"):
-        run_world(_growing, sizes=(2, 1), names=("pp", "dp"), deadline_seconds=30)
+        run_world(_growing, sizes=(2, 1), names=("pp", "dp"))
 
 
 def _misused(ctx: RunContext) -> list[str]:
     group = ctx.mesh.get_group("pp")
     stage, example = Stage([4, 4], range(1)), torch.ones(2, 4)
+    frozen = Stage([4, 4], range(1)).requires_grad_(False)
     words = []
     for call in (
         lambda: Engine([stage, stage], make("gpipe", 1, 2), group, _mean, example),
         lambda: Engine([stage], make("gpipe", 2, 2), group, _mean, example),
         lambda: Engine([stage], make("gpipe", 1, 2), group, _mean, example).step(torch.ones(5, 4), torch.ones(5)),
         lambda: Engine([stage], make("gpipe", 1, 2), group, _mean, example).step(None, None),
+        lambda: Engine([stage], make("gpipe", 1, 2), group, F.mse_loss, example).predict(None),
+        lambda: Engine([Cast(torch.float32, ())], make("gpipe", 1, 2), group, _mean, example).predict(example),
+        lambda: Engine([nn.ReLU()], make("gpipe", 1, 2), group, _mean, example),
+        lambda: Engine([frozen], make("gpipe", 1, 2), group, _mean, example),
     ):
         try:
             call()
@@ -338,6 +380,13 @@ def test_misuse() -> None:
         "1 stages on rank 0 of 1, for a schedule that has 1 there, on 2 ranks",
         "a batch of 5, to be cut into 2 microbatches of 2",
         "no batch, to be cut into 2 microbatches of 2",
+        "no inputs, to be predicted from",
+        "the last stage gives float32 [] for 2 samples: predictions have a row a sample",
+        *[
+            "stage 0 has no parameter that requires a gradient, so that no backward pass can go through it: give the "
+            "first stage something to train"
+        ]
+        * 2,
     ]
 
 
