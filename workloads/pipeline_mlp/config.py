@@ -169,9 +169,10 @@ def widths(config: Config, inputs: int = PIXELS, outputs: int = CLASSES) -> list
 def memory_bytes(config: Config, shape: Shape) -> int:
     """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
 
-    With e bytes a number and N parameters of the costliest stages a rank has, as if they were evenly shared: 4 e N for
-    parameters, gradients and an optimizer's two means; for each microbatch that is held, two activations a layer; and
-    400 MB for the process: Python, torch, the data.
+    It is the rank with the most: one with the first stage, which has the data. With e bytes a number and N parameters
+    of the costliest stages a rank has, as if they were evenly shared: 4 e N for parameters, gradients and an
+    optimizer's two means; for each microbatch that is held, two activations a layer; `_data_bytes`; and 400 MB for the
+    process: Python and torch.
     """
     size = 8 if config.precision == "fp64" else 4
     ranks = mesh(config, shape).sizes[0]
@@ -180,4 +181,22 @@ def memory_bytes(config: Config, shape: Shape) -> int:
     held = config.microbatches if config.schedule == "gpipe" else min(config.microbatches, 2 * ranks)
     samples = held * config.global_batch_size // (config.dp * config.microbatches)
     activations = samples * (2 * sum(wide) / ranks + wide[0])
-    return int(size * (4 * parameters + activations)) + 400 * 10**6
+    return int(size * (4 * parameters + activations)) + _data_bytes(config, size) + 400 * 10**6
+
+
+def _data_bytes(config: Config, size: int) -> int:
+    """Of the data, with `size` bytes a number, and of what reading it takes besides.
+
+    Images: a byte a pixel as they lie on disk, and all of them as numbers; those held out twice, to be cut into
+    microbatches. A table, in fp64: as it is read, scaled, in two parts, and what is in between; its file is taken to
+    be as large as its numbers are.
+    """
+    if config.data.path is not None:
+        try:
+            return 5 * Path(config.data.path).expanduser().stat().st_size
+        except (OSError, RuntimeError, ValueError):  # what is wrong with it, preparing says
+            return 0
+    from workloads.images.sources import SOURCES
+
+    source = SOURCES["mnist" if config.data.source == "auto" else config.data.source]
+    return PIXELS * ((source.train + source.test) * (1 + size) + source.test * size)

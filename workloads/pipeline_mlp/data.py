@@ -15,22 +15,26 @@ from workloads.base import RunContext, WorkloadError
 from workloads.images import prepare as images
 from workloads.images.datasets import images_labels
 from workloads.images.sources import MEAN_AND_STD
-from workloads.pipeline_mlp.config import CLASSES, Config
+from workloads.pipeline_mlp.config import CLASSES, PIXELS, Config
 from workloads.pipeline_mlp.engine import Loss
 from workloads.pipeline_mlp.table import Table, read
 from workloads.training.precision import parameter_dtype
 from workloads.training.prepared import make_if_missing
 
 TABLE_FILE = "table.npz"
+NORMALISED_AT_ONCE = 1000
+"""Images."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All that is learned from, on every rank's CPU: it is small, and each then takes what it needs.
+    """All that is learned from, on the CPU of the ranks that use it.
 
     Attributes:
-        train_x: (N, D), of mean 0 and deviation 1.
-        train_y: (N) classes as int64; or, in a regression, (N, 1), of mean 0 and deviation 1.
+        train_x: (N, D), of mean 0 and deviation 1. On the meta device, shapes without memory, where only the targets
+            were asked for; heldout_x likewise.
+        train_y: (N) classes as int64; or, in a regression, (N, 1), of mean 0 and deviation 1. These are small, and
+            rank 0 says of held-out ones how much they vary: every rank has them.
         heldout_x: (H, D); by the training samples' mean and deviation.
         heldout_y: (H) or (H, 1).
         outputs: of the network: classes, or 1.
@@ -70,8 +74,11 @@ def prepare(config: Config, directory: Path) -> str:
     return _words(config, table)
 
 
-def find(config: Config, ctx: RunContext) -> Samples:
+def find(config: Config, ctx: RunContext, *, inputs: bool = True) -> Samples:
     """What was prepared for this run; where nobody has, as under a bare torchrun, rank 0 does, without a download.
+
+    Args:
+        inputs: false: this rank has no use for them.
 
     Raises:
         WorkloadError: it is not there.
@@ -88,37 +95,46 @@ def find(config: Config, ctx: RunContext) -> Samples:
     dtype = parameter_dtype(config.precision)
     if config.data.path is not None:
         table = Table.load(ctx.paths.data_dir / TABLE_FILE)
-        return of_table(table, config.data.heldout, dtype, _words(config, table))
+        return of_table(table, config.data.heldout, dtype, _words(config, table), inputs=inputs)
     prepared = images.Prepared.read(ctx.paths.data_dir)
     assert prepared is not None
-    return of_images(prepared, dtype)
+    return of_images(prepared, dtype, inputs=inputs)
 
 
-def of_images(prepared: images.Prepared, dtype: torch.dtype) -> Samples:
-    """Pixels in rows of 784, normalised in fp32 as for fsdp_mnist."""
+def of_images(prepared: images.Prepared, dtype: torch.dtype, *, inputs: bool = True) -> Samples:
+    """Pixels in rows of 784, normalised in fp32 as for fsdp_mnist.
+
+    Some at a time: done at once, what is in between would take several times the memory of the result.
+    """
     mean, std = MEAN_AND_STD[prepared.source]
 
     def part(train: bool) -> tuple[Tensor, Tensor]:
         pixels, labels = images_labels(prepared, train)
-        x = (torch.from_numpy(pixels.copy()).flatten(1).float() / 255 - mean) / std
-        return x.to(dtype), torch.from_numpy(labels.copy()).long()
+        x = torch.empty(len(pixels), PIXELS, dtype=dtype, device="cpu" if inputs else "meta")
+        for first in range(0, len(pixels) if inputs else 0, NORMALISED_AT_ONCE):
+            some = pixels[first : first + NORMALISED_AT_ONCE]
+            x[first : first + len(some)] = (torch.from_numpy(some.copy()).flatten(1).float() / 255 - mean) / std
+        return x, torch.from_numpy(labels.copy()).long()
 
     return Samples(*part(True), *part(False), CLASSES, prepared.why)
 
 
-def of_table(table: Table, held_out: float, dtype: torch.dtype, words: str) -> Samples:
+def of_table(table: Table, held_out: float, dtype: torch.dtype, words: str, *, inputs: bool = True) -> Samples:
     """Columns shifted and scaled to mean 0 and deviation 1 over the training rows; a constant one becomes 0.
 
     A feature that is constant over the training rows becomes 0 in the held-out ones too: nothing is learned about it.
     A target that is constant over them is only shifted.
     """
     train, rest = table.split(held_out)
-    x, varies = _scaled(table.features, train)
-    x[:, ~varies] = 0
     y, _ = _scaled(table.target[:, None], train)
-    train_x, heldout_x, train_y, heldout_y = (
-        torch.from_numpy(scaled[rows]).to(dtype) for scaled in (x, y) for rows in (train, rest)
-    )
+    train_y, heldout_y = (torch.from_numpy(y[rows]).to(dtype) for rows in (train, rest))
+    if inputs:
+        x, varies = _scaled(table.features, train)
+        x[:, ~varies] = 0
+        train_x, heldout_x = (torch.from_numpy(x[rows]).to(dtype) for rows in (train, rest))
+    else:
+        columns = table.features.shape[1]
+        train_x, heldout_x = (torch.empty(len(rows), columns, dtype=dtype, device="meta") for rows in (train, rest))
     return Samples(train_x, train_y, heldout_x, heldout_y, outputs=1, words=words)
 
 
@@ -131,13 +147,17 @@ def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return (values - mean) / np.where(varies, deviation, 1.0), varies
 
 
-def batches(config: Config, samples: Samples, replica: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    config: Config, samples: Samples, replica: int, device: torch.device, *, inputs: bool = True, targets: bool = True
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """A replica's part of each step's batch, for ever; the last samples of a pass that fill no step are left out.
 
     The batches of all replicas together are the same samples in the same order for any number of them.
 
     Args:
         replica: this rank's place along `dp`.
+        inputs: whether this rank takes them, as those with the first stage do; else it gets None.
+        targets: likewise, with the last stage.
     """
     size = config.global_batch_size // config.dp
     epoch = 0
@@ -146,7 +166,10 @@ def batches(config: Config, samples: Samples, replica: int, device: torch.device
         for batch in order.split(config.global_batch_size):
             if len(batch) == config.global_batch_size:
                 mine = batch[replica * size : (replica + 1) * size]
-                yield samples.train_x[mine].to(device), samples.train_y[mine].to(device)
+                yield (
+                    samples.train_x[mine].to(device) if inputs else None,
+                    samples.train_y[mine].to(device) if targets else None,
+                )
         epoch += 1
 
 

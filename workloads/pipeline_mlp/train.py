@@ -45,8 +45,11 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     pipeline, replicas = ctx.mesh.get_group("pp"), ctx.mesh.get_group("dp")
     ranks, replica = ctx.mesh["pp"].size(), ctx.mesh["dp"].get_local_rank()
 
-    samples = data.find(config, ctx)
-    batches = data.batches(config, samples, replica, device)
+    schedule = make(config.schedule, ranks, config.microbatches, config.stages)
+    mine = schedule.stages_on(ctx.mesh["pp"].get_local_rank())
+    first, last = 0 in mine, schedule.stages - 1 in mine
+    samples = data.find(config, ctx, inputs=first)
+    batches = data.batches(config, samples, replica, device, inputs=first, targets=last)
     wide = widths(config, samples.train_x.shape[1], samples.outputs)
 
     modules = build(config, ctx.mesh, device, wide[0], wide[-1])
@@ -54,7 +57,6 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     initialize(modules, wide, config.seed, dtype)
     optimizer = make_optimizer(config, modules, device)
 
-    schedule = make(config.schedule, ranks, config.microbatches, config.stages)
     rows = config.global_batch_size // (config.dp * config.microbatches)
     example = torch.empty(rows, wide[0], dtype=dtype, device=device)
     engine = Engine(list(modules), schedule, pipeline, samples.loss, example)
@@ -148,9 +150,9 @@ def evaluate(
 ) -> dict[str, Reduced]:
     """Sums over the held-out samples, each counted on one rank: the last stage's of the replica that predicts it."""
     x, y = samples.heldout_x[replica::replicas], samples.heldout_y[replica::replicas]
-    if len(x) == 0:  # there are fewer than replicas
+    if len(y) == 0:  # there are fewer than replicas
         return {"heldout_loss_sum": total(0.0), "heldout_right": total(0)}
-    predicted = engine.predict(x.to(device))
+    predicted = engine.predict(x.to(device) if engine.has_first else None)
     if predicted is None:
         return {"heldout_loss_sum": total(0.0), "heldout_right": total(0)}
     y = y.to(device)

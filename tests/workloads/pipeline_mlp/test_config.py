@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -139,6 +140,22 @@ def test_uneven_layers_are_balanced_by_cost() -> None:
 def test_memory_grows_with_what_gpipe_holds() -> None:
     one, other = (memory_bytes(config(schedule=s, microbatches=64), Shape(1, 2)) for s in ("gpipe", "1f1b"))
     assert one > other > 400 * 10**6
+
+
+def test_memory_counts_the_data(tmp_path: Path) -> None:
+    """What it really takes: `test_data.py`."""
+    sizes = {
+        (source, precision): memory_bytes(config(data={"source": source}, precision=precision), Shape(1, 2))
+        for source in ("auto", "mnist", "digits")
+        for precision in ("fp32", "fp64")
+    }
+    assert sizes["auto", "fp32"] == sizes["mnist", "fp32"]
+    assert sizes["mnist", "fp32"] - sizes["digits", "fp32"] > 70_000 * 784 * 4
+    assert sizes["mnist", "fp64"] - sizes["digits", "fp64"] > 70_000 * 784 * 8
+    table = {"path": str(tmp_path / "a.npz"), "target": "y"}
+    unknown = memory_bytes(config(data=table), Shape(1, 2))
+    (tmp_path / "a.npz").write_bytes(bytes(10**6))
+    assert memory_bytes(config(data=table), Shape(1, 2)) == unknown + 5 * 10**6
 
 
 def test_settings_come_without_torch_and_without_numpy() -> None:
