@@ -166,6 +166,9 @@ class ClusterConfig(StrictModel):
             if mistake:
                 raise ValueError(mistake)
         for name, given in value.items():
+            mistake = env_value_mistake(given) if isinstance(given, str) else None
+            if mistake:
+                raise ValueError(f"for {name}: {mistake}")
             if given is None or isinstance(given, (bool, list, dict)):
                 raise ValueError(f"the value of {name} is {given!r}, which is no text; write it in quotes")
         # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
@@ -187,10 +190,32 @@ def env_name_mistake(name: str) -> str | None:
         return f"'{name}' is not a variable's name (letters, digits and _)"
     if name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         return f"{name} is part of the job; use threads_per_rank (--threads-per-rank)"
-    if name in ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"):
-        return f"{name} is bash's own, and no script can set it; choose another name"
-    if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_")):
+    if name in OF_BASH:
+        return f"{name} is bash's own: a script cannot set it, or it changes by itself; choose another name"
+    if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_", "SRUN_")):
         return f"{name} is the launcher's own; choose another name"
+    return None
+
+
+OF_BASH = (
+    *("BASHOPTS", "BASHPID", "BASH_ALIASES", "BASH_ARGC", "BASH_ARGV", "BASH_ARGV0", "BASH_CMDS", "BASH_COMMAND"),
+    *("BASH_LINENO", "BASH_SOURCE", "BASH_SUBSHELL", "BASH_VERSINFO", "COMP_WORDBREAKS", "DIRSTACK", "EPOCHREALTIME"),
+    *("EPOCHSECONDS", "EUID", "FUNCNAME", "GROUPS", "HISTCMD", "LINENO", "OPTIND", "PIPESTATUS", "PPID", "RANDOM"),
+    *("SECONDS", "SHELLOPTS", "SHLVL", "SRANDOM", "UID", "_"),
+)
+"""Variables that do not reach a rank as a script exports them."""
+
+
+def env_value_mistake(value: str) -> str | None:
+    """Why `value` cannot be that of an environment variable of a job; None where it can."""
+    if "\0" in value:
+        return "its value holds a NUL, which no environment can"
+    if "\r\n" in value:
+        return "its value holds a carriage return before a line break, and sbatch refuses such scripts; use \\n alone"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "its value is not UTF-8, which the batch script is written in"
     return None
 
 

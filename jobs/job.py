@@ -9,22 +9,24 @@ runs a workload with no submission at all, as does srun in an allocation (jobs/b
 
 from __future__ import annotations
 
+import _thread
 import faulthandler
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 from jobs import blame, processes
+from jobs.errors import TopologyError
 from jobs.records import Attempt, RunDirectory, write_json
 from jobs.spec import JobSpec
-from jobs.topology import RankInfo, mesh_table
+from jobs.topology import Placement, RankInfo, mesh_table
 from workloads import registry
 from workloads.base import RunContext, Shape, to_json
 
@@ -62,7 +64,10 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         # In place of submitit's handlers: scancel's SIGTERM ends the rank at once instead of after KillWait, and the
         # warning before the time limit does not end a run that may still finish in time.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGUSR2, _warned if info.rank == 0 else signal.SIG_IGN)
+        if info.rank == 0:
+            _log_warnings()
+        else:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
     try:
         processes.allow_open_files(info.world_size, info.host)
@@ -100,6 +105,7 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str]
     )
     os.environ.update(rendezvous.socket_variables(info, meeting.address, spec.interface, os.environ))
     placement = meeting.placement
+    _check_shape(spec, placement)
     _configure_logging(f"rank {placement.rank}/{placement.world_size} node {placement.node_rank}")
     log.info("local rank %d on %s; the scheduler's number is %d", placement.local_rank, info.host, info.rank)
     if choice.device.type == "cuda":
@@ -158,8 +164,33 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str]
             dist.destroy_process_group()
 
 
-def _warned(signum: int, frame: FrameType | None) -> None:
-    log.warning("Slurm says that the time limit is near; the run goes on until it is done or ended")
+def _check_shape(spec: JobSpec, placement: Placement) -> None:
+    """Raises where an option that slipped by has changed how many ranks there are, or hosts."""
+    asked, found = spec.resources.shape, Shape(placement.nodes, placement.local_world_size)
+    if asked != found:
+        raise TopologyError(
+            f"the job is for {asked} ranks (hosts x ranks on each), and {found} were started; look for options of "
+            "sbatch or srun that say how many tasks there are"
+        )
+
+
+def _log_warnings() -> None:
+    """Logs Slurm's warning before the time limit, which comes as SIGUSR2 to every process of the step.
+
+    A handler would not reach the children of this process: exec gives the signal back its default, death. So it stays
+    ignored, as children inherit it, and blocked, as every thread from now on does; one thread takes it. A handler that
+    the workload may set is called in the main thread, as if there were no such thread.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+    def take() -> None:
+        while True:
+            signal.sigwait([signal.SIGUSR2])
+            log.warning("Slurm says that the time limit is near; the run goes on until it is done or ended")
+            _thread.interrupt_main(signal.SIGUSR2)
+
+    threading.Thread(target=take, name="Slurm's warnings", daemon=True).start()
 
 
 def _threads(count: int) -> str:

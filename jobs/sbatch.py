@@ -27,7 +27,9 @@ WARNING_S = 90
 
 OWNED = {
     **dict.fromkeys(("nodes", "ntasks"), "--nodes and --gpus-per-node"),
-    **dict.fromkeys(("ntasks-per-node", "gpus", "gpus-per-node", "gpus-per-task"), "--gpus-per-node"),
+    **dict.fromkeys(("ntasks-per-node", "tasks-per-node", "gpus", "gpus-per-node", "gpus-per-task"), "--gpus-per-node"),
+    **dict.fromkeys(("gpus-per-socket", "tres-per-task", "tres-per-node", "ntasks-per-tres"), "--gpus-per-node"),
+    "time-min": "--time",
     **dict.fromkeys(("ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket"), "--gpus-per-node"),
     **{name: f"--{name}" for name in ("time", "partition", "account", "qos", "job-name")},
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cpus_per_gpu in the cluster config"),
@@ -48,13 +50,16 @@ CHECKED = ("gres", "signal", "distribution", "requeue", "no-requeue")
 """Options whose values are looked at below."""
 
 SRUN_OWNED = {
-    **dict.fromkeys(("-N", "--nodes", "-n", "--ntasks", "--ntasks-per-node"), "--nodes and --gpus-per-node"),
+    **dict.fromkeys(("-N", "--nodes", "-n", "--ntasks"), "--nodes and --gpus-per-node"),
+    **dict.fromkeys(("--ntasks-per-node", "--tasks-per-node"), "--gpus-per-node"),
     **dict.fromkeys(("-o", "--output", "-e", "--error", "-i", "--input", "--open-mode"), "--run-dir"),
     **dict.fromkeys(("-m", "--distribution"), "distribution under sbatch:"),
     **dict.fromkeys(("-c", "--cpus-per-task"), "cpus_per_gpu"),
     **dict.fromkeys(("-K", "--kill-on-bad-exit", "--export", "--multi-prog", "-W", "--wait"), "nothing: it is fixed"),
 }
 """srun options that the job decides, and what to use in their place."""
+_SRUN_LETTERS_ALONE = "EHIKOQVXZklsuv"
+"""srun's short options that stand without a value: further ones may follow in the same word, as in `-ln1`."""
 
 
 def option_mistake(name: str, value: object) -> str | None:
@@ -84,11 +89,13 @@ def srun_mistake(word: str) -> str | None:
     """Why an extra argument of srun cannot be given; None where it can."""
     if not re.match(r"-[A-Za-z]|--[a-z]", word):
         return "is no option; write the option and its value as one word: --name=value"
-    name = word.partition("=")[0] if word.startswith("--") else word[:2]
-    whole = next((o for o in SRUN_OWNED if o == name or (name.startswith("--") and o.startswith(name))), None)
-    if whole is not None:
-        return f"srun's {whole} is part of the job; use {SRUN_OWNED[whole]}"
-    return None
+    if word.startswith("--"):
+        name = word.partition("=")[0]
+        named = [name] if name in SRUN_OWNED else [owned for owned in SRUN_OWNED if owned.startswith(name)]
+    else:
+        alone = len(word[1:]) - len(word[1:].lstrip(_SRUN_LETTERS_ALONE))
+        named = [f"-{letter}" for letter in word[1 : alone + 2] if f"-{letter}" in SRUN_OWNED]
+    return f"srun's {named[0]} is part of the job; use {SRUN_OWNED[named[0]]}" if named else None
 
 
 def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
@@ -113,7 +120,7 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         "distribution": "block",
         "export": "ALL",
         "requeue": True,
-        "signal": f"USR2@{WARNING_S}",
+        "signal": _warning(resources.time_min),
     }
     extra = dict(spec.sbatch)
     if extra.get("requeue") is False:  # a site may requeue by default
@@ -128,6 +135,11 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         for name, value in wanted.items()
         if value is not None and value is not False
     }
+
+
+def _warning(time_min: int | None) -> str | None:
+    """None under a short limit: Slurm may warn a minute early, and who is still being started cannot take it."""
+    return None if time_min is not None and time_min * 60 < 2 * WARNING_S + 60 else f"USR2@{WARNING_S}"
 
 
 RESOLVER = "timeout:1 attempts:1"
@@ -152,7 +164,11 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
 def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
     """What srun starts for every rank."""
     folder = RunDirectory(spec.run_dir).submitit
-    return [*cluster.command_prefix, cluster.python or sys.executable, "-u", str(ENTRY), str(folder)]
+    rank = [cluster.python or sys.executable, "-u", str(ENTRY), str(folder)]
+    if not cluster.command_prefix:
+        return rank
+    # Slurm's warning (USR2) goes to every process of the step: it would end a prefix that stays above its rank.
+    return ["bash", "-c", 'trap "" USR2; exec "$@"', "rank", *cluster.command_prefix, *rank]
 
 
 def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str:

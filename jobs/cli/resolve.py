@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from jobs import machine, sbatch, settings
 from jobs.cli.options import Options
-from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, name_mistake
+from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, ResourceError, RunDirectoryError, did_you_mean
 from jobs.records import RunDirectory, default_run_dir
 from jobs.spec import JobSpec, ResourceSpec, parse_minutes, parse_ports
@@ -204,13 +204,15 @@ def _sbatch_options(
     seen: set[str] = set()
     for word in given.sbatch:
         name, equals, text = word.partition("=")
-        if mistake := sbatch.option_mistake(name, text if equals else True):
+        # As in YAML: true is the bare flag, false is without it. Elsewhere they are words: comment=true.
+        words: dict[str, str | bool] = {"true": True, "false": False} if name in sbatch.ALONE else {}
+        meant = words.get(text, text) if equals else True
+        if mistake := sbatch.option_mistake(name, meant):
             raise CommandLineError(f"--sbatch {word!r}: {mistake}")
         if name in seen:
             raise CommandLineError(f"--sbatch {name} is given twice; keep one")
         seen.add(name)
-        # As in YAML: true is the bare flag, false is without it.
-        _add(options, name, {"true": True, "false": False}.get(text, text) if equals else True)
+        _add(options, name, meant)
     if cluster.mem_gb_per_gpu is not None and (twice := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
         raise CommandLineError(
             f"--sbatch {sorted(twice)[0]}: the cluster config says mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g}; keep one"
@@ -298,8 +300,8 @@ def _env(given: Options) -> dict[str, str]:
             raise CommandLineError(f"--env {word}: {mistake}")
         if name in env:
             raise CommandLineError(f"--env {name} is given twice; keep one")
-        if "\0" in value:
-            raise CommandLineError(f"--env {name}: its value holds a NUL, which no environment can")
+        if mistake := env_value_mistake(value):
+            raise CommandLineError(f"--env {name}: {mistake}")
         env[name] = value
     return env
 

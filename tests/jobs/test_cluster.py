@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from jobs.cluster import choose_executor, find_cluster, load_cluster, shipped_configs
+from jobs.cluster import OF_BASH, choose_executor, env_name_mistake, find_cluster, load_cluster, shipped_configs
 from jobs.errors import ClusterConfigError
 
 
@@ -32,6 +35,18 @@ def refusal(text: str, tmp_path: Path) -> str:
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "bin" / "sbatch", "#!/bin/sh\n").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+
+
+def test_every_variable_of_bashs_is_refused_or_reaches_a_rank_as_it_was_given() -> None:
+    """As the batch script does it; bash says itself which variables it has."""
+    bash = ["env", "-i", f"PATH={os.environ['PATH']}", "bash", "-c"]
+    shown = subprocess.run([*bash, "compgen -v; env"], capture_output=True, text=True, timeout=60, check=True).stdout
+    names = {line.partition("=")[0] for line in shown.split()} | set(OF_BASH)
+    assert {"RANDOM", "SECONDS", "PATH", "SHLVL"} <= names
+    for name in sorted(name for name in names if env_name_mistake(name) is None):
+        script = f"export {name}='as given'\n{sys.executable} -c 'import os; print(os.environ[\"{name}\"])'"
+        done = subprocess.run([*bash, script], capture_output=True, text=True, timeout=60)
+        assert done.stdout == "as given\n", (name, done.stderr)
 
 
 # --- which file -------------------------------------------------------------------------------------------------------

@@ -161,6 +161,10 @@ def test_the_steps_exit_code_is_the_scripts(tmp_path: Path) -> None:
         ("signa", "USR1@3", "sbatch would read it as --signal"),
         ("clusters", "other", "a login node of that cluster"),
         ("gpus-per-task", "1", "use --gpus-per-node"),
+        ("tasks-per-node", "1", "use --gpus-per-node"),
+        ("tasks-per-nod", "1", "sbatch would read it as --tasks-per-node"),
+        ("gpus-per-socket", "9", "use --gpus-per-node"),
+        ("time-min", "3-00", "use --time"),
         ("time", "10", "use --time"),
         ("output", "x", "--run-dir"),
         ("array", "0-3", "one line a job"),
@@ -180,12 +184,21 @@ def test_options_that_cannot_be_added(name: str, value: str, words: str) -> None
     assert words in (sbatch.option_mistake(name, value) or "nothing")
 
 
-@pytest.mark.parametrize("word", ["-n1", "-K0", "--ntask=1", "--exp=NONE", "--kill", "hostname", "-", "--", "-o x"])
+SRUN_ARGUMENTS_THAT_CANNOT = [
+    *("-n1", "-ln1", "-vvN2", "-K0", "-lK0", "--ntask=1", "--tasks-per-node=1", "--tasks-per=1", "--exp=NONE"),
+    *("--kill", "hostname", "-", "--", "-o x"),
+]
+SRUN_ARGUMENTS_THAT_CAN = [
+    *("--mpi=none", "--cpu-bind=none", "--label", "-l", "-lv", "-wnode1", "-lxnode0", "--container-image=a b"),
+]
+
+
+@pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CANNOT)
 def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
     assert sbatch.srun_mistake(word)
 
 
-@pytest.mark.parametrize("word", ["--mpi=none", "--cpu-bind=none", "--label", "-l", "--container-image=a b"])
+@pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CAN)
 def test_arguments_of_srun_that_can(word: str) -> None:
     assert sbatch.srun_mistake(word) is None
 
@@ -194,6 +207,34 @@ def test_what_a_site_adds_to_srun_does_not_undo_what_the_job_needs(tmp_path: Pat
     spec, cluster = make_spec(tmp_path / "run"), ClusterConfig(srun_args=["--label"])
     words = sbatch.srun_arguments(spec, cluster, sbatch.options(spec, cluster))
     assert words[:2] == ["--label", "--distribution=block"]
+
+
+def test_true_and_false_are_flags_only_where_an_option_can_stand_alone(tmp_path: Path) -> None:
+    """A bare --comment would take the script's next option for its text."""
+    from jobs.cli.options import parse
+    from jobs.cli.resolve import resolve
+
+    added = [f"--sbatch={word}" for word in ("comment=true", "exclusive=true", "hold=false", "requeue=false")]
+    spec = resolve(parse(["tp_fsdp", "--cluster", "slurm", "--run-dir", str(tmp_path / "run"), *added])).spec
+    assert spec.sbatch == {"comment": "true", "exclusive": True, "hold": False, "requeue": False}
+
+
+@pytest.mark.parametrize(("minutes", "warned"), [(None, True), (4, True), (3, False), (1, False)])
+def test_no_warning_comes_while_ranks_are_being_started(minutes: int | None, warned: bool, tmp_path: Path) -> None:
+    """Slurm may send it a minute early."""
+    spec = make_spec(tmp_path / "run", resources=ResourceSpec(time_min=minutes))
+    assert ("signal" in sbatch.options(spec, ClusterConfig())) == warned
+    spec = make_spec(tmp_path / "run", resources=ResourceSpec(time_min=minutes), sbatch={"signal": "USR2@20"})
+    assert sbatch.options(spec, ClusterConfig())["signal"] == "USR2@20"
+
+
+def test_a_prefix_is_told_to_ignore_the_warning_and_gets_its_words(tmp_path: Path) -> None:
+    report = "import signal; print(signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN, *sys.argv[1:])"
+    prefix = [sys.executable, "-c", f"import sys; {report}", "it's", "$HOME"]
+    words = sbatch.rank_command(make_spec(tmp_path / "run"), ClusterConfig(command_prefix=prefix))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("True it's $HOME ")
+    assert done.stdout.split()[-1] == str(tmp_path / "run" / "submitit")
 
 
 def test_options_that_can(tmp_path: Path) -> None:
