@@ -165,7 +165,7 @@ def _from_slurm(env: Mapping[str, str]) -> RankInfo:
             step_id=str(_int(env, "SLURM_STEP_ID", most=_RESERVED_STEPS)),
             attempt=_int(env, "SLURM_RESTART_COUNT", default=0),
             node_rank=_int(env, "SLURM_NODEID", default=0),
-            expected_hosts=_hosts_in_blocks(env, world_size, host, ranks_here or [rank]),
+            expected_hosts=_hosts_of_ranks(env, world_size, host, ranks_here or [rank]),
             network_peer=_peer(env.get("SLURM_LAUNCH_NODE_IPADDR", "")),
         )
     )
@@ -198,16 +198,19 @@ def _ranks_on(host: str, world_size: int, env: Mapping[str, str]) -> int:
     )
 
 
-def _hosts_in_blocks(env: Mapping[str, str], world_size: int, host: str, ranks_here: Sequence[int]) -> tuple[str, ...]:
-    """The host of every rank where the step's hosts were filled one after the other; empty where that is not sure."""
+def _hosts_of_ranks(env: Mapping[str, str], world_size: int, host: str, ranks_here: Sequence[int]) -> tuple[str, ...]:
+    """The host of every rank, under a distribution that tells: block or cyclic; empty where that is not sure."""
     text, hosts_text = env.get("SLURM_STEP_TASKS_PER_NODE", ""), env.get("SLURM_STEP_NODELIST", "")
     counts, hosts = expand_counts(text) if text else [], expand_hosts(hosts_text)
+    # After the colon it says how sockets and cores are dealt out.
+    order = env.get("SLURM_DISTRIBUTION", "").partition(":")[0]
     # In a heterogeneous step each component has its hosts, in its own order; the two lists are merged and sorted.
-    if env.get("SLURM_DISTRIBUTION") != "block" or "SLURM_HET_SIZE" in env:
+    if order not in ("block", "cyclic") or "SLURM_HET_SIZE" in env:
         return ()
     if len(hosts) != len(counts) or sum(counts) != world_size:
         return ()
-    expected = tuple(name for name, count in zip(hosts, counts, strict=True) for _ in range(count))
+    seats = [(turn, node) for node, count in enumerate(counts) for turn in range(count)]
+    expected = tuple(hosts[node] for _, node in (seats if order == "block" else sorted(seats)))
     own = [rank for rank, name in enumerate(expected) if name == host]
     return expected if own == list(ranks_here) else ()
 

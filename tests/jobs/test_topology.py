@@ -127,8 +127,8 @@ def test_every_recorded_rank_is_told_who_it_is(kind: str) -> None:
     assert len(set(identities)) == len(identities)
 
 
-@pytest.mark.parametrize("kind", ["block", "array", "subset", "requeued", "host-lists-batch", "salloc-shell"])
-def test_the_host_of_every_rank_is_known_beforehand_where_hosts_are_filled_one_by_one(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["block", "cyclic", "array", "subset", "requeued", "host-lists-batch", "salloc-shell"])
+def test_the_host_of_every_rank_is_known_beforehand_where_the_distribution_tells(kind: str) -> None:
     for world in worlds(RANKS[kind]):
         assert {read(one).expected_hosts for one in world} == {tuple(one.node for one in world)}
 
@@ -353,6 +353,21 @@ def test_a_step_on_part_of_a_job_goes_by_the_steps_variables() -> None:
         "SLURM_NTASKS": "28",
     }
     assert RankInfo.from_env(env) == RankInfo.from_env(RECORDED[0])
+
+
+def test_what_a_distribution_says_of_sockets_does_not_matter() -> None:
+    for kind in ("block", "cyclic"):
+        for one in RANKS[kind]:
+            assert read(one).expected_hosts
+            change = {"SLURM_DISTRIBUTION": f"{kind}:fcyclic"}
+            assert RankInfo.from_env(one.env | change).expected_hosts == read(one).expected_hosts
+
+
+def test_cyclic_goes_on_with_the_hosts_that_have_room_left() -> None:
+    env = RECORDED[0] | {"SLURM_DISTRIBUTION": "cyclic", "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "n[0-2]"}
+    env |= {"SLURM_STEP_TASKS_PER_NODE": "3,1,2", "SLURMD_NODENAME": "n0", "SLURM_GTIDS": "0,3,5"}
+    env |= {"SLURM_JOB_NODELIST": "n[0-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert RankInfo.from_env(env).expected_hosts == ("n0", "n1", "n2", "n0", "n2", "n0")
 
 
 def test_expected_hosts_are_not_guessed_under_other_distributions() -> None:
