@@ -243,7 +243,11 @@ _HINTS = (
     ),
     (r"NodeDown", "a host that it needs is down (see sinfo)"),
     (r"BadConstraints", "no hosts meet what it asks for: cancel, and ask for something else"),
-    (r"launch failed requeued held", "it could not be started and is held: slurm.log in the run directory may say why"),
+    (
+        r"launch failed requeued held",
+        "it could not be started and is held: slurm.log in the run directory may say why; `scontrol release` and its "
+        "number lets it try again, scancel gives it up",
+    ),
     (r"JobHeldUser|job requeued in held state", "it is held; let it go with `scontrol release` and its number"),
     (r"JobHeldAdmin", "it is held by the site; ask there"),
     (r"DependencyNeverSatisfied", "what it waits for has failed: it will never start; cancel it"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -54,11 +55,11 @@ class Line:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, deadline_s: float = DEADLINE_S) -> None:
         def ended() -> bool:
             return self.process.poll() is not None and not self.left()
 
-        wait_until(lambda: len(self.metrics()) >= step or ended(), f"step {step}")
+        wait_until(lambda: len(self.metrics()) >= step or ended(), f"step {step}", deadline_s)
         assert len(self.metrics()) >= step, "the job ended before"
 
     def left(self) -> dict[int, str]:
@@ -80,7 +81,8 @@ class Line:
 
     def kill_everything(self) -> None:
         for pid in self.left():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                os.kill(pid, signal.SIGKILL)
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -258,7 +258,7 @@ def test_its_time_begins_when_it_is_called(prepared: Type, tmp_path: Path) -> No
 def test_a_process_that_never_comes_to_it_is_ended_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "return", SLOW_TO_START.format(600))
     monkeypatch.setattr(preparing, "START_S", 3.0)
-    with pytest.raises(WorkloadError, match="has not come to calling it within 3 s, and was killed.*; is this machine"):
+    with pytest.raises(WorkloadError, match=r"has not come to calling it within 3 s, and was killed.*; is this"):
         outcome(tmp_path, monkeypatch, "sleeps")
 
 

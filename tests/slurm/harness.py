@@ -113,11 +113,11 @@ def why_not_here(accounting: bool = False) -> str | None:
             [*_unshare(), "--mount-proc", "sh", "-c", probe],
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=60,
             env={"PATH": PATH},
         )
     except subprocess.TimeoutExpired:
-        return "making namespaces takes more than 10 s here"
+        return "making namespaces takes more than 60 s here"
     if done.returncode:
         words = " ".join(done.stderr.split())
         return f"namespaces are forbidden here ({words}): run as root, in a container with --privileged"
@@ -286,6 +286,16 @@ class Cluster:
     def job_state(self, job: object) -> str:
         """Slurm's word for it, e.g. PENDING, RUNNING, COMPLETING, COMPLETED."""
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def wait_until_saved(self, job: object) -> None:
+        """Returns when slurmctld has written down the job as it is: one that is killed knows no more afterwards.
+
+        It writes some seconds after a change, so a change is made, to the job's comment.
+        """
+        asked_at = time.time()
+        self.run("scontrol", "update", f"JobId={job}", f"Comment=as at {asked_at:.0f}")
+        saved = self.root / "state" / "job_state"
+        wait_until(lambda: saved.stat().st_mtime > asked_at, 60, f"slurmctld writes down job {job}")
 
     def wait_job_state(self, job: object, *states: str, deadline_s: float = 60) -> str:
         """Returns the state once it is one of those.

@@ -83,11 +83,11 @@ def live_through(root: Path, blow: Blow, words: list[str], story: Story, hosts: 
         settings = ["pause_seconds=0.1", "pause_again=false"]
         line = submit(directory, "mine:ENTRY", "--wait", *shape, *words, *settings, env=cluster.env)
         try:
-            line.wait_for_step(10)
-            time.sleep(6)  # slurmctld has written down by now that the job runs
+            line.wait_for_step(10, DEADLINE_S)
             first = ranks(line.run_dir)
             assert len(first) == 2
             job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+            cluster.wait_until_saved(job)
             used = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
             names = cluster.run("scontrol", "show", "hostnames", used).split()
             struck = time.monotonic()
@@ -250,16 +250,52 @@ def test_a_rank_that_dies_ends_the_job(death: str, slurm: Cluster, tmp_path: Pat
     assert not ranks(line.run_dir)
 
 
+UNTIL_WARNED = """
+import signal, subprocess, time
+from pathlib import Path
+from workloads.base import WorkloadConfig, WorkloadEntry
+
+def run(config, ctx):
+    handled = []
+    if ctx.rank == 0:
+        signal.signal(signal.SIGUSR2, lambda *_: handled.append(1))
+    child = subprocess.Popen(["sleep", "600"])
+    ctx.end_step({"step": 1})
+    while not Path("go").exists():
+        time.sleep(0.05)
+    end = child.poll()
+    child.kill()
+    return {"child": end, "handled": len(handled)}
+
+ENTRY = WorkloadEntry(name="mine", config=WorkloadConfig, run=run)
+"""
+
+
 def test_the_warning_before_the_time_limit_ends_nothing(slurm: Cluster, tmp_path: Path) -> None:
     """As `--signal=USR2@90` sends it: to every process of the steps."""
-    words = ["--nodes", "2", "--gpus-per-node", "1", "steps=60", "pause_seconds=0.05"]
+    (tmp_path / "mine.py").write_text(UNTIL_WARNED)
+    words = ["--nodes", "2", "--gpus-per-node", "1"]
     line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
-    line.wait_for_step(5)
+    line.wait_for_step(1)
     slurm.run("scancel", "--signal=USR2", json.loads((line.run_dir / "submission.json").read_text())["job_id"])
-    code, out, err = line.finish(120)
+    wait_until(
+        lambda: "the time limit is near" in (line.run_dir / "attempt-0" / "rank-0.log").read_text(), "the warning"
+    )
+    (tmp_path / "go").touch()
+    code, out, err = line.finish(DEADLINE_S)
     assert code == 0, out + err
     assert out.count("Slurm says that the time limit is near") == 1
-    assert len(line.metrics()) == 60
+    assert line.result()["result"] == {"child": None, "handled": 1}
+
+
+def test_ranks_that_are_not_those_of_the_job_are_refused(slurm: Cluster, tmp_path: Path) -> None:
+    """Whatever it is that has changed their number: half as many would train, and say that it is done."""
+    (tmp_path / "site.yaml").write_text("executor: slurm\nsetup: [export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1]\n")
+    words = ["--cluster", "site.yaml", "--nodes", "2", "--gpus-per-node", "2"]
+    line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
+    code, out, err = line.finish(DEADLINE_S)
+    assert code == 1, out + err
+    assert "TopologyError: the job is for 2 x 2 ranks (hosts x ranks on each), and 2 x 1 were started" in err
 
 
 def test_a_batch_scripts_own_failure_is_said(slurm: Cluster, tmp_path: Path) -> None:

@@ -238,6 +238,7 @@ def preemption(cluster: Cluster, line: Line) -> None:
 
 def controller(cluster: Cluster, line: Line) -> None:
     line.wait_for_step(2)
+    cluster.wait_until_saved(job_id(line))
     cluster.kill_slurmctld()
     says(line, "Slurm does not answer (")
     cluster.start_slurmctld()
@@ -248,8 +249,8 @@ def cannot_leave(cluster: Cluster, line: Line) -> None:
 
 
 STORIES: dict[str, tuple[Callable[[Cluster, Line], None], dict[str, Any], list[str]]] = {
-    "preemption": (preemption, NO_USER_SIGNAL, ["steps=40", "pause_seconds=0.1", "pause_again=false"]),
-    "controller": (controller, {}, ["steps=200", "pause_seconds=0.05"]),
+    "preemption": (preemption, NO_USER_SIGNAL, ["steps=400", "pause_seconds=0.1", "pause_again=false"]),
+    "controller": (controller, {}, ["steps=400", "pause_seconds=0.05"]),
     "cannot leave": (cannot_leave, {}, ["does=echo first"]),
 }
 
@@ -323,7 +324,7 @@ def test_a_controller_that_restarts_is_waited_for(stories: dict[str, Story]) -> 
     line = story.end()
     assert story.code == 0, err(line)
     assert out(line).count("Slurm does not answer") == 1
-    assert "total: 600" in out(line)
+    assert "total: 1200" in out(line)
 
 
 def test_a_preemption_with_a_grace_time_is_no_failure(stories: dict[str, Story]) -> None:
@@ -335,7 +336,9 @@ def test_a_preemption_with_a_grace_time_is_no_failure(stories: dict[str, Story])
     words = "preempted; waiting for Slurm to put the job back into the queue"
     assert words in (line.run_dir / "slurm.log").read_text()
     # A job that Slurm starts again is followed to its real end.
-    places = [shown.find(words) for words in (": PENDING (BeginTime)", "attempt 1 begins", "step 40/40", "total: 120")]
+    places = [
+        shown.find(words) for words in (": PENDING (BeginTime)", "attempt 1 begins", "step 400/400", "total: 1200")
+    ]
     assert -1 not in places, shown
     assert places == sorted(places)
     assert (line.result()["status"], line.result()["attempt"]) == ("done", 1)

@@ -153,9 +153,7 @@ def test_a_job_outlives_slurmd_and_slurmctld(slurm: Cluster, tmp_path: Path) -> 
     waits = f"touch {tmp_path}/started; while [ ! -e {tmp_path}/go ]; do sleep 0.1; done; touch {tmp_path}/done"
     job = submit(slurm, f"srun bash -c '{waits}'", "--nodelist=node0")
     wait_until((tmp_path / "started").exists, 20, "it runs")
-    started_at = (tmp_path / "started").stat().st_mtime
-    written = slurm.root / "state" / "job_state"
-    wait_until(lambda: written.stat().st_mtime > started_at, 20, "slurmctld has written down that it runs")
+    slurm.wait_until_saved(job)
     slurm.kill_slurmd("node0")
     slurm.kill_slurmctld()
     assert not reaches(slurm, "node1", "10.77.0.10")
