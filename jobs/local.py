@@ -35,7 +35,6 @@ from jobs.records import Attempt, RunDirectory, read_json, write_json
 from jobs.spec import JobSpec
 from jobs.topology import local_env
 from workloads import registry
-from workloads.base import WorkloadError
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +193,7 @@ class _Watch:
         if unsafe is None:
             is_built_in = self.spec.workload in registry.BUILT_IN
             for module in (*PRELOAD, *(registry.load(self.spec.workload).preload if is_built_in else ())):
-                with contextlib.suppress(WorkloadError):  # what is missing, the ranks will say
+                with contextlib.suppress(Exception):  # of what is missing or broken, the ranks will say it
                     importlib.import_module(module)
                 self._check_orders()
             threads = len(list(Path("/proc/self/task").iterdir()))

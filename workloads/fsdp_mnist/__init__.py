@@ -46,5 +46,10 @@ ENTRY = WorkloadEntry(
     build="workloads.fsdp_mnist.parallelize:build",
     memory_bytes="workloads.fsdp_mnist.config:memory_bytes",
     # Each rank would import torchvision and, when FSDP2 is first used, the compiler; eight doing so take seconds.
-    preload=("workloads.fsdp_mnist.train", "workloads.images.mnist_like", "torchvision.transforms.v2", "torch._dynamo"),
+    preload=(
+        "workloads.fsdp_mnist.train",
+        "workloads.images.mnist_like",
+        "workloads.images.transforms",
+        "torch._dynamo",
+    ),
 )

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.images import vision
 from workloads.images.config import ImageDataConfig
 
 PARAMETERS = 1_199_882
@@ -125,6 +126,7 @@ def validate(config: Config, shape: Shape) -> None:
     Raises:
         WorkloadError: in one line, what was given, which rule it breaks and what to do.
     """
+    vision.refuse_if_missing()
     ranks = shape.world_size
     batch = config.global_batch_size
     if batch % ranks:

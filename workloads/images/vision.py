@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 import sys
 from types import ModuleType
@@ -30,12 +31,8 @@ def torchvision() -> ModuleType:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "torchvision":
-            torch = _version("torch")
-            raise WorkloadError(
-                f"torchvision is not installed, and images are read through it: pip install {_fitting(torch)} (which "
-                f"fits torch {torch})"
-            ) from None
+        if error.name == "torchvision":
+            raise WorkloadError(_missing()) from None
         raise WorkloadError(_other(error)) from error
     except Exception as error:
         _refuse_if_for_another_torch(error)
@@ -49,6 +46,29 @@ def torchvision() -> ModuleType:
     except Exception as error:
         raise WorkloadError(_other(error)) from error
     return module
+
+
+def transforms_v2() -> ModuleType:
+    """torchvision.transforms.v2.
+
+    Raises:
+        WorkloadError: as `torchvision`.
+    """
+    torchvision()
+    try:
+        return importlib.import_module("torchvision.transforms.v2")
+    except Exception as error:
+        raise WorkloadError(_other(error)) from error
+
+
+def refuse_if_missing() -> None:
+    """Where a job is submitted: says at once what its ranks would say. Imports nothing, and so sees nothing else.
+
+    Raises:
+        WorkloadError: torchvision is not installed.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise WorkloadError(_missing())
 
 
 def remark() -> str | None:
@@ -100,6 +120,14 @@ def _fitting(torch: str) -> str:
     """What to ask pip for: torchvision 0.(n + 15) is made for torch 2.n."""
     match = re.match(r"2\.(\d+)", torch)
     return f"'torchvision==0.{int(match[1]) + 15}.*'" if match else "torchvision"
+
+
+def _missing() -> str:
+    torch = _version("torch")
+    return (
+        f"torchvision is not installed, and images are read through it: pip install {_fitting(torch)} (which fits "
+        f"torch {torch})"
+    )
 
 
 def _other(error: Exception) -> str:
