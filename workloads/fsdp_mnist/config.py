@@ -25,6 +25,9 @@ class DataConfig(ImageDataConfig):
     itself."""
     prefetch: int | None = Field(default=None, ge=1)
     """Batches that each worker reads ahead; needs data.workers. None: 2."""
+    worker_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds that a rank waits for a batch of its workers, at first also for their start, before it fails; needs
+    data.workers. None: 300."""
 
 
 class Config(WorkloadConfig):
@@ -145,6 +148,11 @@ def validate(config: Config, shape: Shape) -> None:
         raise WorkloadError(
             f"data.prefetch={config.data.prefetch} without data.workers: nobody would read ahead; give data.workers=1 "
             "or more, or leave it out"
+        )
+    if config.data.worker_timeout_s is not None and not config.data.workers:
+        raise WorkloadError(
+            f"data.worker_timeout_s={config.data.worker_timeout_s:g} without data.workers: there is nobody to "
+            "wait for; give data.workers=1 or more, or leave it out"
         )
     if config.compare:
         if ranks == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from workloads.base import RunContext
+from workloads.base import RunContext, WorkloadError
 from workloads.fsdp_mnist.config import Config, refuse_if_no_step
 from workloads.images import prepare as images
 from workloads.images.datasets import open_split
 from workloads.images.sources import MEAN_AND_STD
-from workloads.images.vision import torchvision
+from workloads.training import data_workers
 from workloads.training.prepared import make_if_missing
 
-WORKER_TIMEOUT_S = 60
-"""So long a rank waits for a batch of its workers; then it fails and says so, also of one that was killed before."""
+WORKER_TIMEOUT_S = 300
+"""So long a rank waits for a batch of its workers, of which the first have torch and torchvision to import, maybe from
+a cold file system; then it fails and says so, also of one that was killed before."""
 
 
 def prepare(config: Config, directory: Path) -> str:
@@ -101,7 +101,7 @@ class TrainingBatches:
             number: decides the order; each epoch has its own.
         """
         self._sampler.set_epoch(number)
-        return iter(self._loader)
+        return _batches(self._loader)
 
 
 class HeldOutBatches:
@@ -121,7 +121,7 @@ class HeldOutBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images (B, 1, 28, 28) in fp32, labels (B), and which of them count (B), bool."""
         done = 0
-        for images_BCHW, labels in self._loader:
+        for images_BCHW, labels in _batches(self._loader):
             # The sampler gives sample i to rank i mod ranks; what would be past the end is a repetition.
             dealt = self._rank + self._ranks * torch.arange(done, done + len(labels))
             done += len(labels)
@@ -131,8 +131,7 @@ class HeldOutBatches:
 @functools.cache
 def transform(source: str) -> Any:
     """An image as torchvision reads it -> (1, 28, 28) in fp32, of mean 0 and deviation 1 over the training pixels."""
-    torchvision()
-    from torchvision.transforms import v2
+    from workloads.images.transforms import v2
 
     mean, std = MEAN_AND_STD[source]
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((mean,), (std,))])
@@ -143,15 +142,14 @@ def _loader(
 ) -> DataLoader[Any]:
     workers = config.data.workers
     if workers:
-        # Not forked from the rank: it has threads, of torch and of its collectives, whose locks a fork takes along.
-        # Forked from a process that has only imported what they need.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["workloads.images.mnist_like", "torchvision.transforms.v2"])
         options |= {
             "num_workers": workers,
-            "multiprocessing_context": context,
+            "multiprocessing_context": data_workers.fork_server(
+                ["workloads.images.mnist_like", "workloads.images.transforms"]
+            ),
+            "worker_init_fn": data_workers.die_with_parent,
             "prefetch_factor": config.data.prefetch or 2,
-            "timeout": WORKER_TIMEOUT_S,
+            "timeout": config.data.worker_timeout_s or WORKER_TIMEOUT_S,
         }
     return DataLoader(
         dataset,
@@ -161,3 +159,20 @@ def _loader(
         generator=torch.Generator(),
         **options,
     )
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader reads.
+
+    Raises:
+        WorkloadError: its workers have been silent for too long.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader timed out" not in str(error):
+            raise
+        raise WorkloadError(
+            f"data.workers={loader.num_workers}: no batch came within data.worker_timeout_s={loader.timeout:g} s; if "
+            "the host or the file system of python or data.root is slow, raise it, or read without them, data.workers=0"
+        ) from None

@@ -69,6 +69,11 @@ def test_the_mesh(given: dict[str, Any], shape: tuple[int, int], sizes: tuple[in
             r"wrap_min_params=5 with strategy=ddp: is for fsdp and hsdp",
         ),
         ({"data": {"prefetch": 3}}, (1, 2), r"data.prefetch=3 without data.workers: .*; give data.workers=1 or more"),
+        (
+            {"data": {"worker_timeout_s": 9}},
+            (1, 2),
+            r"data.worker_timeout_s=9 without data.workers: .*; give data.workers=1 or more",
+        ),
         ({"compare": True}, (1, 1), r"compare=true on 1 rank: .*; use --gpus-per-node 2 or more"),
         ({"compare": True, "strategy": "ddp"}, (1, 2), r"compare=true with strategy=ddp: it runs single, ddp and fsdp"),
         ({"compare": True, "export": True}, (1, 2), r"compare=true with export=true: which of the three models"),
@@ -110,5 +115,5 @@ def test_settings_come_without_torch_and_without_numpy() -> None:
         "import sys; import workloads.fsdp_mnist; "
         "print([m for m in ('torch', 'torchvision', 'numpy', 'sklearn') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout == "[]\n"
