@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from workloads.base import WorkloadError
@@ -184,18 +184,23 @@ def _peaks(schedule: Schedule) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(by_stage), tuple(by_rank)
 
 
-def run(schedule: Schedule, costs: Mapping[str, float] = UNIT_COSTS, transfer: float = 0.0) -> list[Event]:
+Costs = Mapping[str, float] | Callable[[Action], float]
+"""Seconds, or any unit, that a computation takes: by its kind, or by what is done on which stage."""
+
+
+def run(schedule: Schedule, costs: Costs = UNIT_COSTS, transfer: float = 0.0) -> list[Event]:
     """The timeline of a schedule, as the engine executes it, if everything takes exactly as long as said.
 
     A rank computes in its list's order, and waits only for what a computation takes in: sending costs it nothing.
 
     Args:
-        costs: seconds, or any unit, by kind of computation on one stage.
+        costs: as `Costs`.
         transfer: from the end of a computation until its result can be used on another rank.
 
     Returns:
         Events of the kinds that compute, and `wait`.
     """
+    cost = costs if callable(costs) else lambda action: costs[action.kind]
     ended: dict[Action, float] = {}
     now = [0.0] * schedule.ranks
     to_do = [[a for a in actions if a.kind in COMPUTE][::-1] for actions in schedule.actions]
@@ -213,13 +218,13 @@ def run(schedule: Schedule, costs: Mapping[str, float] = UNIT_COSTS, transfer: f
                 start = max([now[rank], *arrived])
                 if start > now[rank]:
                     events.append(Event(rank, "wait", action.stage, action.microbatch, now[rank], start))
-                now[rank] = ended[action] = start + costs[action.kind]
+                now[rank] = ended[action] = start + cost(action)
                 events.append(Event(rank, action.kind, action.stage, action.microbatch, start, now[rank]))
                 moved = True
     return events
 
 
-def makespan(schedule: Schedule, costs: Mapping[str, float] = UNIT_COSTS, transfer: float = 0.0) -> float:
+def makespan(schedule: Schedule, costs: Costs = UNIT_COSTS, transfer: float = 0.0) -> float:
     """When the last rank is done, in the unit of the costs."""
     return max(event.end_s for event in run(schedule, costs, transfer))
 

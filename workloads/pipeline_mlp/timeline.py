@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from workloads.pipeline_mlp import simulate
 from workloads.pipeline_mlp.events import BUSY, Event
+from workloads.pipeline_mlp.schedule import Action, Schedule
 
 LETTERS = {
     "forward": "F",
@@ -35,16 +38,69 @@ def bubble_fraction(events: Sequence[Event], ranks: int) -> float:
     Raises:
         ValueError: nothing was computed, or there is an event of a rank that the pipeline does not have.
     """
+    began, ended = _window(events, ranks)
+    return 1 - sum(event.seconds for event in events if event.kind in BUSY) / (ranks * (ended - began))
+
+
+def shares(events: Sequence[Event], ranks: int) -> dict[str, float]:
+    """The parts of the ranks' time, in the window of `bubble_fraction`, that went into computing, `send` and `wait`.
+
+    What lies outside of the window is left out, and where several tensors were handed over at once, that is counted
+    once: so all parts together are at most 1. The rest is what an engine does besides.
+
+    Raises:
+        ValueError: as `bubble_fraction`.
+    """
+    began, ended = _window(events, ranks)
+    kinds = {"computing": BUSY, "send": ("send",), "wait": ("wait",)}
+    seconds = dict.fromkeys(kinds, 0.0)
+    for name, meant in kinds.items():
+        for rank in range(ranks):
+            until = began
+            for event in sorted(events, key=lambda event: event.start_s):
+                if event.rank == rank and event.kind in meant:
+                    end = min(event.end_s, ended)
+                    seconds[name] += max(0.0, end - max(event.start_s, until))
+                    until = max(until, end)
+    return {name: part / (ranks * (ended - began)) for name, part in seconds.items()}
+
+
+def bubble_without_overhead(events: Sequence[Event], schedule: Schedule) -> float:
+    """The bubble that a schedule has with stages as they are measured, if nothing else took any time, from 0 to 1.
+
+    Each pass takes what passes of its kind and stage took at the median; tensors arrive at once. Unlike the formulas
+    of `theory.py` it knows of stages that differ.
+
+    Args:
+        events: of one step of this schedule, all its ranks.
+
+    Raises:
+        ValueError: there is an action of the schedule whose kind was not measured on its stage.
+    """
+    measured: dict[tuple[str, int], list[float]] = {}
+    for event in events:
+        measured.setdefault((event.kind, event.stage), []).append(event.seconds)
+    medians = {place: statistics.median(seconds) for place, seconds in measured.items()}
+
+    def cost(action: Action) -> float:
+        if (action.kind, action.stage) not in medians:
+            raise ValueError(f"no {action.kind} of stage {action.stage} among the events; give those of a whole step")
+        return medians[action.kind, action.stage]
+
+    return bubble_fraction(simulate.run(schedule, cost), schedule.ranks)
+
+
+def _window(events: Sequence[Event], ranks: int) -> tuple[float, float]:
     busy = [event for event in events if event.kind in BUSY]
     strangers = sorted({event.rank for event in events} - set(range(ranks)))
     if strangers:
         raise ValueError(f"events of ranks {strangers} in a pipeline of {ranks}; give those of one pipeline only")
     if not busy:
         raise ValueError("no forward and no backward among the events: there is no step to measure")
-    window = max(event.end_s for event in busy) - min(event.start_s for event in busy)
-    if window <= 0:
+    began, ended = min(event.start_s for event in busy), max(event.end_s for event in busy)
+    if ended <= began:
         raise ValueError("the events take no time at all: there is no step to measure")
-    return 1 - sum(event.seconds for event in busy) / (ranks * window)
+    return began, ended
 
 
 def write(events: Sequence[Event], path: Path) -> None:

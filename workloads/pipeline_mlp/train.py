@@ -192,6 +192,7 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     in_theory = theory.bubble_fraction(
         config.schedule, schedule.ranks, config.microbatches, schedule.stages // schedule.ranks
     )
+    of_these = timeline.bubble_without_overhead(chosen, schedule)
     ctx.paths.refuse_if_superseded()
     trace, drawn = ctx.paths.run_dir / "timeline.json", ctx.paths.run_dir / "timeline.svg"
     timeline.write(chosen, trace)
@@ -206,10 +207,10 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     )
     log.info(
         "bubble: %.1f%% of the ranks' time measured (median of %d steps), %.1f%% in theory for %s with stages of equal "
-        "cost",
-        *(100 * bubble, len(bubbles), 100 * in_theory, config.schedule),
+        "cost, %.1f%% with these",
+        *(100 * bubble, len(bubbles), 100 * in_theory, config.schedule, 100 * of_these),
     )
-    log.info("%s", _where_the_time_went(chosen, schedule.ranks))
+    log.info("%s", _where_the_time_went(chosen, schedule.ranks, config.engine))
     cores = os.cpu_count() or 1
     if ctx.device.type == "cpu" and ctx.local_world_size > cores:
         log.info("%d ranks share this host's %d cores, and also wait for one", ctx.local_world_size, cores)
@@ -217,6 +218,7 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     result = {
         "bubble_measured": bubble,
         "bubble_theory": in_theory,
+        "bubble_of_these_stages": of_these,
         "peak_microbatches_by_stage": {
             str(stage): max(step.peak_microbatches[stage] for step in by_rank[schedule.placement[stage]])
             for stage in range(schedule.stages)
@@ -229,18 +231,15 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     return result
 
 
-def _where_the_time_went(events: list[Event], ranks: int) -> str:
-    computing = [event for event in events if event.kind not in ("send", "wait")]
-    window = max(event.end_s for event in computing) - min(event.start_s for event in computing)
-
-    def share(*kinds: str) -> float:
-        return 100 * sum(event.end_s - event.start_s for event in events if event.kind in kinds) / (ranks * window)
-
-    forward = statistics.median(event.end_s - event.start_s for event in events if event.kind == "forward")
-    compute = share("forward", "backward", "backward_input", "backward_weight")
+def _where_the_time_went(events: list[Event], ranks: int, engine: str) -> str:
+    forward = statistics.median(event.seconds for event in events if event.kind == "forward")
+    shares = {name: f"{100 * part:.0f}%" for name, part in timeline.shares(events, ranks).items()}
+    took = f"a microbatch's forward pass takes {1000 * forward:.2f} ms; of the ranks' time {shares['computing']} is"
+    if engine == "torch":
+        return f"{took} computing; how much is handing over or waiting is not seen from outside of torch's engine"
     return (
-        f"a microbatch's forward pass takes {1000 * forward:.2f} ms; of the ranks' time {compute:.0f}% is computing, "
-        f"{share('send'):.0f}% handing over, {share('wait'):.0f}% waiting: the longer the passes, the nearer to theory"
+        f"{took} computing, {shares['send']} handing over, {shares['wait']} waiting: the longer the passes, the nearer "
+        "to theory with these stages"
     )
 
 

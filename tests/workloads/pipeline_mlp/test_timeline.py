@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from workloads.pipeline_mlp import timeline
+from workloads.pipeline_mlp import simulate, theory, timeline
 from workloads.pipeline_mlp.events import Event
+from workloads.pipeline_mlp.schedule import SCHEDULES, UNIT_COSTS, make
 
 # Two ranks, one microbatch, a forward of 1 s and a backward of 2 s on each; the second begins when the first is done.
 STEP = [
@@ -39,6 +41,41 @@ def test_no_bubble_and_halves_of_backward() -> None:
     ]
     assert timeline.bubble_fraction(halves, 1) == pytest.approx(0)
     assert timeline.bubble_fraction(halves, 3) == pytest.approx(2 / 3)  # two ranks that have nothing to do
+
+
+def test_shares_are_of_the_window_and_what_overlaps_counts_once() -> None:
+    """Each of two ranks has 6 s; rank 0 hands two tensors over at once, rank 1 waits before and after the window."""
+    events = [*STEP, Event(0, "send", 0, 1, 11.0, 11.1), Event(1, "wait", 1, 0, 14.1, 30.0)]
+    found = timeline.shares(events, 2)
+    assert found == pytest.approx({"computing": 6 / 12, "send": 0.2 / 12, "wait": (2.9 + 1 + 1.9) / 12})
+    assert sum(found.values()) <= 1
+    # Of a rank that had nothing to do.
+    assert timeline.shares(STEP, 3)["computing"] == pytest.approx(6 / 18)
+
+
+def test_the_bubble_that_stages_have_which_differ() -> None:
+    """By hand: gpipe, 2 ranks, 2 microbatches, stage 0 takes 1 s and 2 s back, stage 1 takes 2 s and 4 s.
+
+    rank 0: F0 0-1  F1 1-2                         B0 9-11   B1 13-15
+    rank 1:         F0 1-3  F1 3-5  B0 5-9  B1 9-13
+    """
+    schedule = make("gpipe", 2, 2)
+    played = simulate.run(schedule, lambda action: (1 + action.stage) * UNIT_COSTS[action.kind])
+    assert max(event.end_s for event in played) == 15
+    assert timeline.bubble_fraction(played, 2) == pytest.approx(1 - 18 / 30)
+    # The same stages, measured in a step of which half was overhead.
+    slow = [replace(e, start_s=2 * e.start_s, end_s=2 * e.start_s + e.seconds) for e in played]
+    found = timeline.bubble_without_overhead(slow, schedule)
+    assert found == pytest.approx(1 - 18 / 30)
+    assert timeline.bubble_fraction(slow, 2) > found + 0.2
+    # Stages of equal cost have the formula's.
+    for name in SCHEDULES:
+        equal = make(name, 4, 8)
+        assert timeline.bubble_without_overhead(simulate.run(equal), equal) == pytest.approx(
+            theory.bubble_fraction(name, 4, 8, equal.stages // 4)
+        )
+    with pytest.raises(ValueError, match="no forward of stage 1 among the events"):
+        timeline.bubble_without_overhead(STEP[:5], make("gpipe", 2, 1))
 
 
 @pytest.mark.parametrize(

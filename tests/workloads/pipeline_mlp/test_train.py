@@ -105,6 +105,7 @@ def test_two_emulated_hosts_of_two(folder: Path) -> None:
             torch.testing.assert_close(weight, whole[key].detach(), rtol=0, atol=1e-12)
         assert 0 < found["bubble_theory"] < 1
         assert 0 < found["bubble_measured"] < 1
+        assert 0 < found["bubble_of_these_stages"] < 1
     assert one["bubble_theory"] == pytest.approx(3 / 7)
     assert one["peak_microbatches_by_stage"] == {"0": 4, "1": 3, "2": 2, "3": 1}
     assert len(one["peak_activation_bytes_by_rank"]) == 4
@@ -120,7 +121,12 @@ def test_what_a_run_leaves_behind(folder: Path) -> None:
     assert found["stages"] == 4
     assert found["peak_microbatches_by_stage"].keys() == {"0", "1", "2", "3"}
     log = (folder / "left" / "attempt-0" / "rank-0.log").read_text()
-    assert re.search(r"bubble: [\d.]+% of the ranks' time measured .*, 11.1% in theory for interleaved", log)
+    assert re.search(
+        r"bubble: [\d.]+% of the ranks' time measured .*, 11.1% in theory for interleaved with stages of equal cost, "
+        rf"{100 * found['bubble_of_these_stages']:.1f}% with these\n",
+        log,
+    )
+    assert re.search(r"of the ranks' time \d+% is computing, \d+% handing over, \d+% waiting: the longer", log)
     # The same line, the same bits; another schedule, too.
     again = result(folder, "again", (1, 2), schedule="gpipe", seed=1)
     for key in ("final_loss", "heldout_loss", "heldout_accuracy"):
@@ -223,6 +229,7 @@ def test_torchs_engine_comes_to_the_same(folder: Path, tmp_path: Path) -> None:
     assert "peak_activation_bytes_by_rank" not in torchs
     assert torchs["bubble_theory"] == ours["bubble_theory"]
     assert 0 < torchs["bubble_measured"] < 1
+    assert 0 < torchs["bubble_of_these_stages"] < 1
 
 
 def test_without_a_timeline(folder: Path, tmp_path: Path) -> None:
