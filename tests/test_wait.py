@@ -129,6 +129,11 @@ class Site:
         path = Path(self.env["SITE"]) / "asked"
         return path.read_text().count("squeue") if path.exists() else 0
 
+    def wait_for_answer(self) -> None:
+        """Returns when squeue has given an answer from now on: the one after the next question has begun."""
+        asked = self.asked()
+        wait_until(lambda: self.asked() >= asked + 2, "squeue is asked")
+
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
@@ -241,7 +246,7 @@ def test_the_queue_is_shown_when_it_changes(site: Site) -> None:
 
 def test_a_reason_that_needs_it_is_explained(site: Site, later: Later, capsys: Capture) -> None:
     site.state("PENDING", "PartitionNodeLimit", "2099-11-22T11:32:31")
-    later(0.8, lambda: site.state("CANCELLED"))
+    later(0, lambda: (site.wait_for_answer(), site.state("CANCELLED")))
     assert main(["wait", "run"]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[:2] == [
@@ -364,10 +369,19 @@ def test_what_nobody_remembers(site: Site, capsys: Capture) -> None:
 
 def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys: Capture) -> None:
     site.state("RUNNING")
-    later(0.4, lambda: site.squeue(err=UNREACHABLE))
-    later(0.8, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
-    later(1.5, lambda: site.state("RUNNING"))
-    later(2.0, lambda: (write_json(site.run.result, DONE), site.state("COMPLETED")))
+
+    def story() -> None:
+        site.wait_for_answer()
+        site.squeue(err=UNREACHABLE)
+        site.wait_for_answer()
+        site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n')
+        site.wait_for_answer()
+        site.state("RUNNING")
+        site.wait_for_answer()
+        write_json(site.run.result, DONE)
+        site.state("COMPLETED")
+
+    later(0, story)
     assert main(["wait", "run"]) == 0
     out = capsys.readouterr().out
     assert out.count("Slurm does not answer (slurm_load_jobs error: Unable to contact slurm controller") == 1
@@ -397,7 +411,7 @@ def test_a_slow_controller_does_not_hold_up_the_progress(site: Site, later: Late
     later(0.5, lambda: write_json(site.run.result, DONE))
     later(0.5, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
     assert follow.watch(site.run, Submitted("slurm", "12", "", ""), _Console(shown)) == 0
-    assert shown[0] - began < 10
+    assert shown[0] - began < 18  # squeue sleeps for 20
 
 
 class _Console(follow.Console):
@@ -420,7 +434,7 @@ def test_a_job_in_the_queue_is_not_looked_for_on_disk(
     monkeypatch.setattr(follow.Display, "update", lambda display, ended=False: looked.append(ended))
     site.state("PENDING", "Priority")
     in_the_queue: list[int] = []
-    later(1.5, lambda: (in_the_queue.append(len(looked)), site.state("CANCELLED")))
+    later(1.5, lambda: (site.wait_for_answer(), in_the_queue.append(len(looked)), site.state("CANCELLED")))
     assert follow.watch(site.run, Submitted("slurm", "12", "", ""), follow.Console(as_json=False)) == 1
     assert in_the_queue[0] <= 3  # until Slurm has answered
     assert looked[-1]

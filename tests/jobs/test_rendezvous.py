@@ -179,11 +179,11 @@ def test_cyclic_ranks_are_renumbered_host_by_host(meeting: Meeting, tmp_path: Pa
 
 def test_a_missing_rank_is_named_alike_to_all_who_came(meeting: Meeting, tmp_path: Path) -> None:
     hosts = ["a", "a", "b", "b"]
-    ends = meeting.come([info(r, hosts) for r in (0, 1, 3)], tmp_path / "r.json", timeout_s=3)
+    ends = meeting.come([info(r, hosts) for r in (0, 1, 3)], tmp_path / "r.json", timeout_s=6)
     came = meeting.results(ends)
     assert {c.kind for c in came} == {"RendezvousError"}
     assert {c.error for c in came} == {
-        "3 of 4 ranks came within 3 s; missing: rank 2 on b; present: a: ranks 0 1; b: rank 3"
+        "3 of 4 ranks came within 6 s; missing: rank 2 on b; present: a: ranks 0 1; b: rank 3"
     }
     assert all(c.seconds < 20 for c in came)
 
@@ -250,9 +250,9 @@ def test_where_the_scheduler_does_not_say_who_should_be_where_those_who_came_are
     meeting: Meeting, tmp_path: Path
 ) -> None:
     infos = [info(r, ["a", "b", "a", "b"], expected_hosts=()) for r in (0, 1, 2)]
-    came = meeting.results(meeting.come(infos, tmp_path / "r.json", timeout_s=3))
+    came = meeting.results(meeting.come(infos, tmp_path / "r.json", timeout_s=6))
     assert {c.error for c in came} == {
-        "3 of 4 ranks came within 3 s; missing: rank 3; present: a: ranks 0 2; b: rank 1"
+        "3 of 4 ranks came within 6 s; missing: rank 3; present: a: ranks 0 2; b: rank 1"
     }
 
 
@@ -456,7 +456,7 @@ def test_a_range_without_a_free_port_is_said_to_all_at_once(meeting: Meeting, tm
         f"rank 0 on a finds every port of rendezvous_ports {first}-{last} taken on 127.0.0.1; "
         "widen the range in the cluster config, or leave it out where no firewall asks for one"
     }
-    assert all(c.seconds < 10 for c in came)
+    assert all(c.seconds < 40 for c in came)  # of 50
 
 
 def test_connections_of_an_earlier_store_do_not_keep_its_port() -> None:
@@ -731,9 +731,9 @@ def test_a_straggler_of_the_earlier_attempt_is_not_let_into_the_newer_ones_store
         (tmp_path / attempt).mkdir()
     announce(tmp_path / "attempt-0" / "r.json", ports[0])
     infos = [info(r, ["a", "b"], attempt=1) for r in range(2)]
-    ends = meeting.come(infos, tmp_path / "attempt-1" / "r.json", ports=ports, pauses=[0, 6])
+    ends = meeting.come(infos, tmp_path / "attempt-1" / "r.json", ports=ports, pauses=[0, 9])
     assert port_of(tmp_path / "attempt-1" / "r.json") == ports[0]
-    (straggler,) = meeting.results(meeting.come([info(1, ["a", "b"])], tmp_path / "attempt-0" / "r.json", timeout_s=2))
+    (straggler,) = meeting.results(meeting.come([info(1, ["a", "b"])], tmp_path / "attempt-0" / "r.json", timeout_s=5))
     assert straggler.kind == "UnreachableError"
     assert "and the store there is that of 7-1, not that of 7-0" in straggler.error
     assert [c.total for c in meeting.results(ends)] == [2.0, 2.0]

@@ -30,7 +30,7 @@ def programs(cluster: Cluster, host: str) -> list[str]:
 
 def reaches(cluster: Cluster, host: str, address: str) -> bool:
     """Whether slurmd there can be connected to."""
-    knock = ["timeout", "1", "bash", "-c", f": </dev/tcp/{address}/{SLURMD_PORT}"]
+    knock = ["timeout", "3", "bash", "-c", f": </dev/tcp/{address}/{SLURMD_PORT}"]
     return subprocess.run(cluster.exec(host, *knock), capture_output=True).returncode == 0
 
 
@@ -129,7 +129,7 @@ def test_a_host_that_is_declared_down_gives_up_its_jobs_at_once(slurm: Cluster) 
     job = submit(slurm, "srun sleep 600", "--nodes=2", "--no-requeue")
     slurm.wait_job_state(job, "RUNNING")
     slurm.declare_down("node1")
-    assert slurm.wait_job_state(job, "NODE_FAIL", deadline_s=10)
+    assert slurm.wait_job_state(job, "NODE_FAIL")
 
 
 def test_an_unplugged_host_runs_on_by_itself(slurm: Cluster) -> None:
@@ -138,7 +138,7 @@ def test_an_unplugged_host_runs_on_by_itself(slurm: Cluster) -> None:
     assert not reaches(slurm, "node0", "10.78.0.11")
     assert said(slurm, "node1", "hostname") == "node1"
     slurm.plug("node1")
-    wait_until(lambda: reaches(slurm, "node0", "10.77.0.11"), 10, "it is reached again")
+    wait_until(lambda: reaches(slurm, "node0", "10.77.0.11"), 60, "it is reached again")
 
 
 def test_one_interface_can_be_down(slurm: Cluster) -> None:
@@ -146,19 +146,19 @@ def test_one_interface_can_be_down(slurm: Cluster) -> None:
     assert reaches(slurm, "node0", "10.77.0.11")
     assert not reaches(slurm, "node0", "10.78.0.11")
     slurm.set_interface("node1", "eth1", up=True)
-    wait_until(lambda: reaches(slurm, "node0", "10.78.0.11"), 10, "it is reached again")
+    wait_until(lambda: reaches(slurm, "node0", "10.78.0.11"), 60, "it is reached again")
 
 
 def test_a_job_outlives_slurmd_and_slurmctld(slurm: Cluster, tmp_path: Path) -> None:
     waits = f"touch {tmp_path}/started; while [ ! -e {tmp_path}/go ]; do sleep 0.1; done; touch {tmp_path}/done"
     job = submit(slurm, f"srun bash -c '{waits}'", "--nodelist=node0")
-    wait_until((tmp_path / "started").exists, 20, "it runs")
+    wait_until((tmp_path / "started").exists, 60, "it runs")
     slurm.wait_until_saved(job)
     slurm.kill_slurmd("node0")
     slurm.kill_slurmctld()
     assert not reaches(slurm, "node1", "10.77.0.10")
     (tmp_path / "go").touch()
-    wait_until((tmp_path / "done").exists, 10, "the job went on")
+    wait_until((tmp_path / "done").exists, 60, "the job went on")
     slurm.start_slurmd("node0")
     slurm.start_slurmctld()
     slurm.wait_job_state(job, "COMPLETED")
