@@ -50,7 +50,13 @@ def compare(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, An
     text = table(results, ctx.world_size)
     log.info("per rank (the largest), %d ranks:\n%s", ctx.world_size, text)
     if config.dropout:
-        log.info("each rank drops out something else, so that single differs; with dropout=false all three are equal")
+        log.info("each rank drops out something else, so that single differs; with dropout=false it is only rounding")
+    log.info(
+        "times are of this run: single comes first, which pays for warming up, and has %d thread%s while the other "
+        "ranks wait; the ranks of one host share its cores",
+        torch.get_num_threads(),
+        "s" * (torch.get_num_threads() > 1),
+    )
     return {"strategies": results, "table": text}
 
 
