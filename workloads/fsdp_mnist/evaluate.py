@@ -31,7 +31,8 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     for images_BCHW, labels_B, counts_B in batches:
-        images_BCHW, labels_B, counts_B = images_BCHW.to(device, dtype), labels_B.to(device), counts_B.to(device)
+        images_BCHW = images_BCHW.to(device, dtype, non_blocking=True)  # from pinned memory
+        labels_B, counts_B = labels_B.to(device, non_blocking=True), counts_B.to(device, non_blocking=True)
         with autocast(config, device):
             logits_BK = model(images_BCHW)
         losses_B = F.cross_entropy(logits_BK.to(dtype), labels_B, reduction="none")

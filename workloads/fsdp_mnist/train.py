@@ -63,6 +63,7 @@ def train(
         labels: go into every row of metrics.jsonl, where there are rows of several trainings.
     """
     device, dtype = ctx.device, parameter_dtype(config.precision)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: convolutions on a GPU would take TF32
     alone = config.strategy == "single"
     ranks, rank = (1, 0) if alone else (ctx.world_size, ctx.rank)
 
@@ -88,7 +89,8 @@ def train(
         began = time.perf_counter()
         for images_BCHW, labels_B in batches.epoch(epoch):
             step += 1
-            images_BCHW, labels_B = images_BCHW.to(device, dtype), labels_B.to(device)
+            images_BCHW = images_BCHW.to(device, dtype, non_blocking=True)  # from pinned memory
+            labels_B = labels_B.to(device, non_blocking=True)
             optimizer.zero_grad()
             with autocast(config, device):
                 logits_BK = model(images_BCHW)

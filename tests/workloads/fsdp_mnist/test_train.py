@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import torch
 from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import RunContext, Shape
 from workloads.fsdp_mnist.config import PARAMETERS, Config, memory_bytes, mesh
-from workloads.images.prepare import Prepared, prepare
+from workloads.images import idx
+from workloads.images.datasets import images_labels
+from workloads.images.prepare import FileRecord, Prepared, prepare
+from workloads.images.sources import TEST
 
 pytestmark = pytest.mark.dist
 
@@ -110,7 +115,7 @@ def test_predicted_memory(prepared: Prepared, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("samples", "ranks"), [(297, 4), (297, 2), (5, 4), (1, 3)])
 def test_every_held_out_sample_counts_once(samples: int, ranks: int, prepared: Prepared, tmp_path: Path) -> None:
-    given = (prepared, config(eval_batch_size=32), samples)
+    given = (held_out_of(samples, prepared, tmp_path), config(eval_batch_size=32))
     by_ranks = {
         n: run_world(_evaluated, *given, sizes=(1, n), names=("dp_replicate", "dp_shard"), run_dir=tmp_path / str(n))
         for n in (1, ranks)
@@ -125,26 +130,36 @@ def test_every_held_out_sample_counts_once(samples: int, ranks: int, prepared: P
         assert rank["heldout_loss"] == pytest.approx(alone["heldout_loss"], rel=1e-6)
 
 
-def _evaluated(ctx: RunContext, prepared: Prepared, one: Config, samples: int) -> dict[str, Any]:
-    """evaluate() on the first `samples`, and which of them this rank counted (found by their pixels)."""
-    from torch.utils.data import DataLoader, DistributedSampler, Subset
+def held_out_of(samples: int, prepared: Prepared, root: Path) -> Prepared:
+    """The same digits, with the first `samples` of the held-out ones only, as files of their own."""
+    folder = root / "Digits" / "raw"
+    shutil.copytree(prepared.root / "Digits" / "raw", folder)
+    arrays = images_labels(prepared, train=False)
+    contents = idx.images_bytes(arrays[0][:samples]), idx.labels_bytes(arrays[1][:samples])
+    files = dict(prepared.files)
+    for name, content in zip(TEST, contents, strict=True):
+        (folder / name).write_bytes(content)
+        files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    return replace(prepared, root=root, test=samples, files=files)
 
+
+def _evaluated(ctx: RunContext, prepared: Prepared, one: Config) -> dict[str, Any]:
+    """evaluate() on the held-out samples, and which of them this rank counted (found by their pixels)."""
     from workloads.fsdp_mnist import data
     from workloads.fsdp_mnist.evaluate import evaluate
     from workloads.fsdp_mnist.model import initialize
     from workloads.fsdp_mnist.parallelize import build
 
     held_out = data.HeldOutBatches(one, prepared, ctx.world_size, ctx.rank, ctx.device)
-    fewer = Subset(held_out._loader.dataset, range(samples))
-    sampler: DistributedSampler[Any] = DistributedSampler(fewer, ctx.world_size, ctx.rank, shuffle=False)
-    held_out._loader = DataLoader(fewer, batch_size=32, sampler=sampler)
-    held_out.samples = samples
-    known = {fewer[i][0].numpy().tobytes(): i for i in range(samples)}
-    assert len(known) == samples
+    pixels, _ = images_labels(prepared, train=False)
+    normalised = ((torch.from_numpy(pixels.copy()).float() / 255 - 0.1307) / 0.3081).unsqueeze(1)
+    assert len(normalised) == prepared.test
     dealt, passes = [], 0
     for images, _, counts in held_out:
         passes += 1
-        dealt += [known[image.numpy().tobytes()] for image in images[counts]]
+        for image in images[counts]:
+            [number] = ((normalised - image).abs().amax((1, 2, 3)) < 1e-5).nonzero().flatten().tolist()
+            dealt.append(number)
     model = build(one, ctx.mesh, ctx.device)
     model.to_empty(device=ctx.device)
     initialize(model, 0, torch.float32)
@@ -175,17 +190,56 @@ def test_bf16_is_near_fp32(strategy: str, prepared: Prepared, tmp_path: Path) ->
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)
 
 
-def test_bf16_gradients_are_reduced_in_fp32() -> None:
-    found = run_world(_reduced, config(precision="bf16"), sizes=(1, 4), names=("dp_replicate", "dp_shard"))
-    assert found == [torch.float32] * 4
+def test_bf16_is_gathered_and_its_gradients_are_reduced_in_fp32(prepared: Prepared, tmp_path: Path) -> None:
+    one = config(precision="bf16", steps=2)
+    for gathered, reduced in run_world(
+        _exchanged, prepared, one, sizes=(1, 2), names=("dp_replicate", "dp_shard"), run_dir=tmp_path
+    ):
+        assert reduced == [torch.float32] * 2 * 3  # in each step, one for each unit and one for the root
+        assert set(gathered) == {torch.bfloat16}
 
 
-def _reduced(ctx: RunContext, one: Config) -> torch.dtype | None:
-    from workloads.fsdp_mnist.parallelize import build
+def _exchanged(ctx: RunContext, prepared: Prepared, one: Config) -> tuple[list[torch.dtype], list[torch.dtype]]:
+    """The types of what FSDP2 really hands to torch.distributed in a training: to gather, and to reduce."""
+    import torch.distributed as dist
 
-    model = build(one, ctx.mesh, ctx.device)
-    [group] = [state._fsdp_param_group for state in [model.fc1._get_fsdp_state()]]  # type: ignore[operator, union-attr]
-    return group.mp_policy.reduce_dtype
+    from workloads.fsdp_mnist.train import train
+
+    seen: dict[str, list[torch.dtype]] = {"gather": [], "reduce": []}
+
+    def spy(kind: str, name: str) -> None:
+        collective = getattr(dist, name, None)
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            [dtype] = {tensor.dtype for tensor in tensors}
+            seen[kind].append(dtype)
+            return collective(*args, **kwargs)
+
+        if collective is not None:
+            setattr(dist, name, observed)
+
+    # By the names that torch's versions have for them.
+    for kind, names in (("gather", "all_gather"), ("reduce", "reduce_scatter")):
+        spy(kind, f"{names}_single")
+        spy(kind, "all_gather_into_tensor" if kind == "gather" else "reduce_scatter_tensor")
+    train(one, ctx, prepared)
+    return seen["gather"], seen["reduce"]
+
+
+def test_fp32_is_not_tf32(prepared: Prepared, tmp_path: Path) -> None:
+    """In convolutions on a GPU it would be, by torch's default."""
+    assert run_world(
+        _allows_tf32, prepared, config(strategy="single"), sizes=(1,), names=("dp_replicate",), run_dir=tmp_path
+    ) == [(True, False)]
+
+
+def _allows_tf32(ctx: RunContext, prepared: Prepared, one: Config) -> tuple[bool, bool]:
+    from workloads.fsdp_mnist.train import train
+
+    before = torch.backends.cudnn.allow_tf32
+    train(one.model_copy(update={"steps": 1}), ctx, prepared)
+    return before, torch.backends.cudnn.allow_tf32
 
 
 def test_ddp_keeps_gradients_once(prepared: Prepared) -> None:
