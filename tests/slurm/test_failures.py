@@ -124,6 +124,14 @@ def cable_is_pulled(cluster: Cluster, used: list[str]) -> None:
     cluster.unplug(used[1])
 
 
+def batch_hosts_cable_is_pulled(cluster: Cluster, used: list[str]) -> None:
+    cluster.unplug(used[0])
+
+
+def batch_hosts_slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
+    cluster.kill_slurmd(used[0])
+
+
 def slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
     cluster.kill_slurmd(used[1])
 
@@ -146,6 +154,8 @@ SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "batch host dies": (batch_host_dies, LONG, 3),
     "cable": (cable_is_pulled, LONG, 3),
     "slurmd": (slurmd_is_killed, LONG, 3),
+    "batch host's cable": (batch_hosts_cable_is_pulled, LONG, 3),
+    "batch host's slurmd": (batch_hosts_slurmd_is_killed, LONG, 3),
     "host dies, no requeue": (host_dies, [*LONG, "--sbatch", "no-requeue"], 2),
     "slurmd restarts": (slurmd_restarts, SHORT, 2),
     "slurmctld restarts": (slurmctld_restarts, SHORT, 2),
@@ -183,7 +193,9 @@ def story_of(stories: dict[str, Story], name: str) -> Story:
     return story
 
 
-@pytest.mark.parametrize("name", ["host dies", "batch host dies", "cable", "slurmd"])
+@pytest.mark.parametrize(
+    "name", ["host dies", "batch host dies", "cable", "slurmd", "batch host's cable", "batch host's slurmd"]
+)
 def test_a_job_that_loses_a_host_starts_again_on_others(name: str, stories: dict[str, Story]) -> None:
     story = story_of(stories, name)
     assert (story.code, story.state) == (0, "COMPLETED")
