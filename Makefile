@@ -44,6 +44,7 @@ bench: slurm
 	$(BIN)/python -m tests.benchmarks.failures
 	$(BIN)/python -m tests.benchmarks.slurm_start
 	$(BIN)/python -m tests.benchmarks.pipeline_bubble
+	$(BIN)/python -m workloads.pipeline_mlp.simulate
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from tests.benchmarks.pipeline_bubble import Sleeper, set_nap
 from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import RunContext
+from workloads.pipeline_mlp import theory, timeline
 from workloads.pipeline_mlp.engine import Engine, _Execution
+from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.schedule import Action, make
 from workloads.pipeline_mlp.torch_engine import TorchEngine, _TimedStage
 
@@ -70,6 +73,31 @@ def test_our_engine_on_a_gpu_waits_for_what_is_sent_and_received(gpu: Gpu) -> No
         ("wait", 0.0, 5.0),
         ("wait", 5.0, 10.0),
     ]
+
+
+def _sleeping(ctx: RunContext, name: str, steps: int) -> list[list[Event]]:
+    """Of each step of 8 microbatches, what a rank did whose passes take 20 ms and 40 ms, asleep."""
+    schedule = make(name, 2, 8)
+    engine = Engine([Sleeper()], schedule, ctx.mesh.get_group("pp"), F.mse_loss, torch.zeros(4, 64))
+    set_nap(0.02)
+    return [engine.step(*torch.zeros(2, 32, 64), record=True).events for _ in range(steps)]
+
+
+def _both(ctx: RunContext) -> dict[str, list[list[Event]]]:
+    return {name: _sleeping(ctx, name, steps) for name, steps in (("naive", 1), ("1f1b", 4))}
+
+
+@pytest.mark.dist
+def test_ranks_compute_at_the_same_time() -> None:
+    """Coarse, and the best of some steps, as load only adds to a bubble. `tests/benchmarks` measures it finely."""
+    ranks = run_world(_both, sizes=(2, 1), names=("pp", "dp"))
+    bubbles = {}
+    for name in ("naive", "1f1b"):
+        steps = zip(*(events[name] for events in ranks), strict=True)
+        bubbles[name] = min(timeline.bubble_fraction([*first, *second], 2) for first, second in steps)
+    print(bubbles)
+    assert bubbles["naive"] > 0.49  # one rank at a time
+    assert abs(bubbles["1f1b"] - theory.bubble_fraction("1f1b", 2, 8)) < 0.25
 
 
 def _slow_loss(output: Tensor, target: Tensor) -> Tensor:
