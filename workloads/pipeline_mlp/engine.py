@@ -54,7 +54,8 @@ class Step:
             forward pass to the end of the backward one, or of its weights' half.
         peak_bytes: the most bytes of such activations that this rank held at once, over its stages: what autograd
             saved, and the stages' inputs and outputs; without parameters, and without tensors that are on their way
-            to another rank. 0 unless events were asked for, as counting costs time.
+            to another rank, or for which there is room and that have come, maybe, but that nothing was computed with
+            yet: a tensor for each transfer under way. 0 unless events were asked for, as counting costs time.
     """
 
     loss: Tensor | None = None

@@ -2,11 +2,12 @@
 
     python -m workloads.pipeline_mlp.simulate [ranks=16] [microbatches=64] [chunks=4]
 
-checks every schedule up to that size. Torch-free.
+checks every schedule up to that size, and those of predictions. Torch-free.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from workloads.pipeline_mlp.schedule import (
     UNIT_COSTS,
     Action,
     Schedule,
+    forward_only,
     make,
     needs,
     refusal,
@@ -239,6 +241,14 @@ def all_schedules(ranks: Sequence[int], microbatches: Sequence[int], chunks: Seq
                         yield make(name, p, m, v * p)
 
 
+def all_forward_only(ranks: Sequence[int], microbatches: Sequence[int], chunks: Sequence[int]) -> Iterator[Schedule]:
+    """What predictions are made by, on so many stages a rank."""
+    for p in ranks:
+        for m in microbatches:
+            for v in chunks if p > 1 else (1,):
+                yield forward_only(tuple(stage % p for stage in range(v * p)), m)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Checks every schedule up to a size; returns the exit code."""
     largest = {"ranks": 16, "microbatches": 64, "chunks": 4}
@@ -251,7 +261,7 @@ def main(arguments: Sequence[str]) -> int:
         began = time.perf_counter()
         checked = 0
         sizes = [range(1, largest[key] + 1) for key in ("ranks", "microbatches", "chunks")]
-        for schedule in all_schedules(*sizes):
+        for schedule in itertools.chain(all_schedules(*sizes), all_forward_only(*sizes)):
             check(schedule)
             check(schedule, batched=False)
             checked += 1

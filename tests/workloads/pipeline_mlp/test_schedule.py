@@ -28,7 +28,7 @@ from workloads.pipeline_mlp.schedule import (
     torch_refusal,
     with_transfers,
 )
-from workloads.pipeline_mlp.simulate import ScheduleError, all_schedules, check, makespan, run
+from workloads.pipeline_mlp.simulate import ScheduleError, all_forward_only, all_schedules, check, makespan, run
 from workloads.pipeline_mlp.theory import bubble_fraction
 
 
@@ -104,6 +104,11 @@ def test_no_schedule_deadlocks_or_lacks_anything(ranks: int) -> None:
             assert set(found.peak_by_stage) == {schedule.microbatches}
         if schedule.name == "1f1b":
             assert found.peak_by_stage == tuple(min(ranks - rank, schedule.microbatches) for rank in range(ranks))
+        if schedule.name == "interleaved":
+            m, v = schedule.microbatches, schedule.stages // ranks
+            group = -(-m // max(1, m // ranks))
+            assert found.peak_by_rank[0] == min((v - 1) * group + 2 * ranks - 1, v * m)
+            assert m >= 2 * ranks or found.peak_by_rank[0] == v * m
         if schedule.name == "zero_bubble":
             assert max(found.peak_by_stage) == min(ranks, schedule.microbatches)
 
@@ -235,12 +240,17 @@ def test_an_order_that_cannot_be_computed_is_refused() -> None:
 
 
 def test_forward_alone_is_a_schedule_too() -> None:
-    for placement in [(0,), (0, 1), (0, 1, 2, 0, 1, 2)]:
-        for number in (1, 5):
-            one = forward_only(placement, number)
-            check(one)
-            kinds = {action.kind for actions in one.actions for action in actions}
-            assert kinds <= {"forward", SENDS[0], RECEIVES[0]}
+    for one in all_forward_only([1, 2, 3, 4, 8], [1, 2, 3, 5, 8, 13, 40], [1, 2, 3, 4]):
+        check(one)
+        check(one, batched=False)
+        kinds = {action.kind for actions in one.actions for action in actions}
+        assert kinds <= {"forward", SENDS[0], RECEIVES[0]}
+        if one.microbatches >= one.ranks:  # the last rank begins when the first microbatch comes, and never waits
+            assert makespan(one) == one.stages // one.ranks * one.microbatches + one.ranks - 1
+
+
+def test_forward_alone_with_several_stages_a_rank_does_not_wait_for_each_to_come_round() -> None:
+    assert makespan(forward_only((0, 1, 2, 3, 0, 1, 2, 3), 40)) == 83  # one microbatch after the other: 203
 
 
 # ---- refusals, and the command
