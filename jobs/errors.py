@@ -23,6 +23,7 @@ WorkloadError (workloads/base.py) is taken in: before the job starts it is the u
 from __future__ import annotations
 
 import difflib
+import re
 import signal
 from collections.abc import Iterable
 
@@ -108,6 +109,9 @@ USER_ERRORS = (UserError, WorkloadError)
 
 
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """` (did you mean 'x'?)` for a close match of `given` among `known`, else nothing."""
-    close = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
+    """` (did you mean 'x'?)` for the one of `known` that `given` is a word of, or else a close match; else nothing."""
+    known = list(known)
+    close = [name for name in known if given in re.split(r"[\W_]+", name)]
+    if len(close) != 1:
+        close = difflib.get_close_matches(given, known, n=1, cutoff=cutoff)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -104,6 +104,7 @@ BAD = [
     Bad([], ["which workload?", "tp_fsdp", "--help"]),
     Bad(["tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
     Bad(["lst"], ["'lst'", "did you mean 'list'?"]),
+    Bad(["mnist"], ["'mnist': no such workload", "did you mean 'fsdp_mnist'?"]),
     Bad(["steps=2", "tp_fsdp"], ["'steps=2' comes before any workload"]),
     Bad(["plan", "tp_fsdp"], ["'plan' is a reserved word"]),
     Bad(["resume"], ["'resume' is a reserved word"]),
