@@ -17,10 +17,11 @@ stages a rank, and a backward pass that takes twice a forward one, so much of th
 - `gpipe`: (p - 1) / (m + p - 1). All forward, then all back, so a rank holds m microbatches' activations.
 - `1f1b`: the same, but after a warm-up one forward, one backward: the first rank holds p microbatches, the last one.
 - `interleaved`: (p - 1) / (v m + p - 1). Each rank has v smaller stages, and a microbatch goes round v times.
-- `zero_bubble` (ZB-H1): (p - 1) / (3 m + p - 1). The next rank needs only the gradient of what it sent; that of the
-  weights is computed later, where 1f1b would wait.
+- `zero_bubble` (ZB-H1): (p - 1) / (3 m + p - 1). Going back, the stage before needs only the gradient of what it sent;
+  that of the weights is computed later, where 1f1b would wait.
 
-Every run measures itself: its bubble stands beside the formula in the result, `timeline.json` opens in Perfetto, and
+Every run measures itself: its bubble stands beside the formula in the result, and beside what the schedule would have
+with stages as costly as these were and nothing else that takes time. `timeline.json` opens in Perfetto, and
 `timeline.svg` is the figure that papers draw, of this run. With stages that sleep for exactly 40 and 80 ms, 4 ranks and
 8 microbatches, the benchmark (`python -m tests.benchmarks.pipeline_bubble`) has measured 28.3% for gpipe and 28.1% for
 1f1b (27.3% in theory), 16.8% for interleaved (15.8%) and 12.5% for zero_bubble (11.1%).

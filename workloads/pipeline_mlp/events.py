@@ -16,7 +16,8 @@ class Event:
     Attributes:
         rank: of the pipeline, from 0 to its ranks - 1 (not the world's).
         kind: one of `KINDS`. `send` is handing a tensor over to be sent, which does not wait for it to arrive; `wait`
-            is being blocked on something to arrive or, at a step's end, on what was sent to be gone.
+            is being blocked on something to arrive, or on what was sent to be gone: at a step's end, and before it
+            where it is gone already or much is under way.
         stage: the part of the model; for send and wait, the one on this rank whose tensor it is.
         microbatch: from 0.
         start_s: seconds from one moment shortly before the step that is the same for all ranks, to within a fraction of

@@ -419,6 +419,9 @@ LEGEND = (
     "microbatch 0's output to rank 1, F0<0 receives it from rank 0, B0>0 and B0<1 its gradient; .s2: stage 2"
 )
 
+LARGEST = 10**6
+"""Microbatches times stages that the command lists."""
+
 SETTINGS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "schedule": ("|".join(SCHEDULES), "1f1b", "the idea by which it is ordered"),
@@ -442,6 +445,13 @@ def main(arguments: Sequence[str]) -> int:
         stages = _number("stages", values["stages"]) if values["stages"] else None
         if values["transfers"] not in ("yes", "no"):
             raise WorkloadError(f"transfers={values['transfers']}: is neither yes nor no")
+        passes = max(ranks, stages or default_stages(values["schedule"], ranks)) * microbatches
+        if passes > LARGEST:
+            raise WorkloadError(
+                f"ranks={ranks}, microbatches={microbatches}"
+                + (f", stages={stages}" if stages else "")
+                + f": {passes:,} forward passes are more than can be listed; use at most {LARGEST:,}"
+            )
         print(make(values["schedule"], ranks, microbatches, stages).text(values["transfers"] == "yes"))
         print(LEGEND)
     except WorkloadError as error:

@@ -321,6 +321,18 @@ def test_printed_from_the_shell() -> None:
         (["ranks=two"], "ranks=two: is not a whole number; write ranks=N"),
         (["ranks=²"], "ranks=²: is not a whole number"),
         (["ranks=99999999"], "ranks=99999999: is more than can be listed"),
+        (
+            ["ranks=1000", "microbatches=1001"],
+            "ranks=1000, microbatches=1001: 1,001,000 forward passes are more than can be listed; use at most 1,000,000",
+        ),
+        (
+            ["schedule=interleaved", "ranks=900", "microbatches=900"],
+            "ranks=900, microbatches=900: 1,620,000 forward passes are more than can be listed",
+        ),
+        (
+            ["schedule=interleaved", "ranks=2", "microbatches=8", "stages=999998"],
+            "ranks=2, microbatches=8, stages=999998: 7,999,984 forward passes are more than can be listed",
+        ),
         (["stages=-1"], "stages=-1: must be at least 1"),
         (["microbatches=-3"], "microbatches=-3: must be at least 1"),
         (["ranks=2", "ranks=3"], "'ranks=3': ranks was given already, as 2; give it once"),
