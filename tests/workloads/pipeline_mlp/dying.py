@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any, Literal
 
 from workloads.base import RunContext, WorkloadEntry
@@ -11,9 +12,13 @@ from workloads.pipeline_mlp import ENTRY as REAL
 from workloads.pipeline_mlp.config import Config
 
 
+DIED = "died"
+"""In the run directory: when it died, by the host's monotonic clock."""
+
+
 class DyingConfig(Config):
     how: Literal["raise", "exit", "kill", "stop"] = "raise"
-    """stop: it stays, and does nothing any more."""
+    """stop: it stays, and does nothing any more: the others give up on it after collective_timeout_s."""
     rank: int = 1
     """The one that dies."""
     on_pass: int = 20
@@ -31,6 +36,7 @@ def run(config: DyingConfig, ctx: RunContext) -> dict[str, Any]:
         nonlocal passes
         passes += 1
         if ctx.rank == config.rank and passes == config.on_pass:
+            (ctx.paths.run_dir / DIED).write_text(str(time.monotonic()))
             if config.how == "raise":
                 raise RuntimeError("this stage has had enough")
             if config.how == "exit":

@@ -91,7 +91,7 @@ def test_1f1bs_steady_state_has_send_and_receive_side_by_side() -> None:
 
 
 EVERY = [*range(1, 13)]
-SOME = {8: [1, 7, 8, 33], 16: [1, 5, 16, 64]}
+SOME = {8: [1, 7, 8, 33], 16: [1, 5, 33]}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, *SOME])
@@ -323,7 +323,7 @@ def test_printed_from_the_shell() -> None:
         (["ranks=99999999"], "ranks=99999999: is more than can be listed"),
         (
             ["ranks=1000", "microbatches=1001"],
-            "ranks=1000, microbatches=1001: 1,001,000 forward passes are more than can be listed; use at most 1,000,000",
+            "ranks=1000, microbatches=1001: 1,001,000 forward passes are more than can be listed; use at most 1,000",
         ),
         (
             ["schedule=interleaved", "ranks=900", "microbatches=900"],
