@@ -11,8 +11,9 @@ from torch import nn
 
 from workloads.base import WorkloadError
 
-NOT_CALLED = (nn.ModuleList, nn.ModuleDict)
-"""Containers that nobody calls: FSDP hooks onto a module's call, and would never gather theirs."""
+NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Containers that nobody calls: FSDP hooks onto a module's call, and would never gather theirs. (FSDP1's policy picks
+the last two, and so breaks the model.)"""
 INDIVISIBLE = (nn.MultiheadAttention,)
 """Modules that use their children's parameters without calling the children; FSDP1's policy leaves them to the unit
 above, whatever their size."""
@@ -22,7 +23,8 @@ def units_by_size(model: nn.Module, min_params: int) -> list[tuple[str, nn.Modul
     """The smallest subtrees of at least `min_params` parameters, not counting what is in smaller ones below them.
 
     The root is never among them: it is the last unit in any case and takes what is left. These are the modules that
-    FSDP1's `size_based_auto_wrap_policy(min_num_params=min_params)` picks, in a model that has no module twice.
+    FSDP1's `size_based_auto_wrap_policy(min_num_params=min_params)` picks, in a model that has no module twice, but for
+    lists and dictionaries of parameters, which stay with the unit above.
 
     Args:
         model: any; it may be on the meta device.

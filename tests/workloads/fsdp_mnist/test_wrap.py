@@ -156,6 +156,41 @@ def test_a_parameter_of_two_units_is_refused() -> None:
         units_by_size(model, 100)
 
 
+class Lists(nn.Module):
+    """Parameters in a ParameterList and a ParameterDict, used and never called, beside a module that is a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.scales = nn.ParameterList(torch.ones(8, 8) for _ in range(2))
+        self.shifts = nn.ParameterDict({"a": torch.zeros(64, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) @ self.scales[0] @ self.scales[1] + self.shifts["a"].sum(0)
+
+
+@pytest.mark.dist
+def test_lists_of_parameters_stay_with_the_unit_above() -> None:
+    """FSDP1's policy picks them, and then nobody gathers them."""
+    assert names(Lists(), 60) == ["body"]
+    assert names(nn.Sequential(nn.Sequential(Lists(), nn.Linear(3, 3))), 600) == ["0.0"]
+    torch.manual_seed(0)
+    expected = Lists()(torch.ones(2, 8))
+    for found in run_world(_sharded_lists, sizes=(2,), names=("dp",)):
+        torch.testing.assert_close(found, expected.detach())
+
+
+def _sharded_lists(ctx: Any) -> torch.Tensor:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Lists()
+    for _, unit in units_by_size(model, 60):
+        fully_shard(unit, mesh=ctx.mesh)
+    fully_shard(model, mesh=ctx.mesh)
+    return model(torch.ones(2, 8)).detach()
+
+
 @pytest.mark.dist
 def test_build_shards_these_units() -> None:
     [(picked, sharded)] = run_world(_built, sizes=(1, 1), names=("dp_replicate", "dp_shard"))
