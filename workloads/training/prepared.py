@@ -17,12 +17,14 @@ def make_if_missing(ctx: RunContext, is_there: Callable[[], bool], make: Callabl
         make: makes it, without a download: compute nodes often have no internet.
 
     Raises:
-        WorkloadError: on every rank, what rank 0 could not make; or that a rank's host does not see what is there.
+        WorkloadError: on every rank, what rank 0 could not read or make; or that a rank's host does not see what is
+            there.
     """
     mistake: list[str | None] = [None]
-    if ctx.rank == 0 and not is_there():
+    if ctx.rank == 0:
         try:
-            make()
+            if not is_there():
+                make()
         except WorkloadError as error:
             mistake = [str(error)]
     if ctx.world_size > 1:
