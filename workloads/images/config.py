@@ -8,6 +8,9 @@ from pydantic import Field
 
 from workloads.base import WorkloadConfig
 
+MAX_DOWNLOAD_S = 3000
+"""A submission gives its whole preparation an hour."""
+
 
 class ImageDataConfig(WorkloadConfig):
     """Which images are trained on, and where they live."""
@@ -19,5 +22,5 @@ class ImageDataConfig(WorkloadConfig):
     root: str = Field(default="data", min_length=1)
     """Where datasets live, in torchvision's layout; every host must see it. Relative to the directory where the line is
     typed; ~ is the home directory."""
-    download_timeout_s: float = Field(default=300, gt=0)
-    """Seconds that a whole download may take before it is given up."""
+    download_timeout_s: float = Field(default=300, gt=0, le=MAX_DOWNLOAD_S)
+    """Seconds that a whole download may take before it is given up; at most 3,000."""

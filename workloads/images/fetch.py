@@ -54,8 +54,8 @@ def fetch(source: Source, into: Path, timeout_s: float) -> Path:
         OSError: the disk is full, or cannot be written.
         WorkloadError: torchvision cannot be imported.
     """
-    started = time.monotonic()
     base = getattr(torchvision().datasets, source.folder)
+    started = time.monotonic()  # importing is no download
     failures = {}
     answering = []
     for mirror, failure in _probe(base.mirrors, base.resources[0][0], min(PROBE_TIMEOUT_S, timeout_s)).items():
@@ -71,6 +71,7 @@ def fetch(source: Source, into: Path, timeout_s: float) -> Path:
         mirrors = answering[attempt:]
         share = (timeout_s - (time.monotonic() - started)) / len(mirrors)
         if share <= 0:
+            failures |= dict.fromkeys(mirrors, "no time was left for it (data.download_timeout_s)")
             break
         log.info("downloading %s from %s, for at most %.0f s", source.title, " or ".join(mirrors), share)
         place = into / str(attempt)

@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 CHECKSUMS_FILE = "checksums.json"
 RECORD_FILE = "images.json"
+STALE_S = 24 * 3600
+"""So old a folder of a preparation is nobody's any more: none lasts so long."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def prepare(data: ImageDataConfig, directory: Path, *, download: bool = True) ->
     Raises:
         WorkloadError: the dataset cannot be had, or data.root or `directory` cannot be written.
     """
+    # A download is worth a line also where only warnings are shown, as in a submission: it is what is waited for.
+    logging.getLogger("workloads.images.fetch").setLevel(logging.INFO)
     prepared = make_ready(data, download=download)
     values = {**asdict(prepared), "root": str(prepared.root)}
     path = directory / RECORD_FILE
@@ -394,6 +399,12 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
                 counts[name] = idx.count(content, name)
             except idx.IdxError as error:
                 raise UnavailableError(what, f"{name}, as it was downloaded, {error}", cure) from None
+            if not source.downloaded and not _published(source, name, content):
+                raise WorkloadError(
+                    f"{what}: {name}, as it was just made, is not the file that is made elsewhere: its md5 is "
+                    f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}, and not {source.md5[name]}; another "
+                    "version of scikit-learn or numpy may help, or use another data.source"
+                )
             files[name] = _record(content)
         raw.mkdir(parents=True, exist_ok=True)
         for name in FILES:
@@ -408,8 +419,12 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
 
 @contextlib.contextmanager
 def _folder_beside(source: Source, root: Path) -> Iterator[Path]:
-    """A new folder in `root`, of this process alone, that is gone afterwards."""
+    """A new folder in `root`, of this process alone, that is gone afterwards, as are old ones of killed processes."""
     root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(".preparing-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".preparing-{source.folder}-", dir=root))
     try:
         yield folder

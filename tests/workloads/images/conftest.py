@@ -75,6 +75,11 @@ class Web:
         addresses = [f"{self.address}/{behaviour}/" for behaviour in behaviours]
         self.monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", addresses)
 
+    def patience(self, seconds: float) -> None:
+        """How long a mirror may be silent; a good one, too, may take its time on a loaded machine."""
+        self.monkeypatch.setattr(fetch, "PROBE_TIMEOUT_S", seconds)
+        self.monkeypatch.setattr(fetch, "READ_TIMEOUT_S", seconds)
+
 
 @pytest.fixture
 def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
@@ -127,7 +132,7 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
                     for place in range(0, 250, 50):
                         self.wfile.write(body[place : place + 50])
                         self.wfile.flush()
-                        over.wait(0.5)
+                        over.wait(1)
                     self.connection.close()
                 elif kind == "half":
                     self.wfile.write(body[: len(body) // 2])
@@ -146,9 +151,9 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    monkeypatch.setattr(fetch, "PROBE_TIMEOUT_S", 0.7)
-    monkeypatch.setattr(fetch, "READ_TIMEOUT_S", 0.7)
-    yield Web(f"http://127.0.0.1:{server.server_port}", asked, monkeypatch)
+    web = Web(f"http://127.0.0.1:{server.server_port}", asked, monkeypatch)
+    web.patience(3.0)
+    yield web
     over.set()
     meeting.abort()
     server.shutdown()
@@ -158,7 +163,7 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 def downloads_have_ended() -> None:
     """Waits for the threads of downloads that were given up."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(thread.name.startswith("download of") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "a download that was given up still runs"
         time.sleep(0.02)

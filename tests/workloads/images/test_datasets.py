@@ -71,7 +71,7 @@ def test_a_worker_process_may_unpickle_it(fake: Prepared) -> None:
         input=pickle.dumps(open_split(fake, False)),
         env=ENV,
         capture_output=True,
-        timeout=60,
+        timeout=240,
     )
     assert (done.returncode, done.stdout) == (0, b"512\n"), done.stderr
 
@@ -123,6 +123,6 @@ def test_arrays_need_no_torchvision(fake: Prepared, tmp_path: Path) -> None:
         "print(*sorted({'torch', 'torchvision', 'sklearn'} & set(sys.modules)))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], input=pickle.dumps(fake), env=ENV, capture_output=True, timeout=60, check=True
+        [sys.executable, "-c", code], input=pickle.dumps(fake), env=ENV, capture_output=True, timeout=240, check=True
     )
     assert done.stdout == b"\n"

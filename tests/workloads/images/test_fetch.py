@@ -82,16 +82,15 @@ def test_a_mirror_that_stops_half_way_does_not_keep_from_the_next(
 ) -> None:
     """Of these torchvision would let the first failure, or the slowness, be the end of it."""
     web.mirrors(bad, "good")
-    began = time.monotonic()
-    make_ready(mnist(tmp_path, download_timeout_s=2))
-    assert time.monotonic() - began < 8
+    web.patience(1.5)
+    make_ready(mnist(tmp_path, download_timeout_s=5))
     assert_good(tmp_path, small)
 
 
 def test_a_download_that_was_given_up_does_not_come_back(web: Web, small: Small, tmp_path: Path) -> None:
     """Its mirror closes later: torchvision would go on with the next, in a folder that it makes anew."""
     web.mirrors("second-sluggish", "good")
-    make_ready(mnist(tmp_path, download_timeout_s=3))
+    make_ready(mnist(tmp_path, download_timeout_s=6))
     asked = len(web.asked)
     downloads_have_ended()
     assert len(web.asked) == asked
@@ -103,30 +102,34 @@ def test_a_download_that_was_given_up_does_not_come_back(web: Web, small: Small,
     [
         ("404", r"/404/: HTTP 404 Not Found after \d"),
         ("html", r"/html/: answers with something that is no gzip file"),
-        ("hang", r"/hang/: (silent for|no answer within) 0\.7 s"),
+        ("hang", r"/hang/: (silent for|no answer within) [\d.]+ s"),
         ("corrupt", r"Error downloading train-images-idx3-ubyte\.gz: Tried .*File not found or corrupted"),
         ("truncated", r"Error downloading train-images-idx3-ubyte\.gz: Tried .*File not found or corrupted"),
         ("half", r"Error downloading train-images-idx3-ubyte\.gz: Tried .*File not found or corrupted"),
-        ("stall", r"/stall/: silent for 0\.7 s"),
-        ("drip", r"/drip/: not done after [12] s \(data\.download_timeout_s"),
+        ("stall", r"/stall/: (silent for|no answer within) [\d.]+ s"),
+        ("drip", r"/drip/: not done after \d+ s \(data\.download_timeout_s"),
     ],
 )
 def test_one_line_says_what_was_tried_and_what_to_do(bad: str, words: str, web: Web, tmp_path: Path) -> None:
     web.mirrors(bad)
+    if bad in ("hang", "stall"):
+        web.patience(0.7)
     began = time.monotonic()
-    line = refused(mnist(tmp_path, download_timeout_s=2), tmp_path)
-    assert time.monotonic() - began < 8
+    line = refused(mnist(tmp_path, download_timeout_s=2 if bad == "drip" else 20), tmp_path)
+    assert time.monotonic() - began < 30
     assert re.search(words, line)
     assert f"{web.address}/{bad}/" in line
     assert f"python -m workloads.images.prepare data.source=mnist data.root={tmp_path}" in line
     assert "data.source=digits" in line
     # and then, with the network repaired,
     web.mirrors("good")
+    web.patience(3.0)
     make_ready(mnist(tmp_path))
 
 
 def test_every_mirror_is_named_with_its_failure(web: Web, tmp_path: Path) -> None:
     web.mirrors("404", "html", "hang")
+    web.patience(0.7)
     line = refused(mnist(tmp_path), tmp_path)
     assert [f"/{bad}/: " in line for bad in ("404", "html", "hang")] == [True] * 3
 
@@ -136,6 +139,27 @@ def test_mirrors_are_asked_side_by_side(web: Web, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fetch, "PROBE_TIMEOUT_S", 20.0)
     web.mirrors("meet", "x/meet", "y/meet", "z/meet")
     assert refused(mnist(tmp_path), tmp_path).count("HTTP 404 Not Found") == 4
+
+
+def test_a_mirror_that_no_time_is_left_for_is_named(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer took what time there was."""
+    web.mirrors("good")
+
+    def late(mirrors: list[str], name: str, timeout_s: float) -> dict[str, str | None]:
+        time.sleep(timeout_s)
+        return dict.fromkeys(mirrors)
+
+    monkeypatch.setattr(fetch, "_probe", late)
+    line = refused(mnist(tmp_path, download_timeout_s=0.1), tmp_path)
+    assert f"no download: {web.address}/good/: no time was left for it (data.download_timeout_s); " in line
+
+
+def test_a_download_is_said_to_be_waited_for(web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where only warnings are shown, as in a submission's preparation."""
+    assert logging.getLogger().getEffectiveLevel() == logging.WARNING
+    web.mirrors("good")
+    prepare(mnist(tmp_path / "data"), tmp_path / "job")
+    assert re.match(rf"downloading MNIST from {web.address}/good/, for at most \d+ s", caplog.messages[0])
 
 
 @contextmanager
@@ -164,9 +188,9 @@ def test_nobody_answers_at_all(web: Web, tmp_path: Path, monkeypatch: pytest.Mon
             monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", addresses)
             began = time.monotonic()
             line = refused(mnist(tmp_path), tmp_path)
-            assert time.monotonic() - began < 8
+            assert time.monotonic() - began < 30
     assert re.search(re.escape(refusing) + r": connection refused after \d\.\d s", line)
-    assert re.search(rf":{port}/: (silent for|no answer within) 0\.7 s", line)
+    assert re.search(rf":{port}/: (silent for|no answer within) 3 s", line)
     assert re.search(r"no-such-host\.invalid/: (its name cannot be looked up|no answer within)", line)
 
 
@@ -179,14 +203,14 @@ def test_a_look_up_of_a_name_that_hangs_holds_nobody(
 
     def hanging(host: str, *args: Any, **kwargs: Any) -> Any:
         if host == "slow.invalid":
-            over.wait(30)
+            over.wait(60)
         return real(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", hanging)
     monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", ["http://slow.invalid/", f"{web.address}/good/"])
     began = time.monotonic()
     make_ready(mnist(tmp_path))
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
     over.set()
     assert_good(tmp_path, small)
 
@@ -215,6 +239,7 @@ def test_the_time_out_of_sockets_is_as_before(web: Web, tmp_path: Path) -> None:
     make_ready(mnist(tmp_path))
     assert socket.getdefaulttimeout() is None
     web.mirrors("stall")
+    web.patience(0.7)
     (tmp_path / "other").mkdir()
     refused(mnist(tmp_path / "other"), tmp_path / "other")
     assert socket.getdefaulttimeout() is None
@@ -263,4 +288,4 @@ def test_without_network_it_is_over_in_seconds(tmp_path: Path) -> None:
     """With torchvision's own addresses; where there is a network after all, they are MNIST's."""
     began = time.monotonic()
     assert make_ready(mnist(tmp_path, source="auto", download_timeout_s=1)).source in ("digits", "mnist")
-    assert time.monotonic() - began < fetch.PROBE_TIMEOUT_S + 7
+    assert time.monotonic() - began < 30

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 
 from tests.workloads.images.conftest import Small
 from workloads.base import WorkloadError
-from workloads.images import idx
+from workloads.images import idx, sources
 from workloads.images.config import ImageDataConfig
 from workloads.images.prepare import CHECKSUMS_FILE, Prepared, UnavailableError, look, make_ready, plan, prepare
 from workloads.images.sources import FILES, SOURCES, TEST, TRAIN
@@ -213,12 +214,26 @@ def test_files_without_a_record_that_are_others_are_named(tmp_path: Path, caplog
     assert caplog.messages == [f"{raw / TEST[1]} is a sound file, but not the one that is made here; it is made anew"]
 
 
-def test_folders_that_a_killed_process_left_do_no_harm(tmp_path: Path) -> None:
-    stale = tmp_path / ".preparing-Fake-abcdef"
-    stale.mkdir()
-    (stale / TRAIN[0]).write_bytes(b"half")
+def test_folders_that_a_killed_process_left_do_no_harm_and_go_after_a_day(tmp_path: Path) -> None:
+    for name, hours in (("half", 1), ("old", 30)):
+        folder = tmp_path / f".preparing-Fake-{name}"
+        folder.mkdir()
+        (folder / TRAIN[0]).write_bytes(b"half")
+        os.utime(folder, times=(time.time() - hours * 3600,) * 2)
     make_ready(images("fake", tmp_path))
     assert look(SOURCES["fake"], tmp_path).recorded
+    assert {path.name for path in tmp_path.iterdir()} == {"Fake", ".preparing-Fake-half"}
+
+
+def test_what_is_made_otherwise_than_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a scikit-learn whose digits are others."""
+    files = sources.fake()
+    files[TEST[0]] = files[TEST[0]][:-1] + bytes([files[TEST[0]][-1] ^ 1])
+    monkeypatch.setattr(sources, "make", lambda source: files)
+    line = refused(images("fake", tmp_path))
+    md5 = hashlib.md5(files[TEST[0]]).hexdigest()
+    assert re.search(rf"{TEST[0]}, as it was just made, is not .*: its md5 is {md5}, and not 5e29450e", line)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what the user put there
@@ -295,7 +310,7 @@ def test_a_dataset_where_nothing_can_be_written_is_good_as_it_is(small: Small, t
         "sys.exit(prepare.main(['data.source=mnist', f'data.root={sys.argv[1]}']))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), json.dumps(dict(SOURCES["mnist"].md5))]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert f"{raw} cannot be written (File too large): its files are checked anew each time" in done.stderr
     assert done.stdout.startswith("data: MNIST (1,500 handwritten digits")
@@ -313,7 +328,7 @@ def test_without_a_download_the_network_is_not_touched(small: Small, tmp_path: P
         "prepare(ImageDataConfig(root=sys.argv[1]), Path(sys.argv[1], 'job'), download=False)\n"
         "sys.exit(bool({'torch', 'torchvision'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=ENV, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=ENV, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     prepared = Prepared.read(tmp_path / "job")
     assert prepared is not None
@@ -331,33 +346,36 @@ from workloads.images.config import ImageDataConfig
 from workloads.images.prepare import prepare
 logging.disable()
 for line in sys.stdin:
-    root = Path(line.strip())
-    prepared = prepare(ImageDataConfig(source="fake", root=str(root)), root / "job")
+    source, root = line.split()
+    prepared = prepare(ImageDataConfig(source=source, root=root), Path(root, "job"))
     print(prepared.files["train-images-idx3-ubyte"].sha256, flush=True)
 """
 
 
 def test_processes_that_prepare_at_once_do_no_harm_to_each_other(tmp_path: Path) -> None:
-    make_ready(images("fake", tmp_path / "good"))
-    good = contents(tmp_path / "good" / "Fake" / "raw")
+    good = {}
+    for source in ("fake", "digits"):
+        make_ready(images(source, tmp_path / source))
+        good[source] = contents(SOURCES[source].raw(tmp_path / source))
     workers = [
         subprocess.Popen([sys.executable, "-c", AT_ONCE], env=ENV, text=True, stdin=-1, stdout=-1) for _ in range(3)
     ]
     try:
-        for number in range(16):
+        for number, source in enumerate(("fake", "digits", "digits") * 6):
             root = tmp_path / f"round-{number}"
+            raw = SOURCES[source].raw(root)
             if number % 2:
-                shutil.copytree(tmp_path / "good", root)
+                shutil.copytree(tmp_path / source, root)
                 for name, damage in zip(FILES, (cut, flip, Path.unlink, lambda path: None), strict=True):
-                    damage(root / "Fake" / "raw" / FILES[(FILES.index(name) + number) % 4])
+                    damage(raw / FILES[(FILES.index(name) + number) % 4])
             for worker in workers:
                 assert worker.stdin
-                worker.stdin.write(f"{root}\n")
+                worker.stdin.write(f"{source} {root}\n")
                 worker.stdin.flush()
             answers = {worker.stdout.readline() for worker in workers if worker.stdout}
-            assert answers == {hashlib.sha256(good[TRAIN[0]]).hexdigest() + "\n"}
-            assert contents(root / "Fake" / "raw") == good
-            assert {path.name for path in root.iterdir()} == {"Fake", "job"}
+            assert answers == {hashlib.sha256(good[source][TRAIN[0]]).hexdigest() + "\n"}
+            assert contents(raw) == good[source]
+            assert {path.name for path in root.iterdir()} == {SOURCES[source].folder, "job"}
             assert [path.name for path in (root / "job").iterdir()] == ["images.json"]
     finally:
         for worker in workers:
@@ -431,7 +449,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
         "sys.exit(main(['data.source=fake', f'data.root={sys.argv[1]}']))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], env=ENV, capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", code, tmp_path], env=ENV, capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
     assert done.returncode == 2
     assert re.fullmatch(
@@ -497,13 +515,15 @@ def test_importing_and_planning_stay_light() -> None:
         "plan(ImageDataConfig())\n"
         "print(*sorted({'torch', 'torchvision', 'sklearn', 'numpy', 'jobs'} & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=240, check=True
+    )
     assert done.stdout == "\n"
 
 
 def by_hand(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "workloads.images.prepare", *words]
-    return subprocess.run(command, env=ENV, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=ENV, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def test_by_hand(tmp_path: Path) -> None:
@@ -519,6 +539,7 @@ def test_by_hand(tmp_path: Path) -> None:
         (["mnist"], r"'mnist': no such setting; there are data\.source=\.\.\., data\.root=\.\.\., "),
         (["data.source=cifar"], r"data\.source=cifar: Input should be 'auto', 'mnist', "),
         (["data.root="], r"data\.root=: String should have at least 1 character"),
+        (["data.download_timeout_s=3600"], r"data\.download_timeout_s=3600: Input should be less than or equal"),
         (["data.download_timeout_s=0"], r"data\.download_timeout_s=0: Input should be greater than 0"),
         (["source=fake", "data.source=fake"], r"'data\.source=fake': data\.source was given already, as fake; "),
     ],
