@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.harness import Cluster
 from tests.slurm.runs import finished, rows
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 SETTINGS = [
     *("model.dim=64", "model.n_heads=8", "model.n_kv_heads=4", "model.ffn_dim=96", "model.n_layers=2"),

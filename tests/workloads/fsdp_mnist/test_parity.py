@@ -16,7 +16,7 @@ from workloads.base import RunContext, Shape
 from workloads.fsdp_mnist.config import Config, mesh
 from workloads.images.prepare import Prepared, prepare
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 STRATEGIES = {1: ("single",), 2: ("fsdp", "ddp"), 4: ("fsdp", "ddp", "hsdp")}
 """By the number of ranks; hsdp is 2 x 2."""
@@ -60,7 +60,7 @@ def train_all(prepared: Prepared, ranks: int, run_dir: Path, **given: Any) -> di
         *(train_each, prepared, configs),
         sizes=(1, ranks),
         run_dir=run_dir,
-        deadline_seconds=240,
+        deadline_seconds=600,
     )[0]
     return dict(zip(STRATEGIES[ranks], results, strict=True))
 
@@ -117,5 +117,5 @@ def test_adamw_into_a_second_epoch(prepared: Prepared, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp"), (4, "hsdp")])
 def test_accuracy_at_the_end(ranks: int, strategy: str, prepared: Prepared, tmp_path: Path) -> None:
     one = config(strategy=strategy, epochs=4, global_batch_size=50)
-    [result] = run_world(train_each, prepared, [one], sizes=(1, ranks), run_dir=tmp_path, deadline_seconds=240)[0]
+    [result] = run_world(train_each, prepared, [one], sizes=(1, ranks), run_dir=tmp_path, deadline_seconds=600)[0]
     assert result["heldout_accuracy"] > 0.95
