@@ -2,7 +2,7 @@
 
     python -m workloads.pipeline_mlp.simulate [ranks=16] [microbatches=64] [chunks=4]
 
-checks every schedule up to that size, and those of predictions. Torch-free.
+checks every schedule up to that size, and those of predictions, in a few minutes. Torch-free.
 """
 
 from __future__ import annotations

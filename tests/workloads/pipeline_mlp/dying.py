@@ -11,7 +11,6 @@ from workloads.base import RunContext, WorkloadEntry
 from workloads.pipeline_mlp import ENTRY as REAL
 from workloads.pipeline_mlp.config import Config
 
-
 DIED = "died"
 """In the run directory: when it died, by the host's monotonic clock."""
 

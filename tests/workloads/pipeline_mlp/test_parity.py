@@ -17,7 +17,7 @@ from workloads.base import RunContext
 from workloads.pipeline_mlp.config import Config, widths
 from workloads.pipeline_mlp.schedule import SCHEDULES, torch_refusal
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 INPUTS, CLASSES = 6, 3
 STEPS, BATCH = 50, 16
@@ -115,7 +115,7 @@ def test_fp64_of_50_steps(ranks: int, dp: int) -> None:
         assert sum(one_process.losses[-5:]) < 0.95 * sum(one_process.losses[:5])
         assert min(gradient.abs().max() for gradient in one_process.gradients.values()) > 1e-3
     results = run_world(
-        *(train_each, all_of_them, expected), sizes=(ranks, dp), names=("pp", "dp"), deadline_seconds=240
+        *(train_each, all_of_them, expected), sizes=(ranks, dp), names=("pp", "dp"), deadline_seconds=600
     )
     digests: dict[tuple[str, int], dict[str, str]] = {}
     for number, one in enumerate(all_of_them):
@@ -147,7 +147,7 @@ def test_uneven_layers_and_odd_numbers() -> None:
     seen: dict[str, str] = {}
     for ranks, ways in cases.items():
         each = [config(ranks, **{**given, **way}) for way in ways]
-        results = run_world(*(train_each, each, expected), sizes=(ranks, 1), names=("pp", "dp"), deadline_seconds=240)
+        results = run_world(*(train_each, each, expected), sizes=(ranks, 1), names=("pp", "dp"), deadline_seconds=600)
         for by_rank in results:
             for one, came_to in zip(each, by_rank, strict=True):
                 assert max(came_to.losses, came_to.gradients, came_to.weights) < LIMIT, (ranks, one.schedule)

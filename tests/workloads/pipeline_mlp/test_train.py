@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.cli.main import main
 from tests.workloads.pipeline_mlp.dying import DIED
 from tests.workloads.pipeline_mlp.reference import network
 from tests.workloads.worlds import WorldFailed, run_world
@@ -164,6 +165,31 @@ def test_refused_before_anything_starts(tmp_path: Path) -> None:
     assert "layers=1 for 2 stages" in refused(tmp_path, "layers=1")
     line = refused(tmp_path, "data.path=bad.csv", "data.target=y")
     assert line.endswith("bad.csv, line 3, column y: 'nan' is no finite number; mend or drop the row")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--gpus-per-node 1 schedule=interleaved", "schedule=interleaved on 1 pipeline rank: .* use more ranks"),
+        ("--gpus-per-node 2 dp=2 schedule=interleaved", "schedule=interleaved on 1 pipeline rank"),
+        ("--gpus-per-node 2 global_batch_size=100", "global_batch_size=100 is not divisible by dp x microbatches"),
+        ("--nodes 5 --gpus-per-node 2", "layers=9 for 10 stages on 10 pipeline ranks"),
+        ("--gpus-per-node 4 engine=torch microbatches=2", "engine=torch with schedule=1f1b, microbatches=2 on 4"),
+        ("--gpus-per-node 2 engine=torch schedule=naive", "engine=torch with schedule=naive"),
+        ("--gpus-per-node 2 schedule=1f2b", "1f2b"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_the_shells_line_is_refused(
+    words: str, line: str, more: list[str], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which is quick; and nothing is prepared, or left behind."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["pipeline_mlp", "--executor", "local", *words.split(), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(rf"\Ameshrun: error: .*{line}.*\n\Z", err), err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
