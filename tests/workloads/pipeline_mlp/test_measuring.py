@@ -84,7 +84,7 @@ def _sleeping(ctx: RunContext, name: str, steps: int) -> list[list[Event]]:
 
 
 def _both(ctx: RunContext) -> dict[str, list[list[Event]]]:
-    return {name: _sleeping(ctx, name, steps) for name, steps in (("naive", 1), ("1f1b", 4))}
+    return {name: _sleeping(ctx, name, steps) for name, steps in (("naive", 1), ("1f1b", 3))}
 
 
 @pytest.mark.dist
@@ -105,27 +105,27 @@ def _slow_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target)
 
 
-def _with_a_slow_loss(ctx: RunContext, name: str) -> dict[str, list[float]]:
-    schedule = make(name, 2, 2)
+def _with_a_slow_loss(ctx: RunContext) -> dict[str, list[float]]:
     found = {}
-    for engine, kind in (("own", Engine), ("torch", TorchEngine)):
+    kinds: dict[str, Any] = {"own": Engine, "torch": TorchEngine}
+    for name, engine in (("1f1b", "own"), ("1f1b", "torch"), ("interleaved", "torch")):
+        schedule = make(name, 2, 2)
         stages = [nn.Linear(3, 3) for _ in schedule.stages_on(ctx.rank)]
-        built: Any = kind(stages, schedule, ctx.mesh.get_group("pp"), _slow_loss, torch.zeros(2, 3))
+        built = kinds[engine](stages, schedule, ctx.mesh.get_group("pp"), _slow_loss, torch.zeros(2, 3))
         for record in (False, True):
             done = built.step(torch.ones(4, 3), torch.ones(4, 3), record=record)
         last = [e for e in done.events if e.kind == "forward" and e.stage == schedule.stages - 1]
         assert all(a.end_s <= b.start_s for a, b in zip(done.events, done.events[1:], strict=False) if engine != "own")
-        found[engine] = [event.seconds for event in last]
+        found[f"{name} {engine}"] = [event.seconds for event in last]
     return found
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["1f1b", "interleaved"])
-def test_the_loss_is_part_of_the_last_stages_forward_pass(name: str) -> None:
-    _, last = run_world(_with_a_slow_loss, name, sizes=(2, 1), names=("pp", "dp"))
-    for engine, seconds in last.items():
-        assert len(seconds) == 2, engine
-        assert min(seconds) >= 0.05, engine
+def test_the_loss_is_part_of_the_last_stages_forward_pass() -> None:
+    _, last = run_world(_with_a_slow_loss, sizes=(2, 1), names=("pp", "dp"))
+    for what, seconds in last.items():
+        assert len(seconds) == 2, what
+        assert min(seconds) >= 0.05, what
 
 
 class Tired(nn.Linear):
