@@ -109,7 +109,8 @@ def test_the_data_takes_as_much_memory_as_is_said(tmp_path: Path) -> None:
 
     for precision in ("fp32", "fp64"):
         images = said(precision, source="mnist")
-        assert 0.7 * images < growth["images", precision] < images, (precision, growth)
+        # What the allocator keeps differs from run to run; done at once it would be twice as much.
+        assert 0.7 * images < growth["images", precision] < 1.2 * images, (precision, growth)
         assert growth["targets alone", precision] < 100 * 10**6, (precision, growth)
         as_table = said(precision, path=str(table), target="y")
-        assert 0.5 * as_table < growth["table", precision] < as_table, (precision, growth, as_table)
+        assert 0.5 * as_table < growth["table", precision] < 1.2 * as_table, (precision, growth, as_table)
