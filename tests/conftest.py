@@ -49,18 +49,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Who uses a cluster is marked so; before -m is looked at, hence first.
-
-    Files with clusters, or with worlds of ranks, come before the others: side by side, the short ones fill the gaps.
-    """
+    """Who uses a cluster is marked so; before -m is looked at, hence first."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if ANY in fixtures:
             item.add_marker("real_cluster")
         if ANY in fixtures or any(name in fixtures for name in HARNESS):
             item.add_marker("slurm")
-    long = {item.path for item in items if any(item.get_closest_marker(name) for name in ("slurm", "dist"))}
-    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.hookimpl(wrapper=True)
