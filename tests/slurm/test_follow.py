@@ -108,7 +108,7 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     assert (record["status"], record["exit_code"], record["job_id"]) == ("done", 0, job_id(line))
     assert record["result"]["total"] == 12
     assert "step 4/4" not in again.stderr
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 5
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(
     # The step's end is written by rank 0 just before; of a rank that left no record that is the time it was last seen.
     died = (line.run_dir / "metrics.jsonl").stat().st_mtime
     record_property("seconds_from_death_to_exit", round(ended - died, 2))
-    assert ended - died < 40
+    assert ended - died < 20
     assert slurm.job_state(job_id(line)) == "FAILED"
     # A run directory outlives Slurm's memory (MinJobAge); here its job's number is one of long ago.
     path = line.run_dir / "submission.json"
@@ -204,7 +204,7 @@ def test_a_job_that_is_cancelled_while_it_is_followed(slurm_accounting: Cluster,
     slurm_accounting.run("scancel", job_id(line))
     cancelled = time.monotonic()
     assert code(line) == 1
-    assert time.monotonic() - cancelled < 40
+    assert time.monotonic() - cancelled < 20
     last = err(line).splitlines()[-1]
     assert f"the job failed: job {job_id(line)} was cancelled by {slurm_accounting.user}; rank 0 was last in" in last
     assert line.result()["error"] in last

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_two_hosts_of_four_gpus_are_ready_soon(slurm: Cluster) -> None:
-    assert slurm.seconds_to_start < 60  # some 2; the benchmark slurm_start holds it to 10
+    assert slurm.seconds_to_start < 10
     assert slurm.states() == {"node0": "idle", "node1": "idle"}
     shown = slurm.run("srun", "-N2", "--gpus-per-node=4", "bash", "-c", "echo $(hostname) $CUDA_VISIBLE_DEVICES")
     assert sorted(shown.splitlines()) == ["node0 0,1,2,3", "node1 0,1,2,3"]
@@ -129,7 +130,7 @@ def test_a_host_that_is_declared_down_gives_up_its_jobs_at_once(slurm: Cluster) 
     job = submit(slurm, "srun sleep 600", "--nodes=2", "--no-requeue")
     slurm.wait_job_state(job, "RUNNING")
     slurm.declare_down("node1")
-    assert slurm.wait_job_state(job, "NODE_FAIL")
+    assert slurm.wait_job_state(job, "NODE_FAIL", deadline_s=10)
 
 
 def test_an_unplugged_host_runs_on_by_itself(slurm: Cluster) -> None:
@@ -202,7 +203,7 @@ def test_two_at_the_same_time_do_not_meet(slurm: Cluster, make_cluster: Callable
 
 
 def test_accounting_remembers_jobs_and_refuses_other_accounts(slurm_accounting: Cluster) -> None:
-    assert slurm_accounting.seconds_to_start < 60
+    assert slurm_accounting.seconds_to_start < 10
     job = submit(slurm_accounting, "exit 3", "--account=my-project", "--qos=normal")
     words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=Account,State,ExitCode"]
     wait_until(lambda: slurm_accounting.run(*words).strip() == "my-project|FAILED|3:0", 20, "sacct tells its end")
@@ -293,9 +294,11 @@ def test_nothing_is_left_however_the_tests_end(ending: signal.Signals, needs_har
     left = descendants(python.pid)
     names = {program(pid) for pid in left}
     assert {"slurmctld", "slurmd", "munged"} <= names, names
+    asked_at = time.monotonic()
     python.send_signal(ending)
     python.communicate()
-    wait_until(lambda: not any(is_alive(pid) for pid in left), 20, "all of it is gone")
+    wait_until(lambda: not any(is_alive(pid) for pid in left), 5, "all of it is gone")
+    assert time.monotonic() - asked_at < 2
 
 
 def program(pid: int) -> str:

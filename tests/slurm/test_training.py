@@ -61,7 +61,7 @@ def train_mnist(folder: Path, *words: str, env: dict[str, str] | None = None) ->
     return record, ([(row["loss"], row["accuracy"]) for row in steps], measured, weights)
 
 
-@pytest.mark.parametrize(("strategy", "sizes"), [("fsdp", (1, 4)), ("hsdp", (2, 2))])
+@pytest.mark.parametrize(("strategy", "sizes"), [("fsdp", (1, 4)), ("hsdp", (2, 2)), ("ddp", (4, 1))])
 def test_fsdp_mnist_on_two_hosts_of_two(strategy: str, sizes: tuple[int, int], slurm: Cluster, tmp_path: Path) -> None:
     """Dropout is on; hsdp shards within a host and keeps a copy on each."""
     word = f"strategy={strategy}"

@@ -83,7 +83,9 @@ def test_a_mirror_that_stops_half_way_does_not_keep_from_the_next(
     """Of these torchvision would let the first failure, or the slowness, be the end of it."""
     web.mirrors(bad, "good")
     web.patience(1.5)
+    began = time.monotonic()
     make_ready(mnist(tmp_path, download_timeout_s=5))
+    assert time.monotonic() - began < 8
     assert_good(tmp_path, small)
 
 
@@ -102,12 +104,12 @@ def test_a_download_that_was_given_up_does_not_come_back(web: Web, small: Small,
     [
         ("404", r"/404/: HTTP 404 Not Found after \d"),
         ("html", r"/html/: answers with something that is no gzip file"),
-        ("hang", r"/hang/: (silent for|no answer within) [\d.]+ s"),
+        ("hang", r"/hang/: (silent for|no answer within) 0\.7 s"),
         ("corrupt", r"Error downloading train-images-idx3-ubyte\.gz: Tried .*File not found or corrupted"),
         ("truncated", r"Error downloading train-images-idx3-ubyte\.gz: Tried .*File not found or corrupted"),
         ("half", r"Error downloading train-images-idx3-ubyte\.gz: Tried .*File not found or corrupted"),
-        ("stall", r"/stall/: (silent for|no answer within) [\d.]+ s"),
-        ("drip", r"/drip/: not done after \d+ s \(data\.download_timeout_s"),
+        ("stall", r"/stall/: silent for 0\.7 s"),
+        ("drip", r"/drip/: not done after [12] s \(data\.download_timeout_s"),
     ],
 )
 def test_one_line_says_what_was_tried_and_what_to_do(bad: str, words: str, web: Web, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_one_line_says_what_was_tried_and_what_to_do(bad: str, words: str, web: 
         web.patience(0.7)
     began = time.monotonic()
     line = refused(mnist(tmp_path, download_timeout_s=2 if bad == "drip" else 20), tmp_path)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 8
     assert re.search(words, line)
     assert f"{web.address}/{bad}/" in line
     assert f"python -m workloads.images.prepare data.source=mnist data.root={tmp_path}" in line
@@ -188,7 +190,7 @@ def test_nobody_answers_at_all(web: Web, tmp_path: Path, monkeypatch: pytest.Mon
             monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", addresses)
             began = time.monotonic()
             line = refused(mnist(tmp_path), tmp_path)
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 8
     assert re.search(re.escape(refusing) + r": connection refused after \d\.\d s", line)
     assert re.search(rf":{port}/: (silent for|no answer within) 3 s", line)
     assert re.search(r"no-such-host\.invalid/: (its name cannot be looked up|no answer within)", line)
@@ -210,7 +212,7 @@ def test_a_look_up_of_a_name_that_hangs_holds_nobody(
     monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", ["http://slow.invalid/", f"{web.address}/good/"])
     began = time.monotonic()
     make_ready(mnist(tmp_path))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 8
     over.set()
     assert_good(tmp_path, small)
 
@@ -288,4 +290,4 @@ def test_without_network_it_is_over_in_seconds(tmp_path: Path) -> None:
     """With torchvision's own addresses; where there is a network after all, they are MNIST's."""
     began = time.monotonic()
     assert make_ready(mnist(tmp_path, source="auto", download_timeout_s=1)).source in ("digits", "mnist")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < fetch.PROBE_TIMEOUT_S + 7

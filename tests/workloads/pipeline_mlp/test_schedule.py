@@ -90,8 +90,8 @@ def test_1f1bs_steady_state_has_send_and_receive_side_by_side() -> None:
     assert any(words[i].startswith("F") and "<0" in words[i] and ">0" in words[i + 1] for i in range(len(words) - 1))
 
 
-EVERY = [*range(1, 13)]
-SOME = {8: [1, 7, 8, 33], 16: [1, 5, 33]}
+EVERY = [*range(1, 13), 16, 33, 64]
+SOME = {8: [1, 2, 3, 4, 7, 8, 16, 33, 64], 16: [1, 5, 16, 33, 64]}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, *SOME])
