@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := pyproject.toml .ci/constraints.txt .ci/bootstrap.py
 
-.PHONY: help setup dev demo slurm test lint bench clean
+.PHONY: help setup dev demo slurm test lint bench gpu clean
 
 help:
 	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
 	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
 	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
-	@echo "make bench   benchmarks: start-up beside torchrun and a hand-written Slurm script, failures, pipelines' bubbles"
+	@echo "make bench   benchmarks: one table of ratios with their goals, also as build/benchmarks.json; 20 minutes"
+	@echo "make gpu     on a machine with a GPU: the tests that need one, then tests/benchmarks/gpu.py"
 	@echo "make clean   remove $(VENV) and caches; run directories stay"
 
 setup: $(VENV)/.ready
@@ -45,6 +46,12 @@ bench: slurm
 	$(BIN)/python -m tests.benchmarks.slurm_start
 	$(BIN)/python -m tests.benchmarks.pipeline_bubble
 	$(BIN)/python -m workloads.pipeline_mlp.simulate
+	$(BIN)/python -m tests.benchmarks
+
+# Both lines also run with any python3 that has torch and pytest, without $(VENV).
+gpu: dev
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m tests.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
