@@ -24,6 +24,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from workloads.metric import PerSecond, Reduced
+from workloads.metric import largest as largest
+from workloads.metric import mean as mean
+from workloads.metric import per_second as per_second
+from workloads.metric import total as total
+from workloads.step_clock import StepClock
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
@@ -267,31 +274,6 @@ class RunPaths:
             )
 
 
-@dataclass(frozen=True)
-class Reduced:
-    """A metric each rank has its own value of, and how the ranks' values become one."""
-
-    value: float
-    """This rank's own; where it is an integer, so is the sum or the maximum."""
-    how: str
-    finite: bool = False
-
-
-def mean(value: float, *, finite: bool = False) -> Reduced:
-    """The ranks' mean. With `finite`, a value that is not finite on any rank stops the run."""
-    return Reduced(value, "mean", finite)
-
-
-def total(value: float, *, finite: bool = False) -> Reduced:
-    """The ranks' sum."""
-    return Reduced(value, "sum", finite)
-
-
-def largest(value: float, *, finite: bool = False) -> Reduced:
-    """The ranks' maximum."""
-    return Reduced(value, "max", finite)
-
-
 _REDUCE: dict[str, Callable[[list[float]], float]] = {
     # fsum is exact before its one rounding, so the order of ranks does not show in the result.
     "mean": lambda values: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan,
@@ -324,7 +306,36 @@ class RunContext:
     """Set on any rank (from a signal handler, say), it makes end_step return True on all."""
     last_metrics: dict[str, Any] = field(default_factory=dict)
     """What the last end_step came to, on every rank."""
+    step_hooks: list[Callable[[int], None]] = field(default_factory=list)
+    """Called at the end of every step, in order, with its number."""
     _last_beat: float = field(default=-math.inf, repr=False)
+    _steps_ended: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._clock = StepClock(self.device)
+
+    def start_steps(self) -> None:
+        """Says that training begins now: the next step is a first one, and what was timed before does not count.
+
+        Without it the first step's time begins when the workload does.
+        """
+        self._clock.start()
+
+    def timed(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time.
+
+        It becomes `evaluation_seconds` in that step's line, and in `timing()`.
+        """
+        return self._clock.timed(name)
+
+    def timing(self) -> dict[str, float | None]:
+        """What a result says of time, from all steps so far.
+
+        Returns:
+            `training_seconds`, of all steps together; `first_step_seconds`; `step_seconds`, the median of the others;
+            and, for each name given to `timed`, its total. None for steps that there were none of.
+        """
+        return self._clock.summary()
 
     @property
     def host(self) -> str:
@@ -334,11 +345,15 @@ class RunContext:
     def shape(self) -> Shape:
         return Shape(self.world_size // self.local_world_size, self.local_world_size)
 
-    def end_step(self, metrics: Mapping[str, Reduced | float | int | str | None]) -> bool:
+    def end_step(self, metrics: Mapping[str, Reduced | PerSecond | float | int | str | None]) -> bool:
         """Ends a step on every rank together: reduces the metrics, records them, and agrees on stopping.
 
+        The step's own time goes into its line, too: `step_seconds`, from the step before's end to here, without what
+        ran in `timed`; for the first step, which also warms up, it is `first_step_seconds`.
+
         One gather over the world carries all of it. Rank 0 appends the reduced metrics as a line of metrics.jsonl;
-        plain values are taken from rank 0, those made by `mean`, `total`, `largest` come from all ranks.
+        plain values are taken from rank 0, those made by `mean`, `total`, `largest` come from all ranks, and what is
+        made by `per_second` is divided by the step's seconds.
 
         Args:
             metrics: by name; the names that are `Reduced` must be the same on every rank. "step" is the number of
@@ -354,6 +369,8 @@ class RunContext:
         reduced = {name: metric for name, metric in metrics.items() if isinstance(metric, Reduced)}
         self._beat(metrics.get("step", "?"))
         by_rank = self._gather(reduced)
+        seconds = self._clock.read(self._clock.end_step())
+        self._steps_ended += 1
 
         values: dict[str, Any] = {}
         for name, metric in metrics.items():
@@ -362,8 +379,12 @@ class RunContext:
                 value = _REDUCE[metric.how]([row[column] for row in by_rank])
                 whole = isinstance(metric.value, int) and metric.how != "mean" and math.isfinite(value)
                 values[name] = int(value) if whole else value
+            elif isinstance(metric, PerSecond):
+                if "step_seconds" in seconds:
+                    values[name] = metric.value / seconds["step_seconds"]
             else:
                 values[name] = metric
+        values |= {name: value for name, value in seconds.items() if name not in values}
         self.last_metrics = values
         if self.rank == 0:
             self.paths.refuse_if_superseded()
@@ -382,6 +403,9 @@ class RunContext:
                     f"step {metrics.get('step', '?')}: {name} is {by_rank[bad[0]][column]} on {where}{more}; "
                     "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
                 )
+        step = metrics.get("step")
+        for hook in self.step_hooks:
+            hook(step if isinstance(step, int) else self._steps_ended)
         return any(row[0] for row in by_rank)
 
     def _gather(self, reduced: Mapping[str, Reduced]) -> list[list[float]]:

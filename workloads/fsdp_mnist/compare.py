@@ -62,6 +62,7 @@ def compare(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, An
 
 def _look_on(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]:
     """Ends every step with the one that trains: nobody waits longer than a step, and all stop together."""
+    ctx.start_steps()
     for step in range(1, data.total_steps(config, prepared) + 1):
         if ctx.end_step({"step": step, **shared_metrics(True, 0.0, 0.0, 0)}):
             return {"stopped_at_step": step}
@@ -82,7 +83,7 @@ def table(results: dict[str, Any], ranks: int) -> str:
                 _mb(max(states)),
                 f"{_mb(memory['states_ideal'])}{f' (1/{shares})' if shares > 1 else ''}",
                 _mb(max(memory["peak"])),
-                f"{1000 * result['step_seconds']:.1f}",
+                f"{1000 * result['step_seconds']:.1f}" if result["step_seconds"] else "-",
                 f"{result['training_seconds']:.1f}",
                 f"{100 * result['heldout_accuracy']:.2f}%",
             )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import statistics
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import nn
 from torch.optim import Adadelta, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
-from workloads.base import Reduced, RunContext, largest, mean
+from workloads.base import Reduced, RunContext, largest, mean, per_second
 from workloads.fsdp_mnist import data
 from workloads.fsdp_mnist.config import WRAP_MIN_PARAMS, Config, learning_rate
 from workloads.fsdp_mnist.evaluate import evaluate
@@ -26,6 +24,7 @@ from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate
 from workloads.fsdp_mnist.wrap import units_by_size
 from workloads.images import vision
 from workloads.images.prepare import Prepared
+from workloads.metric import Number
 from workloads.training.export import export
 from workloads.training.metrics import peak_memory_bytes
 from workloads.training.optimizer import adamw
@@ -83,10 +82,10 @@ def train(
     # Each rank drops out something else; nothing else draws from here on.
     torch.manual_seed((config.seed + 1_000_003 * (rank + 1)) % 2**63)
 
-    step, step_seconds, held_out_metrics = 0, [], {}
+    step, held_out_metrics = 0, {}
+    ctx.start_steps()
     for epoch in itertools.count(1):
         lr = schedule.get_last_lr()[0]
-        began = time.perf_counter()
         for images_BCHW, labels_B in batches.epoch(epoch):
             step += 1
             images_BCHW = images_BCHW.to(device, dtype, non_blocking=True)  # from pinned memory
@@ -100,22 +99,18 @@ def train(
             optimizer.step()
 
             right = (logits_BK.argmax(1) == labels_B).double().mean()
-            # The one wait for the device in a step.
-            loss_value, accuracy = torch.stack((loss.detach().double(), right)).tolist()
-            seconds = time.perf_counter() - began
-            step_seconds.append(seconds)
             metrics: dict[str, Any] = {
                 **(labels or {}),
                 "step": step,
                 "total_steps": total_steps,
                 "epoch": epoch,
                 "lr": lr,
-                "samples_per_second": len(labels_B) * ranks / seconds,
-                "step_seconds": seconds,
-                **shared_metrics(alone, loss_value, accuracy, peak_memory_bytes(device)),
+                "samples_per_second": per_second(len(labels_B) * ranks),
+                **shared_metrics(alone, loss.detach(), right, peak_memory_bytes(device)),
             }
             if step == total_steps or step % batches.steps_per_epoch == 0:
-                held_out_metrics = evaluate(config, model, held_out, None if alone else ctx.mesh, device)
+                with ctx.timed("evaluation"):
+                    held_out_metrics = evaluate(config, model, held_out, None if alone else ctx.mesh, device)
                 metrics |= held_out_metrics
                 if ctx.rank == 0:
                     log.info(
@@ -131,11 +126,12 @@ def train(
                 return {"stopped_at_step": step}
             if step == total_steps:
                 break
-            began = time.perf_counter()
         if step == total_steps:
             break
         schedule.step()
 
+    timing = ctx.timing()
+    median_seconds = timing["step_seconds"]
     memory = measure(model, optimizer, device, alone)
     result: dict[str, Any] = {
         "strategy": config.strategy,
@@ -144,9 +140,8 @@ def train(
         "steps": step,
         "final_loss": ctx.last_metrics["loss"],
         **held_out_metrics,
-        "samples_per_second": config.global_batch_size / statistics.median(step_seconds),
-        "step_seconds": statistics.median(step_seconds),
-        "training_seconds": sum(step_seconds),
+        "samples_per_second": config.global_batch_size / median_seconds if median_seconds else None,
+        **timing,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "memory_bytes": {
             **memory.by_rank,
@@ -165,7 +160,7 @@ def train(
     return result
 
 
-def shared_metrics(alone: bool, loss: float, accuracy: float, peak: int) -> dict[str, Reduced]:
+def shared_metrics(alone: bool, loss: Number, accuracy: Number, peak: int) -> dict[str, Reduced]:
     """A step's metrics that come from all ranks; where one is alone, the others, which only look on, put in zeros."""
     over_ranks = largest if alone else mean
     return {

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from workloads.base import Reduced, RunContext, largest, total
+from workloads.base import Reduced, RunContext, largest, per_second, total
 from workloads.pipeline_mlp import data, picture, theory, timeline
 from workloads.pipeline_mlp.config import Config, learning_rate, stages, widths
 from workloads.pipeline_mlp.engine import Engine, Step
@@ -66,39 +65,36 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     if ctx.rank == 0:
         _say(config, ctx, samples, schedule, wide)
 
-    step_seconds: list[float] = []
     measured: list[Step] = []
+    ctx.start_steps()
     for step in range(1, config.steps + 1):
-        began = time.perf_counter()
         x_BD, y_B = next(batches)
         optimizer.zero_grad()
         record = config.timeline and step > config.steps - MEASURED_STEPS
         done = trainer.step(x_BD, y_B, record=record)
         average_gradients(modules, replicas)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # the one wait for the device in a step
-        seconds = time.perf_counter() - began
-        step_seconds.append(seconds)
         if record:
             measured.append(done)
 
         # Only the last stage has a loss, one for each replica; the others add nothing.
-        loss = 0.0 if done.loss is None else done.loss.item() / config.dp
+        loss = 0.0 if done.loss is None else done.loss.detach().double() / config.dp
         metrics: dict[str, Any] = {
             "step": step,
             "total_steps": config.steps,
             "lr": learning_rate(config),
-            "samples_per_second": config.global_batch_size / seconds,
-            "step_seconds": seconds,
+            "samples_per_second": per_second(config.global_batch_size),
             "loss": total(loss, finite=True),
             "peak_memory_bytes": largest(peak_memory_bytes(device)),
         }
         if step == config.steps:
-            metrics |= evaluate(engine, samples, replica, config.dp, device)
+            with ctx.timed("evaluation"):
+                metrics |= evaluate(engine, samples, replica, config.dp, device)
         if ctx.end_step(metrics):
             return {"stopped_at_step": step}
 
+    timing = ctx.timing()
+    median_seconds = timing["step_seconds"]
     result: dict[str, Any] = {
         "schedule": config.schedule,
         "engine": config.engine,
@@ -108,8 +104,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         "steps": config.steps,
         "final_loss": ctx.last_metrics["loss"],
         **heldout(ctx.last_metrics, samples),
-        "samples_per_second": config.global_batch_size / statistics.median(step_seconds),
-        "step_seconds": statistics.median(step_seconds),
+        "samples_per_second": config.global_batch_size / median_seconds if median_seconds else None,
+        **timing,
         "parameters": sum(a * b + b for a, b in itertools.pairwise(wide)),
         "data": samples.words,
         **report(config, ctx, schedule, measured),

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import statistics
-import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from workloads.base import RunContext, largest, mean
+from workloads.base import RunContext, largest, mean, per_second
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import (
     BYTES_VOCABULARY,
@@ -86,9 +84,10 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         )
 
     def evaluate() -> float:
-        loss = heldout_loss(
-            model, corpus, split, mesh, device, batch_size=microbatch_size(config, dp), at_most=config.eval_windows
-        )
+        with ctx.timed("evaluation"):
+            loss = heldout_loss(
+                model, corpus, split, mesh, device, batch_size=microbatch_size(config, dp), at_most=config.eval_windows
+            )
         if ctx.rank == 0:
             log.info("step %d: held-out loss %s", step, _nats_and_bits(loss, corpus.unit))
         return loss
@@ -97,11 +96,10 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     tokens_per_step = config.global_batch_size * config.seq_len
     flops_per_step = _flops_per_token(config) * tokens_per_step
     peak = peak_flops(device)
-    step_seconds: list[float] = []
     heldout = None
 
+    ctx.start_steps()
     for step in range(1, config.steps + 1):
-        began = time.perf_counter()
         lr = schedule.get_last_lr()[0]
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(samples.microbatches(step)):
@@ -117,21 +115,16 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         schedule.step()
         optimizer.zero_grad()
 
-        # The one wait for the device in a step.
-        loss_value, grad_norm = loss.item(), _blame(norm, local_norm)
-        seconds = time.perf_counter() - began
-        step_seconds.append(seconds)
         metrics: dict[str, Any] = {
             "step": step,
-            "loss": mean(loss_value, finite=True),
-            "grad_norm": largest(grad_norm, finite=True),
+            "loss": mean(loss, finite=True),
+            "grad_norm": largest(_blame(norm, local_norm), finite=True),
             "lr": lr,
-            "tokens_per_second": tokens_per_step / seconds,
-            "step_seconds": seconds,
+            "tokens_per_second": per_second(tokens_per_step),
             "peak_memory_bytes": largest(peak_memory_bytes(device)),
         }
         if peak is not None:
-            metrics["mfu"] = flops_per_step / (seconds * ctx.world_size * peak)
+            metrics["mfu"] = per_second(flops_per_step / (ctx.world_size * peak))
         heldout = None
         if config.eval_every and step % config.eval_every == 0:
             metrics["heldout_loss"] = heldout = evaluate()
@@ -139,15 +132,16 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             return {"stopped_at_step": step}
 
     heldout = evaluate() if heldout is None else heldout
-    median_seconds = statistics.median(step_seconds)
+    timing = ctx.timing()
+    median_seconds = timing["step_seconds"]
     result: dict[str, Any] = {
         "steps": config.steps,
         "final_loss": ctx.last_metrics["loss"],
         **_heldout_metrics(heldout, corpus, split),
         "parameters": parameters,
         "tokens": tokens_per_step * config.steps,
-        "tokens_per_second": tokens_per_step / median_seconds,
-        "step_seconds": median_seconds,
+        "tokens_per_second": tokens_per_step / median_seconds if median_seconds else None,
+        **timing,
         "mesh": {"dp": dp, "tp": tp},
     }
     if config.sample_tokens:
@@ -190,13 +184,12 @@ def _sync_gradients(model: nn.Module, is_last: bool) -> None:
         model.set_is_last_backward(is_last)  # type: ignore[operator]
 
 
-def _blame(norm: Tensor, local_norm: Tensor) -> float:
+def _blame(norm: Tensor, local_norm: Tensor) -> Tensor:
     """The gradient's norm, so passed on that a non-finite one is reported of the ranks that hold it.
 
     The global norm is then non-finite on all of them, and names nobody.
     """
-    value, own = torch.stack((norm, local_norm)).tolist()
-    return value if math.isfinite(value) or not math.isfinite(own) else own
+    return torch.where(norm.isfinite() | ~local_norm.isfinite(), norm, local_norm)
 
 
 def _flops_per_token(config: Config) -> float:
