@@ -19,7 +19,7 @@ import logging
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -71,12 +71,16 @@ class Corpus:
         decode: Callable[[list[int]], str],
         heldout_bytes_per_token: float | None,
     ) -> None:
+        import numpy as np
+
         self.parts = parts
         self.vocab_size = vocab_size
         self.unit = unit
         self.decode = decode
         self.heldout_bytes_per_token = heldout_bytes_per_token
         self._starts = [0, *accumulate(len(part.array) for part in parts)]
+        # A slice of a numpy.memmap costs four times as much as one of the plain array over the same memory.
+        self._arrays = [part.array.view(type=np.ndarray) for part in parts]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -86,45 +90,56 @@ class Corpus:
         return f"{sources}: {len(self):,} {self.unit}s"
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length - 1, as int64.
+        """Tokens start .. start + length - 1, as int64; raises as `windows` does."""
+        return self.windows([start], length)[0]
+
+    def windows(self, starts: Iterable[int], length: int) -> np.ndarray:
+        """The `length` tokens from each start on: a new int64 array of shape (number of starts, length).
 
         Raises:
             WorkloadError: an id is negative or not below vocab_size; names the file and the place in it.
         """
         import numpy as np
 
-        pieces = []
-        index = bisect_right(self._starts, start) - 1
-        position, stop = start, start + length
-        while position < stop:
-            offset = position - self._starts[index]
-            piece = self.parts[index].array[offset : offset + stop - position]
-            pieces.append(piece)
-            position += len(piece)
-            index += 1
-        window = np.concatenate(pieces).astype(np.int64)
-        if int(window.max()) >= self.vocab_size or int(window.min()) < 0:
-            bad = start + int(np.flatnonzero((window >= self.vocab_size) | (window < 0))[0])
+        starts = list(starts)
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(windows, starts, strict=True):
+            index = bisect_right(self._starts, start) - 1
+            filled = 0
+            while filled < length:
+                offset = start + filled - self._starts[index]
+                piece = self._arrays[index][offset : offset + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                index += 1
+        # As unsigned numbers the negative ones are too large as well.
+        if windows.size and int(windows.view(np.uint64).max()) >= self.vocab_size:
+            row_number, column = np.argwhere(windows.view(np.uint64) >= self.vocab_size)[0].tolist()
             raise WorkloadError(
-                f"token id {window[bad - start]} at {self.where(bad)} is not in 0 .. {self.vocab_size - 1}: raise "
-                "model.vocab_size, or set the data.dtype that the file was written with"
+                f"token id {windows[row_number, column]} at {self.where(starts[row_number] + column)} is not in "
+                f"0 .. {self.vocab_size - 1}: raise model.vocab_size, or set the data.dtype that the file was written "
+                "with"
             )
-        return window
+        return windows
 
     def where(self, position: int) -> str:
         """The file and the offset in it, in tokens, of a position."""
         index = bisect_right(self._starts, position) - 1
         return f"offset {position - self._starts[index]} of {self.parts[index].source}"
 
-    def unigram_entropy_nats(self, start: int, stop: int) -> float:
-        """Entropy of a part's own token frequencies, in nats: what a model that knows nothing but them would lose."""
+    def unigram_entropy_nats(self, starts: Sequence[int], seq_len: int) -> float:
+        """Entropy in nats of the token frequencies among the targets of the windows at `starts`.
+
+        It is the loss of a model that knows those frequencies and nothing else.
+        """
         import numpy as np
 
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for begin in range(start, stop, _CHUNK):
-            window = self.window(begin, min(_CHUNK, stop - begin))
-            counts += np.bincount(window, minlength=self.vocab_size)
-        p = counts[counts > 0] / (stop - start)
+        at_once = max(1, _CHUNK // seq_len)
+        for begin in range(0, len(starts), at_once):
+            targets = self.windows([start + 1 for start in starts[begin : begin + at_once]], seq_len)
+            counts += np.bincount(targets.ravel(), minlength=self.vocab_size)
+        p = counts[counts > 0] / counts.sum()
         return float(-(p * np.log(p)).sum())
 
 
@@ -143,6 +158,11 @@ class Split:
     @property
     def heldout_windows(self) -> int:
         return max(0, (self.tokens - self.heldout_start - 1) // self.seq_len)
+
+    def evaluated(self, at_most: int | None) -> list[int]:
+        """Where the windows that are evaluated on start: all held-out ones, or `at_most` evenly spread over them."""
+        count = min(self.heldout_windows, at_most or self.heldout_windows)
+        return [self.heldout_start + i * self.heldout_windows // count * self.seq_len for i in range(count)]
 
 
 def split(tokens: int, holdout_fraction: float, seq_len: int) -> Split:
@@ -225,17 +245,20 @@ class TrainingSamples:
         Raises:
             WorkloadError: an id is out of range; names the sample, the file and the place in it.
         """
-        import numpy as np
-
         numbers = self.sample_numbers(step)
         for begin in range(0, self._share, self._micro):
-            yield np.stack([self._window(number) for number in numbers[begin : begin + self._micro]])
+            yield self._windows(numbers[begin : begin + self._micro])
 
-    def _window(self, number: int) -> np.ndarray:
+    def _windows(self, numbers: Sequence[int]) -> np.ndarray:
+        starts = [self._order(number) * self._seq_len for number in numbers]
         try:
-            return self._corpus.window(self._order(number) * self._seq_len, self._seq_len + 1)
+            return self._corpus.windows(starts, self._seq_len + 1)
         except WorkloadError as error:
-            raise WorkloadError(f"sample {number}: {error}") from None
+            if len(numbers) == 1:
+                raise WorkloadError(f"sample {numbers[0]}: {error}") from None
+            for number in numbers:
+                self._windows([number])  # raises for the one at fault
+            raise
 
 
 def open_corpus(config: Config, data_dir: Path) -> Corpus:

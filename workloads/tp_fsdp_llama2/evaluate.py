@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from workloads.tp_fsdp_llama2.data import Corpus, Split
 from workloads.tp_fsdp_llama2.loss import IGNORED, loss_context, to_float64, token_loss
 from workloads.training.parameters import release_gathered
+from workloads.training.prefetch import Prefetcher
 
 
 @torch.no_grad()
@@ -36,28 +37,37 @@ def heldout_loss(
         batch_size: windows of one coordinate in one pass.
         at_most: use no more windows than this, evenly spread; None for all.
     """
-    dp, dp_rank = mesh["dp"].size(), mesh.get_local_rank("dp")
-    count = min(split.heldout_windows, at_most or split.heldout_windows)
+    dp, dp_rank, tp = mesh["dp"].size(), mesh.get_local_rank("dp"), mesh["tp"].size()
+    starts = split.evaluated(at_most)
+    passes = range(dp_rank * batch_size, len(starts) + dp_rank * batch_size, dp * batch_size)
+
+    def read(first: int) -> np.ndarray:
+        rows = starts[first : first + batch_size]
+        return corpus.windows([*rows, *starts[-1:] * (batch_size - len(rows))], split.seq_len + 1)
+
     total = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    with loss_context(mesh["tp"].size()):
-        for first in range(0, count, dp * batch_size):
-            mine = range(first + dp_rank * batch_size, first + (dp_rank + 1) * batch_size)
-            windows = [min(i, count - 1) * split.heldout_windows // count for i in mine]
-            batch = np.stack(
-                [corpus.window(split.heldout_start + w * split.seq_len, split.seq_len + 1) for w in windows]
-            )
-            tokens = torch.from_numpy(batch)
+    with (
+        loss_context(tp),
+        Prefetcher(
+            map(read, passes),
+            device,
+            shape=(batch_size, split.seq_len + 1),
+            count=len(passes),
+            source=str(corpus),
+            group=mesh.get_group("tp"),
+        ) as batches,
+    ):
+        for first, tokens in zip(passes, batches, strict=True):
             labels = tokens[:, 1:].clone()
-            labels[[i >= count for i in mine]] = IGNORED
-            logits = model(tokens[:, :-1].to(device))
-            total += to_float64(token_loss(logits, labels.to(device), reduction="sum"))
+            labels[max(0, len(starts) - first) :] = IGNORED
+            total += to_float64(token_loss(model(tokens[:, :-1]), labels, reduction="sum"))
     model.train(was_training)
     release_gathered(model)
     parts = [torch.empty_like(total) for _ in range(dp)]
     dist.all_gather(parts, total, group=mesh.get_group("dp"))
-    return math.fsum(part.item() for part in parts) / (count * split.seq_len)
+    return math.fsum(part.item() for part in parts) / (len(starts) * split.seq_len)
 
 
 @torch.no_grad()

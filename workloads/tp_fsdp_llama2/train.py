@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from workloads.training.clip import clip_by_global_norm_
 from workloads.training.export import export
 from workloads.training.metrics import peak_flops, peak_memory_bytes, transformer_flops_per_token
 from workloads.training.optimizer import adamw, warmup_cosine
+from workloads.training.prefetch import Prefetcher
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     """Trains, evaluates on the held-out part, writes a sample and, if asked to, the weights.
 
     Returns:
-        What becomes `result` in result.json, the same on every rank but for paths; only {"stopped_at_step": n} if the
-        run was asked to stop.
+        What becomes `result` in result.json; other ranks than 0 lack the unigram entropy and the export's path. Only
+        {"stopped_at_step": n} if the run was asked to stop.
     """
     device, mesh = ctx.device, ctx.mesh
     dp, tp = mesh["dp"].size(), mesh["tp"].size()
@@ -98,38 +100,45 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     peak = peak_flops(device)
     heldout = None
 
-    ctx.start_steps()
-    for step in range(1, config.steps + 1):
-        lr = schedule.get_last_lr()[0]
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        for index, batch in enumerate(samples.microbatches(step)):
-            _sync_gradients(model, index == accumulation - 1)
-            tokens = torch.from_numpy(batch).to(device)
-            with loss_context(tp):
-                # The mean over the passes; over dp, FSDP2 takes the mean as it reduces.
-                pass_loss = token_loss(model(tokens[:, :-1]), tokens[:, 1:]) / accumulation
-                pass_loss.backward()
-            loss += to_float64(pass_loss)
-        norm, local_norm = clip_by_global_norm_(model.parameters(), config.grad_clip, mesh)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    with Prefetcher(
+        (batch for step in range(1, config.steps + 1) for batch in samples.microbatches(step)),
+        device,
+        shape=(microbatch_size(config, dp), config.seq_len + 1),
+        count=config.steps * accumulation,
+        source=str(corpus),
+        group=mesh.get_group("tp"),
+    ) as batches:
+        ctx.start_steps()
+        for step in range(1, config.steps + 1):
+            lr = schedule.get_last_lr()[0]
+            loss = torch.zeros((), dtype=torch.float64, device=device)
+            for index, tokens in enumerate(islice(batches, accumulation)):
+                _sync_gradients(model, index == accumulation - 1)
+                with loss_context(tp):
+                    # The mean over the passes; over dp, FSDP2 takes the mean as it reduces.
+                    pass_loss = token_loss(model(tokens[:, :-1]), tokens[:, 1:]) / accumulation
+                    pass_loss.backward()
+                loss += to_float64(pass_loss)
+            norm, local_norm = clip_by_global_norm_(model.parameters(), config.grad_clip, mesh)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
-        metrics: dict[str, Any] = {
-            "step": step,
-            "loss": mean(loss, finite=True),
-            "grad_norm": largest(_blame(norm, local_norm), finite=True),
-            "lr": lr,
-            "tokens_per_second": per_second(tokens_per_step),
-            "peak_memory_bytes": largest(peak_memory_bytes(device)),
-        }
-        if peak is not None:
-            metrics["mfu"] = per_second(flops_per_step / (ctx.world_size * peak))
-        heldout = None
-        if config.eval_every and step % config.eval_every == 0:
-            metrics["heldout_loss"] = heldout = evaluate()
-        if ctx.end_step(metrics):
-            return {"stopped_at_step": step}
+            metrics: dict[str, Any] = {
+                "step": step,
+                "loss": mean(loss, finite=True),
+                "grad_norm": largest(_blame(norm, local_norm), finite=True),
+                "lr": lr,
+                "tokens_per_second": per_second(tokens_per_step),
+                "peak_memory_bytes": largest(peak_memory_bytes(device)),
+            }
+            if peak is not None:
+                metrics["mfu"] = per_second(flops_per_step / (ctx.world_size * peak))
+            heldout = None
+            if config.eval_every and step % config.eval_every == 0:
+                metrics["heldout_loss"] = heldout = evaluate()
+            if ctx.end_step(metrics):
+                return {"stopped_at_step": step}
 
     heldout = evaluate() if heldout is None else heldout
     timing = ctx.timing()
@@ -137,7 +146,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     result: dict[str, Any] = {
         "steps": config.steps,
         "final_loss": ctx.last_metrics["loss"],
-        **_heldout_metrics(heldout, corpus, split),
+        **_heldout_metrics(heldout, corpus),
+        **(_unigram_metrics(corpus, split, config.eval_windows) if ctx.rank == 0 else {}),
         "parameters": parameters,
         "tokens": tokens_per_step * config.steps,
         "tokens_per_second": tokens_per_step / median_seconds if median_seconds else None,
@@ -204,19 +214,22 @@ def _flops_per_token(config: Config) -> float:
     )
 
 
-def _heldout_metrics(loss: float, corpus: data.Corpus, split: data.Split) -> dict[str, Any]:
+def _heldout_metrics(loss: float, corpus: data.Corpus) -> dict[str, Any]:
     """The held-out loss in several units; nats and bits are per byte or token, as corpus.unit says."""
-    entropy = corpus.unigram_entropy_nats(split.heldout_start, split.tokens)
     metrics: dict[str, Any] = {
         "unit": corpus.unit,
         "heldout_loss": loss,
         f"heldout_bits_per_{corpus.unit}": loss / math.log(2),
-        "heldout_unigram_entropy_nats": entropy,
-        "heldout_unigram_entropy_bits": entropy / math.log(2),
     }
     if corpus.heldout_bytes_per_token is not None:
         metrics["heldout_bits_per_byte"] = loss / math.log(2) / corpus.heldout_bytes_per_token
     return metrics
+
+
+def _unigram_metrics(corpus: data.Corpus, split: data.Split, eval_windows: int | None) -> dict[str, float]:
+    """What the held-out loss is to be compared with, from the very tokens that it was measured on."""
+    entropy = corpus.unigram_entropy_nats(split.evaluated(eval_windows), split.seq_len)
+    return {"heldout_unigram_entropy_nats": entropy, "heldout_unigram_entropy_bits": entropy / math.log(2)}
 
 
 def _nats_and_bits(loss: float, unit: str) -> str:

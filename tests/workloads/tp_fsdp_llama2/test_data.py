@@ -101,9 +101,10 @@ def test_unigram_entropy() -> None:
         decode=str,
         heldout_bytes_per_token=None,
     )
-    assert corpus.unigram_entropy_nats(0, 2) == pytest.approx(np.log(2))
-    assert corpus.unigram_entropy_nats(1, 4) == 0
-    assert corpus.unigram_entropy_nats(2, 6) == pytest.approx(1.5 * np.log(2))
+    # Of the targets: a window's first token is none.
+    assert corpus.unigram_entropy_nats([0], 3) == 0
+    assert corpus.unigram_entropy_nats([0, 3], 1) == pytest.approx(np.log(2))
+    assert corpus.unigram_entropy_nats([1], 4) == pytest.approx(1.5 * np.log(2))
 
 
 # ---- the split

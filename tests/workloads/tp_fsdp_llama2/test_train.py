@@ -78,15 +78,18 @@ def test_a_run_reports_what_it_promises(tmp_path: Path) -> None:
     assert result["final_loss"] == rows[-1]["loss"]
     assert result["tokens"] == 6 * 8 * 32
     assert result["parameters"] == parameter_count(config.model)
-    text = data.python_docs()
-    counts = np.bincount(np.frombuffer(text[len(text) - int(len(text) * 0.05) :], dtype=np.uint8))
-    p = counts[counts > 0] / counts.sum()
+    # Of the bytes that the held-out loss was asked for, and of no other.
+    targets = np.concatenate([tokens[1:] for tokens in heldout_windows(32, 9)])
+    p = np.unique(targets, return_counts=True)[1] / (9 * 32)
     assert result["heldout_unigram_entropy_nats"] == pytest.approx(-(p * np.log(p)).sum())
+    assert result["heldout_unigram_entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
     assert len(result["sample_prompt"]) == 32
     # All ranks go through the same steps to the same end.
+    rank_0s = {"export", "heldout_unigram_entropy_nats", "heldout_unigram_entropy_bits"}
     for other in results[1:]:
-        assert {n: v for n, v in other.items() if "second" not in n and n != "export"} == {
-            n: v for n, v in result.items() if "second" not in n and n != "export"
+        assert rank_0s.isdisjoint(other)
+        assert {n: v for n, v in other.items() if "second" not in n} == {
+            n: v for n, v in result.items() if "second" not in n and n not in rank_0s
         }
     json.dumps(result, allow_nan=False)
 
@@ -159,16 +162,20 @@ def evaluate_twice(ctx: RunContext, config: Config) -> list[float]:
     ]
 
 
-def bare_heldout_loss(model: Transformer, seq_len: int, count: int) -> float:
-    """The mean over `count` windows spread over the last 5% of Python's documentation, one after the other."""
+def heldout_windows(seq_len: int, count: int) -> list[np.ndarray]:
+    """`count` windows spread over the last 5% of Python's documentation."""
     text = np.frombuffer(data.python_docs(), dtype=np.uint8).astype(np.int64)
     heldout = text[len(text) - int(len(text) * 0.05) :]
     windows = (len(heldout) - 1) // seq_len
+    begins = [i * windows // count * seq_len for i in range(count)]
+    return [heldout[begin : begin + seq_len + 1] for begin in begins]
+
+
+def bare_heldout_loss(model: Transformer, seq_len: int, count: int) -> float:
+    """The mean over the windows, one after the other."""
     losses = []
     with torch.no_grad():
-        for i in range(count):
-            begin = i * windows // count * seq_len
-            tokens = torch.from_numpy(heldout[begin : begin + seq_len + 1])
+        for tokens in map(torch.from_numpy, heldout_windows(seq_len, count)):
             losses.append(F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:]).item())
     return math.fsum(losses) / count
 
