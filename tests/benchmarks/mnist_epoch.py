@@ -1,0 +1,130 @@
+"""An fsdp_mnist epoch, training and evaluation, beside the structure of PyTorch's FSDP1 tutorial.
+
+Theirs is "Getting Started with Fully Sharded Data Parallel" (pytorch/tutorials, FSDP1_tutorial), in our words: the same
+network, FSDP1 with its size policy at 20,000 parameters, torchvision's transforms sample by sample, a loss that is read
+in each step and reduced once per epoch. Each side has one thread and no loader processes. The two take turns in the
+same ranks, epoch by epoch, and read the same samples in batches of the same size.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.utils.data import DataLoader, DistributedSampler
+
+from tests.benchmarks.rows import Row, milliseconds, ratio_of_neighbors
+from tests.workloads.worlds import run_world
+from workloads.base import RunContext, Shape
+from workloads.fsdp_mnist.config import Config, mesh
+from workloads.fsdp_mnist.model import Net
+from workloads.fsdp_mnist.train import train
+from workloads.images.datasets import open_split
+from workloads.images.prepare import Prepared, prepare
+
+RANKS = 4
+ROUNDS = 7
+WARM_UP = 1
+BATCH, EVAL_BATCH = 16, 256
+"""Samples of a rank."""
+
+
+class Tutorial:
+    """The tutorial's training, an epoch at a time."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        from torchvision import transforms
+
+        normalized = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        parts = {part: open_split(prepared, train=part == "train", transform=normalized) for part in ("train", "test")}
+        self.sampler = DistributedSampler(parts["train"], ranks, rank, shuffle=True, drop_last=True)
+        self.train_loader = DataLoader(parts["train"], batch_size=BATCH, sampler=self.sampler, drop_last=True)
+        test_sampler = DistributedSampler(parts["test"], ranks, rank, shuffle=False)
+        self.test_loader = DataLoader(parts["test"], batch_size=EVAL_BATCH, sampler=test_sampler)
+        policy = functools.partial(size_based_auto_wrap_policy, min_num_params=20_000)
+        self.model = FullyShardedDataParallel(Net(), auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        self.optimizer = torch.optim.Adadelta(self.model.parameters(), lr=1.0)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=0.7)
+        self.epochs = itertools.count(1)
+
+    def epoch(self) -> None:
+        self.sampler.set_epoch(next(self.epochs))
+        self.model.train()
+        seen = torch.zeros(2)
+        for images, labels in self.train_loader:
+            self.optimizer.zero_grad()
+            loss = F.nll_loss(F.log_softmax(self.model(images), dim=1), labels, reduction="sum")
+            loss.backward()
+            self.optimizer.step()
+            seen += torch.tensor([loss.item(), len(labels)])
+        dist.all_reduce(seen)
+        self.model.eval()
+        held_out = torch.zeros(3)
+        with torch.no_grad():
+            for images, labels in self.test_loader:
+                output = F.log_softmax(self.model(images), dim=1)
+                loss = F.nll_loss(output, labels, reduction="sum").item()
+                right = output.argmax(1).eq(labels).sum().item()
+                held_out += torch.tensor([loss, right, len(labels)])
+        dist.all_reduce(held_out)
+        self.schedule.step()
+
+
+def measure(ctx: RunContext, config: Config, prepared: Prepared, rounds: int) -> dict[str, list[float]]:
+    """On every rank: seconds of each side's epochs; `ours` has one fewer, each between two of the tutorial's."""
+    spec = mesh(config, Shape(1, ctx.world_size))
+    ctx = replace(ctx, mesh=init_device_mesh("cpu", spec.sizes, mesh_dim_names=spec.names))
+    tutorial = Tutorial(prepared)
+    steps = prepared.train // config.global_batch_size
+    seconds: dict[str, list[float]] = {"ours": [], "tutorial": []}
+    end_step, done, began = ctx.end_step, 0, 0.0
+
+    def end_step_and_turn(metrics: Any) -> bool:
+        nonlocal done, began
+        end_step(metrics)
+        if metrics["step"] % steps:
+            return False
+        dist.barrier()
+        if done > WARM_UP:
+            seconds["ours"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        tutorial.epoch()
+        dist.barrier()
+        if done >= WARM_UP:
+            seconds["tutorial"].append(time.perf_counter() - began)
+        done += 1
+        began = time.perf_counter()
+        return done == WARM_UP + rounds + 1
+
+    ctx.end_step = end_step_and_turn  # type: ignore[method-assign]
+    train(config, ctx, prepared)
+    return seconds
+
+
+def main(rounds: int = ROUNDS) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"data": {"source": "digits", "root": folder}, "global_batch_size": RANKS * BATCH}
+        config = Config.model_validate({**settings, "eval_batch_size": EVAL_BATCH, "epochs": WARM_UP + rounds + 2})
+        prepared = prepare(config.data, Path(folder))
+        seconds = run_world(measure, config, prepared, rounds, sizes=(1, RANKS), deadline_seconds=600)[0]
+    return [
+        Row(
+            what=f"an fsdp_mnist epoch, {RANKS} ranks",
+            against="the FSDP1 tutorial's structure",
+            ratio=ratio_of_neighbors(seconds["ours"], seconds["tutorial"]),
+            at_most=0.9,
+            detail=f"{milliseconds(seconds['ours'])} against {milliseconds(seconds['tutorial'])}",
+        )
+    ]
