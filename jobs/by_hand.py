@@ -1,7 +1,7 @@
 """The door for ranks that a person's own torchrun or srun has started, with no submission.
 
-    torchrun --nproc-per-node 4 -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]
-    srun --nodes=2 --ntasks-per-node=4 python -m jobs.job WORKLOAD [--run-dir DIR] [key=value ...]
+    torchrun --nproc-per-node 4 -m jobs.job WORKLOAD [--run-dir DIR] [--profile FIRST:LAST] [key=value ...]
+    srun --nodes=2 --ntasks-per-node=4 python -m jobs.job WORKLOAD [the same flags] [key=value ...]
 
 Every rank reads the same line and comes to the same job. Rank 0 alone makes the run directory and prepares the data;
 the others wait for its word, which comes through torchrun's store, or in a file in the run directory, or beside it
@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs import processes, settings
+from jobs import processes, profiling, settings
 from jobs.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -48,7 +48,10 @@ READ_WITHIN_S = 10
 """How long who knows of rank 0's refusal waits for all others to have read it."""
 MATES_S = 2.0
 """So much later than the first rank of its host another one says what is wrong, if it is still there."""
-USAGE = "usage: torchrun ... -m jobs.job | srun ... python -m jobs.job: WORKLOAD [--run-dir DIR] [key=value ...]"
+USAGE = (
+    "usage: torchrun ... -m jobs.job | srun ... python -m jobs.job: WORKLOAD [--run-dir DIR] [--profile FIRST:LAST] "
+    "[--profile-ranks R,R|all] [--profile-memory] [key=value ...]"
+)
 
 
 class _Refused(CommandLineError):
@@ -107,13 +110,10 @@ def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> Job
             "this process is in a rank of a local job (MESHRUN_PROCID is set); start with `submit.py`, not in a rank"
         )
     words = list(argv)
-    run_dir: Path | None = None
-    if "--run-dir" in words:
-        at = words.index("--run-dir")
-        if at + 1 >= len(words):
-            raise CommandLineError("--run-dir: needs a directory")
-        run_dir = Path(words[at + 1]).absolute()
-        del words[at : at + 2]
+    run_dir = _take(words, "--run-dir")
+    profiled, profiled_ranks = _take(words, "--profile"), _take(words, "--profile-ranks")
+    profiled_memory = "--profile-memory" in words
+    words = [word for word in words if word != "--profile-memory"]
     if not words or words[0].startswith("-"):
         raise CommandLineError(USAGE)
     # All ranks must come to the same answer here: one that went on alone would wait for rank 0's word.
@@ -129,16 +129,30 @@ def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> Job
     config, _ = settings.build(entry.config, None, settings.parse_overrides(words[1:]))
     entry.call("validate", config, resources.shape)
     entry.mesh_spec(config, resources.shape)
+    profile = profiling.from_flags(profiled, profiled_ranks, profiled_memory, config, info.world_size)
     return JobSpec(
         workload=words[0],
         settings=config.model_dump(mode="json"),
         resources=resources,
         executor="slurm" if info.launcher == "slurm" else "torchrun",
         cluster="none",
-        run_dir=run_dir or _default_run_dir(words[0], info),
+        run_dir=Path(run_dir).absolute() if run_dir is not None else _default_run_dir(words[0], info),
         import_path=import_path,
         threads_per_rank=_threads(env),
+        profile=profile,
     )
+
+
+def _take(words: list[str], flag: str) -> str | None:
+    """Takes a flag and its value out of the line; None where it is not there."""
+    if flag not in words:
+        return None
+    at = words.index(flag)
+    if at + 1 >= len(words):
+        raise CommandLineError(f"{flag}: needs a {'directory' if flag == '--run-dir' else 'value'}")
+    value = words[at + 1]
+    del words[at : at + 2]
+    return value
 
 
 def _default_run_dir(workload: str, info: RankInfo) -> Path:

@@ -10,6 +10,7 @@ runs a workload with no submission at all, as does srun in an allocation (jobs/b
 from __future__ import annotations
 
 import _thread
+import contextlib
 import faulthandler
 import logging
 import os
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from jobs import blame, processes
+from jobs import blame, processes, profiling
 from jobs.errors import TopologyError
 from jobs.records import Attempt, RunDirectory, write_json
 from jobs.spec import JobSpec
@@ -69,20 +70,23 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         else:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    try:
-        processes.allow_open_files(info.world_size, info.host)
-        if info.rank == 0:
-            RunDirectory(spec.run_dir).begin(info.attempt)
-        return _run(spec, info, attempt, env)
-    except BaseException as error:
-        path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
-        failure = blame.failure_of(error, info.rank, info.host, time.time(), str(path) if path.exists() else "")
-        write_json(attempt.failure(info.rank), failure.to_json())
-        log.error(blame.ENDS + "%s", failure.message)
-        raise
+    with contextlib.ExitStack() as at_end:  # the failure's record comes first
+        try:
+            processes.allow_open_files(info.world_size, info.host)
+            if info.rank == 0:
+                RunDirectory(spec.run_dir).begin(info.attempt)
+            return _run(spec, info, attempt, env, at_end)
+        except BaseException as error:
+            path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
+            failure = blame.failure_of(error, info.rank, info.host, time.time(), str(path) if path.exists() else "")
+            write_json(attempt.failure(info.rank), failure.to_json())
+            log.error(blame.ENDS + "%s", failure.message)
+            raise
 
 
-def _run(spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str]) -> dict[str, Any] | None:
+def _run(
+    spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str], at_end: contextlib.ExitStack
+) -> dict[str, Any] | None:
     started = time.time()
     entry = registry.load(spec.workload, spec.import_path)
     config = entry.config.model_validate(spec.settings)
@@ -137,6 +141,8 @@ def _run(spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str]
         )
         run = entry.hook("run")
         assert run is not None
+        if spec.profile is not None and placement.rank in spec.profile.ranks:
+            at_end.callback(profiling.attach(spec.profile, context, attempt).close)
         result = run(config, context)
 
         attempt.done(info.rank).touch()

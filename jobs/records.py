@@ -14,6 +14,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
         rank-3.log          everything a rank printed and logged
         failures/3.json     what ended a rank
         done/3              a rank that finished its work
+        profile/rank-0.json.gz  with --profile: a rank's trace; rank-0.txt its operators; rank-0-memory.pickle
         supervisor.log      the local executor's own words
         srun.log            srun's own words
         metrics.jsonl result.json   an earlier attempt's, moved here when the next one began
@@ -251,6 +252,9 @@ class Attempt:
 
     def log(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.log"
+
+    def profile(self, rank: int, ending: str) -> Path:
+        return self.path / "profile" / f"rank-{rank}{ending}"
 
     def failure(self, rank: int) -> Path:
         return self.path / "failures" / f"{rank}.json"

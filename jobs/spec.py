@@ -35,6 +35,21 @@ class ResourceSpec(StrictModel):
         return Shape(self.nodes, self.gpus_per_node)
 
 
+class ProfileSpec(StrictModel):
+    """Which steps torch's profiler runs for, and on which ranks."""
+
+    first: int = Field(ge=1)
+    last: int = Field(ge=1)
+    """Included."""
+    ranks: tuple[int, ...] = (0,)
+    memory: bool = False
+    """Whether CUDA's allocator is recorded, too."""
+
+    def __str__(self) -> str:
+        ranks = ", ".join(map(str, self.ranks[:8])) + (f" and {len(self.ranks) - 8} more" if self.ranks[8:] else "")
+        return f"steps {self.first} to {self.last}, both included, on rank {ranks}"
+
+
 class JobSpec(StrictModel):
     """One job, resolved: nothing in it is decided again later.
 
@@ -69,6 +84,7 @@ class JobSpec(StrictModel):
     """The name in the scheduler's queue; none = the workload's."""
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
     """More sbatch options by their long names; true = the bare flag, false = without it."""
+    profile: ProfileSpec | None = None
 
     @property
     def name(self) -> str:

@@ -132,6 +132,15 @@ BAD = [
     Bad(["tp_fsdp", "--env", "=1"], ["--env =1", "not a variable's name"]),
     Bad(["tp_fsdp", "--env", "A=1", "--env", "A=2"], ["--env A is given twice"]),
     Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=4", "--threads-per-rank"]),
+    *(
+        Bad(["tp_fsdp", "--profile", steps], [f"--profile {steps}: write FIRST:LAST, both included", "10:13"])
+        for steps in ("13:10", "0:3", "a:b", "10", "1:2:3", "1:")
+    ),
+    Bad(["tp_fsdp", "--profile", "10:13", "steps=12"], ["--profile 10:13: the run ends after step 12 (steps=12)"]),
+    Bad(["tp_fsdp", "--profile-ranks", "0"], ["--profile-ranks", "add --profile FIRST:LAST"]),
+    Bad(["tp_fsdp", "--profile-memory"], ["--profile-memory", "add --profile FIRST:LAST"]),
+    Bad(["tp_fsdp", "--profile", "1:2", "--profile-ranks", "0;1"], ["--profile-ranks 0;1: write ranks with commas"]),
+    Bad(tp_fsdp("--profile", "1:2", "--profile-ranks", "0,2", gpus_per_node=2), ["the job has the ranks 0 to 1"]),
     # clusters
     Bad(["tp_fsdp", "--cluster", "lokal"], ["--cluster lokal", "did you mean 'local'?"]),
     Bad(["tp_fsdp", "--cluster", "gone.yaml"], ["--cluster gone.yaml: no such file"]),

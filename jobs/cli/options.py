@@ -63,6 +63,9 @@ class Options:
     threads_per_rank: str | None = None
     env: list[str] = field(default_factory=list)
     run_dir: str | None = None
+    profile: str | None = None
+    profile_ranks: str | None = None
+    profile_memory: bool = False
     dry_run: bool = False
     wait: bool | None = None
     as_json: bool = False
@@ -145,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
     )
     one("--run-dir", "DIR", "default: runs/<utc time>-<workload>-<short id>; never a non-empty one")
+    one("--profile", "FIRST:LAST", "profile these steps, both included, counted from 1: trace and top operators")
+    one("--profile-ranks", "R,R|all", "the ranks that are profiled (default: 0)")
+    switch("--profile-memory", "also a snapshot of CUDA's memory over those steps")
     switch("--dry-run", "print the resolved job, the mesh and the exact submission; run and write nothing")
     switch(
         "--wait",

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from jobs import machine, sbatch, settings
+from jobs import machine, profiling, sbatch, settings
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, ResourceError, RunDirectoryError, did_you_mean
@@ -83,10 +83,17 @@ def resolve(given: Options) -> Resolved:
     entry.call("validate", config, resources.shape)
     if workload not in registry.BUILT_IN:
         _check_run(entry)
+    profile = profiling.from_flags(
+        given.profile, given.profile_ranks, given.profile_memory, config, resources.shape.world_size
+    )
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
     if which in ("local", "debug"):
         announcements.append(_fit_this_box(workload, entry, config, resources))
+        if given.profile_memory and machine.gpu_count(os.environ) < resources.shape.world_size:
+            raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this box's CPU; leave it out")
+    if profile is not None:
+        announcements.append(f"profile: {profile}")
     announcements += said
     if which == "local":
         announcements += _only_for_slurm(cluster)
@@ -110,6 +117,7 @@ def resolve(given: Options) -> Resolved:
         rendezvous_ports=parse_ports(cluster.rendezvous_ports) if cluster.rendezvous_ports is not None else None,
         job_name=given.job_name,
         sbatch=options,
+        profile=profile,
     )
     return Resolved(spec, cluster, entry, config, mesh, tuple(announcements))
 

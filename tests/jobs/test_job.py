@@ -17,6 +17,7 @@ from jobs.by_hand import _FileBoard, _follow, _prepare, spec_by_hand
 from jobs.errors import CommandLineError, RendezvousError, RunDirectoryError, SettingsError, TopologyError
 from jobs.job import run_rank
 from jobs.records import RunDirectory
+from jobs.spec import ProfileSpec
 from jobs.topology import RankInfo, local_env
 from tests.jobs.submitting import ROOT
 from tests.jobs.test_topology import RANKS
@@ -106,6 +107,8 @@ def test_a_mistake_under_torchrun_is_said_once(tmp_path: Path) -> None:
         ([], CommandLineError, "usage: torchrun"),
         (["--run-dir"], CommandLineError, "--run-dir: needs a directory"),
         (["--nodes", "2"], CommandLineError, "usage: torchrun"),
+        (["tp_fsdp", "--profile"], CommandLineError, "--profile: needs a value"),
+        (["tp_fsdp", "--profile", "13:10"], CommandLineError, "--profile 13:10: write FIRST:LAST"),
         (["tp_fspd", "--run-dir", "r"], WorkloadError, "no such workload"),
         (["tp_fsdp", "--run-dir", "r", "steps=0"], SettingsError, "steps=0"),
         (["tp_fsdp", "--run-dir", "r", "tp=3"], WorkloadError, "tp=3 does not divide"),
@@ -117,9 +120,11 @@ def test_bad_lines(words: list[str], error: type[Exception], says: str) -> None:
 
 
 def test_the_shape_comes_from_torchrun(tmp_path: Path) -> None:
-    spec = spec_by_hand(["tp_fsdp", "--run-dir", "r", "steps=50"], RankInfo.from_env(ENV), ENV)
+    profiled = ["--profile", "10:13", "--profile-ranks", "3,0", "--profile-memory"]
+    spec = spec_by_hand(["tp_fsdp", *profiled, "--run-dir", "r", "steps=50"], RankInfo.from_env(ENV), ENV)
     assert (spec.resources.nodes, spec.resources.gpus_per_node, spec.settings["steps"]) == (2, 2, 50)
     assert (spec.executor, spec.run_dir) == ("torchrun", tmp_path / "r")
+    assert spec.profile == ProfileSpec(first=10, last=13, ranks=(0, 3), memory=True)
 
 
 # --- open files -------------------------------------------------------------------------------------------------------
