@@ -68,7 +68,10 @@ class Prefetcher(Iterator[Tensor]):
         self._timeout_s = timeout_s
         self._yielded = 0
         self._closed = False
-        self._room = threading.Semaphore(depth)
+        # An entry for each batch that may be read ahead; a semaphore's release holds up the loop for longer.
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._room.put(None)
         self._ready: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None] | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if self._group is None or dist.get_rank(self._group) == 0:
@@ -101,7 +104,7 @@ class Prefetcher(Iterator[Tensor]):
         self._closed = True
         if self._thread is None:
             return
-        self._room.release()
+        self._room.put(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             log.warning(
@@ -120,7 +123,7 @@ class Prefetcher(Iterator[Tensor]):
         if isinstance(item, BaseException):
             self._closed = True
             raise item
-        self._room.release()
+        self._room.put(None)
         batch, copied = item
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -133,7 +136,7 @@ class Prefetcher(Iterator[Tensor]):
         try:
             stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             for _ in range(self._count):
-                self._room.acquire()
+                self._room.get()
                 if self._closed:
                     return
                 batch = torch.from_numpy(next(batches))
