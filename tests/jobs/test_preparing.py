@@ -418,4 +418,4 @@ def test_the_language_model_prepares_only_where_there_is_a_tokenizer() -> None:
     assert preparing.plan(tp_fsdp, config) is None
     text = {"path": ("a.txt", "b.txt"), "tokenizer": "t.json"}
     config = tp_fsdp.config.model_validate({"data": text})
-    assert preparing.plan(tp_fsdp, config) == "cuts a.txt, b.txt into tokens with t.json"
+    assert preparing.plan(tp_fsdp, config) == "tokenizes a.txt, b.txt with t.json"

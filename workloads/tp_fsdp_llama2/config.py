@@ -1,4 +1,4 @@
-"""What can be set in a tp_fsdp run, and what can be said about it before it starts. Torch-free."""
+"""The settings of a tp_fsdp run, and what follows from them before it starts. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelConfig(WorkloadConfig):
     """The transformer's size. `model=7b` means `model.preset=7b`; a preset supplies every field not given."""
 
     preset: Literal["debug", "160m", "1b", "7b", "13b", "70b"] = "debug"
-    """Where the sizes not given come from; 7b, 13b and 70b are Llama-2's."""
+    """Supplies every size that is not given; 7b, 13b and 70b are Llama-2's."""
     dim: int = Field(gt=0)
     """Width of the residual stream."""
     n_layers: int = Field(gt=0)
@@ -38,7 +38,7 @@ class ModelConfig(WorkloadConfig):
     ffn_dim: int = Field(gt=0)
     """Hidden width of the feed-forward; must be divisible by tp."""
     vocab_size: int | None = Field(default=None, gt=0)
-    """Rows of the embedding. None: the tokenizer's size, 256 for bytes; to be given for token files."""
+    """Rows of the embedding. None: the tokenizer's size, or 256 for bytes; required for token files."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
     rope_theta: float = Field(default=10000.0, gt=1)
@@ -53,23 +53,23 @@ class ModelConfig(WorkloadConfig):
             preset = value.get("preset", "debug")
             if isinstance(preset, str) and preset in PRESETS:
                 return {**PRESETS[preset], **value}
-            # The Literal below it says which presets there are; without sizes it would also say six fields are missing.
+            # The preset's own error names the presets; without sizes there would be six more for missing fields.
             return {**PRESETS["debug"], **value}
         return value
 
 
 class DataConfig(WorkloadConfig):
-    """What is trained on."""
+    """The training data."""
 
     path: str | tuple[str, ...] | None = None
-    """A file, a glob, or a list of them, joined in sorted order. `.npy` and `.bin` hold token ids, all else is text,
-    read as bytes (or through `tokenizer`). None: the documentation that ships with Python."""
+    """A file, a glob, or a list of them, read in sorted order. `.npy` and `.bin` files hold token ids; all others
+    are text, read as bytes or through `tokenizer`. None: the documentation that ships with Python."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer.json to cut the text with, once, when the job is prepared; None: bytes are tokens."""
+    """A Hugging Face tokenizer.json. The text is tokenized once, before the job is queued. None: bytes are tokens."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
-    """Type of the ids in `.bin` files, which have no header that says it."""
+    """Integer type of the ids in `.bin` files, which have no header."""
     holdout_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """The corpus's last part, kept from training and used for evaluation; a fraction of its tokens."""
+    """Fraction of the tokens, at the end of the corpus, that is used for evaluation instead of training."""
 
 
 class Config(WorkloadConfig):
@@ -78,54 +78,54 @@ class Config(WorkloadConfig):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
     """The transformer's size; `model=7b` takes a preset."""
     data: DataConfig = DataConfig()
-    """What is trained on."""
+    """The training data."""
 
     steps: int = Field(default=120, gt=0)
     """Optimizer steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights, the order of samples and the generated text."""
     seq_len: int = Field(default=128, gt=0)
-    """Tokens a sample; must be divisible by tp."""
+    """Tokens per sample; must be divisible by tp."""
     global_batch_size: int = Field(default=32, gt=0)
-    """Samples a step, over all ranks; must be divisible by dp."""
+    """Samples per step over all ranks; must be divisible by dp."""
     microbatch_size: int | None = Field(default=None, gt=0)
-    """Samples that one dp coordinate passes through the model at once; gradients are accumulated over
-    global_batch_size / (dp x microbatch_size) such passes. None: its whole share at once."""
+    """Samples per forward pass of one dp coordinate; gradients are accumulated over
+    global_batch_size / (dp x microbatch_size) passes. None: one pass per step."""
     tp: int | None = Field(default=None, gt=0)
     """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. None: gpus_per_node."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16: computes in bf16, keeps parameters, reduces gradients and steps in fp32. fp64: everything in fp64."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keeps each block's input only and computes the block again in the backward pass. selective: keeps
-    also the attention's result and every other matrix product's, and computes the rest again."""
+    """full: keeps only each block's input and recomputes the block in the backward pass. selective: also keeps the
+    results of attention and of every other matrix product, and recomputes the rest."""
     compile: bool = False
     """torch.compile; each block for tp=1, the whole model for dp=1. Refused where both are larger than 1."""
     deterministic: bool = False
-    """On CUDA, only algorithms that give the same bits twice (attention's backward is slower so). CPU always does."""
+    """On CUDA, use only deterministic algorithms, which makes attention's backward slower. CPU runs always are."""
 
     lr: float = Field(default=6e-3, gt=0)
     """AdamW's learning rate at the end of the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last step's learning rate as a fraction of `lr`; a half cosine leads there from the warm-up's end."""
+    """The last step's learning rate as a fraction of `lr`; after the warm-up it decays along a half cosine."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps over which the learning rate rises linearly to `lr`; at most `steps`. None: a tenth of them."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay rate for the mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """AdamW's decay of the squared gradient's mean."""
+    """AdamW's decay rate for the mean of the squared gradient."""
     adam_eps: float = Field(default=1e-8, gt=0)
-    """AdamW's addition to the denominator."""
+    """Added to AdamW's denominator."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's decoupled weight decay, on all parameters."""
     grad_clip: float | None = Field(default=1.0, gt=0)
-    """Largest global norm of the gradient; a larger one is scaled down to it. None: the norm is only reported."""
+    """Gradients with a larger global norm are scaled down to this norm. None: the norm is only reported."""
 
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out part; 0: only after the last step."""
     eval_windows: int | None = Field(default=512, gt=0)
-    """At most so many samples of the held-out part are used, evenly spread over it; None: all."""
+    """The most held-out samples to evaluate on, spread evenly over the held-out part. None: all of them."""
     sample_tokens: int = Field(default=32, ge=0)
-    """Tokens to generate at the end, after the held-out part's first words; each takes a whole forward pass."""
+    """Tokens to generate at the end, from the start of the held-out text; each takes a full forward pass."""
     export: bool = False
     """Gather the final weights to rank 0 and write them as safetensors under plain, unsharded names."""
 
@@ -146,13 +146,13 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
 
 
 def plan(config: Config) -> str | None:
-    """What there is to prepare: without a tokenizer, nothing."""
+    """What `prepare` would do, in one line; None without a tokenizer."""
     data = config.data
     if data.tokenizer is None:
         return None
     paths = "Python's documentation" if data.path is None else data.path
     text = paths if isinstance(paths, str) else ", ".join(paths)
-    return f"cuts {text} into tokens with {data.tokenizer}"
+    return f"tokenizes {text} with {data.tokenizer}"
 
 
 def vocab_size(config: Config) -> int:
@@ -236,13 +236,13 @@ def _validate_model(config: Config, tp: int, shape: Shape) -> None:
     if (model.dim // model.n_heads) % 2:
         raise WorkloadError(
             f"model.dim={model.dim} over model.n_heads={model.n_heads} makes heads of odd width "
-            f"{model.dim // model.n_heads}: the rotary embedding turns pairs; "
+            f"{model.dim // model.n_heads}, but the rotary embedding rotates pairs; "
             f"use model.dim={_next_multiple(model.dim, 2 * model.n_heads)}"
         )
     if model.n_heads % model.n_kv_heads:
         raise WorkloadError(
             f"model.n_heads={model.n_heads} is not divisible by model.n_kv_heads={model.n_kv_heads}: each key and "
-            "value head serves equally many query heads; use a divisor"
+            "value head serves the same number of query heads; use a divisor"
         )
     source = "tp" if config.tp else "tp (gpus_per_node, as none was given)"
     for name, value in (
@@ -263,13 +263,13 @@ def _validate_batch(config: Config, dp: int) -> None:
     batch, micro = config.global_batch_size, config.microbatch_size
     if batch % dp:
         raise WorkloadError(
-            f"global_batch_size={batch} is not divisible by dp={dp}: each dp coordinate takes equally many samples; "
+            f"global_batch_size={batch} is not divisible by dp={dp}: each dp coordinate takes an equal share; "
             f"use global_batch_size={_next_multiple(batch, dp)}"
         )
     if micro is not None and batch % (dp * micro):
         raise WorkloadError(
-            f"global_batch_size={batch} is not divisible by dp x microbatch_size = {dp} x {micro}: the passes of a "
-            f"step must be of one size; use global_batch_size={_next_multiple(batch, dp * micro)} or "
+            f"global_batch_size={batch} is not divisible by dp x microbatch_size = {dp} x {micro}: all passes of a "
+            f"step must have the same size; use global_batch_size={_next_multiple(batch, dp * micro)} or "
             f"microbatch_size={_largest_divisor(batch // dp, micro)}"
         )
     if warmup_steps(config) > config.steps:
