@@ -23,6 +23,8 @@ def main() -> int:
         sys.path.remove(here)
     try:
         from jobs.cli.main import main as run
+
+        return run(sys.argv[1:])
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("jobs", "workloads"):
             raise
@@ -32,7 +34,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
 from jobs.spec import ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
+from workloads.meanings import meanings
 
 _TEXT_OR_NUMBER: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
 """For editors: what is text here may look like a number in YAML."""
@@ -222,8 +223,10 @@ def env_value_mistake(value: str) -> str | None:
 def json_schema() -> str:
     """The JSON schema of a cluster config, for editors: `python -m jobs.cluster > cluster_configs/schema.json`."""
     schema = ClusterConfig.model_json_schema()
-    for part in schema["properties"].values():
+    meaning = meanings(ClusterConfig)
+    for name, part in schema["properties"].items():
         part.pop("title", None)
+        schema["properties"][name] = dict(sorted({**part, "description": meaning[name]}.items()))
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 

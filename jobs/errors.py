@@ -17,7 +17,7 @@ MeshrunError
 Interrupted                  exit 130: Ctrl-C, a hang-up, a termination; like KeyboardInterrupt no Exception, so that no
                              `except Exception` on its way, a user's own least of all, takes it for a failure
 
-WorkloadError (workloads/base.py) is taken in: before the job starts it is the user's mistake, exit 2.
+WorkloadError (workloads/errors.py) is taken in: before the job starts it is the user's mistake, exit 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import re
 import signal
 from collections.abc import Iterable
 
-from workloads.base import WorkloadError
+from workloads.errors import WorkloadError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from jobs.errors import SettingsError, UserError, did_you_mean
+from workloads.meanings import meanings
 
 Model = TypeVar("Model", bound=BaseModel)
 Key = tuple[str, ...]
@@ -501,6 +502,7 @@ def describe(cls: type[BaseModel]) -> list[Setting]:
 
 def _describe(cls: type[BaseModel], instance: BaseModel | None, at: str) -> list[Setting]:
     rows: list[Setting] = []
+    meaning = meanings(cls)
     for name, info in cls.model_fields.items():
         value = getattr(instance, name) if instance else info.get_default(call_default_factory=True)
         group = _group(info.annotation)
@@ -508,8 +510,7 @@ def _describe(cls: type[BaseModel], instance: BaseModel | None, at: str) -> list
             rows += _describe(group, value if isinstance(value, BaseModel) else None, f"{at}{name}.")
             continue
         shown = "(required)" if value is PydanticUndefined else _show(value)
-        meaning = " ".join((info.description or "").split())
-        rows.append(Setting(at + name, type_name(info.annotation, info.metadata), shown, meaning))
+        rows.append(Setting(at + name, type_name(info.annotation, info.metadata), shown, meaning[name]))
     return rows
 
 

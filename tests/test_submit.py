@@ -492,7 +492,10 @@ def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> None:
-    code = f"import sys; sys.modules['pydantic'] = None; sys.path.insert(0, {str(ROOT)!r}); import submit; "
+    code = (
+        "import sys; sys.modules['pydantic'] = None; sys.argv[1:] = ['tp_fsdp']; "
+        f"sys.path.insert(0, {str(ROOT)!r}); import submit; "
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + "sys.exit(submit.main())"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -505,6 +508,7 @@ def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> Non
 
 LATE = {"jobs.devices", "jobs.mesh", "jobs.rendezvous"}
 """Of jobs/, what a rank alone imports."""
+ALSO = ("workloads.base", "workloads.errors", "workloads.meanings", "workloads.registry")
 HEAVY = ("torch", "torchvision", "numpy", "safetensors", "tokenizers", "tqdm")
 
 
@@ -512,9 +516,9 @@ def light_modules() -> list[str]:
     import jobs
 
     found = [m.name for m in pkgutil.walk_packages(jobs.__path__, "jobs.")]
-    entries = [where.partition(":")[0] for where in registry.BUILT_IN.values()]
+    entries = [built_in.where.partition(":")[0] for built_in in registry.BUILT_IN.values()]
     configs = [f"{entry}.config" for entry in entries]
-    return ["submit", *(m for m in found if m not in LATE), "workloads.base", "workloads.registry", *entries, *configs]
+    return ["submit", *(m for m in found if m not in LATE), *ALSO, *entries, *configs]
 
 
 @pytest.mark.parametrize("module", light_modules())
@@ -529,26 +533,35 @@ def test_what_only_ranks_import_is_a_module_of_jobs() -> None:
         importlib.import_module(module)
 
 
+NOT_IN_A_LOGIN = (*HEAVY, "submitit", "asyncio", "multiprocessing", "concurrent.futures", "http", "ssl")
+NOT_WITHOUT_SETTINGS = (*NOT_IN_A_LOGIN, "pydantic", "yaml", "subprocess", "socket", "logging")
+"""What would take most of the time of a line that needs none of it."""
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("line", "absent"),
     [
-        ["--help"],
-        ["list"],
-        ["list", "tp_fsdp"],
-        ["tp_fsdp", "--nodes", "2", "--gpus-per-node", "4", "--dry-run"],
-        ["tp_fsdp", "--executor", "slurm", "--dry-run", "--json"],
-        ["tp_fsdp", "--executor", "debug", "--dry-run"],
+        (["--help"], NOT_WITHOUT_SETTINGS),
+        (["list"], NOT_WITHOUT_SETTINGS),
+        (["nonsense"], NOT_WITHOUT_SETTINGS),
+        (["list", "tp_fsdp"], NOT_IN_A_LOGIN),
+        (["list", "fsdp_mnist", "--json"], NOT_IN_A_LOGIN),
+        (["tp_fsdp", "--nodes", "2", "--gpus-per-node", "4", "--dry-run"], NOT_IN_A_LOGIN),
+        (["tp_fsdp", "--executor", "slurm", "--dry-run", "--json"], NOT_IN_A_LOGIN),
+        (["tp_fsdp", "--executor", "debug", "--dry-run"], NOT_IN_A_LOGIN),
+        (["pipeline_mlp", "--executor", "slurm", "--dry-run"], NOT_IN_A_LOGIN),
+        (["fsdp_mnist", "--executor", "slurm", "--dry-run", "data.source=digits"], NOT_IN_A_LOGIN),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_no_torch_is_needed_before_a_job(line: list[str], tmp_path: Path) -> None:
+def test_what_a_line_leaves_unimported(line: list[str], absent: tuple[str, ...], tmp_path: Path) -> None:
     code = (
-        "import sys\n"
-        "for name in ('torch', 'torchvision', 'safetensors', 'tqdm'): sys.modules[name] = None\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {line!r}\n"
-        "import submit; sys.exit(submit.main())"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = {line!r}\n"
+        "import submit; code = submit.main()\n"
+        f"print([name for name in {absent!r} if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 100
+    assert (done.returncode, "such workload" in done.stderr) == ((2, True) if line == ["nonsense"] else (0, False))
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert len(done.stdout + done.stderr) > 100
     assert tree(tmp_path) == {}

@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from workloads.errors import NonFiniteError as NonFiniteError
+from workloads.errors import SupersededError as SupersededError
+from workloads.errors import WorkloadError as WorkloadError
 from workloads.metric import PerSecond, Reduced
 from workloads.metric import largest as largest
 from workloads.metric import mean as mean
@@ -38,27 +41,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class WorkloadError(Exception):
-    """A user's mistake that a workload found: in its settings, its data or the shape of the job.
-
-    The message is one line: what was given, which rule it broke, what to do.
-    """
-
-
-class NonFiniteError(RuntimeError):
-    """A metric that had to be finite was not; the message names the metric, the step, the ranks and their hosts."""
-
-
-class SupersededError(RuntimeError):
-    """A newer incarnation of this job has begun: this one, which its scheduler has lost sight of, must end."""
-
-
 class StrictModel(BaseModel):
     """Typed and immutable; unknown keys, infinities and a `true` for a number are refused."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -141,7 +127,7 @@ class WorkloadEntry:
         config: its settings; importing it must not import torch.
         run: `run(config, ctx) -> dict`, the work itself, called on every rank; what rank 0 returns
             (JSON-able) becomes `result` in result.json.
-        summary: one line for `list`.
+        summary: one line for `list`; that of a built-in is in the registry.
         validate: `validate(config, shape)`, before queueing; raises WorkloadError for what cannot work.
             Torch-free.
         mesh: `mesh(config, shape) -> MeshSpec`; default: one dimension `dp` over all ranks. Torch-free.

@@ -8,15 +8,38 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+from workloads.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from workloads.base import WorkloadEntry
+
+
+class BuiltIn(NamedTuple):
+    """What is known of a built-in before anything of it is imported."""
+
+    where: str
+    """As a user would name it: package.module:ENTRY."""
+    summary: str
+    """One line for `list`."""
+
 
 BUILT_IN = {
-    "fsdp_mnist": "workloads.fsdp_mnist:ENTRY",
-    "pipeline_mlp": "workloads.pipeline_mlp:ENTRY",
-    "tp_fsdp": "workloads.tp_fsdp_llama2:ENTRY",
+    "fsdp_mnist": BuiltIn(
+        "workloads.fsdp_mnist:ENTRY",
+        "CNN on MNIST: parameters, gradients, optimizer states sharded (FSDP2), beside HSDP, DDP, one process",
+    ),
+    "pipeline_mlp": BuiltIn(
+        "workloads.pipeline_mlp:ENTRY",
+        "MLP over a pipeline of ranks: naive, GPipe, 1F1B, interleaved, zero bubble; timeline and bubble measured",
+    ),
+    "tp_fsdp": BuiltIn(
+        "workloads.tp_fsdp_llama2:ENTRY",
+        "Llama-2-style language model: tensor + sequence parallel within a host, FSDP2 across hosts",
+    ),
 }
-"""What the command line calls a workload -> where it is."""
+"""By the name that the command line gives it."""
 
 
 def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
@@ -31,7 +54,7 @@ def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
         WorkloadError: there is no such workload, module or entry.
     """
     if name in BUILT_IN:
-        return _entry(BUILT_IN[name], name)
+        return _entry(BUILT_IN[name].where, name)
     if ":" not in name:
         close = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
@@ -47,6 +70,8 @@ def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
 
 
 def _entry(where: str, name: str) -> WorkloadEntry:
+    from workloads.base import WorkloadConfig, WorkloadEntry  # late: the names alone need no pydantic
+
     module_name, _, attribute = where.partition(":")
     try:
         module = importlib.import_module(module_name)

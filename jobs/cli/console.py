@@ -8,8 +8,6 @@ import json
 import sys
 from typing import Any
 
-from workloads.base import to_json
-
 
 class Console:
     """One command's output.
@@ -45,4 +43,6 @@ class Console:
     def finish(self, record: dict[str, Any]) -> None:
         """The one JSON object, where it was asked for."""
         if self.as_json:
+            from workloads.base import to_json  # late: it brings pydantic along, which most output does not need
+
             print(json.dumps(to_json({**self.facts, **record}), allow_nan=False), file=self._stdout, flush=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.errors import CommandLineError
-from jobs.settings import describe
 from workloads import registry
 
 
@@ -32,22 +31,25 @@ def run(given: Options, console: Console) -> int:
     if len(names) > 1:
         raise CommandLineError(f"list takes one workload, {len(names)} were given")
     if not names:
-        entries = {name: registry.load(name) for name in registry.BUILT_IN}
-        width = max(map(len, entries))
-        for name, entry in entries.items():
-            console.say(f"{name:<{width}}  {entry.summary}")
+        summaries = {name: built_in.summary for name, built_in in registry.BUILT_IN.items()}
+        width = max(map(len, summaries))
+        for name, summary in summaries.items():
+            console.say(f"{name:<{width}}  {summary}")
         console.say("\nA workload's settings: submit.py list WORKLOAD. Your own workload: package.module:ENTRY.")
-        console.finish({"workloads": [{"name": n, "summary": e.summary} for n, e in entries.items()]})
+        console.finish({"workloads": [{"name": n, "summary": s} for n, s in summaries.items()]})
         return 0
+    from jobs.settings import describe  # late: the workloads' names need no pydantic
+
     entry = registry.load(names[0], (str(Path.cwd()),))
+    summary = registry.BUILT_IN[names[0]].summary if names[0] in registry.BUILT_IN else entry.summary
     settings = describe(entry.config)
     key_width = max((len(s.key) for s in settings), default=0)
     type_width = max((len(s.type) for s in settings), default=0)
-    console.say(f"{names[0]}: {entry.summary}\n\nkey=value settings: name, type, default")
+    console.say(f"{names[0]}: {summary}\n\nkey=value settings: name, type, default")
     for setting in settings:
         row = f"  {setting.key:<{key_width}}  {setting.type:<{type_width}}  {setting.default}"
         console.say(row.rstrip())
         if setting.meaning:
             console.say(textwrap.fill(setting.meaning, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    console.finish({"workload": names[0], "summary": entry.summary, "settings": [asdict(s) for s in settings]})
+    console.finish({"workload": names[0], "summary": summary, "settings": [asdict(s) for s in settings]})
     return 0

@@ -39,7 +39,6 @@ from workloads.fsdp_mnist.config import Config
 
 ENTRY = WorkloadEntry(
     name="fsdp_mnist",
-    summary="CNN on MNIST: parameters, gradients, optimizer states sharded (FSDP2), beside HSDP, DDP, one process",
     config=Config,
     run="workloads.fsdp_mnist.train:run",
     validate="workloads.fsdp_mnist.config:validate",

@@ -27,10 +27,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from workloads.base import WorkloadError
+from workloads.errors import WorkloadError
 from workloads.images import idx, sources
 from workloads.images.config import ImageDataConfig
 from workloads.images.sources import FILES, SOURCES, TEST, TRAIN, Source
+from workloads.meanings import meanings
 
 log = logging.getLogger(__name__)
 
@@ -469,10 +470,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _usage() -> str:
     lines = ["usage: python -m workloads.images.prepare [data.KEY=VALUE ...]"]
+    meaning = meanings(ImageDataConfig)
     for name, field in ImageDataConfig.model_fields.items():
         choices = "|".join(get_args(field.annotation))
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  data.{name}={choices or '...'} (default: {field.default})\n      {meaning}")
+        lines.append(f"  data.{name}={choices or '...'} (default: {field.default})\n      {meaning[name]}")
     return "\n".join(lines)
 
 

@@ -37,7 +37,6 @@ from workloads.pipeline_mlp.config import Config
 
 ENTRY = WorkloadEntry(
     name="pipeline_mlp",
-    summary="MLP over a pipeline of ranks: naive, GPipe, 1F1B, interleaved, zero bubble; timeline and bubble measured",
     config=Config,
     run="workloads.pipeline_mlp.train:run",
     validate="workloads.pipeline_mlp.config:validate",

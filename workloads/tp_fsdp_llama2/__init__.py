@@ -28,7 +28,6 @@ from workloads.tp_fsdp_llama2.config import Config
 
 ENTRY = WorkloadEntry(
     name="tp_fsdp",
-    summary="Llama-2-style language model: tensor + sequence parallel within a host, FSDP2 across hosts",
     config=Config,
     run="workloads.tp_fsdp_llama2.train:run",
     validate="workloads.tp_fsdp_llama2.config:validate",

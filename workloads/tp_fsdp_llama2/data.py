@@ -367,6 +367,10 @@ def _text_parts(data: DataConfig) -> list[Part]:
     return [Part(str(path), np.memmap(path, dtype=np.uint8, mode="r")) for path in resolve(data)]
 
 
+def _text_bytes(data: DataConfig) -> int:
+    return len(python_docs()) if data.path is None else sum(path.stat().st_size for path in resolve(data))
+
+
 def python_docs() -> bytes:
     """The language reference that comes with Python for `help()`, in UTF-8; differs a little between its versions."""
     from pydoc_data.topics import topics
@@ -431,11 +435,12 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
             f"data.tokenizer={data.tokenizer} with data.path={data.path}: these files hold token ids already; leave "
             "data.tokenizer out"
         )
-    parts = _text_parts(data) if text else _token_parts(data)
-    tokens = sum(len(part.array) for part in parts)
+    # A text's size needs no numpy, whose import would take longer than all else that a dry run does.
+    parts = [] if text else _token_parts(data)
+    tokens = _text_bytes(data) if text else sum(len(part.array) for part in parts)
     # A tokenizer makes at most one token of each byte, so what is too short in bytes is too short.
     check_length(tokens, data, seq_len, global_batch_size, "bytes" if text else "tokens")
-    if not text and tokens <= _SCAN_AT_MOST:
+    if tokens <= _SCAN_AT_MOST:
         for part in parts:
             _check_ids(part, vocab_size)
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from workloads.base import Shape, WorkloadError
+from workloads.meanings import meanings
 from workloads.tp_fsdp_llama2 import ENTRY
 from workloads.tp_fsdp_llama2.config import (
     PRESETS,
@@ -264,5 +265,5 @@ def test_every_field_says_what_it_is() -> None:
         Config,
         *(f.annotation for f in Config.model_fields.values() if hasattr(f.annotation, "model_fields")),
     ):
-        for name, field in model.model_fields.items():  # type: ignore[union-attr]
-            assert field.description, name
+        for name, meaning in meanings(model).items():
+            assert meaning, name

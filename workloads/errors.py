@@ -1,0 +1,18 @@
+"""What a workload raises on purpose. Imports nothing: the command line must know these errors before anything else."""
+
+from __future__ import annotations
+
+
+class WorkloadError(Exception):
+    """A user's mistake that a workload found: in its settings, its data or the shape of the job.
+
+    The message is one line: what was given, which rule it broke, what to do.
+    """
+
+
+class NonFiniteError(RuntimeError):
+    """A metric that had to be finite was not; the message names the metric, the step, the ranks and their hosts."""
+
+
+class SupersededError(RuntimeError):
+    """A newer incarnation of this job has begun: this one, which its scheduler has lost sight of, must end."""
