@@ -7,9 +7,9 @@ The ranks form a grid `dp x tp`. The ranks of one `tp` group sit on one host and
   gather before it and one reduce-scatter after it, and each rank holds its own heads.
 - *Sequence parallelism* keeps what lies between those products (the residual stream and the norms) cut along the
   sequence, so no activation is held in full between blocks.
-- *Loss parallelism* leaves the logits cut along the vocabulary and computes the cross entropy on them so.
+- *Loss parallelism* leaves the logits cut along the vocabulary and computes the cross entropy on the shards.
 
-That takes several exchanges a block and wants the links inside a host. Between hosts there is only *FSDP2*: each `dp`
+That takes several collectives per block, and so the links inside a host. Between hosts there is only *FSDP2*: each `dp`
 coordinate works on its own samples, parameters, gradients and optimizer states are sharded over `dp`, each
 block's weights are gathered just before they are used, and gradients are reduce-scattered just after.
 
@@ -18,9 +18,9 @@ so a run means the same on any grid; in fp64 the losses, norms and weights agree
 
     torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
 
-`config.py` is what can be set, `model.py` the bare model, `parallelize.py` the plan that cuts it, `init.py` its
-initial weights, `data.py` the corpora and the order of samples, `evaluate.py` what is measured on the held-out part,
-and `train.py` the loop.
+`config.py` has the settings, `model.py` the bare model, `parallelize.py` the plan that cuts it, `init.py` its initial
+weights, `data.py` the corpora and the order of samples, `evaluate.py` the held-out loss and the generated text, and
+`train.py` the loop.
 """
 
 from workloads.base import WorkloadEntry

@@ -5,9 +5,9 @@ below depends on where it came from:
 
     [ window 0 | window 1 | ... | window n-1 |rest][ held-out windows | rest ]
 
-A sample is a window of seq_len + 1 tokens; neighbours share one, the last target of one being the first input of the
-next. Which window a sample is, is a function of the seed and of the sample's number alone: each epoch visits every
-window once, in an order of its own.
+A sample is a window of seq_len + 1 tokens. Neighboring windows share one token: the last target of one is the first
+input of the next. A sample's window depends only on the seed and on the sample's number: each epoch visits every window
+once, in its own order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Part:
 
 
 class Corpus:
-    """A long row of tokens.
+    """A long sequence of tokens.
 
     Args:
         parts: 1-D integer arrays, joined in this order.
@@ -171,7 +171,7 @@ def split(tokens: int, holdout_fraction: float, seq_len: int) -> Split:
 
 
 class SampleOrder:
-    """Which window each sample of the run is: a permutation of the windows each epoch, in no memory at all.
+    """Maps each sample of the run to a window, by a permutation of the windows per epoch that takes no memory.
 
     A permutation is a Feistel network over the smallest even number of bits that holds the number of windows;
     a result outside the range is sent through again ("cycle walking"), which ends after fewer than 4 rounds on average.
@@ -208,11 +208,11 @@ class TrainingSamples:
     Args:
         corpus: where they come from.
         split: which part of it is for training.
-        seed: of the order.
-        global_batch_size: samples a step.
-        dp: how many coordinates share them.
-        dp_rank: whose share this is.
-        microbatch_size: samples a pass.
+        seed: determines the order.
+        global_batch_size: samples per step over all dp coordinates.
+        dp: number of dp coordinates, which share a step's samples.
+        dp_rank: this rank's dp coordinate.
+        microbatch_size: samples per pass.
     """
 
     def __init__(
@@ -265,10 +265,10 @@ def open_corpus(config: Config, data_dir: Path) -> Corpus:
     """The corpus that a run's settings name, memory-mapped.
 
     Args:
-        data_dir: where `prepare` left the tokenised text, if there is a tokenizer.
+        data_dir: where `prepare` left the tokenized text, if there is a tokenizer.
 
     Raises:
-        WorkloadError: it cannot be read, or `prepare` has not been here.
+        WorkloadError: it cannot be read, or `prepare` has not run.
     """
     import numpy as np
 
@@ -278,7 +278,7 @@ def open_corpus(config: Config, data_dir: Path) -> Corpus:
         info = _prepared(config, data_dir)
         if info is None:
             raise WorkloadError(
-                f"{data_dir / TOKENS_FILE} is missing, or was made from other settings: prepare the job anew"
+                f"{data_dir / TOKENS_FILE} is missing, or was made from other settings: prepare the job again"
             )
         array = np.load(data_dir / TOKENS_FILE, mmap_mode="r")
         tokenizer = _load_tokenizer(data.tokenizer)
@@ -332,7 +332,7 @@ def resolve(data: DataConfig) -> list[Path]:
                 f"data.path={pattern} matches no file (seen from {Path.cwd()}): give an existing file, or a glob in "
                 "quotes"
             )
-        # What a glob drags along is passed over; a directory named as such is a mistake.
+        # A glob may match directories, which are skipped; a directory given by its name is a mistake.
         found.update(m for m in matches if len(matches) == 1 or not m.is_dir())
     if not found:
         raise WorkloadError(f"data.path={list(patterns)} matches directories only: give files, such as DIRECTORY/*.txt")
@@ -386,13 +386,13 @@ def _token_parts(data: DataConfig) -> list[Part]:
         if path.suffix == ".bin":
             if data.dtype is None:
                 raise WorkloadError(
-                    f"data.path={path} has no header that says its ids' type: give data.dtype, such as uint16"
+                    f"data.path={path} has no header with the type of its ids: give data.dtype, such as uint16"
                 )
             itemsize = np.dtype(data.dtype).itemsize
             if path.stat().st_size % itemsize:
                 raise WorkloadError(
-                    f"data.path={path} has {path.stat().st_size} bytes, no multiple of the {itemsize} that a "
-                    f"{data.dtype} takes: set the data.dtype that the file was written with"
+                    f"data.path={path} has {path.stat().st_size} bytes, not a multiple of {itemsize}, the size "
+                    f"of {data.dtype}: set the data.dtype that the file was written with"
                 )
             array = np.memmap(path, dtype=np.dtype(data.dtype).newbyteorder("<"), mode="r")
         else:
@@ -452,7 +452,7 @@ def check_length(tokens: int, data: DataConfig, seq_len: int, global_batch_size:
     if cut.train_windows < global_batch_size:
         raise WorkloadError(
             f"{what} has {tokens} {unit}, of which {cut.heldout_start} are for training: too few for a batch of "
-            f"global_batch_size={global_batch_size} samples of seq_len={seq_len}; give more data, or make them smaller"
+            f"global_batch_size={global_batch_size} samples of seq_len={seq_len}; give more data, or lower one of them"
         )
     if cut.heldout_windows < 1:
         raise WorkloadError(
@@ -494,7 +494,7 @@ def tokenizer_size(path: str) -> int:
 def _load_tokenizer(path: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise WorkloadError(f"data.tokenizer={path} is no file: give a Hugging Face tokenizer.json")
+        raise WorkloadError(f"data.tokenizer={path} is not a file: give a Hugging Face tokenizer.json")
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -513,9 +513,9 @@ def _load_tokenizer(path: str) -> Any:
 
 
 def prepare(config: Config, directory: Path) -> None:
-    """Cuts the text into tokens, once for all ranks; does nothing for bytes and token files, or if it is done already.
+    """Tokenizes the text, once for all ranks; does nothing for bytes and token files, or if it has been done already.
 
-    Leaves tokens.npy and tokens.json, each written beside and then renamed.
+    Writes tokens.npy and tokens.json, each under a temporary name first.
 
     Raises:
         WorkloadError: the text is not UTF-8, or makes too few tokens.
@@ -560,13 +560,13 @@ def prepare(config: Config, directory: Path) -> None:
         partial.unlink(missing_ok=True)
     partial_info = directory / f"{TOKENS_INFO_FILE}.{os.getpid()}.partial"
     partial_info.write_text(json.dumps(info, indent=1))
-    # Last, since it vouches for the other.
+    # Last: it says that the other is complete.
     partial_info.replace(directory / TOKENS_INFO_FILE)
-    log.info("tokenised %s bytes into %s tokens", f"{text_bytes:,}", f"{tokens:,}")
+    log.info("tokenized %s bytes into %s tokens", f"{text_bytes:,}", f"{tokens:,}")
 
 
 def _prepared(config: Config, directory: Path) -> dict[str, Any] | None:
-    """What `prepare` noted, if it was here with the same text, tokenizer and split."""
+    """What `prepare` wrote down, if it ran with the same text, tokenizer and split."""
     try:
         info = json.loads((directory / TOKENS_INFO_FILE).read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Processes that read samples ahead of a rank: how they start, wherever `workloads` lies, and that they end with it."""
+"""Processes that read samples for a rank: they start wherever `workloads` is installed, and end with the rank."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def fork_server(preload: Sequence[str]) -> ForkServerContext:
-    """Workers are forked from a process that has only imported what they need, and that is started here.
+    """Starts the process that workers are forked from, which has only imported what they need.
 
-    Not from the rank: it has threads, of torch and of its collectives, whose locks a fork takes along. The fork server
-    is an interpreter of its own with the current directory first on its path, and without what this process has added
-    to its own; so it is told where our `workloads` is.
+    They must not be forked from the rank: it has threads, of torch and of its collectives, whose locks a fork copies.
+    The fork server is a new interpreter with the current directory first on its path. It doesn't know what this process
+    has added to its own path, so it is told where our `workloads` is.
 
     Args:
-        preload: modules of ours; one that cannot be imported is left to the workers.
+        preload: our modules to import there; the workers import those that cannot be imported there.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["meshrun_fork_server", *preload])
@@ -38,13 +38,13 @@ def fork_server(preload: Sequence[str]) -> ForkServerContext:
 
 
 def die_with_parent(worker: int = 0) -> None:
-    """The kernel kills this process when the thread that started it ends; as a loader's `worker_init_fn`, too."""
+    """Has the kernel kill this process when the thread that started it ends; also a loader's `worker_init_fn`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def end_with_rank() -> None:
-    """In the fork server: it would otherwise outlive a killed rank, with its workers, each waiting for the other."""
+    """Ends the fork server with its rank; otherwise it and its workers would outlive a killed rank."""
     rank = os.environ.pop(RANK, None)
     if rank is None:
         return
@@ -55,10 +55,13 @@ def end_with_rank() -> None:
 
 @contextlib.contextmanager
 def _on_the_path(folder: str) -> Iterator[None]:
-    """For a Python that is started meanwhile; some versions take the variable, others this process's path."""
+    """Adds `folder` to the path of a Python that is started meanwhile.
+
+    Some versions of Python take the variable, others this process's path.
+    """
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", RANK)}
     os.environ["PYTHONPATH"] = os.pathsep.join((folder, *filter(None, (before["PYTHONPATH"],))))
-    if threading.current_thread() is threading.main_thread():  # another may end before this process does
+    if threading.current_thread() is threading.main_thread():  # another thread may end before the process does
         os.environ[RANK] = str(os.getpid())
     sys.path.insert(0, folder)
     try:

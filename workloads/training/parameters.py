@@ -1,4 +1,4 @@
-"""Parameters as a reader thinks of them: under the bare model's names, whole, and what of them a rank holds."""
+"""Parameters under the bare model's names, gathered whole, and the bytes of them that a rank holds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def gather(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, on every rank, whatever it is cut along."""
+    """The whole parameter on every rank, however it is sharded."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
     placements = list(parameter.placements)
-    # Dimension by dimension, outermost first: all at once is the same two gathers, and a warning on every rank.
+    # Dimension by dimension, outermost first: all at once would be the same gathers, and a warning on every rank.
     for mesh_dim in range(len(placements)):
         placements[mesh_dim] = Replicate()
         parameter = parameter.redistribute(placements=placements)
@@ -38,9 +38,9 @@ def gather(parameter: Tensor) -> Tensor:
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Frees the weights that a forward pass without a backward one leaves gathered, cast to the type computed in.
+    """Frees the gathered weights that a forward pass without a backward pass leaves behind.
 
-    Until then they, and not the shards, are what the model's parameters are.
+    Until then they are the model's parameters, in the type computed in, and not the shards.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -82,7 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"path": "directory"}}, "data.path=directory is a directory", "directory/*.txt"),
     ({"data": {"path": "empty.txt"}}, "empty.txt is empty", "leave it out"),
     ({"data": {"path": "short.txt"}}, "9 bytes", "give more data"),
-    ({"data": {"path": "text.txt"}, "global_batch_size": 2000}, "global_batch_size=2000", "make them smaller"),
+    ({"data": {"path": "text.txt"}, "global_batch_size": 2000}, "global_batch_size=2000", "lower one of them"),
     ({"data": {"path": "text.txt", "holdout_fraction": 0.0001}}, "holdout_fraction=0.0001", "raise it to 0.0007"),
     ({"data": {"path": "text.txt", "dtype": "uint16"}}, "data.dtype=uint16 with text", "leave it out"),
     ({"data": {"path": "ids.bin"}, "model": {"vocab_size": 1000}}, "no header", "give data.dtype"),
@@ -94,9 +94,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**IDS, "data": {"path": "none.npy"}}, "holds no token", "write it anew"),
     ({**IDS, "data": {"path": "not.npy"}}, "not.npy is not an .npy array", "numpy.save"),
     ({**IDS, "data": {"path": "negative.npy"}}, "token id -5 at offset 77777", "data.dtype"),
-    ({**IDS, "data": {"path": "odd.bin", "dtype": "uint16"}}, "3 bytes, no multiple of the 2", "data.dtype"),
+    ({**IDS, "data": {"path": "odd.bin", "dtype": "uint16"}}, "3 bytes, not a multiple of 2", "data.dtype"),
     ({"data": {"path": "ids.npy"}, "model": {"vocab_size": 900}}, "ids must be in 0 .. 899", "raise model.vocab_size"),
-    ({"data": {"path": "text.txt", "tokenizer": "none.json"}}, "data.tokenizer=none.json is no file", "tokenizer.json"),
+    (
+        {"data": {"path": "text.txt", "tokenizer": "none.json"}},
+        "data.tokenizer=none.json is not a file",
+        "tokenizer.json",
+    ),
     ({"data": {"path": "text.txt", "tokenizer": "tokenizer.json"}}, "is not a tokenizer", "tokenizer.json"),
 ]
 

@@ -204,7 +204,7 @@ def tokenized(tmp_path: Path) -> Config:
     )
 
 
-def test_text_is_tokenised_once_and_decodes_to_itself(tokenized: Config, tmp_path: Path) -> None:
+def test_text_is_tokenized_once_and_decodes_to_itself(tokenized: Config, tmp_path: Path) -> None:
     directory = tmp_path / "prepared"
     prepare(tokenized, directory)
     assert sorted(p.name for p in directory.iterdir()) == ["tokens.json", "tokens.npy"]
@@ -242,13 +242,13 @@ def test_text_in_many_pieces_counts_the_same_bytes(
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
 
 
-def test_changed_text_is_tokenised_anew(tokenized: Config, tmp_path: Path) -> None:
+def test_changed_text_is_tokenized_anew(tokenized: Config, tmp_path: Path) -> None:
     directory = tmp_path / "prepared"
     prepare(tokenized, directory)
     tokens = json.loads((directory / "tokens.json").read_text())["tokens"]
     with (tmp_path / "b.txt").open("a") as file:
         file.write("and more words\n" * 100)
-    with pytest.raises(WorkloadError, match="prepare the job anew"):
+    with pytest.raises(WorkloadError, match="prepare the job again"):
         open_corpus(tokenized, directory)
     prepare(tokenized, directory)
     assert json.loads((directory / "tokens.json").read_text())["tokens"] > tokens

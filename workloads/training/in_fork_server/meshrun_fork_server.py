@@ -1,6 +1,6 @@
-"""The first import of a data loader's fork server: our own `workloads`, whatever the path holds, and an end in time.
+"""A data loader's fork server imports this first: it imports our own `workloads`, and ends with its rank.
 
-Its folder is put on the path for it and holds nothing else: no other package can come in, or be hidden, by that.
+Its folder is put on the path for that and holds nothing else, so it neither adds another package nor hides one.
 """
 
 import sys
