@@ -126,7 +126,7 @@ def _run(
                     "Slurm has given this host's ranks GPUs (SLURM_JOB_GPUS=%s), and torch %s sees none: is it a CPU "
                     "build, or is the driver missing?", env["SLURM_JOB_GPUS"], torch.__version__
                 )  # fmt: skip
-            log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, placement.hosts))
+            log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, tuple(dict.fromkeys(placement.hosts))))
         context = RunContext(
             rank=placement.rank,
             world_size=placement.world_size,

@@ -25,6 +25,7 @@ from typing import Any
 
 from jobs import blame, slurm, srun
 from jobs.blame import Failure
+from jobs.errors import first_few
 from jobs.records import Attempt, RunDirectory, read_json, write_json
 from jobs.slurm import JobState
 from jobs.srun import SrunWords
@@ -180,7 +181,7 @@ def _what_slurm_did(seen: Evidence) -> str:
     if cause == "PREEMPTED":
         return f"{job} was preempted by Slurm{at}"
     if cause == "NODE_FAIL":
-        which = ", ".join(seen.words.lost_hosts or seen.down_hosts)
+        which = first_few(seen.words.lost_hosts or seen.down_hosts)
         return (f"{which} failed, and {job} with it" if which else f"a host of {job}'s failed") + at
     if cause == "BOOT_FAIL":
         return f"a host of {job}'s did not start"

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from jobs.errors import MeshrunError, RendezvousError, TopologyError, UnreachableError
+from jobs.errors import MeshrunError, RendezvousError, TopologyError, UnreachableError, first_few
 from jobs.processes import look_again_in_s
 from jobs.records import read_json, write_json
 from jobs.topology import Placement, RankInfo, Seat, number_by_host, place, seat_table
@@ -469,8 +469,7 @@ def _linger(store: dist.Store, present: int, at_most_s: float = 3.0) -> None:
 
 
 def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
-    named = [f"rank {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks[:16]]
-    return ", ".join(named) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+    return first_few([f"rank {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
 
 
 def init_process_group(meeting: Rendezvous, device: torch.device, backend: str, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -450,6 +451,18 @@ def _parse_value(override: Override, annotation: Any) -> Any:
         if structured or stripped[:1] in ("[", "{", "'", '"'):
             raise SettingsError(f"{override.key}={text}: {str(mistake).partition(': ')[2]}") from None
         return text
+
+
+def as_words(settings: Mapping[str, Any], at: str = "") -> list[str]:
+    """Settings as the key=value words that give them on the command line, quoted for the shell."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            words += as_words(value, f"{at}{name}.")
+            continue
+        plain = isinstance(value, str) and re.fullmatch(r"(?!null$|None$)[A-Za-z_/][\w./:@+-]*", value) is not None
+        words.append(shlex.quote(f"{at}{name}={value if plain else json.dumps(value, ensure_ascii=False)}"))
+    return words
 
 
 def _put(tree: dict[str, Any], path: Key, value: Any) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jobs.errors import TopologyError
+from jobs.errors import TopologyError, first_few
 from workloads.base import MeshSpec
 
 Launcher = Literal["local", "slurm", "torchrun"]
@@ -545,7 +545,12 @@ def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
     if len(devices) > 1:
         raise TopologyError(
             "some ranks have a GPU and others do not: "
-            + ", ".join(f"rank {s.rank} on {s.host}: {s.device}" for s in sorted(seats, key=lambda s: s.rank))
+            + first_few(
+                [
+                    f"rank {s.rank} on {s.host}: {s.device}"
+                    for s in sorted(seats, key=lambda s: (devices[s.device], s.rank))
+                ]
+            )
         )
     _refuse_shared_gpus(seats)
     # Rank 0 first even if its local rank is not 0 (it cannot be under any known launcher, but nothing rests on it).
@@ -558,15 +563,14 @@ def _refuse_shared_gpus(seats: Sequence[Seat]) -> None:
         if seat.gpu:
             sharing.setdefault((seat.host, seat.gpu), []).append(seat.rank)
     shared = [
-        f"ranks {' '.join(map(str, ranks))} on {host}: {gpu}"
+        f"ranks {first_few([*map(str, ranks)], 16, ' ')} on {host}: {gpu}"
         for (host, gpu), ranks in sharing.items()
         if len(ranks) > 1
     ]
     if shared:
         raise TopologyError(
             "several ranks of a host have the same GPU, and every rank needs one of its own: "
-            + "; ".join(shared[:8])
-            + (f" and {len(shared) - 8} more" if len(shared) > 8 else "")
+            + first_few(shared, between="; ")
             + "; ask for as many GPUs on each host as ranks (--gpus-per-node), or start fewer ranks"
         )
 
@@ -589,34 +593,45 @@ def place(seats: Sequence[Seat], scheduler_rank: int) -> Placement:
 
 
 def seat_table(seats: Sequence[Seat]) -> str:
-    """Who sits where, on one line: `node0: ranks 0 1 2; node1: rank 3`."""
+    """Who sits where, on one line: `node0: ranks 0 1 2; node1: rank 3`; of many hosts the odd ones."""
     by_host: dict[str, list[int]] = {}
     for seat in sorted(seats, key=lambda seat: seat.rank):
         by_host.setdefault(seat.host, []).append(seat.rank)
-    return "; ".join(
-        f"{host}: {'rank' if len(ranks) == 1 else 'ranks'} {' '.join(map(str, ranks))}"
-        for host, ranks in by_host.items()
+    hosts = list(by_host)
+    if len(hosts) > 8:
+        alike = Counter(len(ranks) for ranks in by_host.values())
+        hosts.sort(key=lambda host: alike[len(by_host[host])])
+    return first_few(
+        [
+            f"{host}: {'rank' if len(by_host[host]) == 1 else 'ranks'} {first_few([*map(str, by_host[host])], 16, ' ')}"
+            for host in hosts
+        ],
+        between="; ",
     )
 
 
 def mesh_table(spec: MeshSpec, hosts: Sequence[str]) -> str:
-    """The mesh for people: hosts as rows, one cell a rank with its coordinates.
+    """The mesh for people: hosts as rows, one cell a rank with its coordinates; of many, the first few and the last.
 
     Args:
         spec: the mesh.
-        hosts: the host of every rank, host-major.
+        hosts: every host, in order; each holds equally many ranks.
     """
+    columns = spec.world_size // len(hosts)
+    shown = range(len(hosts)) if len(hosts) <= 8 else (0, 1, len(hosts) - 1)
     rows: dict[str, list[str]] = {}
-    for rank, host in enumerate(hosts):
-        coordinates = " ".join(f"{n}{c}" for n, c in zip(spec.names, spec.coordinate(rank), strict=True))
-        rows.setdefault(host, []).append(f"{rank}: {coordinates}")
+    for node in shown:
+        for rank in range(node * columns, (node + 1) * columns):
+            coordinates = " ".join(f"{n}{c}" for n, c in zip(spec.names, spec.coordinate(rank), strict=True))
+            rows.setdefault(hosts[node], []).append(f"{rank}: {coordinates}")
     name_width = max(len("host"), *map(len, rows))
     cell_width = max(len(cell) for cells in rows.values() for cell in cells)
-    columns = len(next(iter(rows.values())))
     header = f"{'host':<{name_width}}  " + "  ".join(
         f"{'gpu ' + str(column):<{cell_width}}" for column in range(columns)
     )
     lines = [header.rstrip()]
     for host, cells in rows.items():
         lines.append((f"{host:<{name_width}}  " + "  ".join(f"{cell:<{cell_width}}" for cell in cells)).rstrip())
+    if len(hosts) > len(shown):
+        lines.insert(-1, f"... {len(hosts) - len(shown):,} more hosts")
     return "\n".join(lines)

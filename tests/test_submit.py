@@ -421,9 +421,18 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, capsys: p
     assert main(["tp_fsdp", "--nodes", "2", "--gpus-per-node", "4", "--executor", "slurm", "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for words in ("host1  4: dp1 tp0", "#SBATCH --nodes=2", "--kill-on-bad-exit=1", "OMP_NUM_THREADS=1", "steps: 120"):
+    for words in ("host1  4: dp1 tp0", "#SBATCH --nodes=2", "--kill-on-bad-exit=1", "OMP_NUM_THREADS=1", "steps=120"):
         assert words in out
     assert tree(tmp_path) == {}
+
+
+def test_a_dry_run_of_2048_hosts_is_a_screenful(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["tp_fsdp", "--nodes", "2048", "--gpus-per-node", "8", "tp=8", "global_batch_size=2048"]
+    assert main([*line, "--executor", "slurm", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") <= 65
+    for words in ("mesh: dp 2048 x tp 8", "... 2,045 more hosts", "16383: dp2047 tp7", "#SBATCH --nodes=2048"):
+        assert words in out
 
 
 def test_a_dry_runs_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

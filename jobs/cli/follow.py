@@ -462,7 +462,8 @@ def _line(job_id: str, answer: slurm.Answer) -> str:
         return ""
     if answer.ended or answer.state == "COMPLETING":
         return f"{job}: {answer.state}"
-    where = f" on {answer.nodes}" if answer.nodes else ""
+    # Slurm writes hosts in short where their names have a pattern; 1,024 that have none would fill a page.
+    where = f" on {answer.nodes[:200]}{' ...' if answer.nodes[200:] else ''}" if answer.nodes else ""
     why = f" ({answer.reason})" if answer.reason else ""
     return f"{job}: {answer.state}{where}{why}"
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
 from jobs.errors import Interrupted, JobFailed, SubmissionError
 from jobs.records import RunDirectory, default_run_dir, write_json
+from jobs.settings import as_words
 from jobs.spec import JobSpec
 from jobs.topology import mesh_table
 from workloads.base import WorkloadConfig
@@ -150,7 +152,7 @@ def _removed_on(error: type[BaseException], run_dir: RunDirectory, existed: bool
 def _dry_run(resolved: Resolved, plan: str | None, console: Console) -> None:
     spec = resolved.spec
     submission = executor.render(spec, resolved.cluster)
-    hosts = [f"host{rank // spec.resources.gpus_per_node}" for rank in range(spec.resources.shape.world_size)]
+    hosts = [f"host{node}" for node in range(spec.resources.nodes)]
     console.say("dry run: nothing is started or written\n")
     for line in resolved.announcements:
         console.say(line)
@@ -158,16 +160,19 @@ def _dry_run(resolved: Resolved, plan: str | None, console: Console) -> None:
         console.say(f"prepare: {plan}")
     console.say(f"run directory: {spec.run_dir}\n")
     console.say("settings:")
-    console.say(_indent(yaml.safe_dump(spec.settings, sort_keys=False)))
+    words = " ".join(as_words(spec.settings))
+    console.say(_indent(textwrap.fill(words, 110, break_long_words=False, break_on_hyphens=False)) + "\n")
     console.say(f"mesh: {resolved.mesh}, on {spec.resources.shape} ranks")
     console.say(_indent(mesh_table(resolved.mesh, hosts)) + "\n")
-    console.say("environment of every rank:")
-    console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(submission.env.items()))) + "\n")
-    console.say("submission parameters:")
-    shown = {key: value for key, value in submission.parameters.items() if key != "setup"}
-    console.say(_indent(yaml.safe_dump(shown, sort_keys=False) if shown else "none\n"))
+    if spec.executor != "slurm":  # else both are in the script
+        console.say("environment of every rank:")
+        console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(submission.env.items()))) + "\n")
+        console.say("submission parameters:")
+        console.say(_indent(yaml.safe_dump(submission.parameters or "none", sort_keys=False)) + "\n")
     console.say("submission:")
     console.say(_indent(submission.text))
+    if not console.as_json:
+        return
     console.finish(
         {
             "status": "dry-run",
@@ -178,8 +183,12 @@ def _dry_run(resolved: Resolved, plan: str | None, console: Console) -> None:
                 "names": resolved.mesh.names,
                 "sizes": resolved.mesh.sizes,
                 "ranks": [
-                    {"rank": rank, "host": host, "coordinate": resolved.mesh.coordinate(rank)}
-                    for rank, host in enumerate(hosts)
+                    {
+                        "rank": rank,
+                        "host": hosts[rank // spec.resources.gpus_per_node],
+                        "coordinate": resolved.mesh.coordinate(rank),
+                    }
+                    for rank in range(resolved.mesh.world_size)
                 ],
             },
             "submission": {

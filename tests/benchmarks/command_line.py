@@ -1,6 +1,6 @@
 """What a line of submit.py takes before a job exists, beside `python -c "import submitit"` in the same run.
 
-    python -m tests.benchmarks.command_line [--rounds 15]
+    python -m tests.benchmarks command_line
 
 The lines alternate within a round; a ratio is of the medians. What is counted is processor time, since a start is all
 computing and the machine may be busy with other things; bytecode is cached, as it is from a user's second line on.
@@ -8,7 +8,6 @@ computing and the machine may be busy with other things; bytecode is cached, as 
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import statistics
@@ -17,7 +16,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from tests.benchmarks.rows import Row, milliseconds
 
 SUBMIT = str(Path(__file__).resolve().parents[2] / "submit.py")
 BASE = 'python -c "import submitit"'
@@ -44,15 +44,7 @@ def seconds(command: Sequence[str], folder: Path) -> float:
     return (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
 
 
-def main(arguments: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Measures and prints.
-
-    Returns:
-        A row a line: what, against, ratio, at_most.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args(arguments).rounds
+def main(rounds: int = 9) -> list[Row]:
     commands = {BASE: ["-c", "import submitit"], **{name: [SUBMIT, *words] for name, (words, _) in LINES.items()}}
     measured: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
@@ -62,14 +54,13 @@ def main(arguments: Sequence[str] = ()) -> list[dict[str, Any]]:
             for name, command in commands.items():
                 measured[name].append(seconds(command, Path(folder)))
     base = statistics.median(measured[BASE])
-    print(f"processor time, medians of {rounds} runs; {BASE}: {base * 1000:.0f} ms")
-    rows = []
-    for name, (_, at_most) in LINES.items():
-        ratio = statistics.median(measured[name]) / base
-        print(f"  {name:<28} {ratio * base * 1000:4.0f} ms   {ratio:.2f} x   (at most {at_most})")
-        rows.append({"what": name, "against": BASE, "ratio": ratio, "at_most": at_most})
-    return rows
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return [
+        Row(
+            what=name,
+            against=BASE,
+            ratio=statistics.median(measured[name]) / base,
+            at_most=at_most,
+            detail=f"{milliseconds(measured[name])} against {milliseconds(measured[BASE])} of processor time",
+        )
+        for name, (_, at_most) in LINES.items()
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from jobs.errors import ClusterConfigError, SettingsError
-from jobs.settings import build, describe, load_yaml, parse_overrides, read_yaml, type_name
+from jobs.settings import as_words, build, describe, load_yaml, parse_overrides, read_yaml, type_name
 from workloads.base import WorkloadConfig
 
 
@@ -406,3 +407,26 @@ def test_a_preset_by_its_own_name_replaces_the_files_group_as_the_groups_name_do
     assert "model.dim" in notices[0]
     with pytest.raises(SettingsError, match="both given"):
         build(Config, document, parse_overrides(["model.preset=7b", "model=small"]))
+
+
+def test_settings_as_words_can_be_typed_again() -> None:
+    class Data(WorkloadConfig):
+        path: str | tuple[str, ...] | None = None
+        note: str | None = None
+
+    class Config(WorkloadConfig):
+        data: Data = Data()
+        lr: float = 1e-5
+        steps: int | None = None
+        on: bool = False
+        text: str = ""
+
+    for typed in (
+        {},
+        {"data": {"path": "a/b c.txt", "note": "null"}, "lr": 1e20, "steps": 3, "on": True, "text": 'it\'s, "quoted"'},
+        {"data": {"path": ("x,y", "1..4"), "note": "1..4"}, "text": "a\nb"},
+        {"data": {"path": "*.bin", "note": "12"}, "text": "true", "lr": 0.1},
+    ):
+        config = Config.model_validate(typed)
+        words = shlex.split(" ".join(as_words(config.model_dump(mode="json"))))
+        assert build(Config, None, parse_overrides(words))[0] == config
