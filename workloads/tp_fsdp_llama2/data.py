@@ -21,7 +21,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,9 @@ _SCAN_AT_MOST = 10**8
 """Token files up to this size are checked in full before the job; larger ones batch by batch as they are read."""
 
 _CHUNK = 2**22
+
+_PIECES_AT_ONCE = 32
+"""Pieces of text that a tokenizer gets together, for its threads to share; some 10 MB each while it works."""
 
 
 @dataclass(frozen=True)
@@ -512,10 +515,14 @@ def _load_tokenizer(path: str) -> Any:
         ) from None
 
 
-def prepare(config: Config, directory: Path) -> None:
+def prepare(config: Config, directory: Path) -> str | None:
     """Tokenizes the text, once for all ranks; does nothing for bytes and token files, or if it has been done already.
 
-    Writes tokens.npy and tokens.json, each under a temporary name first.
+    Leaves tokens.npy and tokens.json, each written beside and then renamed. Uses all CPUs, unless RAYON_NUM_THREADS or
+    TOKENIZERS_PARALLELISM says otherwise.
+
+    Returns:
+        A line that says what was done.
 
     Raises:
         WorkloadError: the text is not UTF-8, or makes too few tokens.
@@ -524,9 +531,16 @@ def prepare(config: Config, directory: Path) -> None:
 
     data = config.data
     if data.tokenizer is None or _prepared(config, directory) is not None:
-        return
+        return None
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _load_tokenizer(data.tokenizer)
+    for name, switch_off in (("truncation", tokenizer.no_truncation), ("padding", tokenizer.no_padding)):
+        # Many a tokenizer.json has them on, for single inputs of a model.
+        if getattr(tokenizer, name) is not None:
+            log.warning(
+                "data.tokenizer=%s sets %s, which is switched off: the text is used whole", data.tokenizer, name
+            )
+            switch_off()
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32)
 
     partial = directory / f"{TOKENS_FILE}.{os.getpid()}.partial"
@@ -536,10 +550,13 @@ def prepare(config: Config, directory: Path) -> None:
         with partial.open("wb") as file:
             # The header says how many tokens follow, which is known at the end; its length does not depend on that.
             np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
-            for piece in _pieces(data):
-                ids = np.asarray(tokenizer.encode(piece, add_special_tokens=False).ids, dtype=dtype)
-                file.write(ids.tobytes())
-                ends.append((ends[-1][0] + len(ids), ends[-1][1] + len(piece.encode())))
+            pieces = _pieces(data)
+            while batch := list(islice(pieces, _PIECES_AT_ONCE)):
+                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+                for piece, encoding in zip(batch, encodings, strict=True):
+                    ids = np.asarray(encoding.ids, dtype=dtype)
+                    file.write(ids.tobytes())
+                    ends.append((ends[-1][0] + len(ids), ends[-1][1] + len(piece.encode())))
             tokens, text_bytes = ends[-1]
             after = file.tell()
             file.seek(0)
@@ -562,7 +579,9 @@ def prepare(config: Config, directory: Path) -> None:
     partial_info.write_text(json.dumps(info, indent=1))
     # Last: it says that the other is complete.
     partial_info.replace(directory / TOKENS_INFO_FILE)
-    log.info("tokenized %s bytes into %s tokens", f"{text_bytes:,}", f"{tokens:,}")
+    done = f"tokenized {text_bytes:,} bytes into {tokens:,} tokens"
+    log.info("%s", done)
+    return done
 
 
 def _prepared(config: Config, directory: Path) -> dict[str, Any] | None:

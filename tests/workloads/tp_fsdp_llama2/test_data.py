@@ -236,10 +236,33 @@ def test_text_in_many_pieces_counts_the_same_bytes(
 
     monkeypatch.setattr(data, "_pieces", by_line)
     prepare(tokenized, tmp_path / "prepared")
+    # Many go through the tokenizer together, and come out as they do one by one.
+    tokenizer = data._load_tokenizer(str(tokenized.data.tokenizer))
+    one_by_one = [i for line in by_line(tokenized.data) for i in tokenizer.encode(line, add_special_tokens=False).ids]
+    assert np.load(tmp_path / "prepared" / "tokens.npy").tolist() == one_by_one
     corpus = open_corpus(tokenized, tmp_path / "prepared")
     cut = split(len(corpus), tokenized.data.holdout_fraction, 64)
     heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
+
+
+def test_truncation_and_padding_are_switched_off_and_said(
+    tokenized: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(tokenized, tmp_path / "whole")
+    assert not caplog.records
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(tokenized.data.tokenizer)
+    tokenizer.enable_truncation(max_length=512)
+    tokenizer.enable_padding(length=2**16)
+    tokenizer.save(tokenized.data.tokenizer)
+    prepare(tokenized, tmp_path / "prepared")
+    assert (tmp_path / "prepared" / "tokens.npy").read_bytes() == (tmp_path / "whole" / "tokens.npy").read_bytes()
+    assert [record.getMessage().split("sets ")[1] for record in caplog.records] == [
+        "truncation, which is switched off: the text is used whole",
+        "padding, which is switched off: the text is used whole",
+    ]
 
 
 def test_changed_text_is_tokenized_anew(tokenized: Config, tmp_path: Path) -> None:
