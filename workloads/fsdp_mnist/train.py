@@ -153,7 +153,8 @@ def train(
     if ctx.rank == 0:
         log.info("%s", memory)
     if config.export:
-        written = export(model, ctx.paths.export_dir, {"model_type": "fsdp_mnist.Net", "source": prepared.source})
+        described = {"model_type": "fsdp_mnist.Net", "source": prepared.source}
+        written = export(model, ctx.paths.export_dir, {"config.json": described})
         if written is not None:
             result["export"] = str(written)
             log.info("weights are in %s", written)

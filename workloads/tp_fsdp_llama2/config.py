@@ -84,6 +84,9 @@ class Config(WorkloadConfig):
     """Optimizer steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights, the order of samples and the generated text."""
+    init_from: str | None = None
+    """Weights to start from: a directory with model.safetensors or model.safetensors.index.json, or one such file,
+    under Hugging Face's Llama names or Meta's; `model.*` must be what they were saved with. None: random ones."""
     seq_len: int = Field(default=128, gt=0)
     """Tokens per sample; must be divisible by tp."""
     global_batch_size: int = Field(default=32, gt=0)
@@ -127,7 +130,10 @@ class Config(WorkloadConfig):
     sample_tokens: int = Field(default=32, ge=0)
     """Tokens to generate at the end, from the start of the held-out text; each takes a full forward pass."""
     export: bool = False
-    """Gather the final weights to rank 0 and write them as safetensors under plain, unsharded names."""
+    """Gather the final weights to rank 0 and write them as safetensors, whole."""
+    export_format: Literal["hf", "meta"] = "hf"
+    """hf: names, order of rows and config.json of Hugging Face's Llama, for `from_pretrained`. meta: Meta's names,
+    which are the model's own, and params.json."""
 
 
 def mesh(config: Config, shape: Shape) -> MeshSpec:
@@ -216,12 +222,14 @@ def validate(config: Config, shape: Shape) -> None:
     Raises:
         WorkloadError: in one line, what was given, which rule it breaks and what to do.
     """
-    from workloads.tp_fsdp_llama2 import data
+    from workloads.tp_fsdp_llama2 import data, weights
 
     dp, tp = mesh(config, shape).sizes
     _validate_model(config, tp, shape)
     _validate_batch(config, dp)
     _validate_compile(config, dp, tp)
+    if config.init_from is not None:
+        weights.Weights(config)
     vocabulary = vocab_size(config)
     data.validate(config.data, config.seq_len, config.global_batch_size, vocabulary)
 

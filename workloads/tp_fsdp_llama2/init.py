@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed alone, never on the number of ranks or on how a parameter is cut.
+"""Initial weights that depend on the seed or on files alone, never on the number of ranks or on how parameters are cut.
 
 Every matrix is drawn in blocks of rows, each from a generator of its own that is seeded by (seed, parameter name,
 block). A rank draws the blocks that its shard overlaps and keeps its rows and columns of them, so no rank ever
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from workloads.tp_fsdp_llama2.model import Attention
+from workloads.tp_fsdp_llama2.weights import Weights
 from workloads.training.parameters import named_parameters
 
 _BLOCK_ELEMENTS = 2**20
@@ -23,16 +24,22 @@ _BLOCK_ELEMENTS = 2**20
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, n_layers: int) -> None:
+def initialize(model: nn.Module, seed: int, n_layers: int, weights: Weights | None = None) -> None:
     """Fills a model's parameters (plain or sharded, on any device but meta) and its rotary tables.
 
     Norm weights become 1. Everything else is drawn from N(0, 0.02), the projections back into the residual stream
     (wo and w2) from N(0, 0.02 / sqrt(2 n_layers)), as GPT-2 does: each layer adds twice to the stream. Numbers are
     drawn on the CPU in fp32 and then rounded to the parameter's type.
+
+    Args:
+        weights: taken instead of all that; each rank reads its own part.
     """
     for name, parameter in named_parameters(model):
-        local, rows, columns = _local_part(parameter)
-        if parameter.ndim == 1:
+        local, rows, columns = local_part(parameter)
+        if weights is not None:
+            if local.numel():
+                local.copy_(weights.read(name, rows, columns))
+        elif parameter.ndim == 1:
             local.fill_(1.0)
         else:
             std = 0.02 / math.sqrt(2 * n_layers) if name.endswith(("wo.weight", "w2.weight")) else 0.02
@@ -52,7 +59,7 @@ def _fill(local: Tensor, rows: slice, columns: slice, shape: torch.Size, key: st
         local[begin - rows.start : end - rows.start].copy_(block[begin - first : end - first, columns])
 
 
-def _local_part(parameter: Tensor) -> tuple[Tensor, slice, slice]:
+def local_part(parameter: Tensor) -> tuple[Tensor, slice, slice]:
     """This rank's shard, and which rows and columns of the whole it is."""
     if not isinstance(parameter, DTensor):
         return parameter, slice(0, parameter.shape[0]), slice(0, parameter.shape[-1])

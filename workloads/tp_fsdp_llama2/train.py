@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ from workloads.tp_fsdp_llama2.config import (
     warmup_steps,
 )
 from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
+from workloads.tp_fsdp_llama2.huggingface import is_rotated, llama_config, parameter_name, to_halves
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.loss import loss_context, to_float64, token_loss
 from workloads.tp_fsdp_llama2.parallelize import build, is_fsdp
+from workloads.tp_fsdp_llama2.weights import Weights, meta_params
 from workloads.training.clip import clip_by_global_norm_
 from workloads.training.export import export
 from workloads.training.metrics import peak_flops, peak_memory_bytes, transformer_flops_per_token
 from workloads.training.optimizer import adamw, warmup_cosine
+from workloads.training.precision import parameter_dtype
 from workloads.training.prefetch import Prefetcher
 
 log = logging.getLogger(__name__)
@@ -64,7 +68,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
 
     model = build(config, mesh, device)
     model.to_empty(device=device)
-    initialize(model, config.seed, config.model.n_layers)
+    _initialize(config, model, ctx)
     optimizer = adamw(
         model.parameters(),
         lr=config.lr,
@@ -162,7 +166,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         if config.sample_tokens:
             log.info("after %r it writes %r", result["sample_prompt"], result["sample"])
     if config.export:
-        written = export(model, ctx.paths.export_dir, _description(config))
+        written = _export(config, model, ctx.paths.export_dir)
         if written is not None:
             result["export"] = str(written)
             log.info("weights are in %s", written)
@@ -176,6 +180,13 @@ def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
             data.prepare(config, ctx.paths.data_dir)
         dist.barrier()
     return data.open_corpus(config, ctx.paths.data_dir)
+
+
+def _initialize(config: Config, model: nn.Module, ctx: RunContext) -> None:
+    weights = None if config.init_from is None else Weights(config)
+    if weights is not None and ctx.rank == 0:
+        log.info("%s", weights)
+    initialize(model, config.seed, config.model.n_layers, weights)
 
 
 def _make_cuda_deterministic() -> None:
@@ -254,13 +265,24 @@ def _sample(
     return {"sample_prompt": corpus.decode(prompt), "sample": corpus.decode(written)}
 
 
-def _description(config: Config) -> dict[str, Any]:
-    """What a reader of the exported weights must know to build the model."""
-    return {
-        "model_type": "llama2",
-        **config.model.model_dump(exclude={"preset"}),
-        "vocab_size": vocab_size(config),
-        "seq_len": config.seq_len,
-        "rotary_pairs": "neighbouring components, as in Meta's checkpoints",
-        "tokenizer": config.data.tokenizer,
-    }
+def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
+    """The weights, and beside them what a reader must know to build the model, in the layout of `export_format`."""
+    beside: dict[str, dict[str, Any] | Path] = {}
+    if config.data.tokenizer is not None:
+        beside["tokenizer.json"] = Path(config.data.tokenizer).expanduser()
+    if config.export_format == "meta":
+        return export(model, directory, {**beside, "params.json": meta_params(config)})
+    if "tokenizer.json" in beside:
+        # Otherwise transformers 4 takes a Llama's to be LlamaTokenizerFast, which adds tokens of its own.
+        beside["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+    dtype = str(parameter_dtype(config.precision)).removeprefix("torch.")
+    beside["config.json"] = llama_config(config.model, vocab_size(config), config.seq_len, dtype)
+    head_dim = config.model.dim // config.model.n_heads
+
+    def translate(name: str, weight: Tensor) -> tuple[str, Tensor]:
+        return parameter_name(name), to_halves(weight, head_dim) if is_rotated(name) else weight
+
+    return export(model, directory, beside, translate=translate)

@@ -1,11 +1,13 @@
-"""The final weights as safetensors, whole, under the bare model's names, for use without any of this."""
+"""The final weights as safetensors, whole, for use without any of this."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -20,35 +22,56 @@ PART_BYTES = 5 * 10**9
 
 @torch.no_grad()
 def export(
-    model: nn.Module, directory: Path, description: dict[str, Any], *, part_bytes: int = PART_BYTES
+    model: nn.Module,
+    directory: Path,
+    beside: Mapping[str, dict[str, Any] | Path],
+    *,
+    translate: Callable[[str, Tensor], tuple[str, Tensor]] | None = None,
+    part_bytes: int = PART_BYTES,
 ) -> Path | None:
-    """Writes model.safetensors and config.json; all ranks call it, rank 0 writes.
+    """Writes model.safetensors and what goes beside it; all ranks call it, rank 0 writes.
 
     Parameters are gathered one by one. Beyond `part_bytes` they go into numbered files with an index,
-    model.safetensors.index.json, as Hugging Face's do. All is written beside and then renamed.
+    model.safetensors.index.json, as Hugging Face's do. All is written into a directory beside, which then takes the
+    place of an earlier export as a whole.
 
     Args:
-        description: what config.json says.
+        beside: other files by name: an object to write as JSON, or a file to copy.
+        translate: from the bare model's name of a parameter, and the whole of it, to what is written.
 
     Returns:
         On rank 0, the file to open: model.safetensors or the index. None elsewhere.
     """
     writer = _Writer(directory, part_bytes) if dist.get_rank() == 0 else None
-    for name, parameter in named_parameters(model):
-        whole = gather(parameter)
+    try:
+        for name, parameter in named_parameters(model):
+            whole = gather(parameter)
+            if writer is not None:
+                if translate is not None:
+                    name, whole = translate(name, whole)
+                writer.add(name, whole.cpu().contiguous())
+        return writer.finish(beside) if writer is not None else None
+    finally:
         if writer is not None:
-            writer.add(name, whole.cpu().contiguous())
-    return writer.finish(description) if writer is not None else None
+            writer.clean()
 
 
 class _Writer:
     def __init__(self, directory: Path, part_bytes: int) -> None:
         self._directory = directory
+        unique = uuid4().hex[:8]
+        self._partial = directory.with_name(f"{directory.name}.{unique}.partial")
+        self._replaced = directory.with_name(f"{directory.name}.{unique}.replaced")
         self._part_bytes = part_bytes
         self._tensors: dict[str, Tensor] = {}
         self._bytes = self._total_bytes = 0
         self._parts: list[list[str]] = []
-        directory.mkdir(parents=True, exist_ok=True)
+        self._partial.mkdir(parents=True)
+
+    def clean(self) -> None:
+        """Removes an unfinished export, and the one that a finished one has replaced."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self._tensors and self._bytes + tensor.nbytes > self._part_bytes:
@@ -57,32 +80,33 @@ class _Writer:
         self._bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def _partial(self, number: int) -> Path:
-        return self._directory / f"part-{number}.{os.getpid()}.partial"
+    def _part(self, number: int) -> Path:
+        return self._partial / f"part-{number}"
 
     def _flush(self) -> None:
-        save_file(self._tensors, self._partial(len(self._parts)), metadata={"format": "pt"})
+        save_file(self._tensors, self._part(len(self._parts)), metadata={"format": "pt"})
         self._parts.append(list(self._tensors))
         self._tensors, self._bytes = {}, 0
 
-    def finish(self, description: dict[str, Any]) -> Path:
+    def finish(self, beside: Mapping[str, dict[str, Any] | Path]) -> Path:
         self._flush()
         count = len(self._parts)
         names = [
             "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
         ]
         for number, name in enumerate(names):
-            self._partial(number).replace(self._directory / name)
-        self._write_json("config.json", description)
-        if count == 1:
-            return self._directory / names[0]
-        weight_map = {parameter: names[i] for i, part in enumerate(self._parts) for parameter in part}
-        return self._write_json(
-            "model.safetensors.index.json",
-            {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map},
-        )
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> Path:
-        partial = self._directory / f"{name}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        return partial.replace(self._directory / name)
+            self._part(number).rename(self._partial / name)
+        first = names[0]
+        if count > 1:
+            first = "model.safetensors.index.json"
+            weight_map = {parameter: names[i] for i, part in enumerate(self._parts) for parameter in part}
+            beside = {**beside, first: {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}}
+        for name, content in beside.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, self._partial / name)
+            else:
+                (self._partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        if self._directory.exists():
+            self._directory.rename(self._replaced)
+        self._partial.rename(self._directory)
+        return self._directory / first

@@ -22,6 +22,7 @@ from workloads.tp_fsdp_llama2.config import Config, vocab_size
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.train import run
+from workloads.tp_fsdp_llama2.weights import Weights
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Trajectory:
 def bare_model(config: Config) -> Transformer:
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     model = Transformer(config.model, vocab_size(config), config.seq_len, dtype)
-    initialize(model, config.seed, config.model.n_layers)
+    initialize(model, config.seed, config.model.n_layers, None if config.init_from is None else Weights(config))
     return model
 
 
@@ -95,7 +96,7 @@ def train(ctx: RunContext, config: Config) -> dict[str, Any]:
 
 
 def read_trajectory(run_dir: Path, result: dict[str, Any] | None = None) -> Trajectory:
-    """What a run with export=true left behind."""
+    """What a run with export=true and export_format=meta left behind."""
     rows = read_metrics(run_dir)
     return Trajectory(
         [row["loss"] for row in rows],

@@ -40,6 +40,7 @@ def make(**changes: Any) -> Config:
         "sample_tokens": 8,
         "eval_windows": 16,
         "export": True,
+        "export_format": "meta",
     }
     return Config.model_validate({**settings, **changes})
 

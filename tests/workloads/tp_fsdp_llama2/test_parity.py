@@ -40,6 +40,7 @@ def make_config(precision: str, **changes: object) -> Config:
         "sample_tokens": 0,
         "eval_windows": 16,
         "export": True,
+        "export_format": "meta",
     }
     return Config.model_validate({**settings, **changes})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def make(**changes: Any) -> Config:
         "sample_tokens": 0,
         "eval_windows": 16,
         "export": True,
+        "export_format": "meta",
     }
     return Config.model_validate({**settings, **changes})
 
@@ -192,8 +194,8 @@ def test_the_heldout_loss_is_the_mean_over_windows_on_every_mesh(sizes: tuple[in
 def test_exported_weights_give_the_bare_model_the_same_heldout_loss(tmp_path: Path) -> None:
     result = run_world(train, make(precision="fp64", steps=3), sizes=(2, 2), run_dir=tmp_path)[0]
     assert result["export"] == str(tmp_path / "export" / "model.safetensors")
-    assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["config.json", "model.safetensors"]
-    described = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["model.safetensors", "params.json"]
+    described = json.loads((tmp_path / "export" / "params.json").read_text())
     sizes = {name: described[name] for name in ModelConfig.model_fields if name in described}
     model = Transformer(ModelConfig(**sizes), described["vocab_size"], described["seq_len"], torch.float64)
     for module in model.modules():
@@ -203,24 +205,31 @@ def test_exported_weights_give_the_bare_model_the_same_heldout_loss(tmp_path: Pa
     assert bare_heldout_loss(model, 32, 16) == pytest.approx(result["heldout_loss"], rel=1e-13)
 
 
-def export_in_parts(ctx: RunContext, config: Config) -> str | None:
+def export_over_another(ctx: RunContext, config: Config) -> str | None:
+    """One file, then parts in its place, then a third that fails."""
     model = build(config, ctx.mesh, ctx.device)
     model.to_empty(device=ctx.device)
     initialize(model, config.seed, config.model.n_layers)
-    written = export(model, ctx.paths.export_dir, {}, part_bytes=40_000)
+    export(model, ctx.paths.export_dir, {"params.json": {}})
+    written = export(model, ctx.paths.export_dir, {"config.json": {"a": 1}}, part_bytes=40_000)
+    with pytest.raises(FileNotFoundError) if ctx.rank == 0 else nullcontext():
+        export(model, ctx.paths.export_dir, {"tokenizer.json": ctx.paths.run_dir / "nowhere"})
     return str(written) if written else None
 
 
-def test_large_exports_are_written_in_parts_with_an_index(tmp_path: Path) -> None:
+def test_large_exports_are_written_in_parts_with_an_index_and_replace_an_earlier_one(tmp_path: Path) -> None:
     config = make()
-    written = run_world(export_in_parts, config, sizes=(1, 2), run_dir=tmp_path)
+    written = run_world(export_over_another, config, sizes=(1, 2), run_dir=tmp_path)
     index = Path(written[0])
     assert (index.name, written[1]) == ("model.safetensors.index.json", None)
     weight_map = json.loads(index.read_text())["weight_map"]
     expected = dict(bare_model(config).named_parameters())
     assert weight_map.keys() == expected.keys()
     assert len(set(weight_map.values())) > 2
-    assert not list(index.parent.glob("*.partial"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
+    names = {path.name for path in index.parent.iterdir()}
+    assert names == {index.name, "config.json", *weight_map.values()}
+    assert json.loads((index.parent / "config.json").read_text()) == {"a": 1}
     for name, weight in expected.items():
         assert torch.equal(load_file(index.parent / weight_map[name])[name], weight.detach())
 
