@@ -66,6 +66,10 @@ class DataConfig(WorkloadConfig):
     are text, read as bytes or through `tokenizer`. None: the documentation that ships with Python."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json. The text is tokenized once, before the job is queued. None: bytes are tokens."""
+    bos_token: str | None = None
+    """Token of `tokenizer`, such as <s>, to put before each document. A document is a file. None: nothing."""
+    eos_token: str | None = None
+    """Token of `tokenizer`, such as </s>, to put after each document. None: nothing."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
     """Integer type of the ids in `.bin` files, which have no header."""
     holdout_fraction: float = Field(default=0.05, gt=0, lt=1)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workloads.base import WorkloadError
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
@@ -41,6 +41,9 @@ _SCAN_AT_MOST = 10**8
 """Token files up to this size are checked in full before the job; larger ones batch by batch as they are read."""
 
 _CHUNK = 2**22
+
+_PIECE_BYTES = 2**18
+"""A piece of text has at least this many bytes, unless the file ends."""
 
 _PIECES_AT_ONCE = 32
 """Pieces of text that a tokenizer gets together, for its threads to share; some 10 MB each while it works."""
@@ -438,6 +441,7 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
             f"data.tokenizer={data.tokenizer} with data.path={data.path}: these files hold token ids already; leave "
             "data.tokenizer out"
         )
+    _validate_document_tokens(data)
     # A text's size needs no numpy, whose import would take longer than all else that a dry run does.
     parts = [] if text else _token_parts(data)
     tokens = _text_bytes(data) if text else sum(len(part.array) for part in parts)
@@ -446,6 +450,24 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
     if tokens <= _SCAN_AT_MOST:
         for part in parts:
             _check_ids(part, vocab_size)
+
+
+def _validate_document_tokens(data: DataConfig) -> None:
+    for name in ("bos_token", "eos_token"):
+        token = getattr(data, name)
+        if token is None:
+            continue
+        if data.tokenizer is None:
+            raise WorkloadError(
+                f"data.{name}={token} without a tokenizer to take it from: give data.tokenizer, or leave it out"
+            )
+        tokenizer = _load_tokenizer(data.tokenizer)
+        if tokenizer.token_to_id(token) is None:
+            special = [str(added.content) for added in tokenizer.get_added_tokens_decoder().values()]
+            known = f"its special tokens are {', '.join(special[:8])}" if special else "it has no special tokens"
+            raise WorkloadError(
+                f"data.{name}={token} is not a token of data.tokenizer={data.tokenizer}: {known}; use one of its tokens"
+            )
 
 
 def check_length(tokens: int, data: DataConfig, seq_len: int, global_batch_size: int, unit: str) -> None:
@@ -541,30 +563,32 @@ def prepare(config: Config, directory: Path) -> str | None:
                 "data.tokenizer=%s sets %s, which is switched off: the text is used whole", data.tokenizer, name
             )
             switch_off()
+    begin, end = ([] if token is None else [tokenizer.token_to_id(token)] for token in (data.bos_token, data.eos_token))
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32)
 
     partial = directory / f"{TOKENS_FILE}.{os.getpid()}.partial"
     # The cumulative numbers of tokens and bytes after each piece of text.
-    ends: list[tuple[int, int]] = [(0, 0)]
+    totals: list[tuple[int, int]] = [(0, 0)]
     try:
         with partial.open("wb") as file:
             # The header says how many tokens follow, which is known at the end; its length does not depend on that.
             np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
             pieces = _pieces(data)
             while batch := list(islice(pieces, _PIECES_AT_ONCE)):
-                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+                texts = [piece.text for piece in batch]
+                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 for piece, encoding in zip(batch, encodings, strict=True):
-                    ids = np.asarray(encoding.ids, dtype=dtype)
-                    file.write(ids.tobytes())
-                    ends.append((ends[-1][0] + len(ids), ends[-1][1] + len(piece.encode())))
-            tokens, text_bytes = ends[-1]
+                    ids = begin * piece.begins + encoding.ids + end * piece.ends
+                    file.write(np.asarray(ids, dtype=dtype).tobytes())
+                    totals.append((totals[-1][0] + len(ids), totals[-1][1] + len(piece.text.encode())))
+            tokens, text_bytes = totals[-1]
             after = file.tell()
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, _header(dtype, tokens))
             assert after == file.tell() + tokens * dtype.itemsize
         check_length(tokens, data, config.seq_len, config.global_batch_size, "tokens")
         cut = split(tokens, data.holdout_fraction, config.seq_len)
-        heldout_bytes = text_bytes - _byte_position(data, tokenizer, ends, cut.heldout_start)
+        heldout_bytes = text_bytes - _byte_position(data, tokenizer, totals, cut.heldout_start)
         info = {
             "made_from": _fingerprint(config),
             "tokens": tokens,
@@ -602,25 +626,37 @@ def _fingerprint(config: Config) -> dict[str, Any]:
         stats = [(path.absolute(), path.stat()) for path in resolve(data)]
         text = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     tokenizer = hashlib.sha256(Path(data.tokenizer).expanduser().read_bytes()).hexdigest()
-    return {"text": text, "tokenizer": tokenizer, "holdout_fraction": data.holdout_fraction}
+    settings = data.model_dump(include={"holdout_fraction", "bos_token", "eos_token"})
+    return {"text": text, "tokenizer": tokenizer, **settings}
 
 
 def _header(dtype: np.dtype, tokens: int) -> dict[str, Any]:
     return {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
 
 
-def _pieces(data: DataConfig) -> Iterator[str]:
-    """The text in pieces of whole lines, so that a large file need not fit in memory."""
+class _Piece(NamedTuple):
+    """Whole lines of a document; a document is a file."""
+
+    text: str
+    begins: bool
+    """Whether the document begins with it."""
+    ends: bool
+    """Whether the document ends with it."""
+
+
+def _pieces(data: DataConfig) -> Iterator[_Piece]:
+    """The text in pieces, so that a large file need not fit in memory."""
     if data.path is None:
-        yield python_docs().decode()
+        yield _Piece(python_docs().decode(), True, True)
         return
     for path in resolve(data):
         with path.open("rb") as file:
             offset = 0
-            while lines := file.readlines(2**18):
-                piece = b"".join(lines)
+            lines = file.readlines(_PIECE_BYTES)
+            while lines:
+                piece, lines = b"".join(lines), file.readlines(_PIECE_BYTES)
                 try:
-                    yield piece.decode()
+                    yield _Piece(piece.decode(), offset == 0, not lines)
                 except UnicodeDecodeError as error:
                     raise WorkloadError(
                         f"data.path: {path} is not UTF-8 at byte {offset + error.start}: convert it, or leave "
@@ -629,13 +665,16 @@ def _pieces(data: DataConfig) -> Iterator[str]:
                 offset += len(piece)
 
 
-def _byte_position(data: DataConfig, tokenizer: Any, ends: list[tuple[int, int]], token: int) -> int:
+def _byte_position(data: DataConfig, tokenizer: Any, totals: list[tuple[int, int]], token: int) -> int:
     """How many bytes of text come before a token."""
-    index = bisect_right(ends, token, key=lambda end: end[0]) - 1
-    if index == len(ends) - 1:
-        return ends[-1][1]
-    for number, piece in enumerate(_pieces(data)):
-        if number == index:
-            start, _ = tokenizer.encode(piece, add_special_tokens=False).offsets[token - ends[index][0]]
-            return ends[index][1] + len(piece[:start].encode())
-    raise AssertionError("the text changed while it was read")
+    index = bisect_right(totals, token, key=lambda total: total[0]) - 1
+    if index == len(totals) - 1:
+        return totals[-1][1]
+    piece = next(islice(_pieces(data), index, None), None)
+    assert piece is not None, "the text changed while it was read"
+    # Where each token of the piece begins in its text; the tokens around a document stand for no text.
+    starts = [start for start, _ in tokenizer.encode(piece.text, add_special_tokens=False).offsets]
+    if piece.begins and data.bos_token is not None:
+        starts.insert(0, 0)
+    starts.append(len(piece.text))
+    return totals[index][1] + len(piece.text[: starts[token - totals[index][0]]].encode())

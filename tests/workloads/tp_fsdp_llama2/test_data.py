@@ -231,19 +231,80 @@ def test_text_in_many_pieces_counts_the_same_bytes(
     def by_line(config: Any) -> Any:
         for path in data.resolve(config):
             with lines(path, "rb") as file:
-                for line in file:
-                    yield line.decode()
+                text = [line.decode() for line in file]
+            for number, line in enumerate(text, start=1):
+                yield data._Piece(line, number == 1, number == len(text))
 
     monkeypatch.setattr(data, "_pieces", by_line)
     prepare(tokenized, tmp_path / "prepared")
     # Many go through the tokenizer together, and come out as they do one by one.
     tokenizer = data._load_tokenizer(str(tokenized.data.tokenizer))
-    one_by_one = [i for line in by_line(tokenized.data) for i in tokenizer.encode(line, add_special_tokens=False).ids]
+    encodings = (tokenizer.encode(line.text, add_special_tokens=False) for line in by_line(tokenized.data))
+    one_by_one = [i for encoding in encodings for i in encoding.ids]
     assert np.load(tmp_path / "prepared" / "tokens.npy").tolist() == one_by_one
     corpus = open_corpus(tokenized, tmp_path / "prepared")
     cut = split(len(corpus), tokenized.data.holdout_fraction, 64)
     heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
+
+
+@pytest.mark.parametrize(
+    "tokens", [{"eos_token": "</s>"}, {"bos_token": "<s>"}, {"bos_token": "<s>", "eos_token": "</s>"}]
+)
+def test_a_token_separates_documents_which_are_files(
+    tokenized: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: dict[str, str]
+) -> None:
+    from tokenizers import Tokenizer
+
+    assert tokenized.data.tokenizer is not None
+    tokenizer = Tokenizer.from_file(tokenized.data.tokenizer)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(tokenized.data.tokenizer)
+    # Each file is some pieces long, and the corpus is split at every place around the second one's beginning.
+    monkeypatch.setattr(data, "_PIECE_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("another line\n" * 200)
+    (tmp_path / "b.txt").write_text("a line of text\n" * 200)
+    prepare(tokenized, tmp_path / "prepared")
+    files = [(tmp_path / name).read_text() for name in ("a.txt", "b.txt")]
+    around = [tokens.get("bos_token", ""), tokens.get("eos_token", "")]
+    data_settings = {**tokenized.data.model_dump(), **tokens}
+    config = Config.model_validate({**tokenized.model_dump(), "data": data_settings})
+    data.validate(config.data, config.seq_len, config.global_batch_size, 502)
+    # What was prepared without them is not taken for it.
+    prepare(config, tmp_path / "prepared")
+    corpus = open_corpus(config, tmp_path / "prepared")
+    assert corpus.decode(contents(corpus).tolist()) == "".join(around[0] + text + around[1] for text in files)
+
+    first = len(tokenizer.encode(files[0]).ids) + len(tokens)
+    for heldout_start in range(first - 3, first + 4):
+        fraction = (len(corpus) - heldout_start + 0.5) / len(corpus)
+        config = Config.model_validate({**config.model_dump(), "data": {**data_settings, "holdout_fraction": fraction}})
+        prepare(config, tmp_path / "prepared")
+        corpus = open_corpus(config, tmp_path / "prepared")
+        assert corpus.heldout_bytes_per_token is not None
+        heldout = contents(corpus)[heldout_start:].tolist()
+        text = corpus.decode([i for i in heldout if i < 500])
+        assert corpus.heldout_bytes_per_token == pytest.approx(len(text.encode()) / len(heldout))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": "<end>"}, r"data.eos_token=<end> is not a token of .*: its special tokens are </s>; use one"),
+        ({"bos_token": "<s>", "tokenizer": None}, "data.bos_token=<s> without a tokenizer to take it from"),
+    ],
+)
+def test_a_document_token_that_the_tokenizer_does_not_have_is_refused(
+    tokenized: Config, changes: dict[str, Any], message: str
+) -> None:
+    from tokenizers import Tokenizer
+
+    assert tokenized.data.tokenizer is not None
+    tokenizer = Tokenizer.from_file(tokenized.data.tokenizer)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(tokenized.data.tokenizer)
+    with pytest.raises(WorkloadError, match=message):
+        data.validate(tokenized.data.model_copy(update=changes), 64, 4, 501)
 
 
 def test_truncation_and_padding_are_switched_off_and_said(
