@@ -89,8 +89,8 @@ class Config(WorkloadConfig):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights, the order of samples and the generated text."""
     init_from: str | None = None
-    """Weights to start from: a directory with model.safetensors or model.safetensors.index.json, or one such file,
-    under Hugging Face's Llama names or Meta's; `model.*` must be what they were saved with. None: random ones."""
+    """Weights to start from, in Hugging Face's Llama layout or Meta's: a directory with model.safetensors or
+    model.safetensors.index.json, or such a file; `model.*` must match them. None: random weights."""
     seq_len: int = Field(default=128, gt=0)
     """Tokens per sample; must be divisible by tp."""
     global_batch_size: int = Field(default=32, gt=0)
@@ -136,8 +136,8 @@ class Config(WorkloadConfig):
     export: bool = False
     """Gather the final weights to rank 0 and write them as safetensors, whole."""
     export_format: Literal["hf", "meta"] = "hf"
-    """hf: names, order of rows and config.json of Hugging Face's Llama, for `from_pretrained`. meta: Meta's names,
-    which are the model's own, and params.json."""
+    """hf: Hugging Face's Llama layout, with config.json, for `from_pretrained`. meta: Meta's layout, whose names are
+    the model's own, with params.json."""
 
 
 def mesh(config: Config, shape: Shape) -> MeshSpec:

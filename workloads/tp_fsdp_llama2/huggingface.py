@@ -1,9 +1,9 @@
-"""Hugging Face's Llama beside ours: names of parameters, order of rows, and what its config.json says. Torch-free.
+"""Translates between our model and Hugging Face's Llama: parameter names, row order, config.json. Torch-free.
 
-Our parameters have the names and the order of Meta's checkpoints. Hugging Face's (transformers, `models/llama`) differ
-in names and in the rotary embedding: Meta turns neighbouring components of a head, (0, 1), (2, 3), ..., Hugging Face
-component i with i + E / 2, for E the head's width. So each head's rows of wq and wk are in another order there: first
-those of even number, then those of odd.
+Our parameters have the names and the row order of Meta's checkpoints. Hugging Face's (transformers, `models/llama`)
+have other names, and their rotary embedding pairs other components: for heads of width E, Meta rotates the pairs
+(0, 1), (2, 3), ..., and Hugging Face the pairs (i, i + E / 2). Therefore each head's rows of wq and wk are stored in
+another order there: the even rows first, then the odd ones.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _DEFAULTS = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-"""What transformers' LlamaConfig takes for a key that config.json leaves out."""
+"""LlamaConfig's defaults in transformers, for keys that config.json leaves out."""
 
 
 def parameter_name(name: str) -> str:
-    """Hugging Face's name of a parameter of ours: "layers.3.attention.wq.weight" is q_proj's of its layer 3."""
+    """Hugging Face's name of our parameter: layers.3.attention.wq.weight is model.layers.3.self_attn.q_proj.weight."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("layers."):
         return f"{_OF_THE_MODEL[module]}.{kind}"
@@ -51,25 +51,25 @@ def parameter_name(name: str) -> str:
 
 
 def is_rotated(name: str) -> bool:
-    """Whether rows of this parameter of ours are in another order at Hugging Face."""
+    """Whether Hugging Face stores the rows of this parameter in another order; takes our name."""
     return name.endswith(("attention.wq.weight", "attention.wk.weight"))
 
 
 def to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """From our order of rows to Hugging Face's; whole heads, of any number, in the first dimension."""
+    """Reorders rows from ours to Hugging Face's; the first dimension holds any number of whole heads."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """From Hugging Face's order of rows to ours; whole heads, of any number, in the first dimension."""
+    """Reorders rows from Hugging Face's to ours; the first dimension holds any number of whole heads."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def llama_config(model: ModelConfig, vocab_size: int, seq_len: int, dtype: str) -> dict[str, Any]:
-    """The config.json of a LlamaForCausalLM, for transformers 4 and 5.
+    """The config.json of a LlamaForCausalLM, readable by transformers 4 and 5.
 
     Args:
-        dtype: of the weights, in torch's words: "float32".
+        dtype: the weights' type by its name in torch, such as "float32".
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -84,13 +84,13 @@ def llama_config(model: ModelConfig, vocab_size: int, seq_len: int, dtype: str) 
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "max_position_embeddings": seq_len,
-        # The one is read by version 4, the other by 5.
+        # Version 4 reads the first, version 5 the second.
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
-        # Otherwise they would be tokens 1 and 2, which are bytes like any others here.
+        # The defaults would be tokens 1 and 2, and generation would end at byte 2.
         "bos_token_id": None,
         "eos_token_id": None,
         "torch_dtype": dtype,
@@ -98,7 +98,7 @@ def llama_config(model: ModelConfig, vocab_size: int, seq_len: int, dtype: str) 
 
 
 def model_settings(config: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """What a config.json says of each field of ModelConfig: its own key, and the value."""
+    """Maps each field of ModelConfig to config.json's key and value for it."""
     config = {**_DEFAULTS, **config}
     rope = _rope(config)
     return {
@@ -114,35 +114,35 @@ def model_settings(config: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def unsupported(config: dict[str, Any]) -> str | None:
-    """What of a config.json our model cannot compute, and why; None: it can compute all of it."""
+    """The setting in config.json that our model does not implement, and why; None if it implements all of them."""
     config = {**_DEFAULTS, **config}
     if config.get("model_type", "llama") != "llama":
-        return f"model_type={config['model_type']}: only models of type llama can be read"
+        return f"model_type={config['model_type']}: only model_type=llama is supported"
     if config["hidden_act"] not in ("silu", "swish"):
-        return f"hidden_act={config['hidden_act']}: this model's feed-forward is SwiGLU, with silu"
+        return f"hidden_act={config['hidden_act']}: this model's activation is silu"
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             return f"{key}=true: this model has no biases"
     head_dim, heads = config.get("head_dim"), config["num_attention_heads"]
     if head_dim is not None and head_dim * heads != config["hidden_size"]:
         return (
-            f"head_dim={head_dim} with num_attention_heads={heads}: this model's heads are hidden_size / "
-            f"num_attention_heads = {config['hidden_size']} / {heads} wide"
+            f"head_dim={head_dim} with num_attention_heads={heads}: this model's head width is "
+            f"hidden_size / num_attention_heads = {config['hidden_size']} / {heads}"
         )
     rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        return f"rope_scaling of type {kind}: this model's rotary embedding is not scaled (as in Llama 2 and 3.0)"
+        return f"rope_scaling of type {kind}: rope scaling (Llama 3.1) is not supported"
     if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        return f"partial_rotary_factor={partial}: this model's rotary embedding turns whole heads"
+        return f"partial_rotary_factor={partial}: this model rotates whole heads"
     return None
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether the output's weights are the embedding's."""
+    """Whether the output layer shares the embedding's weights."""
     return bool({**_DEFAULTS, **config}["tie_word_embeddings"])
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Version 5's rope_parameters, or 4's rope_scaling."""
+    """rope_scaling (version 4) or rope_parameters (version 5)."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}

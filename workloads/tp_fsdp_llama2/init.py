@@ -32,7 +32,7 @@ def initialize(model: nn.Module, seed: int, n_layers: int, weights: Weights | No
     drawn on the CPU in fp32 and then rounded to the parameter's type.
 
     Args:
-        weights: taken instead of all that; each rank reads its own part.
+        weights: copied instead of drawing any; each rank reads only its own shards.
     """
     for name, parameter in named_parameters(model):
         local, rows, columns = local_part(parameter)

@@ -266,14 +266,14 @@ def _sample(
 
 
 def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
-    """The weights, and beside them what a reader must know to build the model, in the layout of `export_format`."""
+    """Writes the weights in the layout `export_format`, with what a reader needs to build the model."""
     beside: dict[str, dict[str, Any] | Path] = {}
     if config.data.tokenizer is not None:
         beside["tokenizer.json"] = Path(config.data.tokenizer).expanduser()
     if config.export_format == "meta":
         return export(model, directory, {**beside, "params.json": meta_params(config)})
     if "tokenizer.json" in beside:
-        # Otherwise transformers 4 takes a Llama's to be LlamaTokenizerFast, which adds tokens of its own.
+        # Without it, transformers 4 assumes a LlamaTokenizerFast, which adds tokens of its own.
         beside["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,

@@ -1,7 +1,8 @@
-"""Weights on disk that a run starts from (`init_from`): checked by their headers alone, mapped by each rank in part.
+"""Weights on disk that a run starts from (`init_from`): checked against the settings, then read shard by shard.
 
-A safetensors file is 8 bytes, the header's length (little-endian), the header, which is JSON and says each tensor's
-type, shape and place, and the tensors' bytes (https://huggingface.co/docs/safetensors). Torch-free but for `read`.
+Checking reads only the files' headers. A safetensors file starts with 8 bytes, the header's length (little-endian);
+the header is JSON and gives each tensor's type, shape and offsets; the tensors' bytes follow
+(https://huggingface.co/docs/safetensors). Only `Weights.read` needs torch.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _TYPES = ("BF16", "F16", "F32", "F64")
 _LARGEST_HEADER = 10**8
-"""safetensors itself reads no longer one."""
+"""safetensors' own limit."""
 _DERIVED = ("rotary_emb.inv_freq", "rope.freqs")
-"""Tensors of older checkpoints that follow from the settings, and are no parameters."""
+"""Rotary tables that older checkpoints contain; they follow from rope_theta and are no parameters."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class _Entry:
 
 
 class Weights:
-    """The weights that `init_from` names, found to fit the settings.
+    """The weights at `init_from`, after checking that they fit the settings.
 
     Raises:
-        WorkloadError: in one line, what is wrong with the files, or which setting they contradict.
+        WorkloadError: the files are missing or damaged, or do not fit the settings.
     """
 
     def __init__(self, config: Config) -> None:
@@ -59,23 +60,24 @@ class Weights:
     def __str__(self) -> str:
         types = " and ".join(sorted({entry.dtype for entry in self._entries.values()}))
         layout = "Hugging Face's" if self._is_hf else "Meta's"
-        line = f"{self._given}: {len(self._entries)} tensors of {types}, under {layout} names"
+        line = f"{self._given}: {len(self._entries)} tensors ({types}), {layout} layout"
         if self._is_tied:
-            line += "; the output starts as a copy of the embedding (tie_word_embeddings), and is trained apart from it"
-        if self._description is None:
             line += (
-                f"; no {self._description_name} is beside them, so model.n_heads, norm_eps and rope_theta are trusted"
+                "; tie_word_embeddings: the output layer starts as a copy of the embedding and is trained separately"
             )
+        if self._description is None:
+            line += f"; there is no {self._description_name}, so model.n_heads, norm_eps and rope_theta are not checked"
         return line
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """A part of a parameter of ours, on the CPU, in the type that it has on disk, as a view of the mapped file.
+        """A part of a parameter, by our name, on the CPU, in its type on disk.
 
-        Nothing is read before it is copied from there, and then only the pages that the part lies on.
+        It is a view of the memory-mapped file (of whole heads, reordered, for Hugging Face's wq and wk): only the
+        pages that it lies on are read, and only when it is copied.
 
         Args:
-            rows: in our order. Where Hugging Face's is another, whole heads are read.
-            columns: without meaning for a vector.
+            rows: in our order.
+            columns: ignored for vectors.
         """
         if self._is_tied and name == "output.weight":
             name = "tok_embeddings.weight"
@@ -131,7 +133,9 @@ class Weights:
         entries: dict[str, _Entry] = {}
         for file in sorted(set(weight_map.values())):
             if not (path.parent / file).is_file():
-                raise WorkloadError(f"{self._given}: {path.name} names {file}, which is not there: copy it, too")
+                raise WorkloadError(
+                    f"{self._given}: {path.name} lists {file}, which does not exist: copy that file, too"
+                )
             entries |= self._header(path.parent / file)
         if astray := sorted(
             name
@@ -139,8 +143,8 @@ class Weights:
             if name not in entries or entries[name].file.name != Path(weight_map.get(name, "")).name
         ):
             raise WorkloadError(
-                f"{self._given}: {path.name} and the files that it names disagree on {_some(astray)}: they are not of "
-                "one export; copy all of them again"
+                f"{self._given}: {path.name} and the files that it lists disagree about {_some(astray)}: they are not "
+                "from one export; copy all of them again"
             )
         return path.parent, entries
 
@@ -160,7 +164,7 @@ class Weights:
             raise WorkloadError(f"{self._given}: {path.name} is not a safetensors file: {hint}") from None
         if end != size:
             raise WorkloadError(
-                f"{self._given}: {path.name} has {size} bytes, and its header speaks of {end}: copy it again"
+                f"{self._given}: {path.name} has {size} bytes, but its header describes {end}: copy it again"
             )
         return entries
 
@@ -182,7 +186,7 @@ class Weights:
                 return is_hf
         raise WorkloadError(
             f"{self._given} holds neither model.embed_tokens.weight (Hugging Face's Llama) nor tok_embeddings.weight "
-            f"(Meta's), but {_some(sorted(self._entries))}: give the weights of a Llama"
+            f"(Meta's); it holds {_some(sorted(self._entries))}: give the weights of a Llama"
         )
 
     @property
@@ -195,18 +199,18 @@ class Weights:
 
     def _check_settings(self) -> None:
         if self._description is None:
-            described, source = self._sizes(), "its tensors say"
+            described, source = self._sizes(), "its tensors have"
         elif self._is_hf:
             if reason := huggingface.unsupported(self._description):
                 raise WorkloadError(f"{self._given}: config.json has {reason}; give another model")
-            described, source = huggingface.model_settings(self._description), "config.json says"
+            described, source = huggingface.model_settings(self._description), "config.json has"
         else:
             if self._description.get("use_scaled_rope"):
                 raise WorkloadError(
-                    f"{self._given}: params.json has use_scaled_rope=true: this model's rotary embedding is not scaled "
-                    "(as in Llama 2 and 3.0); give another model"
+                    f"{self._given}: params.json has use_scaled_rope=true: rope scaling (Llama 3.1) is not "
+                    "supported; give another model"
                 )
-            described, source = _meta_settings(self._description), "params.json says"
+            described, source = _meta_settings(self._description), "params.json has"
         settings = {**self._model.model_dump(), "vocab_size": self._vocab_size}
         differing = {field: said for field, said in described.items() if said[1] != settings[field]}
         if differing:
@@ -214,10 +218,10 @@ class Weights:
                 f"{key}={value} where model.{field}={settings[field]}" for field, (key, value) in differing.items()
             )
             use = " ".join(f"model.{field}={value}" for field, (_, value) in differing.items())
-            raise WorkloadError(f"{self._given}: {source} {both}: the model must be the one that was saved; use {use}")
+            raise WorkloadError(f"{self._given}: {source} {both}: the settings must match the saved model; use {use}")
 
     def _sizes(self) -> dict[str, tuple[str, Any]]:
-        """The sizes that are seen in the tensors alone."""
+        """The sizes that follow from the tensors' shapes alone."""
         embedding = self._entries[self._stored_name("tok_embeddings.weight")].shape
         layers = {found[1] for name in self._entries if (found := re.match(r"(?:model\.)?layers\.(\d+)\.", name))}
         sizes = {"vocab_size": embedding[0], "dim": embedding[-1], "n_layers": len(layers)}
@@ -244,25 +248,25 @@ class Weights:
             raise WorkloadError(f"{self._given} lacks {_some(missing)}: every parameter must be there{hint}")
         if left := [name for name in stored if name not in expected]:
             raise WorkloadError(
-                f"{self._given} holds {_some(left)}, which this model has not: it would compute something else without "
-                "them; give the weights of a plain Llama"
+                f"{self._given} holds {_some(left)}, which this model does not have: without them it would compute "
+                "something else; give the weights of a plain Llama"
             )
         for name, shape in expected.items():
             entry = stored[name]
             if entry.shape != shape:
                 raise WorkloadError(
-                    f"{self._given}: {name} is {_times(entry.shape)}, and model.* make it {_times(shape)}: set "
-                    "model.dim, n_heads, n_kv_heads, ffn_dim and vocab_size as it was saved with"
+                    f"{self._given}: {name} is {_times(entry.shape)}, but the settings make it {_times(shape)}: set "
+                    "model.dim, n_heads, n_kv_heads, ffn_dim and vocab_size to those of the saved model"
                 )
             if entry.dtype not in _TYPES:
                 raise WorkloadError(
-                    f"{self._given}: {name} is of type {entry.dtype}: only {', '.join(_TYPES)} can be read; save it as "
-                    "one of them"
+                    f"{self._given}: {name} is of type {entry.dtype}: {', '.join(_TYPES)} are supported; convert it "
+                    "to one of them"
                 )
 
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, by its name."""
+    """The shape of every parameter, by our names."""
     dim, kv_dim, ffn_dim = model.dim, model.n_kv_heads * (model.dim // model.n_heads), model.ffn_dim
     block = {
         "attention_norm": (dim,),
@@ -282,7 +286,7 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int
 
 
 def meta_params(config: Config) -> dict[str, Any]:
-    """The params.json of an export under Meta's names; Meta's own keys, and ffn_dim and what follows it."""
+    """The params.json of an export in Meta's layout: Meta's keys, and what else is needed to build the model."""
     return {
         **config.model.model_dump(exclude={"preset"}),
         "vocab_size": vocab_size(config),
@@ -292,7 +296,7 @@ def meta_params(config: Config) -> dict[str, Any]:
 
 
 def _meta_settings(params: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """What a params.json says of ModelConfig's fields. Meta's own leaves out some; vocab_size=-1 says nothing."""
+    """Maps fields of ModelConfig to params.json's key and value; Meta's own files omit some, or set vocab_size=-1."""
     said = {field: params[field] for field in ModelConfig.model_fields if params.get(field) is not None}
     if said.get("vocab_size") == -1:
         del said["vocab_size"]
@@ -306,5 +310,5 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """Three of them, and how many more."""
+    """The first three, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -29,15 +29,15 @@ def export(
     translate: Callable[[str, Tensor], tuple[str, Tensor]] | None = None,
     part_bytes: int = PART_BYTES,
 ) -> Path | None:
-    """Writes model.safetensors and what goes beside it; all ranks call it, rank 0 writes.
+    """Writes model.safetensors and other files into `directory`; all ranks call it, rank 0 writes.
 
     Parameters are gathered one by one. Beyond `part_bytes` they go into numbered files with an index,
-    model.safetensors.index.json, as Hugging Face's do. All is written into a directory beside, which then takes the
-    place of an earlier export as a whole.
+    model.safetensors.index.json, as Hugging Face's do. Everything is written to a temporary directory first, which
+    then replaces `directory` as a whole, so no reader sees files of two exports.
 
     Args:
-        beside: other files by name: an object to write as JSON, or a file to copy.
-        translate: from the bare model's name of a parameter, and the whole of it, to what is written.
+        beside: the other files by name; each is an object to write as JSON, or a file to copy.
+        translate: maps a parameter's name and whole value to the name and value to write.
 
     Returns:
         On rank 0, the file to open: model.safetensors or the index. None elsewhere.

@@ -129,15 +129,15 @@ def test_tied_embeddings_are_the_outputs_first_weights(tmp_path: Path) -> None:
     rewrite(tmp_path / "llama", without("lm_head.weight"))
     config = make(tmp_path / "llama")
     validate(config, Shape(1, 1))
-    assert "the output starts as a copy of the embedding" in str(Weights(config))
+    assert "the output layer starts as a copy of the embedding" in str(Weights(config))
     assert torch.equal(bare_model(config).output.weight.detach(), parameters["tok_embeddings.weight"])
 
 
-def test_without_a_description_it_says_what_it_trusts(tmp_path: Path) -> None:
+def test_without_a_description_it_says_what_it_cannot_check(tmp_path: Path) -> None:
     save_hf(tmp_path / "llama")
     (tmp_path / "llama" / "config.json").unlink()
     line = str(Weights(make(tmp_path / "llama" / "model.safetensors")))
-    assert "no config.json is beside them, so model.n_heads, norm_eps and rope_theta are trusted" in line
+    assert "there is no config.json, so model.n_heads, norm_eps and rope_theta are not checked" in line
 
 
 def test_older_checkpoints_tables_are_no_parameters(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
     "no file": (nothing, {"init_from": "nowhere"}, "init_from=nowhere is no file or directory", "give the directory"),
     "empty": (lambda d: (d / "model.safetensors").unlink(), {}, "holds neither model.safetensors nor", "give the"),
     "both": (both, {}, "holds both", "name the one that is meant"),
-    "cut off": (cut_off, {}, "bytes, and its header speaks of", "copy it again"),
+    "cut off": (cut_off, {}, "bytes, but its header describes", "copy it again"),
     "no safetensors": (write("model.safetensors", b"PK\3\4 something else"), {}, "not a safetensors file", "give one"),
     "empty file": (write("model.safetensors", b""), {}, "not a safetensors file", "copy it again"),
     "lfs": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), {}, "not a", "git lfs pull"),
     "json": (write("config.json", b"{"), {}, "config.json is not a JSON object", "copy it again"),
-    "part lost": (lambda d: into_parts(d, lost="b.safetensors"), {}, "names b.safetensors", "copy it"),
-    "index of another": (lambda d: into_parts(d, **{"norm": "a.safetensors"}), {}, "disagree on norm", "copy all"),
+    "part lost": (lambda d: into_parts(d, lost="b.safetensors"), {}, "lists b.safetensors", "copy that file"),
+    "index of another": (lambda d: into_parts(d, **{"norm": "a.safetensors"}), {}, "disagree about norm", "copy all"),
     "no index": (
         lambda d: (into_parts(d), write("model.safetensors.index.json", b"{}")(d)),
         {},
@@ -252,13 +252,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
     "sizes without a description": (
         no_description(nothing),
         {"model": {**SIZES, "n_layers": 3, "vocab_size": 300}},
-        "its tensors say vocab_size=256 where model.vocab_size=300",
+        "its tensors have vocab_size=256 where model.vocab_size=300",
         "use model.vocab_size=256 model.n_layers=2",
     ),
     "kv heads without a description": (
         no_description(nothing),
         {"model": {**SIZES, "n_kv_heads": 2}},
-        "k_proj.weight is 32 x 64, and model.* make it 16 x 64",
+        "k_proj.weight is 32 x 64, but the settings make it 16 x 64",
         "set model.dim",
     ),
     "eps": (
@@ -282,10 +282,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
     "scaled, version 4": (describe(rope_scaling=LLAMA_31), {}, "rope_scaling of type llama3", "give another model"),
     "scaled, version 5": (describe(rope_parameters=LLAMA_31), {}, "rope_scaling of type llama3", "give another model"),
     "partly rotated": (describe(partial_rotary_factor=0.5), {}, "partial_rotary_factor=0.5", "give another model"),
-    "mistral": (describe(model_type="mistral"), {}, "model_type=mistral", "only models of type llama"),
-    "gelu": (describe(hidden_act="gelu"), {}, "hidden_act=gelu", "SwiGLU"),
+    "mistral": (describe(model_type="mistral"), {}, "model_type=mistral", "only model_type=llama"),
+    "gelu": (describe(hidden_act="gelu"), {}, "hidden_act=gelu", "activation is silu"),
     "biases": (describe(attention_bias=True), {}, "attention_bias=true", "no biases"),
-    "wide heads": (describe(head_dim=16), {}, "head_dim=16", "64 / 8 wide"),
+    "wide heads": (describe(head_dim=16), {}, "head_dim=16", "num_attention_heads = 64 / 8"),
     "missing": (
         tensors(without("model.layers.1.mlp.up_proj.weight")),
         {},
@@ -309,13 +309,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
         tensors(lambda t: {**t, "lm_head.weight": t["lm_head.weight"].T}),
         {},
         "lm_head.weight is 64 x 256",
-        "model.* make it 256 x 64",
+        "the settings make it 256 x 64",
     ),
     "type": (
         tensors(lambda t: {**t, "lm_head.weight": t["lm_head.weight"].to(torch.int8)}),
         {},
         "lm_head.weight is of type I8",
-        "only BF16, F16, F32, F64",
+        "BF16, F16, F32, F64 are supported",
     ),
 }
 
@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_refused_in_one_line(case: str, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"n_heads": 4}, r"params.json says n_heads=4 where model.n_heads=8.*use model.n_heads=4"),
+        ({"n_heads": 4}, r"params.json has n_heads=4 where model.n_heads=8.*use model.n_heads=4"),
         ({"rope_theta": 5e5}, r"rope_theta=500000.0 where model.rope_theta=10000.0"),
         ({"use_scaled_rope": True}, r"use_scaled_rope=true.*give another model"),
     ],
