@@ -84,9 +84,8 @@ def llama_config(model: ModelConfig, vocab_size: int, seq_len: int, dtype: str) 
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "max_position_embeddings": seq_len,
-        # Version 4 reads the first, version 5 the second.
+        # Version 5 writes rope_parameters instead, but reads this, too.
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,

@@ -5,6 +5,7 @@ transformers computes norms and rotary tables in fp32 whatever the weights' type
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -176,6 +177,9 @@ def test_an_exported_tokenizer_is_loaded_beside_the_model(transformers: ModuleTy
     run_world(export_initial, config, sizes=(1, 1), run_dir=tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "initial")
     assert len(loaded) == 259
+    # Version 4 takes the tokens as they are only if it finds this.
+    described = json.loads((tmp_path / "initial" / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
     sentence = "def exported(self):  # it's \n\n    two  spaces"
     assert loaded(sentence)["input_ids"] == tokenizer.encode(sentence, add_special_tokens=False).ids
     assert loaded.decode(loaded(sentence)["input_ids"]) == sentence

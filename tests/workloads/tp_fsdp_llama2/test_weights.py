@@ -141,7 +141,7 @@ def test_without_a_description_it_says_what_it_cannot_check(tmp_path: Path) -> N
 
 
 def test_older_checkpoints_tables_are_no_parameters(tmp_path: Path) -> None:
-    save_hf(tmp_path / "llama", rope_parameters=None)
+    save_hf(tmp_path / "llama")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(tmp_path / "llama", lambda tensors: {**tensors, name: torch.ones(4)})
     validate(make(tmp_path / "llama"), Shape(1, 1))
@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
         "use model.norm_eps=1e-06",
     ),
     "theta, version 4": (
-        describe(rope_theta=5e5, rope_parameters=None),
+        describe(rope_theta=5e5),
         {},
         "rope_theta=500000.0 where model.rope_theta=10000.0",
         "use model.rope_theta=500000.0",
