@@ -26,7 +26,7 @@ $(VENV)/.ready-dev: $(SETUP)
 	@touch $(VENV)/.ready $@
 
 demo: setup
-	$(BIN)/python submit.py tp_fsdp --executor local --nodes 2 --gpus-per-node 4
+	$(BIN)/python submit.py tp_fsdp --executor local --nodes 2 --gpus-per-node 4 tp=4
 
 lint: dev
 	$(BIN)/ruff check .

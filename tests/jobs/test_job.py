@@ -54,7 +54,7 @@ def torchrun(directory: Path, *words: str, **env: str) -> subprocess.CompletedPr
 @pytest.mark.dist
 def test_a_built_in_under_torchrun(tmp_path: Path) -> None:
     words = ["steps=2", "warmup_steps=0", "sample_tokens=0", "seq_len=16", "global_batch_size=2", "eval_windows=2"]
-    done = torchrun(tmp_path, "tp_fsdp", "--run-dir", "run", *words, "model.dim=32", "model.ffn_dim=64")
+    done = torchrun(tmp_path, "tp_fsdp", "--run-dir", "run", *words, "tp=2", "model.dim=32", "model.ffn_dim=64")
     assert done.returncode == 0, done.stderr
     record = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert (record["status"], record["mesh"]) == ("done", {"dp": 1, "tp": 2})

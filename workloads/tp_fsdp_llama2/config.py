@@ -12,12 +12,13 @@ from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 384, "vocab_size": None},
     "160m": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "ffn_dim": 3072, "vocab_size": 32000},
-    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim": 8192, "vocab_size": 32000},
+    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8, "ffn_dim": 8192, "vocab_size": 32000},
     "7b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "ffn_dim": 11008, "vocab_size": 32000},
     "13b": {"dim": 5120, "n_layers": 40, "n_heads": 40, "n_kv_heads": 40, "ffn_dim": 13824, "vocab_size": 32000},
     "70b": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim": 28672, "vocab_size": 32000},
 }
-"""Model sizes by name; 7b, 13b and 70b are Llama-2's (arXiv 2307.09288 and the released params.json files)."""
+"""Model sizes by name; 7b, 13b and 70b are Llama-2's (arXiv 2307.09288 and the released params.json files). 1b, with
+1,137,772,544 parameters, has heads of width 128, as attention kernels like them."""
 
 BYTES_VOCABULARY = 256
 
@@ -99,14 +100,30 @@ class Config(WorkloadConfig):
     """Samples per forward pass of one dp coordinate; gradients are accumulated over
     global_batch_size / (dp x microbatch_size) passes. None: one pass per step."""
     tp: int | None = Field(default=None, gt=0)
-    """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. None: gpus_per_node."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16: computes in bf16, keeps parameters, reduces gradients and steps in fp32. fp64: everything in fp64."""
+    """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. null: the fewest with
+    which a rank's estimated memory fits gpu_memory_gb."""
+    dp_replicate: int | None = Field(default=None, gt=0)
+    """Copies of the sharded model (HSDP); gradients are averaged over them. Must divide nodes x gpus_per_node / tp.
+    null: 1, unless sharding over all ranks would leave too little on each."""
+    reshard_after_forward: bool | None = None
+    """Whether a block's gathered weights are freed after its forward pass and gathered again for its backward pass.
+    null: true where they are sharded at all."""
+    reduce_gradients: Literal["each_pass", "last_pass"] | None = None
+    """With several passes a step: reduce-scatter gradients after each, or keep them whole until the last one, which
+    communicates less and takes 4 bytes per parameter / tp. null: last_pass where that fits gpu_memory_gb."""
+    gpu_memory_gb: float = Field(default=80, gt=0)
+    """Memory of a GPU in GB (10^9 bytes), for what is chosen by memory: tp, dp_replicate, reduce_gradients."""
+    precision: Literal["fp32", "bf16", "fp64"] | None = None
+    """bf16: computes in bf16, keeps parameters, reduces gradients and steps in fp32. fp64: everything in fp64.
+    null: bf16 on CUDA, fp32 on a CPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """full: keeps only each block's input and recomputes the block in the backward pass. selective: also keeps the
     results of attention and of every other matrix product, and recomputes the rest."""
     compile: bool = False
-    """torch.compile; each block for tp=1, the whole model for dp=1. Refused where both are larger than 1."""
+    """torch.compile, block by block."""
+    async_tp: bool = False
+    """Overlap tensor parallelism's communication with its matrix products (torch's symmetric memory); needs
+    compile=true, tp > 1 and GPUs that are linked by NVLink."""
     deterministic: bool = False
     """On CUDA, use only deterministic algorithms, which makes attention's backward slower. CPU runs always are."""
 
@@ -123,7 +140,7 @@ class Config(WorkloadConfig):
     adam_eps: float = Field(default=1e-8, gt=0)
     """Added to AdamW's denominator."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW's decoupled weight decay, on all parameters."""
+    """AdamW's decoupled weight decay, on all matrices; the norms' weights do not decay."""
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to this norm. None: the norm is only reported."""
 
@@ -141,18 +158,108 @@ class Config(WorkloadConfig):
 
 
 def mesh(config: Config, shape: Shape) -> MeshSpec:
-    """`dp x tp`; consecutive ranks, which share a host, form a tp group.
+    """`dp x tp`, or `dp_replicate x dp_shard x tp`; consecutive ranks, which share a host, form a tp group.
 
     Raises:
-        WorkloadError: tp does not divide gpus_per_node.
+        WorkloadError: tp does not divide gpus_per_node, or dp_replicate the number of tp groups.
     """
-    tp = config.tp or shape.gpus_per_node
+    tp = config.tp or _smallest_tp_that_fits(config, shape)
     if shape.gpus_per_node % tp:
         raise WorkloadError(
             f"tp={tp} does not divide gpus_per_node={shape.gpus_per_node}: a tensor-parallel group must lie within "
             f"a host; use tp={_largest_divisor(shape.gpus_per_node, tp)}"
         )
-    return MeshSpec(("dp", "tp"), (shape.world_size // tp, tp))
+    dp = shape.world_size // tp
+    replicas = config.dp_replicate or _replicas(config, dp, tp)
+    if dp % replicas:
+        raise WorkloadError(
+            f"dp_replicate={replicas} does not divide dp={dp} ({shape.world_size} ranks / tp={tp}): every copy is "
+            f"sharded over equally many ranks; use dp_replicate={_largest_divisor(dp, replicas)}"
+        )
+    if replicas == 1:
+        return MeshSpec(("dp", "tp"), (dp, tp))
+    return MeshSpec(("dp_replicate", "dp_shard", "tp"), (replicas, dp // replicas, tp))
+
+
+def data_parallel_and_tp(spec: MeshSpec) -> tuple[int, int]:
+    """Among how many coordinates the samples are divided, and how many ranks share one."""
+    return spec.world_size // spec.sizes[-1], spec.sizes[-1]
+
+
+def choices(config: Config, shape: Shape) -> list[str]:
+    """A line on each setting that was left to us: what was chosen, and why."""
+    spec = mesh(config, shape)
+    dp, tp = data_parallel_and_tp(spec)
+    lines = []
+    if config.tp is None:
+        estimate_gb = _rank_bytes(config, dp, dp, tp, config.precision or "bf16") / 1e9
+        fits = (
+            "the fewest that fit"
+            if _fits(config, estimate_gb * 1e9)
+            else "as many as there can be, though not all fits"
+        )
+        lines.append(
+            f"tp={tp}: {fits} gpu_memory_gb={config.gpu_memory_gb:g} by the estimate of {estimate_gb:.1f} GB per rank"
+        )
+    if config.dp_replicate is None and len(spec.sizes) == 3:
+        lines.append(
+            f"dp_replicate={spec.sizes[0]}: sharded over all {dp} ranks, each would hold less than "
+            f"{_LEAST_SHARD_BYTES >> 20} MiB of a block"
+        )
+    if accumulation_steps(config, dp) > 1 and config.reduce_gradients is None:
+        when = "the last pass only" if reduces_last_pass_only(config, spec) else "each pass, as whole ones do not fit"
+        lines.append(f"gradients are reduced after {when}")
+    return lines
+
+
+_LEAST_SHARD_BYTES = 2**20
+"""Where a rank's part of a block's bf16 weights is smaller, gathering them waits for messages and not for bandwidth."""
+_ALWAYS_SHARDED_OVER = 64
+
+
+def _smallest_tp_that_fits(config: Config, shape: Shape) -> int:
+    possible = [tp for tp in range(1, shape.gpus_per_node + 1) if shape.gpus_per_node % tp == 0]
+    possible = [tp for tp in possible if _can_split(config, tp, shape.world_size // tp)] or [1]
+    for tp in possible:
+        dp = shape.world_size // tp
+        if _fits(config, _rank_bytes(config, dp, dp, tp, config.precision or "bf16")):
+            return tp
+    return possible[-1]
+
+
+def _can_split(config: Config, tp: int, dp: int) -> bool:
+    model = config.model
+    return not any(value % tp for value in (model.n_heads, model.n_kv_heads, model.ffn_dim, config.seq_len)) and (
+        config.global_batch_size % (dp * (config.microbatch_size or 1)) == 0
+    )
+
+
+def _replicas(config: Config, dp: int, tp: int) -> int:
+    """1, unless sharding over all of dp leaves so little on each rank that gathering it is all latency."""
+    if dp <= _ALWAYS_SHARDED_OVER:
+        return 1
+    worthwhile = max(_ALWAYS_SHARDED_OVER, 2 * block_parameter_count(config.model) // tp // _LEAST_SHARD_BYTES)
+    for shards in sorted((d for d in range(1, min(dp, worthwhile) + 1) if dp % d == 0), reverse=True):
+        if _fits(config, _rank_bytes(config, dp, shards, tp, config.precision or "bf16")):
+            return dp // shards
+    return 1
+
+
+def reduces_last_pass_only(config: Config, spec: MeshSpec) -> bool:
+    """Whether gradients stay whole and unreduced on a rank until a step's last pass."""
+    if config.reduce_gradients is not None:
+        return config.reduce_gradients == "last_pass"
+    dp, tp = data_parallel_and_tp(spec)
+    return _fits(config, _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "bf16", last_pass=True))
+
+
+def _fits(config: Config, rank_bytes: float) -> bool:
+    return rank_bytes <= 0.9 * config.gpu_memory_gb * 1e9
+
+
+def precision(config: Config, device_type: str) -> str:
+    """What a run computes in: what is given, or else bf16 on CUDA and fp32 on a CPU."""
+    return config.precision or ("bf16" if device_type == "cuda" else "fp32")
 
 
 def plan(config: Config) -> str | None:
@@ -228,10 +335,14 @@ def validate(config: Config, shape: Shape) -> None:
     """
     from workloads.tp_fsdp_llama2 import data, weights
 
-    dp, tp = mesh(config, shape).sizes
+    dp, tp = data_parallel_and_tp(mesh(config, shape))
     _validate_model(config, tp, shape)
     _validate_batch(config, dp)
-    _validate_compile(config, dp, tp)
+    if config.async_tp and (tp == 1 or not config.compile):
+        raise WorkloadError(
+            f"async_tp=true with tp={tp} and compile={str(config.compile).lower()}: the compiler overlaps what tensor "
+            "parallelism exchanges; use compile=true and tp of 2 or more, or leave async_tp out"
+        )
     if config.init_from is not None:
         weights.Weights(config)
     vocabulary = vocab_size(config)
@@ -256,7 +367,7 @@ def _validate_model(config: Config, tp: int, shape: Shape) -> None:
             f"model.n_heads={model.n_heads} is not divisible by model.n_kv_heads={model.n_kv_heads}: each key and "
             "value head serves the same number of query heads; use a divisor"
         )
-    source = "tp" if config.tp else "tp (gpus_per_node, as none was given)"
+    source = "tp" if config.tp else "tp (chosen by memory)"
     for name, value in (
         ("model.n_heads", model.n_heads),
         ("model.n_kv_heads", model.n_kv_heads),
@@ -291,66 +402,60 @@ def _validate_batch(config: Config, dp: int) -> None:
         )
 
 
-def _validate_compile(config: Config, dp: int, tp: int) -> None:
-    if not config.compile:
-        return
-    if dp > 1 and tp > 1:
-        # torch 2.13: by layer the embedding's gradient comes out wrong without a word, as a whole it raises.
-        raise WorkloadError(
-            f"compile=true with dp={dp} and tp={tp}: torch.compile gives wrong gradients where both are larger than 1; "
-            "use compile=false, tp=1, or as many ranks as tp"
-        )
-    if tp > 1 and config.precision == "bf16":
-        # Compiled as a whole the model goes without FSDP2, which is what casts to bf16.
-        raise WorkloadError(
-            f"compile=true with tp={tp} and precision=bf16: FSDP2, which casts to bf16, cannot be compiled together "
-            "with tensor parallelism; use precision=fp32, tp=1 or compile=false"
-        )
-    if tp > 1 and config.activation_checkpointing != "none":
-        raise WorkloadError(
-            f"compile=true with tp={tp} and activation_checkpointing={config.activation_checkpointing}: the compiled "
-            "whole chooses itself what to keep; use activation_checkpointing=none or compile=false"
-        )
-
-
 def memory_bytes(config: Config, shape: Shape) -> int:
     """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
 
     With `e` bytes a parameter (8 in fp64, else 4) and `c` a computed number (2 in bf16, else e), one rank of a
-    dp x tp mesh holds
+    mesh that shards over `s` ranks holds
 
-    - states: 4 e N / (dp tp), for the parameters, gradients and AdamW's two means;
-    - gradients being accumulated: e N / tp, where a step takes more than one pass: only the last reduces them;
-    - gathered weights: c / tp (two blocks, as the next is fetched while one works, and embedding and output);
+    - states: 4 e N / (s tp), for the parameters, gradients and AdamW's two means;
+    - gradients that are kept whole, where a step takes more than one pass and reduces them after the last: e N / tp;
+    - gathered weights, c / tp each: two blocks, as the next is fetched while one works, and embedding and output; all
+      of them where they stay gathered;
     - activations, of B samples of S tokens, width D, F the feed-forward's: c B S per block times
-      (8 D + 4 D_qkv + 4 F) / tp with no checkpointing, half of it with selective; D / tp with full, plus one block
-      in full; on a CPU without a fused kernel attention scores would come on top, but there is one;
-    - gathered inputs of the block at work, 2 c B S D, and logits: 3 x 4 B S V / tp (8 in fp64);
+      (8 D + 4 D_qkv + 4 F) / tp with no checkpointing, (3 D + 4 D_qkv + 2 F) / tp where it is compiled, half of it
+      with selective; D / tp with full, plus one block in full; attention scores are never written out;
+    - gathered inputs of the block at work and the loss's gradient, 3 c B S D; a chunk of logits, 4 times over in fp32;
+      and the output's gradient while it is summed up, in fp32;
     - 400 MB for the process: Python, torch, buffers of the collectives.
+
+    A precision that is left to the device counts as fp32, the larger one.
     """
-    dp, tp = mesh(config, shape).sizes
+    spec = mesh(config, shape)
+    dp, tp = data_parallel_and_tp(spec)
+    last_pass = accumulation_steps(config, dp) > 1 and reduces_last_pass_only(config, spec)
+    return _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "fp32", last_pass)
+
+
+def _rank_bytes(config: Config, dp: int, shards: int, tp: int, precision: str, last_pass: bool = False) -> int:
     model = config.model
     vocabulary = model.vocab_size or vocab_size(config)
     parameters = parameter_count(model, vocabulary)
-    stored = 8 if config.precision == "fp64" else 4
-    computed = 2 if config.precision == "bf16" else stored
+    stored = 8 if precision == "fp64" else 4
+    computed = 2 if precision == "bf16" else stored
 
-    states = 4 * stored * parameters // (dp * tp)
-    if accumulation_steps(config, dp) > 1:
+    states = 4 * stored * parameters // (shards * tp)
+    if last_pass:
         states += stored * parameters // tp
     gathered = computed * (2 * block_parameter_count(model) + 2 * vocabulary * model.dim) // tp
-    tokens = microbatch_size(config, dp) * config.seq_len
+    if config.reshard_after_forward is False or (config.reshard_after_forward is None and shards == 1):
+        gathered = computed * parameters // tp
+    tokens = max(1, microbatch_size(config, dp)) * config.seq_len
     qkv_dim = model.dim + 2 * model.n_kv_heads * (model.dim // model.n_heads)
-    block = computed * tokens * (8 * model.dim + 4 * qkv_dim + 4 * model.ffn_dim) // tp
+    widths = 8 * model.dim + 4 * qkv_dim + 4 * model.ffn_dim
+    if config.compile:
+        widths = 3 * model.dim + 4 * qkv_dim + 2 * model.ffn_dim
+    block = computed * tokens * widths // tp
     if config.activation_checkpointing == "full":
         activations = model.n_layers * computed * tokens * model.dim // tp + block
     elif config.activation_checkpointing == "selective":
         activations = model.n_layers * block // 2 + block
     else:
         activations = model.n_layers * block
-    activations += 2 * computed * tokens * model.dim
-    logits = 3 * stored * tokens * math.ceil(vocabulary / tp)
-    return states + gathered + activations + logits + 400 * 10**6
+    activations += 3 * computed * tokens * model.dim
+    rows = math.ceil(vocabulary / tp)
+    loss = 4 * stored * min(tokens * rows, 2**27) + stored * rows * model.dim
+    return states + gathered + activations + loss + 400 * 10**6
 
 
 def _next_multiple(value: int, of: int) -> int:

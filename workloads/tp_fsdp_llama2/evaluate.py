@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from workloads.tp_fsdp_llama2.data import Corpus, Split
-from workloads.tp_fsdp_llama2.loss import IGNORED, loss_context, to_float64, token_loss
+from workloads.tp_fsdp_llama2.loss import IGNORED
+from workloads.training.data_parallel import data_parallel_rank, data_parallel_size, sum_over_data_parallel
 from workloads.training.parameters import release_gathered
 from workloads.training.prefetch import Prefetcher
 
@@ -37,7 +35,7 @@ def heldout_loss(
         batch_size: windows of one coordinate in one pass.
         at_most: use no more windows than this, evenly spread; None for all.
     """
-    dp, dp_rank, tp = mesh["dp"].size(), mesh.get_local_rank("dp"), mesh["tp"].size()
+    dp, dp_rank = data_parallel_size(mesh), data_parallel_rank(mesh)
     starts = split.evaluated(at_most)
     passes = range(dp_rank * batch_size, len(starts) + dp_rank * batch_size, dp * batch_size)
 
@@ -48,26 +46,21 @@ def heldout_loss(
     total = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    with (
-        loss_context(tp),
-        Prefetcher(
-            map(read, passes),
-            device,
-            shape=(batch_size, split.seq_len + 1),
-            count=len(passes),
-            source=str(corpus),
-            group=mesh.get_group("tp"),
-        ) as batches,
-    ):
+    with Prefetcher(
+        map(read, passes),
+        device,
+        shape=(batch_size, split.seq_len + 1),
+        count=len(passes),
+        source=str(corpus),
+        group=mesh.get_group("tp"),
+    ) as batches:
         for first, tokens in zip(passes, batches, strict=True):
             labels = tokens[:, 1:].clone()
             labels[max(0, len(starts) - first) :] = IGNORED
-            total += to_float64(token_loss(model(tokens[:, :-1]), labels, reduction="sum"))
+            total += model(tokens[:, :-1], labels)
     model.train(was_training)
     release_gathered(model)
-    parts = [torch.empty_like(total) for _ in range(dp)]
-    dist.all_gather(parts, total, group=mesh.get_group("dp"))
-    return math.fsum(part.item() for part in parts) / (len(starts) * split.seq_len)
+    return sum_over_data_parallel(total, mesh).item() / (len(starts) * split.seq_len)
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from workloads.tp_fsdp_llama2.model import Attention
+from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.weights import Weights
 from workloads.training.parameters import named_parameters
 
@@ -24,7 +24,7 @@ _BLOCK_ELEMENTS = 2**20
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, n_layers: int, weights: Weights | None = None) -> None:
+def initialize(model: Transformer, seed: int, n_layers: int, weights: Weights | None = None) -> None:
     """Fills a model's parameters (plain or sharded, on any device but meta) and its rotary tables.
 
     Norm weights become 1. Everything else is drawn from N(0, 0.02), the projections back into the residual stream
@@ -44,9 +44,7 @@ def initialize(model: nn.Module, seed: int, n_layers: int, weights: Weights | No
         else:
             std = 0.02 / math.sqrt(2 * n_layers) if name.endswith(("wo.weight", "w2.weight")) else 0.02
             _fill(local, rows, columns, parameter.shape, f"{seed}/{name}", std)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.reset_rotary()
+    model.reset_rotary()
 
 
 def _fill(local: Tensor, rows: slice, columns: slice, shape: torch.Size, key: str, std: float) -> None:

@@ -12,8 +12,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workloads.tp_fsdp_llama2.config import ModelConfig
+from workloads.tp_fsdp_llama2.loss import linear_cross_entropy
+
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Attention kernels, the preferred one first. On an H100 cuDNN's takes 0.57 of flash's time for heads of width 128;
+fp32 goes to the third, fp64 to the last."""
+DETERMINISTIC_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+"""Those that have a backward pass of the same bits each time."""
 
 
 class Attention(nn.Module):
@@ -26,26 +39,16 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.dim // config.n_heads
         self.queries_per_kv = config.n_heads // config.n_kv_heads
-        self.rope_theta = config.rope_theta
         kv_dim = config.n_kv_heads * self.head_dim
         self.wq = nn.Linear(config.dim, config.dim, bias=False, dtype=dtype)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False, dtype=dtype)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False, dtype=dtype)
         self.wo = nn.Linear(config.dim, config.dim, bias=False, dtype=dtype)
-        # Each block has its own tables: handed down as an argument, FSDP2 would cast them to bf16 with the rest.
+        self.kernels = ATTENTION
+        # A buffer of the block, which all blocks share: FSDP2 would cast an argument to bf16 with the rest.
         table = torch.empty(seq_len, self.head_dim // 2, dtype=dtype)
         self.register_buffer("rotary_cos_SE2", table, persistent=False)
-        self.register_buffer("rotary_sin_SE2", table.clone(), persistent=False)
-
-    @torch.no_grad()
-    def reset_rotary(self) -> None:
-        """Fills the rotary tables, in fp64 before they are rounded to the buffers' type."""
-        seq_len, half = self.rotary_cos_SE2.shape
-        device = self.rotary_cos_SE2.device
-        frequency_E2 = self.rope_theta ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
-        angle_SE2 = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), frequency_E2)
-        self.rotary_cos_SE2.copy_(angle_SE2.cos())
-        self.rotary_sin_SE2.copy_(angle_SE2.sin())
+        self.register_buffer("rotary_sin_SE2", table, persistent=False)
 
     def _rotate(self, x_BSHE: Tensor) -> Tensor:
         """Turns each pair of neighbouring components by its position's angle, in no less than fp32."""
@@ -62,13 +65,14 @@ class Attention(nn.Module):
         k_BSKE = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
         v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSHE, k_BSKE = self._rotate(q_BSHE), self._rotate(k_BSKE)
-        # Repeated here and not by SDPA's enable_gqa, which not every backend knows: it would fall back to the one
-        # that writes out all the scores.
-        k_BSHE = k_BSKE.repeat_interleave(self.queries_per_kv, dim=2) if self.queries_per_kv > 1 else k_BSKE
-        v_BSHE = v_BSKE.repeat_interleave(self.queries_per_kv, dim=2) if self.queries_per_kv > 1 else v_BSKE
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BSHE.transpose(1, 2), k_BSHE.transpose(1, 2), v_BSHE.transpose(1, 2), is_causal=True
-        )
+        with sdpa_kernel(self.kernels, set_priority=True):
+            y_BHSE = F.scaled_dot_product_attention(
+                q_BSHE.transpose(1, 2),
+                k_BSKE.transpose(1, 2),
+                v_BSKE.transpose(1, 2),
+                is_causal=True,
+                enable_gqa=self.queries_per_kv > 1,
+            )
         return self.wo(y_BHSE.transpose(1, 2).flatten(2))
 
 
@@ -100,8 +104,19 @@ class TransformerBlock(nn.Module):
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
 
+class Output(nn.Linear):
+    """The projection to the vocabulary, and the loss of what it projects."""
+
+    compiled_loss = False
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        if labels_BS is None:
+            return super().forward(x_BSD)
+        return linear_cross_entropy(x_BSD, self.weight, labels_BS, compiled=self.compiled_loss)
+
+
 class Transformer(nn.Module):
-    """Token ids in, logits out. Its parameters hold nothing meaningful until `init.initialize` has filled them.
+    """Token ids in, logits or the loss out. `init.initialize` fills its parameters, which hold nothing before.
 
     Args:
         config: sizes.
@@ -112,13 +127,36 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.rope_theta = config.rope_theta
         self.tok_embeddings = nn.Embedding(vocab_size, config.dim, dtype=dtype)
         self.layers = nn.ModuleList(TransformerBlock(config, seq_len, dtype) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps, dtype=dtype)
-        self.output = nn.Linear(config.dim, vocab_size, bias=False, dtype=dtype)
+        self.output = Output(config.dim, vocab_size, bias=False, dtype=dtype)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    @torch.no_grad()
+    def reset_rotary(self) -> None:
+        """Computes the rotary tables, in fp64 before they are rounded to their type, and gives them to every block."""
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        table_SE2 = attentions[0].rotary_cos_SE2
+        seq_len, half = table_SE2.shape
+        frequency_E2 = self.rope_theta ** -(torch.arange(half, dtype=torch.float64, device=table_SE2.device) / half)
+        angle_SE2 = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=table_SE2.device), frequency_E2)
+        cos_SE2, sin_SE2 = angle_SE2.cos().to(table_SE2.dtype), angle_SE2.sin().to(table_SE2.dtype)
+        for attention in attentions:
+            attention.rotary_cos_SE2, attention.rotary_sin_SE2 = cos_SE2, sin_SE2
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Runs the model.
+
+        Args:
+            tokens_BS: ids.
+            labels_BS: the ids to predict; `loss.IGNORED` does not count.
+
+        Returns:
+            Without labels, the logits of shape (B, S, V). With labels, the sum of the labels' losses, in no less than
+            fp32: the logits then never exist at once.
+        """
         x_BSD = self.tok_embeddings(tokens_BS)
         for layer in self.layers:
             x_BSD = layer(x_BSD)
-        return self.output(self.norm(x_BSD))
+        return self.output(self.norm(x_BSD), labels_BS)

@@ -4,19 +4,22 @@ The plan is torchtitan's for Llama (torchtitan/models/llama3, `parallelize.py`).
 of the sequence, x_BSD of local shape (B, S / tp, D). Before attention and before the feed-forward it is gathered
 to (B, S, D); the column-wise projections give each rank its heads or its part of F, as plain tensors, so that attention
 and everything else in between is local; the row-wise projection back leaves partial sums, which are
-reduce-scattered to (B, S / tp, D).
+reduce-scattered to (B, S / tp, D). The output projection is cut by rows of the vocabulary, and so is the softmax.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -24,8 +27,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from workloads.tp_fsdp_llama2.config import Config, vocab_size
-from workloads.tp_fsdp_llama2.model import Transformer
+from workloads.tp_fsdp_llama2.config import Config, precision, vocab_size
+from workloads.tp_fsdp_llama2.model import DETERMINISTIC_ATTENTION, Transformer
+from workloads.training.data_parallel import data_parallel_mesh
 from workloads.training.precision import mixed_precision, parameter_dtype
 
 
@@ -33,26 +37,24 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
     """The sharded model on the meta device; `to_empty(device=...)` and `init.initialize` make it usable.
 
     Args:
-        mesh: dimensions `dp` and `tp`, either of which may be 1.
-        device: what it will be moved to; decides nothing here.
+        mesh: dimensions `dp` (or `dp_replicate` and `dp_shard`) and `tp`, any of which may be 1.
+        device: what it will be moved to; decides the precision where none is given.
     """
+    dtype = parameter_dtype(precision(config, device.type))
     with torch.device("meta"):
-        model = Transformer(config.model, vocab_size(config), config.seq_len, parameter_dtype(config.precision))
+        model = Transformer(config.model, vocab_size(config), config.seq_len, dtype)
+    if config.deterministic:
+        for block in model.layers:
+            block.attention.kernels = DETERMINISTIC_ATTENTION  # type: ignore[union-attr]
     tp = mesh["tp"].size()
     if tp > 1:
         _apply_tensor_parallel(model, mesh["tp"])
     if config.activation_checkpointing != "none":
         _apply_activation_checkpointing(model, config.activation_checkpointing)
-    if config.compile and tp > 1:
-        # Only as a whole is tensor parallelism compiled rightly, and then only without FSDP2; validate() has seen to
-        # dp being 1 and to nothing being left for FSDP2 to do.
-        model.compile(fullgraph=False)
-        return model
     if config.compile:
-        for block in model.layers:
-            block.compile()
+        _apply_compile(model, mesh["tp"], config.async_tp)
     # Over a dp of 1 too: it is then what casts to bf16, and nothing needs a case of its own.
-    _apply_fsdp(model, mesh["dp"], config.precision)
+    _apply_fsdp(model, data_parallel_mesh(mesh), precision(config, device.type), config.reshard_after_forward)
     return model
 
 
@@ -63,7 +65,7 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
         {
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),
-            "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+            "output": VocabularyParallel(),
         },
     )
     for block in model.layers:
@@ -86,12 +88,59 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
         )
 
 
-def _apply_fsdp(model: Transformer, dp_mesh: DeviceMesh, precision: str) -> None:
-    policy = mixed_precision(precision)
+class VocabularyParallel(ParallelStyle):
+    """Shards the output projection by rows, for inputs of any number; the first is gathered along the sequence.
+
+    ColwiseParallel passes on one input only and expects logits back; this module also takes labels and returns a loss.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._shard, self._gather_input)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _shard(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(key, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
+
+    @staticmethod
+    def _gather_input(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
+        x_BSD = inputs[0]
+        if not isinstance(x_BSD, DTensor):
+            x_BSD = DTensor.from_local(x_BSD, mesh, [Shard(1)], run_check=False)
+        return (x_BSD.redistribute(placements=[Replicate()]), *inputs[1:])
+
+
+def _apply_compile(model: Transformer, tp_mesh: DeviceMesh, async_tp: bool) -> None:
+    """Compiles each block: one graph for all of them, and FSDP2's gathers stay between the graphs."""
+    if tp_mesh.size() > 1:
+        # The lookup returns a tensor whose reduction may still be under way; a compiled block would wait for it outside
+        # of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849).
+        model.tok_embeddings.register_forward_hook(_clone)
+    if async_tp:
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        torch._inductor.config._micro_pipeline_tp = True
+        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
     for block in model.layers:
-        fully_shard(block, mesh=dp_mesh, mp_policy=policy)
-    # The root's own (embedding, norm, output) stay gathered from the forward to the backward pass, by default.
-    fully_shard(model, mesh=dp_mesh, mp_policy=policy)
+        block.compile()
+    model.output.compiled_loss = True
+
+
+def _clone(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.clone()
+
+
+def _apply_fsdp(model: Transformer, dp_mesh: DeviceMesh, precision: str, reshard_after_forward: bool | None) -> None:
+    """Shards the embedding, each block, and the last norm with the output, over the mesh's last dimension."""
+    policy = mixed_precision(precision)
+    if reshard_after_forward is None:
+        # Alone, a rank would gain nothing by freeing its copy in the type computed in, and pay by making it again.
+        reshard_after_forward = dp_mesh.size(dp_mesh.ndim - 1) > 1
+    for unit in (model.tok_embeddings, *model.layers):
+        fully_shard(unit, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # Their backward pass follows their forward pass at once.
+    fully_shard([model.norm, model.output], mesh=dp_mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
 _aten = torch.ops.aten
@@ -101,6 +150,8 @@ _SAVED_OPS = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_attention_math.default,
+    # Computed again, tensor parallelism's reduce-scatters would be communicated again.
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 
 
@@ -127,8 +178,3 @@ def _selective_contexts() -> tuple[object, object]:
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
-
-
-def is_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP2 is on the model (it is not where tensor parallelism is compiled)."""
-    return isinstance(model, FSDPModule)

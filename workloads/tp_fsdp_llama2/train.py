@@ -12,28 +12,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from workloads.base import RunContext, largest, mean, per_second
+from workloads.base import MeshSpec, RunContext, largest, mean, per_second
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import (
     BYTES_VOCABULARY,
     Config,
     accumulation_steps,
+    choices,
     microbatch_size,
     parameter_count,
+    precision,
+    reduces_last_pass_only,
     vocab_size,
     warmup_steps,
 )
 from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
 from workloads.tp_fsdp_llama2.huggingface import is_rotated, llama_config, parameter_name, to_halves
 from workloads.tp_fsdp_llama2.init import initialize
-from workloads.tp_fsdp_llama2.loss import loss_context, to_float64, token_loss
-from workloads.tp_fsdp_llama2.parallelize import build, is_fsdp
+from workloads.tp_fsdp_llama2.model import Transformer
+from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params
 from workloads.training.clip import clip_by_global_norm_
+from workloads.training.data_parallel import data_parallel_rank, data_parallel_size
 from workloads.training.export import export
-from workloads.training.metrics import peak_flops, peak_memory_bytes, transformer_flops_per_token
-from workloads.training.optimizer import adamw, warmup_cosine
+from workloads.training.metrics import (
+    FLOP_RULE,
+    measured_matmul_flops,
+    peak_flops,
+    peak_memory_bytes,
+    transformer_flops_per_token,
+)
+from workloads.training.optimizer import adamw, warmup_cosine, without_decay_of_vectors
 from workloads.training.precision import parameter_dtype
 from workloads.training.prefetch import Prefetcher
 
@@ -50,7 +61,9 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         {"stopped_at_step": n} if the run was asked to stop.
     """
     device, mesh = ctx.device, ctx.mesh
-    dp, tp = mesh["dp"].size(), mesh["tp"].size()
+    dp = data_parallel_size(mesh)
+    layout = MeshSpec(mesh.mesh_dim_names or (), tuple(mesh.shape))
+    computed_in = precision(config, device.type)
     if config.deterministic and device.type == "cuda":
         _make_cuda_deterministic()
 
@@ -62,7 +75,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         dp=dp,
-        dp_rank=mesh.get_local_rank("dp"),
+        dp_rank=data_parallel_rank(mesh),
         microbatch_size=config.microbatch_size,
     )
 
@@ -70,7 +83,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     model.to_empty(device=device)
     _initialize(config, model, ctx)
     optimizer = adamw(
-        model.parameters(),
+        without_decay_of_vectors(model.parameters()),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -82,7 +95,10 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     )
     parameters = parameter_count(config.model, vocab_size(config))
     if ctx.rank == 0:
-        log.info("mesh dp %d x tp %d, %s, %s", dp, tp, device.type, config.precision)
+        chosen = "" if config.precision else f" (the default on {device.type.upper()})"
+        log.info("mesh %s, %s, %s%s", layout, device.type, computed_in, chosen)
+        for line in choices(config, ctx.shape):
+            log.info("%s", line)
         log.info("model of %s parameters", f"{parameters:,}")
         log.info("%s", corpus)
         log.info(
@@ -99,9 +115,13 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         return loss
 
     accumulation = accumulation_steps(config, dp)
+    last_pass_only = reduces_last_pass_only(config, layout)
     tokens_per_step = config.global_batch_size * config.seq_len
     flops_per_step = _flops_per_token(config) * tokens_per_step
-    peak = peak_flops(device)
+    peak, measured = peak_flops(device), measured_matmul_flops(device)
+    if ctx.rank == 0 and measured is not None:
+        of_data_sheet = f", the data sheet {peak / 1e12:.0f}" if peak else ""
+        log.info("a bf16 matrix product does %.0f TFLOP/s on this device%s", measured / 1e12, of_data_sheet)
     heldout = None
 
     with Prefetcher(
@@ -117,12 +137,12 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             lr = schedule.get_last_lr()[0]
             loss = torch.zeros((), dtype=torch.float64, device=device)
             for index, tokens in enumerate(islice(batches, accumulation)):
-                _sync_gradients(model, index == accumulation - 1)
-                with loss_context(tp):
-                    # The mean over the passes; over dp, FSDP2 takes the mean as it reduces.
-                    pass_loss = token_loss(model(tokens[:, :-1]), tokens[:, 1:]) / accumulation
-                    pass_loss.backward()
-                loss += to_float64(pass_loss)
+                if last_pass_only:
+                    _sync_gradients(model, index == accumulation - 1)
+                # The mean over the step's tokens of this coordinate; over dp, FSDP2 takes the mean as it reduces.
+                pass_loss = model(tokens[:, :-1], tokens[:, 1:]) / (tokens_per_step // dp)
+                pass_loss.backward()
+                loss += pass_loss.detach()
             norm, local_norm = clip_by_global_norm_(model.parameters(), config.grad_clip, mesh)
             optimizer.step()
             schedule.step()
@@ -156,7 +176,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         "tokens": tokens_per_step * config.steps,
         "tokens_per_second": tokens_per_step / median_seconds if median_seconds else None,
         **timing,
-        "mesh": {"dp": dp, "tp": tp},
+        **_utilization(flops_per_step / ctx.world_size, median_seconds, peak, measured),
+        "mesh": dict(zip(layout.names, layout.sizes, strict=True)),
     }
     if config.sample_tokens:
         result.update(_sample(config, model, corpus, split, device))
@@ -198,11 +219,11 @@ def _make_cuda_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _sync_gradients(model: nn.Module, is_last: bool) -> None:
+def _sync_gradients(model: Transformer, is_last: bool) -> None:
     """Gradients stay on the rank, unreduced, until a step's last pass."""
-    if is_fsdp(model):
-        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-        model.set_is_last_backward(is_last)  # type: ignore[operator]
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(is_last)
+    model.set_is_last_backward(is_last)
 
 
 def _blame(norm: Tensor, local_norm: Tensor) -> Tensor:
@@ -223,6 +244,23 @@ def _flops_per_token(config: Config) -> float:
         model.dim // model.n_heads,
         config.seq_len,
     )
+
+
+def _utilization(
+    flops_per_step: float, step_seconds: float | None, peak: float | None, measured: float | None
+) -> dict[str, Any]:
+    """The model's FLOP per second of one device beside what the device can do, and how they are counted."""
+    if step_seconds is None or measured is None:
+        return {}
+    achieved = flops_per_step / step_seconds
+    return {
+        "flop_rule": FLOP_RULE,
+        "model_flops_per_second": achieved,
+        "peak_flops_data_sheet": peak,
+        "peak_flops_measured": measured,
+        "mfu": achieved / peak if peak else None,
+        "mfu_of_measured": achieved / measured,
+    }
 
 
 def _heldout_metrics(loss: float, corpus: data.Corpus) -> dict[str, Any]:

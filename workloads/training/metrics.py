@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import sys
 from pathlib import Path
@@ -20,14 +21,15 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "A800": 312e12,
     "H800": 989e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "V100": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bf16 (V100: fp16) matrix peak in FLOP/s without sparsity, by a part of the device's name; the vendor's data
-sheets. The longest part that fits counts. Utilisation is of this peak also in fp32 and fp64, whose own are lower."""
+"""Dense bf16 (V100: fp16) matrix peak in FLOP/s without sparsity, by whole words of the device's name (data sheets).
+The longest entry that fits counts. Utilization is of this peak also in fp32 and fp64, whose own are lower."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -35,8 +37,31 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    fitting = [part for part in PEAK_BF16_FLOPS if part in name]
+    fitting = [part for part in PEAK_BF16_FLOPS if re.search(rf"\b{part}\b", name)]
     return PEAK_BF16_FLOPS[max(fitting, key=len)] if fitting else None
+
+
+def measured_matmul_flops(device: torch.device) -> float | None:
+    """What a large bf16 matrix product of random numbers comes to on this device, in FLOP/s; None on a CPU.
+
+    Takes a tenth of a second. The data sheet's peak is of a clock that a card under load does not hold.
+    """
+    if device.type != "cuda":
+        return None
+    size, repetitions = 8192, 20
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for index in range(repetitions + 5):
+        if index == 5:
+            begin.record()
+        a @ b
+    end.record()
+    end.synchronize()
+    return 2 * size**3 * repetitions / (begin.elapsed_time(end) / 1e3)
+
+
+FLOP_RULE = "per token 6 N + 12 L H Q T: N without the embedding, causal attention not halved, nothing computed twice"
+"""What `transformer_flops_per_token` counts, in a line for results."""
 
 
 def transformer_flops_per_token(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.optim import AdamW
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def adamw(
-    parameters: Iterable[torch.nn.Parameter],
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -22,6 +23,15 @@ def adamw(
     """AdamW, in one kernel where the device has it (CUDA and CPU), otherwise tensor by tensor."""
     fused = device.type in ("cuda", "cpu")
     return AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def without_decay_of_vectors(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups in which only matrices decay; a norm's weights, which scale, would be drawn to 0 for nothing."""
+    matrices: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def warmup_cosine(optimizer: AdamW, *, steps: int, warmup_steps: int, min_ratio: float) -> LambdaLR:

@@ -55,12 +55,13 @@ def train_reference(config: Config, passes: int) -> Trajectory:
         microbatch_size=config.global_batch_size // passes,
     )
     model = bare_model(config)
+    norms_weights = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    matrices = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms_weights, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        weight_decay=config.weight_decay,
     )
     losses, norms = [], []
     for step in range(1, config.steps + 1):

@@ -19,9 +19,12 @@ from workloads.tp_fsdp_llama2.config import (
     PRESETS,
     Config,
     ModelConfig,
+    choices,
     memory_bytes,
     mesh,
     parameter_count,
+    precision,
+    reduces_last_pass_only,
     validate,
     vocab_size,
 )
@@ -64,17 +67,19 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     # settings, what the message must say was given, what it must say to do
     ({"tp": 3}, "tp=3 does not divide gpus_per_node=4", "use tp=2"),
     ({"tp": 8}, "tp=8 does not divide gpus_per_node=4", "use tp=4"),
-    ({"model": {"n_heads": 6, "n_kv_heads": 6, "dim": 96}}, "model.n_heads=6 is not divisible by tp", "tp=2"),
-    ({"model": {"n_kv_heads": 2}}, "model.n_kv_heads=2 is not divisible by tp", "model.n_kv_heads=4 or tp=2"),
-    ({"model": {"ffn_dim": 130}}, "model.ffn_dim=130 is not divisible by tp", "model.ffn_dim=132 or tp=2"),
+    ({"model": {"n_heads": 6, "n_kv_heads": 6, "dim": 96}, "tp": 4}, "model.n_heads=6 is not divisible by tp", "tp=2"),
+    ({"model": {"n_kv_heads": 2}, "tp": 4}, "model.n_kv_heads=2 is not divisible by tp", "model.n_kv_heads=4 or tp=2"),
+    ({"model": {"ffn_dim": 130}, "tp": 4}, "model.ffn_dim=130 is not divisible by tp", "model.ffn_dim=132 or tp=2"),
     ({"seq_len": 90, "tp": 4}, "seq_len=90 is not divisible by tp=4", "seq_len=92 or tp=2"),
     ({"model": {"dim": 100}}, "model.dim=100 is not divisible by model.n_heads=8", "model.dim=104"),
     ({"model": {"dim": 72}}, "heads of odd width 9", "model.dim=80"),
     ({"model": {"n_kv_heads": 3}}, "model.n_heads=8 is not divisible by model.n_kv_heads=3", "use a divisor"),
-    ({"global_batch_size": 5}, "global_batch_size=5 is not divisible by dp=2", "global_batch_size=6"),
-    ({"global_batch_size": 12, "microbatch_size": 4}, "dp x microbatch_size = 2 x 4", "microbatch_size=3"),
+    ({"global_batch_size": 5, "tp": 4}, "global_batch_size=5 is not divisible by dp=2", "global_batch_size=6"),
+    ({"global_batch_size": 12, "microbatch_size": 4, "tp": 4}, "dp x microbatch_size = 2 x 4", "microbatch_size=3"),
     ({"steps": 5, "warmup_steps": 6}, "warmup_steps=6 is more than steps=5", "use warmup_steps=0"),
-    ({"compile": True}, "compile=true with dp=2 and tp=4", "use compile=false, tp=1"),
+    ({"dp_replicate": 3}, "dp_replicate=3 does not divide dp=8 (8 ranks / tp=1)", "use dp_replicate=2"),
+    ({"async_tp": True, "tp": 2}, "async_tp=true with tp=2 and compile=false", "use compile=true"),
+    ({"async_tp": True, "tp": 1, "compile": True}, "async_tp=true with tp=1", "tp of 2 or more"),
     ({"model": {"vocab_size": 100}}, "model.vocab_size=100 is too small", "use 256 or more"),
     ({"data": {"path": "nothing.txt"}}, "data.path=nothing.txt matches no file", "glob"),
     ({"data": {"path": "*.nothing"}}, "data.path=*.nothing matches no file", "glob"),
@@ -137,27 +142,6 @@ def test_a_tokenizer_without_its_package_is_refused(files: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("settings", "shape", "reason"),
-    [
-        ({"tp": 2}, Shape(2, 2), "dp=2 and tp=2"),
-        ({"tp": 2, "precision": "bf16"}, Shape(1, 2), "precision=bf16"),
-        ({"tp": 2, "activation_checkpointing": "full"}, Shape(1, 2), "activation_checkpointing=full"),
-    ],
-    ids=str,
-)
-def test_compile_is_refused_where_it_goes_wrong(settings: dict[str, Any], shape: Shape, reason: str) -> None:
-    with pytest.raises(WorkloadError, match=reason):
-        validate(make(compile=True, **settings), shape)
-
-
-@pytest.mark.parametrize(
-    ("settings", "shape"), [({}, Shape(1, 1)), ({"tp": 1}, Shape(2, 2)), ({"tp": 2}, Shape(1, 2))], ids=str
-)
-def test_compile_is_allowed_elsewhere(settings: dict[str, Any], shape: Shape) -> None:
-    validate(make(compile=True, **settings), shape)
-
-
-@pytest.mark.parametrize(
     "settings",
     [
         {"steps": 0},
@@ -190,10 +174,54 @@ def test_the_default_fits_the_shapes_people_have() -> None:
         validate(make(), shape)
 
 
-def test_the_mesh_is_dp_by_tp_with_tp_a_whole_host_by_default() -> None:
-    assert str(ENTRY.mesh_spec(make(), TWO_BY_FOUR)) == "dp 2 x tp 4"
+def test_the_mesh_is_dp_by_tp_and_with_copies_dp_replicate_by_dp_shard_by_tp() -> None:
+    assert str(ENTRY.mesh_spec(make(), TWO_BY_FOUR)) == "dp 8 x tp 1"
     assert str(ENTRY.mesh_spec(make(tp=2), TWO_BY_FOUR)) == "dp 4 x tp 2"
     assert str(mesh(make(tp=1), Shape(1, 1))) == "dp 1 x tp 1"
+    assert str(ENTRY.mesh_spec(make(tp=2, dp_replicate=2), TWO_BY_FOUR)) == "dp_replicate 2 x dp_shard 2 x tp 2"
+
+
+SEVEN = {"model": "7b", "seq_len": 4096, "microbatch_size": 1, "activation_checkpointing": "selective"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "expected"),
+    [
+        # 16 bytes of states for each of 6.7e9 parameters, over 8 ranks, are 13.5 GB each.
+        ({**SEVEN, "global_batch_size": 8}, Shape(1, 8), "dp 8 x tp 1"),
+        # 27 GB over four, and activations: too much for 40 GB at tp=1.
+        ({**SEVEN, "global_batch_size": 8, "gpu_memory_gb": 40}, Shape(1, 4), "dp 2 x tp 2"),
+        # Only 2 samples for 8 GPUs: they must share them, whatever fits.
+        ({"model": "160m", "global_batch_size": 2}, Shape(1, 8), "dp 2 x tp 4"),
+        # 70b does not fit 8 GPUs at all; tp is what it can be at most.
+        ({**SEVEN, "model": "70b", "global_batch_size": 8}, Shape(1, 8), "dp 1 x tp 8"),
+        # 512 ranks would hold 790 KB each of a 7b block, 256 hold 1.6 MB.
+        ({**SEVEN, "global_batch_size": 512}, Shape(64, 8), "dp_replicate 2 x dp_shard 256 x tp 1"),
+        ({**SEVEN, "global_batch_size": 512, "dp_replicate": 1}, Shape(64, 8), "dp 512 x tp 1"),
+        # However small the model, up to 64 ranks share it.
+        ({"global_batch_size": 64}, Shape(8, 8), "dp 64 x tp 1"),
+    ],
+    ids=str,
+)
+def test_tp_and_the_copies_are_chosen_by_memory(settings: dict[str, Any], shape: Shape, expected: str) -> None:
+    assert str(mesh(make(**settings), shape)) == expected
+
+
+def test_what_was_chosen_is_said_and_what_was_given_is_not() -> None:
+    config = make(**SEVEN, global_batch_size=1024)
+    tp, copies, gradients = choices(config, Shape(64, 8))
+    assert tp.startswith("tp=1: the fewest that fit gpu_memory_gb=80 by the estimate of ")
+    assert copies == "dp_replicate=2: sharded over all 512 ranks, each would hold less than 1 MiB of a block"
+    assert gradients == "gradients are reduced after the last pass only"
+    given = make(**SEVEN, global_batch_size=1024, tp=1, dp_replicate=2, reduce_gradients="each_pass")
+    assert choices(given, Shape(64, 8)) == []
+    # 27 GB of whole fp32 gradients do not fit beside the rest.
+    assert not reduces_last_pass_only(make(**SEVEN, gpu_memory_gb=40, global_batch_size=16), mesh(given, Shape(1, 8)))
+
+
+def test_what_is_computed_in_follows_the_device() -> None:
+    assert [precision(make(), device) for device in ("cuda", "cpu")] == ["bf16", "fp32"]
+    assert precision(make(precision="fp32"), "cuda") == "fp32"
 
 
 def test_a_preset_supplies_what_is_not_given() -> None:
@@ -261,7 +289,7 @@ def test_validation_and_preparation_run_without_torch(tmp_path: Path) -> None:
         "print(ENTRY.mesh_spec(config, shape), ENTRY.hook('memory_bytes')(config, shape) > 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "dp 2 x tp 4 True", done.stderr
+    assert done.stdout.strip() == "dp 8 x tp 1 True", done.stderr
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -28,7 +28,7 @@ from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
 from workloads.tp_fsdp_llama2.evaluate import heldout_loss
 from workloads.tp_fsdp_llama2.init import initialize
-from workloads.tp_fsdp_llama2.model import Transformer
+from workloads.tp_fsdp_llama2.model import Output, Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.training.export import export
 
@@ -136,16 +136,60 @@ def test_a_vocabulary_that_tp_does_not_divide(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tp", "mode"),
-    [((1, 1), 1, "none"), ((2, 1), 1, "none"), ((2, 1), 1, "full"), ((1, 2), 2, "none")],
+    ("sizes", "precision", "mode", "bound"),
+    [
+        ((1, 1), "fp32", "none", 1e-5),
+        ((2, 1), "fp32", "full", 1e-5),
+        ((2, 2), "fp64", "none", 1e-10),
+        ((2, 2), "fp64", "selective", 1e-10),
+        ((2, 2), "bf16", "selective", 1e-2),
+    ],
     ids=str,
 )
-def test_compiled_runs_are_the_reference(sizes: tuple[int, int], tp: int, mode: str, tmp_path: Path) -> None:
-    config = make(steps=4, compile=True, tp=tp, microbatch_size=4, activation_checkpointing=mode)
+def test_compiled_runs_are_the_reference(
+    sizes: tuple[int, int], precision: str, mode: str, bound: float, tmp_path: Path
+) -> None:
+    config = make(steps=4, compile=True, precision=precision, activation_checkpointing=mode)
     run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=200)
-    differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 1))
+    same = config if precision == "fp64" else config.model_copy(update={"precision": "fp32"})
+    differences = largest_differences(read_trajectory(tmp_path), train_reference(same, 1))
     print(sizes, differences)
-    assert max(differences.values()) <= 1e-5, differences
+    assert max(differences.values()) <= bound, differences
+
+
+def embedding_gradient(ctx: RunContext, config: Config, with_clone: bool) -> float:
+    """The norm of the embedding's gradient in a compiled model, with what build() does about it or without."""
+    from workloads.tp_fsdp_llama2 import parallelize
+
+    if not with_clone:
+        parallelize._clone = lambda module, inputs, output: output
+    model = build(config, ctx.mesh, ctx.device)
+    model.to_empty(device=ctx.device)
+    initialize(model, config.seed, config.model.n_layers)
+    tokens = torch.arange(66, device=ctx.device).reshape(2, 33)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    gradient = model.tok_embeddings.weight.grad
+    assert gradient is not None
+    return gradient.full_tensor().norm().item()  # type: ignore[attr-defined]
+
+
+def test_torch_still_loses_the_embeddings_gradient_unless_its_output_is_cloned() -> None:
+    """Should this fail, torch has mended it (pytorch/pytorch#179849), and `parallelize._clone` can go."""
+    config = make(precision="fp64", compile=True)
+    with_clone, without = (run_world(embedding_gradient, config, c, sizes=(1, 2))[0] for c in (True, False))
+    assert with_clone > 1e-3
+    assert without == 0.0
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (2, 1, 2)], ids=str)
+def test_copies_of_a_sharded_model_are_the_reference(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    """HSDP, with the gradients of two passes kept whole (the first case) or reduced after each (the second)."""
+    when = "last_pass" if sizes[2] == 1 else "each_pass"
+    config = make(precision="fp64", microbatch_size=1, reduce_gradients=when)
+    run_world(train, config, sizes=sizes, names=("dp_replicate", "dp_shard", "tp"), run_dir=tmp_path)
+    got, expected = read_trajectory(tmp_path), train_reference(config, 2)
+    differences = largest_differences(got, expected)
+    assert max(differences.values()) <= 1e-12, differences
 
 
 # ---- the held-out loss
@@ -198,9 +242,7 @@ def test_exported_weights_give_the_bare_model_the_same_heldout_loss(tmp_path: Pa
     described = json.loads((tmp_path / "export" / "params.json").read_text())
     sizes = {name: described[name] for name in ModelConfig.model_fields if name in described}
     model = Transformer(ModelConfig(**sizes), described["vocab_size"], described["seq_len"], torch.float64)
-    for module in model.modules():
-        if hasattr(module, "reset_rotary"):
-            module.reset_rotary()
+    model.reset_rotary()
     model.load_state_dict(load_file(tmp_path / "export" / "model.safetensors"))
     assert bare_heldout_loss(model, 32, 16) == pytest.approx(result["heldout_loss"], rel=1e-13)
 
@@ -253,14 +295,14 @@ def poison_loss(ctx: RunContext, config: Config) -> str:
     from workloads.tp_fsdp_llama2 import train as module
 
     calls = 0
-    genuine = module.token_loss
+    genuine = Output.forward
 
     def poisoned(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         return genuine(*args) * (math.inf if calls > 1 and ctx.mesh.get_local_rank("dp") == 1 else 1.0)
 
-    module.token_loss = poisoned
+    Output.forward = poisoned  # type: ignore[method-assign]
     try:
         module.run(config, ctx)
     except NonFiniteError as error:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from workloads.tp_fsdp_llama2.config import ModelConfig, parameter_count
+from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.training import metrics
 
 
@@ -14,6 +18,22 @@ def test_a_known_size_has_its_known_cost() -> None:
     flops = metrics.transformer_flops_per_token(parameter_count(model), 32000 * 4096, 32, 32, 128, 4096)
     # 6 x 6.607e9 for the weights that multiply, 12 x 32 x 4096 x 4096 for attention.
     assert flops == pytest.approx(39.64e9 + 6.44e9, rel=1e-3)
+
+
+def test_the_cost_is_what_torch_counts() -> None:
+    """Its counter sees every matrix product of a step; attention by the plain kernel, as others compute scores twice."""
+    config = ModelConfig.model_validate({"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256})
+    seq_len, vocabulary = 64, 500
+    model = Transformer(config, vocabulary, seq_len)
+    initialize(model, 0, config.n_layers)
+    for block in model.layers:
+        block.attention.kernels = [SDPBackend.MATH]  # type: ignore[union-attr]
+    tokens = torch.zeros(2, seq_len, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    parameters = parameter_count(config, vocabulary)
+    ours = metrics.transformer_flops_per_token(parameters, vocabulary * 128, 2, 4, 32, seq_len) * 2 * seq_len
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +45,8 @@ def test_a_known_size_has_its_known_cost() -> None:
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA A10", None),
         ("NVIDIA B200", 2.25e15),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("Something New", None),
