@@ -40,18 +40,23 @@ def linear_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, *,
     Returns:
         A plain scalar in fp32 (fp64 for fp64 inputs), the same on all ranks of that mesh.
     """
-    group, first_row = None, 0
+    group, rows, first_row = None, weight_VD.shape[0], 0
     if isinstance(weight_VD, DTensor):
         assert isinstance(x_BSD, DTensor)
         mesh = weight_VD.device_mesh
         group = mesh.get_group()
         # Shard(0) gives every rank ceil(V / tp) rows, and the last ranks what is left.
-        first_row = -(-weight_VD.shape[0] // mesh.size()) * mesh.get_local_rank()
+        rows = -(-weight_VD.shape[0] // mesh.size())
+        first_row = rows * mesh.get_local_rank()
         # Each rank computes what its rows contribute to x's gradient: a partial sum.
         x_BSD, weight_VD = x_BSD.to_local(grad_placements=[Partial()]), weight_VD.to_local()
     x_ND, labels_N = x_BSD.flatten(0, 1), labels_BS.flatten()
     with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    loss: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, first_row, group, with_gradient, compiled)
+    # From `rows` and not from what this rank has of them: the ranks must come to the same chunks.
+    chunks = _chunks(len(x_ND), rows, x_ND.device.type)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        x_ND, weight_VD, labels_N, first_row, group, chunks, with_gradient, compiled
+    )
     return loss
 
 
@@ -64,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         first_row: int,
         group: dist.ProcessGroup | None,
+        chunks: list[tuple[int, int]],
         with_gradient: bool,
         compiled: bool,
     ) -> Tensor:
@@ -73,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=x_ND.device)
         if with_gradient:
             x_gradient_ND, weight_gradient_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD, dtype=dtype)
-        for begin, end in _chunks(len(x_ND), len(weight_VD), x_ND.device.type):
+        for begin, end in chunks:
             x_CD, labels_C = x_ND[begin:end], labels_N[begin:end]
             rows_C = labels_C - first_row
             logits_CV = x_CD @ weight_VD.T
@@ -98,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_gradient_ND, weight_gradient_VD = ctx.saved_tensors
         return (
             *(x_gradient_ND * upstream.to(x_gradient_ND.dtype), weight_gradient_VD * upstream.to(x_gradient_ND.dtype)),
-            *(None, None, None, None, None),
+            *(None, None, None, None, None, None),
         )
 
 

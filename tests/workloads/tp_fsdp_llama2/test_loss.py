@@ -16,8 +16,8 @@ TOKENS, WIDTH, VOCABULARY = (3, 7), 8, 13
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x_BSD = torch.randn(*TOKENS, WIDTH, dtype=dtype, generator=generator)
-    weight_VD = torch.randn(VOCABULARY, WIDTH, dtype=dtype, generator=generator)
+    x_BSD = torch.randn(*TOKENS, WIDTH, generator=generator).to(dtype)
+    weight_VD = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
     labels_BS = torch.randint(0, VOCABULARY, TOKENS, generator=generator)
     labels_BS[1, 2:5] = loss.IGNORED
     return x_BSD, weight_VD, labels_BS

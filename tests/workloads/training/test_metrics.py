@@ -21,7 +21,7 @@ def test_a_known_size_has_its_known_cost() -> None:
 
 
 def test_the_cost_is_what_torch_counts() -> None:
-    """Its counter sees every matrix product of a step; attention by the plain kernel, as others compute scores twice."""
+    """Its counter sees every matrix product; attention by the plain kernel, as the others compute scores twice."""
     config = ModelConfig.model_validate({"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 256})
     seq_len, vocabulary = 64, 500
     model = Transformer(config, vocabulary, seq_len)
