@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from workloads.base import WorkloadError
 from workloads.tp_fsdp_llama2.config import Config, precision, vocab_size
 from workloads.tp_fsdp_llama2.model import DETERMINISTIC_ATTENTION, Transformer
 from workloads.training.data_parallel import data_parallel_mesh
@@ -52,7 +53,9 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
     if config.activation_checkpointing != "none":
         _apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
-        _apply_compile(model, mesh["tp"], config.async_tp)
+        _apply_compile(model, mesh["tp"])
+    if config.async_tp:
+        _enable_async_tensor_parallel(mesh["tp"], device)
     # Over a dp of 1 too: it is then what casts to bf16, and nothing needs a case of its own.
     _apply_fsdp(model, data_parallel_mesh(mesh), precision(config, device.type), config.reshard_after_forward)
     return model
@@ -110,20 +113,26 @@ class VocabularyParallel(ParallelStyle):
         return (x_BSD.redistribute(placements=[Replicate()]), *inputs[1:])
 
 
-def _apply_compile(model: Transformer, tp_mesh: DeviceMesh, async_tp: bool) -> None:
+def _apply_compile(model: Transformer, tp_mesh: DeviceMesh) -> None:
     """Compiles each block: one graph for all of them, and FSDP2's gathers stay between the graphs."""
     if tp_mesh.size() > 1:
         # The lookup returns a tensor whose reduction may still be under way; a compiled block would wait for it outside
         # of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849).
         model.tok_embeddings.register_forward_hook(_clone)
-    if async_tp:
-        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-        torch._inductor.config._micro_pipeline_tp = True
-        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
     for block in model.layers:
         block.compile()
     model.output.compiled_loss = True
+
+
+def _enable_async_tensor_parallel(tp_mesh: DeviceMesh, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise WorkloadError(
+            f"async_tp=true on a {device.type.upper()}: symmetric memory is of GPUs; leave async_tp out"
+        )
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
 def _clone(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

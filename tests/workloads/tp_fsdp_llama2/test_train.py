@@ -157,6 +157,11 @@ def test_compiled_runs_are_the_reference(
     assert max(differences.values()) <= bound, differences
 
 
+def test_async_tp_is_refused_on_a_cpu() -> None:
+    with pytest.raises(WorldFailed, match="WorkloadError: async_tp=true on a CPU: .*leave async_tp out"):
+        run_world(train, make(async_tp=True, compile=True), sizes=(1, 2))
+
+
 def embedding_gradient(ctx: RunContext, config: Config, with_clone: bool) -> float:
     """The norm of the embedding's gradient in a compiled model, with what build() does about it or without."""
     from workloads.tp_fsdp_llama2 import parallelize
