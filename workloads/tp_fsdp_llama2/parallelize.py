@@ -53,7 +53,7 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
     if config.activation_checkpointing != "none":
         _apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
-        _apply_compile(model, mesh["tp"])
+        _apply_compile(model)
     if config.async_tp:
         _enable_async_tensor_parallel(mesh["tp"], device)
     # Over a dp of 1 too: it is then what casts to bf16, and nothing needs a case of its own.
@@ -71,6 +71,10 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
             "output": VocabularyParallel(),
         },
     )
+    # The lookup returns a view of a tensor whose reduction may still be under way. A compiled block would wait for it
+    # outside of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849); FSDP2 warns
+    # of the view on every rank.
+    model.tok_embeddings.register_forward_hook(_clone)
     for block in model.layers:
         parallelize_module(
             block,
@@ -113,12 +117,8 @@ class VocabularyParallel(ParallelStyle):
         return (x_BSD.redistribute(placements=[Replicate()]), *inputs[1:])
 
 
-def _apply_compile(model: Transformer, tp_mesh: DeviceMesh) -> None:
+def _apply_compile(model: Transformer) -> None:
     """Compiles each block: one graph for all of them, and FSDP2's gathers stay between the graphs."""
-    if tp_mesh.size() > 1:
-        # The lookup returns a tensor whose reduction may still be under way; a compiled block would wait for it outside
-        # of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849).
-        model.tok_embeddings.register_forward_hook(_clone)
     for block in model.layers:
         block.compile()
     model.output.compiled_loss = True

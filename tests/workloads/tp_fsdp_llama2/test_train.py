@@ -24,7 +24,7 @@ from tests.workloads.tp_fsdp_llama2.reference import (
 )
 from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import NonFiniteError, RunContext
-from workloads.tp_fsdp_llama2 import data
+from workloads.tp_fsdp_llama2 import data, loss
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
 from workloads.tp_fsdp_llama2.evaluate import heldout_loss
 from workloads.tp_fsdp_llama2.init import initialize
@@ -137,28 +137,43 @@ def test_a_vocabulary_that_tp_does_not_divide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "precision", "mode", "bound"),
-    [
-        ((1, 1), "fp32", "none", 1e-5),
-        ((2, 1), "fp32", "full", 1e-5),
-        ((2, 2), "fp64", "none", 1e-10),
-        ((2, 2), "fp64", "selective", 1e-10),
-        ((2, 2), "bf16", "selective", 1e-2),
-    ],
+    [((1, 1), "fp32", "none", 1e-5), ((2, 2), "bf16", "selective", 1e-2)],
     ids=str,
 )
 def test_compiled_runs_are_the_reference(
     sizes: tuple[int, int], precision: str, mode: str, bound: float, tmp_path: Path
 ) -> None:
     config = make(steps=4, compile=True, precision=precision, activation_checkpointing=mode)
-    run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=200)
-    same = config if precision == "fp64" else config.model_copy(update={"precision": "fp32"})
-    differences = largest_differences(read_trajectory(tmp_path), train_reference(same, 1))
+    run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=280)
+    reference = train_reference(config.model_copy(update={"precision": "fp32"}), 1)
+    differences = largest_differences(read_trajectory(tmp_path), reference)
     print(sizes, differences)
     assert max(differences.values()) <= bound, differences
 
 
+def without_code_generation() -> None:
+    """Blocks are traced, differentiated and partitioned as ever, then run by torch's own kernels: quick, and exact."""
+    genuine = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: genuine(module, backend="aot_eager")  # type: ignore[method-assign]
+    loss._compiled = lambda function: function  # type: ignore[assignment]
+
+
+def train_traced(ctx: RunContext, config: Config) -> dict[str, Any]:
+    without_code_generation()
+    return train(ctx, config)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_traced_runs_with_tensor_parallelism_are_the_reference_to_1e_12(mode: str, tmp_path: Path) -> None:
+    config = make(steps=4, compile=True, precision="fp64", activation_checkpointing=mode, microbatch_size=2)
+    run_world(train_traced, config, sizes=(2, 2), run_dir=tmp_path)
+    differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 2))
+    print(differences)
+    assert max(differences.values()) <= 1e-12, differences
+
+
 def test_async_tp_is_refused_on_a_cpu() -> None:
-    with pytest.raises(WorldFailed, match="WorkloadError: async_tp=true on a CPU: .*leave async_tp out"):
+    with pytest.raises(WorldFailed, match=r"WorkloadError: async_tp=true on a CPU: .*leave async_tp out"):
         run_world(train, make(async_tp=True, compile=True), sizes=(1, 2))
 
 
@@ -166,6 +181,7 @@ def embedding_gradient(ctx: RunContext, config: Config, with_clone: bool) -> flo
     """The norm of the embedding's gradient in a compiled model, with what build() does about it or without."""
     from workloads.tp_fsdp_llama2 import parallelize
 
+    without_code_generation()
     if not with_clone:
         parallelize._clone = lambda module, inputs, output: output
     model = build(config, ctx.mesh, ctx.device)
