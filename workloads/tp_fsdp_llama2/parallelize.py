@@ -72,8 +72,8 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
         },
     )
     # The lookup returns a view of a tensor whose reduction may still be under way. A compiled block would wait for it
-    # outside of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849); FSDP2 warns
-    # of the view on every rank.
+    # outside of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849); and FSDP2
+    # warns of views, on every rank.
     model.tok_embeddings.register_forward_hook(_clone)
     for block in model.layers:
         parallelize_module(

@@ -45,7 +45,6 @@ from workloads.training.metrics import (
     transformer_flops_per_token,
 )
 from workloads.training.optimizer import adamw, warmup_cosine, without_decay_of_vectors
-from workloads.training.precision import parameter_dtype
 from workloads.training.prefetch import Prefetcher
 
 log = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
     return data.open_corpus(config, ctx.paths.data_dir)
 
 
-def _initialize(config: Config, model: nn.Module, ctx: RunContext) -> None:
+def _initialize(config: Config, model: Transformer, ctx: RunContext) -> None:
     weights = None if config.init_from is None else Weights(config)
     if weights is not None and ctx.rank == 0:
         log.info("%s", weights)
@@ -316,7 +315,7 @@ def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-    dtype = str(parameter_dtype(config.precision)).removeprefix("torch.")
+    dtype = "float64" if config.precision == "fp64" else "float32"
     beside["config.json"] = llama_config(config.model, vocab_size(config), config.seq_len, dtype)
     head_dim = config.model.dim // config.model.n_heads
 
