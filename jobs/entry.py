@@ -60,19 +60,28 @@ def main() -> None:
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
         _await_pickle(Path(sys.argv[1]) / f"{os.getpid()}_submitted.pkl")
-    from submitit.core.submission import submitit_main
+        from submitit.core.submission import submitit_main
 
-    # That a pickle was read is nobody's news; a rank's log begins with the rank.
-    logging.getLogger("submitit").setLevel(logging.WARNING)
-    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        logging.getLogger("submitit").setLevel(logging.WARNING)  # that a pickle was read is nobody's news
         submitit_main()
         return
     try:
-        submitit_main()
+        _rank_of_slurm(Path(sys.argv[1]) / f"{os.environ['SLURM_JOB_ID']}_submitted.pkl")
     except BaseException as error:
         from jobs.processes import leave_failed
 
         leave_failed(error)
+
+
+def _rank_of_slurm(pickle: Path) -> None:
+    """Runs the pickled job as submitit's own main would, but leaves no pickle of the result.
+
+    Nobody reads them: rank 0 writes result.json, and 8,192 ranks would each make and rename a file at one moment.
+    """
+    _await_pickle(pickle, 60)
+    from submitit.core.utils import DelayedSubmission
+
+    DelayedSubmission.load(pickle).result()
 
 
 def _ended(*arguments: str) -> None:
@@ -87,15 +96,18 @@ def _ended(*arguments: str) -> None:
 
 
 def _await_pickle(path: Path, at_most_s: float = 30.0) -> None:
-    """submitit names the pickle by this process, so it comes after it; if the owner is gone, it never will."""
+    """submitit names the pickle by the job, so it may come after it; if the owner is gone, it never will."""
+    from jobs.processes import look_again_in_s
+
+    began = time.monotonic()
     owner = int(os.environ.get("MESHRUN_OWNER_FD", "-1"))
-    deadline = time.monotonic() + at_most_s
     while not path.exists():
         if owner >= 0 and select.select([owner], [], [], 0)[0]:
             sys.exit("the command line that started this job is gone")
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > at_most_s:
             sys.exit(f"the job's pickle did not come within {at_most_s:g} s: {path}")
-        time.sleep(0.005)
+        time.sleep(look_again_in_s(waited))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,12 @@ from jobs.spec import JobSpec
 from jobs.topology import Placement, RankInfo, mesh_table
 from workloads import registry
 from workloads.base import RunContext, Shape, to_json
+from workloads.errors import spoken_for
 
 log = logging.getLogger(__name__)
+
+SPOKEN_FOR_S = 5.0
+"""Seconds that a rank whose failure another rank records waits to be ended; then it leaves a record of its own, too."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         BaseException: whatever ended the rank, after leaving a record of it in the run directory.
     """
     info = RankInfo.from_env(env, processes.ancestry())
-    attempt = RunDirectory(spec.run_dir).attempt(info.attempt).make()
+    attempt = RunDirectory(spec.run_dir).attempt(info.attempt)
     _configure_logging(f"rank {info.rank}/{info.world_size} {info.host}")
     faulthandler.enable()
     if info.launcher == "slurm":
@@ -74,11 +78,17 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         try:
             processes.allow_open_files(info.world_size, info.host)
             if info.rank == 0:
+                attempt.make()  # the others write there when they have met rank 0, or have failed
                 RunDirectory(spec.run_dir).begin(info.attempt)
             return _run(spec, info, attempt, env, at_end)
         except BaseException as error:
+            failed = time.time()
+            if getattr(error, "is_spoken_for", False):
+                log.error("%s; another rank records it, and the launcher ends this one with that", error)
+                time.sleep(SPOKEN_FOR_S)
+            attempt.make()
             path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
-            failure = blame.failure_of(error, info.rank, info.host, time.time(), str(path) if path.exists() else "")
+            failure = blame.failure_of(error, info.rank, info.host, failed, str(path) if path.exists() else "")
             write_json(attempt.failure(info.rank), failure.to_json())
             log.error(blame.ENDS + "%s", failure.message)
             raise
@@ -145,7 +155,7 @@ def _run(
             at_end.callback(profiling.attach(spec.profile, context, attempt).close)
         result = run(config, context)
 
-        attempt.done(info.rank).touch()
+        attempt.done(info.rank).write_bytes(b"")  # one call, where touch would be two
         meeting.finish(spec.collective_timeout_s)
         if placement.rank != 0:
             return None
@@ -174,10 +184,11 @@ def _check_shape(spec: JobSpec, placement: Placement) -> None:
     """Raises where an option that slipped by has changed how many ranks there are, or hosts."""
     asked, found = spec.resources.shape, Shape(placement.nodes, placement.local_world_size)
     if asked != found:
-        raise TopologyError(
+        error = TopologyError(
             f"the job is for {asked} ranks (hosts x ranks on each), and {found} were started; look for options of "
             "sbatch or srun that say how many tasks there are"
         )
+        raise spoken_for(error, 0, placement.rank)
 
 
 def _log_warnings() -> None:

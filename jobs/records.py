@@ -233,7 +233,7 @@ class Attempt:
     number: int
 
     def make(self) -> Attempt:
-        """Makes the folders; every rank may call it."""
+        """Makes the folders: for rank 0, and for whoever has something to leave there before it has met rank 0."""
         for folder in (self.path, self.path / "failures", self.path / "done", self.path / "heartbeats"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self

@@ -39,6 +39,7 @@ from jobs.errors import MeshrunError, RendezvousError, TopologyError, Unreachabl
 from jobs.processes import look_again_in_s
 from jobs.records import read_json, write_json
 from jobs.topology import Placement, RankInfo, Seat, number_by_host, place, seat_table
+from workloads.errors import spoken_for
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ def join(
         raise RendezvousError(f"rank 0{_on_host(info)} went away during rendezvous") from error
     if "error" in answer:
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
-        raise kind(answer["error"])
+        # Who meets in vain stays a victim until it ends; hosts that cannot make a mesh are a failure like any other.
+        raise spoken_for(kind(answer["error"]), 0, info.rank) if kind is TopologyError else kind(answer["error"])
     return Rendezvous(place(_seats(answer), info.rank), store, address)
 
 

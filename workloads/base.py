@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from workloads.errors import NonFiniteError as NonFiniteError
 from workloads.errors import SupersededError as SupersededError
 from workloads.errors import WorkloadError as WorkloadError
+from workloads.errors import spoken_for
 from workloads.metric import PerSecond, Reduced
 from workloads.metric import largest as largest
 from workloads.metric import mean as mean
@@ -385,10 +386,11 @@ class RunContext:
             if bad:
                 where = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in bad[:8])
                 more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-                raise NonFiniteError(
+                error = NonFiniteError(
                     f"step {metrics.get('step', '?')}: {name} is {by_rank[bad[0]][column]} on {where}{more}; "
                     "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
                 )
+                raise spoken_for(error, bad[0], self.rank)
         step = metrics.get("step")
         for hook in self.step_hooks:
             hook(step if isinstance(step, int) else self._steps_ended)

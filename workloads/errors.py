@@ -10,6 +10,21 @@ class WorkloadError(Exception):
     """
 
 
+def spoken_for(error: Exception, speaker: int, rank: int) -> Exception:
+    """Marks an error that every rank raises alike, so that one of them, `speaker`, records it for all.
+
+    Thousands of ranks would otherwise write the same file at the same moment.
+
+    Args:
+        error: this rank's.
+        speaker: the rank that it is about, or the lowest of them.
+        rank: this one.
+    """
+    if rank != speaker:
+        error.is_spoken_for = True  # type: ignore[attr-defined]
+    return error
+
+
 class NonFiniteError(RuntimeError):
     """A metric that had to be finite was not; the message names the metric, the step, the ranks and their hosts."""
 
