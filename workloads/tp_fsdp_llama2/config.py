@@ -71,6 +71,11 @@ class DataConfig(WorkloadConfig):
     """Token of `tokenizer`, such as <s>, to put before each document. A document is a file. None: nothing."""
     eos_token: str | None = None
     """Token of `tokenizer`, such as </s>, to put after each document. None: nothing."""
+    document_mask: bool = False
+    """Attention stays within a document, where a sample holds parts of several. A document ends with `eos_token`; in
+    token files, with `eos_id`."""
+    eos_id: int | None = Field(default=None, ge=0)
+    """The id that ends a document in token files, for `document_mask`."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
     """Integer type of the ids in `.bin` files, which have no header."""
     holdout_fraction: float = Field(default=0.05, gt=0, lt=1)

@@ -442,6 +442,7 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
             "data.tokenizer out"
         )
     _validate_document_tokens(data)
+    _validate_document_mask(data, text, vocab_size)
     # A text's size needs no numpy, whose import would take longer than all else that a dry run does.
     parts = [] if text else _token_parts(data)
     tokens = _text_bytes(data) if text else sum(len(part.array) for part in parts)
@@ -468,6 +469,31 @@ def _validate_document_tokens(data: DataConfig) -> None:
             raise WorkloadError(
                 f"data.{name}={token} is not a token of data.tokenizer={data.tokenizer}: {known}; use one of its tokens"
             )
+
+
+def _validate_document_mask(data: DataConfig, text: bool, vocab_size: int) -> None:
+    if data.eos_id is not None and (text or not data.document_mask):
+        why = "with text, whose documents end with data.eos_token" if text else "without data.document_mask=true"
+        raise WorkloadError(f"data.eos_id={data.eos_id} {why}: leave data.eos_id out")
+    if data.eos_id is not None and data.eos_id >= vocab_size:
+        raise WorkloadError(
+            f"data.eos_id={data.eos_id} is not in 0 .. {vocab_size - 1}: give the id that ends a document, or raise "
+            "model.vocab_size"
+        )
+    if data.document_mask and data.eos_id is None and data.eos_token is None:
+        needed = (
+            "data.eos_id" if not text else "data.eos_token" if data.tokenizer else "data.tokenizer and data.eos_token"
+        )
+        raise WorkloadError(f"data.document_mask=true without a token that ends a document: give {needed}")
+
+
+def document_end(data: DataConfig) -> int | None:
+    """The id of the token that ends a document, if attention is to stay within one."""
+    if not data.document_mask:
+        return None
+    if data.tokenizer is None:
+        return data.eos_id
+    return _load_tokenizer(data.tokenizer).token_to_id(data.eos_token)
 
 
 def check_length(tokens: int, data: DataConfig, seq_len: int, global_batch_size: int, unit: str) -> None:

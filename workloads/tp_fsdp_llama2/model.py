@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from workloads.tp_fsdp_llama2.config import ModelConfig
 from workloads.tp_fsdp_llama2.loss import linear_cross_entropy
@@ -27,6 +28,31 @@ ATTENTION = [
 fp32 goes to the third, fp64 to the last."""
 DETERMINISTIC_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 """Those that have a backward pass of the same bits each time."""
+
+
+# Uncompiled, it would write out all the scores.
+_flex_attention = torch.compile(flex_attention)
+_create_block_mask = torch.compile(create_block_mask)
+
+
+def document_mask(tokens_BS: Tensor, eos_id: int, *, dense: bool) -> Tensor | BlockMask:
+    """Which positions see which: each sees its own document up to itself. An eos_id is its document's last token.
+
+    Args:
+        dense: for scaled_dot_product_attention, of shape (B, 1, S, S), true where a query sees a key. Otherwise it is
+            for flex_attention, which skips the blocks in which nothing is seen.
+    """
+    ended_BS = (tokens_BS == eos_id).int()
+    document_BS = ended_BS.cumsum(1, dtype=torch.int32) - ended_BS
+    samples, seq_len = tokens_BS.shape
+    if dense:
+        same_BSS = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
+        return same_BSS.tril().unsqueeze(1)
+
+    def sees(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (document_BS[sample, key] == document_BS[sample, query])
+
+    return _create_block_mask(sees, samples, None, seq_len, seq_len, device=tokens_BS.device)
 
 
 class Attention(nn.Module):
@@ -60,19 +86,20 @@ class Attention(nn.Module):
         turned = torch.stack((even * cos_S1E2 - odd * sin_S1E2, even * sin_S1E2 + odd * cos_S1E2), dim=-1)
         return turned.flatten(-2).to(x_BSHE.dtype)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         q_BSHE = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))
         k_BSKE = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
         v_BSKE = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSHE, k_BSKE = self._rotate(q_BSHE), self._rotate(k_BSKE)
-        with sdpa_kernel(self.kernels, set_priority=True):
-            y_BHSE = F.scaled_dot_product_attention(
-                q_BSHE.transpose(1, 2),
-                k_BSKE.transpose(1, 2),
-                v_BSKE.transpose(1, 2),
-                is_causal=True,
-                enable_gqa=self.queries_per_kv > 1,
-            )
+        heads_first = (q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2))
+        enable_gqa = self.queries_per_kv > 1
+        if isinstance(mask, BlockMask):
+            y_BHSE = _flex_attention(*heads_first, block_mask=mask, enable_gqa=enable_gqa)
+        else:
+            with sdpa_kernel(self.kernels, set_priority=True):
+                y_BHSE = F.scaled_dot_product_attention(
+                    *heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=enable_gqa
+                )
         return self.wo(y_BHSE.transpose(1, 2).flatten(2))
 
 
@@ -99,8 +126,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps, dtype=dtype)
         self.feed_forward = FeedForward(config, dtype)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+    def forward(self, x_BSD: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        # By name, as the tensor-parallel plan lays out what is passed by position.
+        h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask=mask)
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
 
@@ -123,10 +151,21 @@ class Transformer(nn.Module):
         vocab_size: rows of the embedding and of the output.
         seq_len: the most positions a sample may have; sizes the rotary tables.
         dtype: of the parameters and the rotary tables.
+        eos_id: the token after which a new document begins; attention then stays within a document. Positions count on
+            through a sample: the rotary embedding knows distances only. None: a sample is one document.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        seq_len: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        eos_id: int | None = None,
+    ) -> None:
         super().__init__()
+        self.eos_id = eos_id
         self.rope_theta = config.rope_theta
         self.tok_embeddings = nn.Embedding(vocab_size, config.dim, dtype=dtype)
         self.layers = nn.ModuleList(TransformerBlock(config, seq_len, dtype) for _ in range(config.n_layers))
@@ -157,6 +196,11 @@ class Transformer(nn.Module):
             fp32: the logits then never exist at once.
         """
         x_BSD = self.tok_embeddings(tokens_BS)
+        mask = None
+        if self.eos_id is not None:
+            # flex_attention's kernels are for 16-bit types on GPUs; fp32 and fp64 are for comparisons.
+            dense = tokens_BS.device.type != "cuda" or x_BSD.dtype.itemsize > 2
+            mask = document_mask(tokens_BS, self.eos_id, dense=dense)
         for layer in self.layers:
-            x_BSD = layer(x_BSD)
+            x_BSD = layer(x_BSD, mask=mask)
         return self.output(self.norm(x_BSD), labels_BS)

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from workloads.base import WorkloadError
 from workloads.tp_fsdp_llama2.config import Config, precision, vocab_size
+from workloads.tp_fsdp_llama2.data import document_end
 from workloads.tp_fsdp_llama2.model import DETERMINISTIC_ATTENTION, Transformer
 from workloads.training.data_parallel import data_parallel_mesh
 from workloads.training.precision import mixed_precision, parameter_dtype
@@ -43,7 +44,7 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
     """
     dtype = parameter_dtype(precision(config, device.type))
     with torch.device("meta"):
-        model = Transformer(config.model, vocab_size(config), config.seq_len, dtype)
+        model = Transformer(config.model, vocab_size(config), config.seq_len, dtype, eos_id=document_end(config.data))
     if config.deterministic:
         for block in model.layers:
             block.attention.kernels = DETERMINISTIC_ATTENTION  # type: ignore[union-attr]

@@ -37,7 +37,7 @@ class Trajectory:
 
 def bare_model(config: Config) -> Transformer:
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    model = Transformer(config.model, vocab_size(config), config.seq_len, dtype)
+    model = Transformer(config.model, vocab_size(config), config.seq_len, dtype, eos_id=data.document_end(config.data))
     initialize(model, config.seed, config.model.n_layers, None if config.init_from is None else Weights(config))
     return model
 

@@ -12,7 +12,7 @@ import pytest
 
 from workloads.base import WorkloadError
 from workloads.tp_fsdp_llama2 import data
-from workloads.tp_fsdp_llama2.config import Config, vocab_size
+from workloads.tp_fsdp_llama2.config import Config, DataConfig, vocab_size
 from workloads.tp_fsdp_llama2.data import SampleOrder, TrainingSamples, open_corpus, prepare, split
 
 NOWHERE = Path("nowhere")
@@ -305,6 +305,34 @@ def test_a_document_token_that_the_tokenizer_does_not_have_is_refused(
     tokenizer.save(tokenized.data.tokenizer)
     with pytest.raises(WorkloadError, match=message):
         data.validate(tokenized.data.model_copy(update=changes), 64, 4, 501)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"document_mask": True}, "document_mask=true without a token .*give data.tokenizer and data.eos_token"),
+        ({"document_mask": True, "path": "ids.npy"}, "document_mask=true without a token .*give data.eos_id"),
+        ({"document_mask": True, "path": "ids.npy", "eos_id": 300}, r"data.eos_id=300 is not in 0 .. 299"),
+        ({"eos_id": 3, "path": "ids.npy"}, "data.eos_id=3 without data.document_mask=true: leave data.eos_id out"),
+        ({"eos_id": 3, "document_mask": True}, "data.eos_id=3 with text, whose documents end with data.eos_token"),
+    ],
+)
+def test_documents_whose_ends_cannot_be_known_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.zeros(10_000, dtype=np.uint16))
+    with pytest.raises(WorkloadError, match=message):
+        data.validate(make(data=settings).data, 64, 4, 300)
+
+
+def test_the_end_of_a_document_is_the_tokenizers_eos_or_the_files(tokenized: Config) -> None:
+    text = tokenized.data.model_copy(update={"eos_token": "a"})
+    tokenizer = data._load_tokenizer(str(text.tokenizer))
+    assert data.document_end(text) is None
+    assert data.document_end(text.model_copy(update={"document_mask": True})) == tokenizer.token_to_id("a") is not None
+    ids = DataConfig(path="ids.npy", eos_id=0, document_mask=True)
+    assert data.document_end(ids) == 0
 
 
 def test_truncation_and_padding_are_switched_off_and_said(

@@ -22,8 +22,9 @@ from tests.workloads.tp_fsdp_llama2.reference import (
 )
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext, Shape
-from workloads.tp_fsdp_llama2.config import Config, memory_bytes, parameter_count
+from workloads.tp_fsdp_llama2.config import Config, ModelConfig, memory_bytes, parameter_count
 from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
 
 pytestmark = [
@@ -177,3 +178,28 @@ def test_the_line_from_the_shell_uses_the_gpu(tmp_path: Path) -> None:
     assert record["device"].startswith("GPU 0 of "), record["device"]
     assert "nccl" in done.stderr
     assert [row["step"] for row in read_metrics(Path(record["run_dir"]))] == [1, 2, 3, 4, 5]
+
+
+def test_attention_within_documents_in_bf16_is_the_mask_written_out_in_fp32() -> None:
+    """The first is flex_attention, which skips the blocks between documents; its weights and tokens are the same."""
+    config = ModelConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=512, vocab_size=100)
+    model = Transformer(config, 100, 1024, torch.float32, eos_id=99).cuda()
+    initialize(model, 0, 2)
+    tokens = torch.randint(100, (4, 1024), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def logits_and_gradient(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        model.to(dtype).zero_grad()
+        logits = model(tokens)
+        logits.float().square().mean().backward()
+        return logits.detach().float(), model.layers[0].attention.wk.weight.grad.float()
+
+    def differences(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> list[float]:
+        norm = torch.linalg.vector_norm
+        return [(norm(x - y) / norm(y)).item() for x, y in zip(a, b, strict=True)]
+
+    exact = logits_and_gradient(torch.float32)
+    close = differences(logits_and_gradient(torch.bfloat16), exact)
+    model.eos_id = None
+    other = differences(logits_and_gradient(torch.bfloat16), exact)
+    print(close, other)
+    assert max(close) < 5e-2 < min(other), (close, other)

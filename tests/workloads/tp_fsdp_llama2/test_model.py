@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.workloads.tp_fsdp_llama2.reference import bare_model
-from workloads.tp_fsdp_llama2.config import Config
-from workloads.tp_fsdp_llama2.model import Attention
+from workloads.tp_fsdp_llama2 import model as model_module
+from workloads.tp_fsdp_llama2.config import Config, ModelConfig
+from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.model import Attention, Transformer, document_mask
 from workloads.tp_fsdp_llama2.parallelize import _apply_activation_checkpointing
 
 
@@ -109,3 +112,54 @@ def test_checkpointing_computes_again_what_it_says(mode: str, recomputed_per_blo
     assert forward.count == products
     # Each product has two in the backward pass, for its input and for its weight.
     assert backward.count == pytest.approx(2 * products + 2 * recomputed_per_block, abs=0)
+
+
+# ---- documents
+
+
+def packed_and_alone(model: Transformer, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of two samples of several documents each, and of the documents one by one, in the same order."""
+    eos = model.eos_id
+    assert eos is not None
+    generator = torch.Generator().manual_seed(0)
+    samples, alone = [], []
+    # The first sample is cut in the middle of its last document. The second has empty ones.
+    for ends in ([4, 5, 11], [0, 1, 7, 15]):
+        tokens = torch.randint(eos, (16,), generator=generator)
+        tokens[ends] = eos
+        samples.append(tokens.to(device))
+        documents = torch.tensor_split(samples[-1], [end + 1 for end in ends])
+        alone += [model(document.unsqueeze(0)) for document in documents if len(document)]
+    return model(torch.stack(samples)).flatten(0, 1), torch.cat(alone, dim=1)[0]
+
+
+def test_packed_documents_are_computed_as_each_alone() -> None:
+    config = ModelConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, ffn_dim=96, vocab_size=12)
+    model = Transformer(config, 12, 16, torch.float64, eos_id=11)
+    initialize(model, 0, 2)
+    with torch.no_grad():
+        packed, alone = packed_and_alone(model)
+        assert (packed - alone).abs().max() <= 1e-12 * alone.abs().max()
+        # The first document of each sample sees nothing else in any case; the others do, without the mask.
+        eos, model.eos_id = model.eos_id, None
+        tokens = torch.tensor([[1, 2, eos, 3, 4]])
+        unmasked = model(tokens)[0]
+        model.eos_id = eos
+        masked = model(tokens)[0]
+    assert torch.allclose(unmasked[:3], masked[:3], rtol=1e-12, atol=0)
+    assert ((unmasked[3:] - masked[3:]).abs().amax(1) > 1e-6).all()
+
+
+def test_the_mask_for_gpus_is_the_one_that_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, uncompiled, which has the same meaning; the compiled kernel is compared on a GPU."""
+    monkeypatch.setattr(model_module, "_flex_attention", flex_attention)
+    monkeypatch.setattr(model_module, "_create_block_mask", create_block_mask)
+    config = ModelConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=12)
+    model = Transformer(config, 12, 300, torch.float64, eos_id=11)
+    initialize(model, 0, 1)
+    attention = model.layers[0].attention
+    tokens = torch.randint(12, (2, 300), generator=torch.Generator().manual_seed(0))
+    x_BSD = torch.randn(2, 300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        blocks, dense = (attention(x_BSD, mask=document_mask(tokens, 11, dense=dense)) for dense in (False, True))
+    assert (blocks - dense).abs().max() <= 1e-12 * dense.abs().max()

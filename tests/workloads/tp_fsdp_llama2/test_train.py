@@ -213,6 +213,18 @@ def test_copies_of_a_sharded_model_are_the_reference(sizes: tuple[int, int, int]
     assert max(differences.values()) <= 1e-12, differences
 
 
+def test_attention_stays_within_documents_on_a_mesh(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(20, size=3000, dtype=np.uint16))
+    documents = {"path": str(tmp_path / "ids.npy"), "document_mask": True, "eos_id": 7}
+    model = {**make().model.model_dump(), "vocab_size": 20}
+    config = make(model=model, data=documents, precision="fp64", steps=4, activation_checkpointing="full")
+    run_world(train, config, sizes=(2, 2), run_dir=tmp_path)
+    differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 1))
+    assert max(differences.values()) <= 1e-12, differences
+    unmasked = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": False})})
+    assert largest_differences(read_trajectory(tmp_path), train_reference(unmasked, 1))["loss"] > 1e-6
+
+
 # ---- the held-out loss
 
 
