@@ -19,8 +19,8 @@ class DeviceChoice:
 
     @property
     def backend(self) -> str:
-        """For init_process_group. gloo is there for CPU tensors in any case: metrics travel on it."""
-        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        """Of the default process group."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
 
 
 def choose_device(info: RankInfo) -> DeviceChoice:

@@ -124,7 +124,7 @@ def _run(
     log.info("local rank %d on %s; the scheduler's number is %d", placement.local_rank, info.host, info.rank)
     if choice.device.type == "cuda":
         torch.cuda.set_device(choice.device)
-    rendezvous.init_process_group(meeting, choice.device, choice.backend, spec.collective_timeout_s)
+    cpu_group = rendezvous.init_process_group(meeting, choice.device, choice.backend, spec.collective_timeout_s)
     try:
         shape = Shape(placement.nodes, placement.local_world_size)
         mesh_spec = entry.mesh_spec(config, shape)
@@ -148,12 +148,15 @@ def _run(
             mesh=device_mesh,
             paths=RunDirectory(spec.run_dir).paths(info.attempt, info.rank),
             attempt=info.attempt,
+            cpu_group=cpu_group,
         )
         run = entry.hook("run")
         assert run is not None
         if spec.profile is not None and placement.rank in spec.profile.ranks:
             at_end.callback(profiling.attach(spec.profile, context, attempt).close)
-        result = run(config, context)
+        with contextlib.closing(context):
+            result = run(config, context)
+            context.settle()
 
         attempt.done(info.rank).write_bytes(b"")  # one call, where touch would be two
         meeting.finish(spec.collective_timeout_s)

@@ -474,8 +474,14 @@ def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
     return first_few([f"rank {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
 
 
-def init_process_group(meeting: Rendezvous, device: torch.device, backend: str, timeout_s: float) -> None:
-    """The default process group, over the store that the ranks met at."""
+def init_process_group(
+    meeting: Rendezvous, device: torch.device, backend: str, timeout_s: float
+) -> dist.ProcessGroup | None:
+    """The default process group, over the store that the ranks met at.
+
+    Returns:
+        A group of all ranks for tensors on the CPU and for objects; None: the default group is one.
+    """
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("pg", meeting.store),
@@ -484,6 +490,14 @@ def init_process_group(meeting: Rendezvous, device: torch.device, backend: str, 
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+    return cpu_group(timeout_s) if backend == "nccl" else None
+
+
+def cpu_group(timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group beside NCCL's default one: not a second backend of that, which every group of the mesh would get."""
+    # gloo would else connect every rank with every other; so it connects those that talk, when they first do.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="cpu")
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

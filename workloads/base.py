@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import logging
 import math
-import time
 import traceback
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,19 +23,21 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from workloads.errors import NonFiniteError as NonFiniteError
 from workloads.errors import SupersededError as SupersededError
 from workloads.errors import WorkloadError as WorkloadError
-from workloads.errors import spoken_for
-from workloads.metric import PerSecond, Reduced
+from workloads.json_values import to_json as to_json
+from workloads.metric import Metric
+from workloads.metric import Reduced as Reduced
 from workloads.metric import largest as largest
 from workloads.metric import mean as mean
 from workloads.metric import per_second as per_second
 from workloads.metric import total as total
-from workloads.step_clock import StepClock
+from workloads.steps.clock import StepClock
+from workloads.steps.ends import StepEnds
+from workloads.steps.recorder import Recorder
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-log = logging.getLogger(__name__)
 
 
 class StrictModel(BaseModel):
@@ -261,20 +259,12 @@ class RunPaths:
             )
 
 
-_REDUCE: dict[str, Callable[[list[float]], float]] = {
-    # fsum is exact before its one rounding, so the order of ranks does not show in the result.
-    "mean": lambda values: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan,
-    "sum": lambda values: math.fsum(values) if all(map(math.isfinite, values)) else math.nan,
-    "max": lambda values: math.nan if any(map(math.isnan, values)) else max(values),
-}
-
-
 @dataclass
 class RunContext:
     """What a rank is told about its job, and the one call it makes at the end of each step.
 
     Ranks are numbered host by host, so `rank == node_rank * local_world_size + local_rank`, and `mesh` is in plain
-    order. The default process group exists (also for one rank), on gloo for CPU tensors.
+    order. The default process group exists (also for one rank): gloo on CPU, NCCL on CUDA.
     """
 
     rank: int
@@ -291,38 +281,15 @@ class RunContext:
     """0 for the first incarnation, one more after each requeue."""
     stop_requested: bool = False
     """Set on any rank (from a signal handler, say), it makes end_step return True on all."""
-    last_metrics: dict[str, Any] = field(default_factory=dict)
-    """What the last end_step came to, on every rank."""
+    cpu_group: ProcessGroup | None = None
+    """All ranks, on gloo, for tensors on the CPU and for Python objects. None: that is the default group."""
     step_hooks: list[Callable[[int], None]] = field(default_factory=list)
     """Called at the end of every step, in order, with its number."""
-    _last_beat: float = field(default=-math.inf, repr=False)
-    _steps_ended: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._clock = StepClock(self.device)
-
-    def start_steps(self) -> None:
-        """Says that training begins now: the next step is a first one, and what was timed before does not count.
-
-        Without it the first step's time begins when the workload does.
-        """
-        self._clock.start()
-
-    def timed(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time.
-
-        It becomes `evaluation_seconds` in that step's line, and in `timing()`.
-        """
-        return self._clock.timed(name)
-
-    def timing(self) -> dict[str, float | None]:
-        """What a result says of time, from all steps so far.
-
-        Returns:
-            `training_seconds`, of all steps together; `first_step_seconds`; `step_seconds`, the median of the others;
-            and, for each name given to `timed`, its total. None for steps that there were none of.
-        """
-        return self._clock.summary()
+        recorder = Recorder(self.paths.metrics, self.paths.heartbeat, self.world_size, self.paths.refuse_if_superseded)
+        self._ends = StepEnds(self.rank, self.hosts, self.device, self.cpu_group, self._clock, recorder)
 
     @property
     def host(self) -> str:
@@ -332,125 +299,75 @@ class RunContext:
     def shape(self) -> Shape:
         return Shape(self.world_size // self.local_world_size, self.local_world_size)
 
-    def end_step(self, metrics: Mapping[str, Reduced | PerSecond | float | int | str | None]) -> bool:
-        """Ends a step on every rank together: reduces the metrics, records them, and agrees on stopping.
+    def end_step(self, metrics: Mapping[str, Metric]) -> bool:
+        """Ends a step on every rank together: sends its metrics to be reduced, and says what the step before came to.
+
+        Nothing is waited for but the step before. Metrics made by `mean`, `total`, `largest` come from all ranks and
+        may be 0-dim tensors on `device`; what is made by `per_second` is divided by the step's seconds; plain values
+        are taken from rank 0. When the next step ends, or what the last one came to is asked for, rank 0 appends them
+        as a line to metrics.jsonl. So a value that is not finite, and a wish to stop, are known one step late, on all
+        ranks alike: what is to be trusted is saved within `timed("checkpoint")`, after end_step.
 
         The step's own time goes into its line, too: `step_seconds`, from the step before's end to here, without what
         ran in `timed`; for the first step, which also warms up, it is `first_step_seconds`.
 
-        One gather over the world carries all of it. Rank 0 appends the reduced metrics as a line of metrics.jsonl;
-        plain values are taken from rank 0, those made by `mean`, `total`, `largest` come from all ranks, and what is
-        made by `per_second` is divided by the step's seconds.
-
         Args:
-            metrics: by name; the names that are `Reduced` must be the same on every rank. "step" is the number of
-                the step that just ended, and is used in messages.
+            metrics: by name; the names that are reduced must be the same on every rank. "step" is the number of the
+                step that just ended, and is used in messages.
 
         Returns:
-            True where some rank was asked to stop: every rank gets the same answer, save and return.
+            True where, as the step before ended, some rank was asked to stop: every rank gets the same answer, save
+            and return.
 
         Raises:
-            NonFiniteError: on every rank, when a metric marked `finite` is not finite on some rank.
+            NonFiniteError: on every rank, when a metric of the step before that is marked `finite` was not on some.
             SupersededError: on rank 0, when a newer incarnation of this job has begun.
         """
-        reduced = {name: metric for name, metric in metrics.items() if isinstance(metric, Reduced)}
-        self._beat(metrics.get("step", "?"))
-        by_rank = self._gather(reduced)
-        seconds = self._clock.read(self._clock.end_step())
-        self._steps_ended += 1
+        return self._ends.end(metrics, self.stop_requested, self.step_hooks)
 
-        values: dict[str, Any] = {}
-        for name, metric in metrics.items():
-            if isinstance(metric, Reduced):
-                column = 1 + list(reduced).index(name)
-                value = _REDUCE[metric.how]([row[column] for row in by_rank])
-                whole = isinstance(metric.value, int) and metric.how != "mean" and math.isfinite(value)
-                values[name] = int(value) if whole else value
-            elif isinstance(metric, PerSecond):
-                if "step_seconds" in seconds:
-                    values[name] = metric.value / seconds["step_seconds"]
-            else:
-                values[name] = metric
-        values |= {name: value for name, value in seconds.items() if name not in values}
-        self.last_metrics = values
-        if self.rank == 0:
-            self.paths.refuse_if_superseded()
-            with self.paths.metrics.open("a") as file:
-                # null and not "nan": a column of numbers stays one for whoever reads it.
-                plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}
-                lost = {k: None for k, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
-                file.write(json.dumps(to_json({**plain, **lost}, "metrics"), allow_nan=False) + "\n")
+    @property
+    def last_metrics(self) -> dict[str, Any]:
+        """What the last step came to, on every rank; waits for it."""
+        return self._ends.last_metrics()
 
-        for column, (name, metric) in enumerate(reduced.items(), start=1):
-            bad = [rank for rank, row in enumerate(by_rank) if metric.finite and not math.isfinite(row[column])]
-            if bad:
-                where = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in bad[:8])
-                more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-                error = NonFiniteError(
-                    f"step {metrics.get('step', '?')}: {name} is {by_rank[bad[0]][column]} on {where}{more}; "
-                    "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
-                )
-                raise spoken_for(error, bad[0], self.rank)
-        step = metrics.get("step")
-        for hook in self.step_hooks:
-            hook(step if isinstance(step, int) else self._steps_ended)
-        return any(row[0] for row in by_rank)
+    def start_steps(self) -> None:
+        """Says that training begins now: the next step is a first one, and what was timed before does not count.
 
-    def _gather(self, reduced: Mapping[str, Reduced]) -> list[list[float]]:
-        """Every rank's wish to stop and values, in rank order, for each rank to reduce in one order: exactly alike."""
-        mine = [float(self.stop_requested), *(float(metric.value) for metric in reduced.values())]
-        if self.world_size == 1:
-            return [mine]
-        import torch
-        import torch.distributed as dist
+        Without it the first step's time begins when the workload does.
+        """
+        self._ends.last_metrics()
+        self._clock.start()
 
-        # The names travel along as a number, and rows have one length, so that ranks that name different metrics are
-        # told so; rows of different lengths would abort the process inside gloo.
-        names = float(zlib.crc32("\0".join(reduced).encode()))
-        row = torch.tensor([names, *mine, *[0.0] * (-(len(mine) + 1) % 32)], dtype=torch.float64)
-        rows = [torch.empty_like(row) for _ in range(self.world_size)]
-        dist.all_gather(rows, row)
-        by_rank = [r.tolist() for r in rows]
-        if any(row[0] != names for row in by_rank):
-            odd = [rank for rank, row in enumerate(by_rank) if row[0] != by_rank[0][0]]
-            raise WorkloadError(
-                f"end_step: ranks {odd[:8]} name other metrics than rank 0; the names made by mean(), total() and "
-                f"largest() must be the same on every rank, in the same order (rank {self.rank}: {', '.join(reduced)})"
-            )
-        return [row[1 : 1 + len(mine)] for row in by_rank]
+    def timed(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time.
 
-    def _beat(self, step: Any) -> None:
-        """Leaves word of being alive, at most once a second: what a silent rank last did can then be said."""
-        now = time.monotonic()
-        if now - self._last_beat >= 1.0:
-            self._last_beat = now
-            with contextlib.suppress(OSError):
-                self.paths.heartbeat.write_text(f"{step}\n")
+        It becomes `evaluation_seconds` in that step's line, and in `timing()`. "checkpoint" first waits for what the
+        last step came to, on all ranks, and raises as end_step does: nothing that is not finite is saved.
+        """
+        if name == "checkpoint":
+            self._ends.check()
+        return self._clock.timed(name)
 
+    def timing(self) -> dict[str, float | None]:
+        """What a result says of time, from all steps so far; waits for the last one.
 
-def to_json(value: Any, name: str = "result") -> Any:
-    """`value` as JSON has it: numbers of numpy and torch as plain ones, arrays as lists, paths as text, sets sorted.
+        Returns:
+            `training_seconds`, of all steps together; `first_step_seconds`; `step_seconds`, the median of the others;
+            and, for each name given to `timed`, its total. None for steps that there were none of.
+        """
+        self._ends.last_metrics()
+        return self._clock.summary()
 
-    Floats that JSON cannot say (NaN, infinities) become text, and so does whatever else JSON does not know, with a
-    warning that names it: a run that is done must not fail over how its result is written down.
+    def settle(self) -> None:
+        """Waits for what the last step came to, and for its line to be written; all ranks call it.
 
-    Args:
-        value: what a workload returned, or a metric.
-        name: what it is called in the warning.
-    """
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((to_json(item, name) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [to_json(item, f"{name}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, Path):
-        return str(value)
-    with contextlib.suppress(Exception):  # numpy's scalars and arrays, torch's tensors
-        return to_json(value.tolist(), name)
-    log.warning("%s is a %s, which JSON does not know; it is written as text", name, type(value).__name__)
-    return str(value)
+        Whoever calls `run` does so when it has returned.
+
+        Raises:
+            NonFiniteError, SupersededError: as end_step.
+        """
+        self._ends.settle()
+
+    def close(self) -> None:
+        """Writes what this rank knows, and ends its thread; waits for no other rank, so that it may follow an error."""
+        self._ends.close()

@@ -32,6 +32,10 @@ class PerSecond:
     value: float
 
 
+Metric: TypeAlias = "Reduced | PerSecond | float | int | str | None"
+"""What end_step takes; a plain one is rank 0's."""
+
+
 def mean(value: Number, *, finite: bool = False) -> Reduced:
     """The ranks' mean. With `finite`, a value that is not finite on any rank stops the run."""
     return Reduced(value, "mean", finite)

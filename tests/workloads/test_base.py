@@ -11,6 +11,7 @@ import pytest
 from tests.workloads.worlds import run_world
 from workloads.base import (
     MeshSpec,
+    NonFiniteError,
     RunContext,
     RunPaths,
     Shape,
@@ -89,7 +90,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def end_two_steps(ctx: RunContext) -> dict[str, Any]:
-    for step in (1, 2):
+    for step in (1, 2, 3):
         ctx.stop_requested = step == 2 and ctx.rank == 1
         stop = ctx.end_step(
             {
@@ -101,19 +102,21 @@ def end_two_steps(ctx: RunContext) -> dict[str, Any]:
                 "plain": f"rank {ctx.rank}",
             }
         )
-        assert stop == (step == 2)
-    assert ctx.paths.heartbeat.read_text() == "1\n"  # at most one a second
-    return ctx.last_metrics
+        assert stop == (step == 3)  # is known one step late
+    last = ctx.last_metrics
+    ctx.settle()
+    assert ctx.paths.heartbeat.read_text() == "3\n"
+    return last
 
 
 @pytest.mark.dist
 def test_a_step_ends_alike_on_every_rank(tmp_path: Path) -> None:
     results = run_world(end_two_steps, sizes=(2, 2), run_dir=tmp_path)
-    common = {"step": 2, "mean": 1.5, "sum": 10, "largest": 30, "fraction": 0.5}
+    common = {"step": 3, "mean": 1.5, "sum": 10, "largest": 30, "fraction": 0.5}
     assert [{**without_times(r), "plain": ""} for r in results] == [{**common, "plain": ""}] * 4
     assert isinstance(results[0]["sum"], int)
     rows = read(tmp_path)
-    assert rows == [{**common, "step": 1, "plain": "rank 0"}, {**common, "plain": "rank 0"}]
+    assert rows == [{**common, "step": step, "plain": "rank 0"} for step in (1, 2, 3)]
 
 
 def test_an_incarnation_that_was_started_again_writes_nothing_more(tmp_path: Path) -> None:
@@ -124,15 +127,21 @@ def test_an_incarnation_that_was_started_again_writes_nothing_more(tmp_path: Pat
     )
     ctx = RunContext(0, 1, 0, 1, 0, ("node0",), device=None, mesh=None, paths=paths)  # type: ignore[arg-type]
     assert ctx.end_step({"step": 1}) is False
+    ctx.settle()
     newer.mkdir()
+    ctx.end_step({"step": 2})
     with pytest.raises(SupersededError, match=r"started this job again \(attempt-1\)"):
-        ctx.end_step({"step": 2})
+        ctx.settle()
+    with pytest.raises(SupersededError):
+        ctx.end_step({"step": 3})
+    ctx.close()
     assert read(tmp_path) == [{"step": 1}]
 
 
 def name_different_metrics(ctx: RunContext) -> str:
     try:
         ctx.end_step({"step": 1, "loss": mean(1.0), **({"more": mean(2.0)} if ctx.rank == 2 else {})})
+        ctx.end_step({"step": 2})
     except WorkloadError as error:
         return str(error)
     return "nothing was said"
@@ -145,10 +154,14 @@ def test_metrics_that_differ_by_rank_are_said_on_every_rank() -> None:
 
 
 def lose_a_number(ctx: RunContext) -> str:
+    saved: list[int] = []
     try:
-        ctx.end_step({"step": 7, "loss": mean(float("inf") if ctx.rank == 3 else 1.0, finite=True)})
-    except RuntimeError as error:
-        return str(error)
+        for step in (7, 8):
+            bad = step == 7 and ctx.rank == 3
+            ctx.end_step({"step": step, "loss": mean(float("inf") if bad else 1.0, finite=True)})
+            saved.append(step)
+    except NonFiniteError as error:
+        return f"{error}; went on after {saved}"
     return "nothing was said"
 
 
@@ -157,4 +170,5 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_host(tmp_path: Path) -> N
     said = run_world(lose_a_number, sizes=(2, 2), run_dir=tmp_path)
     assert len(set(said)) == 1
     assert said[0].startswith("step 7: loss is inf on rank 3 on ")
+    assert said[0].endswith("; went on after [7]")
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None

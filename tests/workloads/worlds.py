@@ -5,6 +5,7 @@ Ranks come from a fork server that has imported torch and the workload once, so 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -118,10 +119,11 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     try:
+        with contextlib.closing(make_context(rank, sizes, names, store, directory, device)) as ctx:
+            value = function(ctx, *args)
+            ctx.settle()
         # Plainly pickled: torch would teach the connection to hand over shared memory, which ends with this process.
-        end.send_bytes(
-            pickle.dumps((True, function(make_context(rank, sizes, names, store, directory, device), *args)))
-        )
+        end.send_bytes(pickle.dumps((True, value)))
     except BaseException:
         end.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
@@ -138,6 +140,7 @@ def make_context(
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from jobs.rendezvous import cpu_group
     from workloads.base import RunContext, RunPaths
 
     torch.set_num_threads(1)
@@ -149,11 +152,12 @@ def make_context(
     if device == "cuda":
         torch.cuda.set_device(where)
     dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        backend="nccl" if device == "cuda" else "gloo",
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=60),
+        device_id=where if device == "cuda" else None,
     )
     return RunContext(
         rank=rank,
@@ -164,6 +168,7 @@ def make_context(
         hosts=tuple(f"{socket.gethostname()}-{r // local_world_size}" for r in range(world_size)),
         device=where,
         mesh=init_device_mesh(device, sizes, mesh_dim_names=names),
+        cpu_group=cpu_group(60) if device == "cuda" else None,
         paths=RunPaths(
             run_dir=directory,
             metrics=directory / "metrics.jsonl",

@@ -60,11 +60,12 @@ def measure(model: nn.Module, optimizer: Optimizer, device: torch.device, alone:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = list(_states(optimizer))
     # Storages are counted once: gradients that are views of one buffer are as large as that.
-    mine = [local_bytes(kind) for kind in (parameters, gradients, states)] + [peak_memory_bytes(device)]
-    rows = [torch.tensor(mine)]
+    held = [local_bytes(kind) for kind in (parameters, gradients, states)] + [peak_memory_bytes(device)]
+    mine = torch.tensor(held, device=device)
+    rows = [mine]
     if not alone and dist.get_world_size() > 1:
-        rows = [torch.empty_like(rows[0]) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, torch.tensor(mine))
+        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, mine)
     everything = [*parameters, *gradients, *states]
     shards = max(_shards(tensor) for tensor in everything)
     return Memory(

@@ -177,7 +177,7 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     # Without the losses, which may be on another rank's GPU.
     mine = [replace(step, loss=None) for step in measured] if ctx.mesh["dp"].get_local_rank() == 0 else None
     everyone: list[Any] = [None] * ctx.world_size
-    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0)
+    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0, group=ctx.cpu_group)
     if ctx.rank != 0:
         return {}
     by_rank: list[list[Step]] = [steps for steps in everyone if steps is not None]
@@ -245,7 +245,7 @@ def export(modules: nn.ModuleList, wide: list[int], samples: data.Samples, ctx: 
     if ctx.mesh["dp"].get_local_rank() == 0:
         mine = {name: p.detach().cpu().numpy() for module in modules for name, p in module.named_parameters()}
     everyone: list[Any] = [None] * ctx.world_size
-    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0)
+    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0, group=ctx.cpu_group)
     if ctx.rank != 0:
         return {}
     ctx.paths.refuse_if_superseded()

@@ -198,7 +198,7 @@ def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
     if config.data.tokenizer is not None:
         if ctx.rank == 0:
             data.prepare(config, ctx.paths.data_dir)
-        dist.barrier()
+        dist.barrier(group=ctx.cpu_group)
     return data.open_corpus(config, ctx.paths.data_dir)
 
 

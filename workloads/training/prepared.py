@@ -28,7 +28,7 @@ def make_if_missing(ctx: RunContext, is_there: Callable[[], bool], make: Callabl
         except WorkloadError as error:
             mistake = [str(error)]
     if ctx.world_size > 1:
-        dist.broadcast_object_list(mistake, src=0)
+        dist.broadcast_object_list(mistake, src=0, group=ctx.cpu_group)
     if mistake[0] is not None:
         raise WorkloadError(mistake[0])
     if not is_there():

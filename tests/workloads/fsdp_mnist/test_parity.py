@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def train_each(ctx: RunContext, prepared: Prepared, configs: list[Config]) -> li
         folder.mkdir(exist_ok=True)
         paths = replace(ctx.paths, metrics=folder / "metrics.jsonl", export_dir=folder / "export")
         device_mesh = init_device_mesh("cpu", spec.sizes, mesh_dim_names=spec.names)
-        result = train(one, replace(ctx, mesh=device_mesh, paths=paths), prepared)
+        with closing(replace(ctx, mesh=device_mesh, paths=paths)) as own:
+            result = train(one, own, prepared)
+            own.settle()
         rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()] if ctx.rank == 0 else []
         came_to.append({**result, "rows": rows})
     return came_to

@@ -284,14 +284,14 @@ def test_compare_prints_the_three_side_by_side(prepared: Prepared, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("given", "stopped"), [({}, {"stopped_at_step": 1}), ({"compare": True}, {"stopped_in": "single"})]
+    ("given", "stopped"), [({}, {"stopped_at_step": 2}), ({"compare": True}, {"stopped_in": "single"})]
 )
 def test_a_rank_that_is_asked_to_stop_stops_all(
     given: dict[str, Any], stopped: dict[str, Any], prepared: Prepared, tmp_path: Path
 ) -> None:
     for result in world(prepared, config(**given), 2, tmp_path, 1):
         assert stopped.items() <= result.items()
-        assert result["stopped_at_step"] == 1
+        assert result["stopped_at_step"] == 2
 
 
 def test_dropout_differs_from_rank_to_rank(prepared: Prepared, tmp_path: Path) -> None:

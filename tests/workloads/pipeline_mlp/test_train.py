@@ -275,7 +275,7 @@ def test_one_rank_alone(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_asked_to_stop_stops_all(folder: Path, tmp_path: Path) -> None:
-    assert world(folder, config(), 2, tmp_path, 1) == [{"stopped_at_step": 1}] * 2
+    assert world(folder, config(), 2, tmp_path, 1) == [{"stopped_at_step": 2}] * 2
 
 
 def test_a_loss_that_is_not_finite_names_the_last_stages_rank(folder: Path, tmp_path: Path) -> None:

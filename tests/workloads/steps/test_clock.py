@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from workloads import step_clock
 from workloads.base import RunContext, RunPaths, mean, per_second
-from workloads.step_clock import StepClock
+from workloads.steps import clock as step_clock
+from workloads.steps.clock import StepClock
 
 
 class Time:
@@ -93,6 +93,7 @@ def test_throughput_is_of_the_whole_step_and_a_first_step_has_none(time: Time, t
             time.now += 5
         time.now += 1  # the metrics
         ctx.end_step(metrics)
+    ctx.settle()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     apart = {"evaluation_seconds": 5.0}
     assert rows == [

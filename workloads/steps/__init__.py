@@ -1,0 +1,1 @@
+"""What stands behind `RunContext.end_step`: time, reduction over the ranks, and what is written, each in its file."""

@@ -1,0 +1,178 @@
+"""The end of a step, on all ranks together: what RunContext.end_step does."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workloads.errors import NonFiniteError, WorkloadError, spoken_for
+from workloads.metric import Metric, PerSecond, Reduced
+from workloads.steps.clock import StepClock, StepTime
+from workloads.steps.garbage import StepCollector
+from workloads.steps.recorder import Recorder
+
+if TYPE_CHECKING:
+    from workloads.steps.reduction import Reduction
+
+_BEFORE_VALUES = 4
+"""Of a row: the metrics' names as a number and its negative, rank 0's names, the wish to stop."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that has ended, and whose reduction is on its way."""
+
+    metrics: dict[str, Metric]
+    reduced: dict[str, Reduced]
+    names: float
+    reduction: Reduction
+    time: StepTime
+
+    @property
+    def name(self) -> Any:
+        return self.metrics.get("step", "?")
+
+
+class StepEnds:
+    """Ends steps, and knows what each came to when the next one ends.
+
+    Args:
+        cpu_group: for CPU tensors, over all ranks; None: the default group.
+        hosts: by rank.
+    """
+
+    def __init__(
+        self, rank: int, hosts: Sequence[str], device: Any, cpu_group: Any, clock: StepClock, recorder: Recorder
+    ) -> None:
+        self.rank, self.hosts, self.device, self.cpu_group = rank, hosts, device, cpu_group
+        self.clock, self.recorder = clock, recorder
+        self._collector = StepCollector()
+        self._pending: _Step | None = None
+        self._last: dict[str, Any] = {}
+        self._stop = False
+        self._wrong: Callable[[], Exception] | None = None
+        self._number = 0
+
+    def end(self, metrics: Mapping[str, Any], stop_requested: bool, hooks: Sequence[Callable[[int], None]]) -> bool:
+        """See RunContext.end_step."""
+        from workloads.steps.reduction import reduce
+
+        self.check()
+        stop, self._stop = self._stop, False
+
+        # A plain tensor is waited for here; nobody knows what its owner does with it next.
+        plain = {name: m.tolist() if hasattr(m, "tolist") else m for name, m in metrics.items()}
+        reduced = {name: metric for name, metric in plain.items() if isinstance(metric, Reduced)}
+        names = float(zlib.crc32("\0".join(reduced).encode()))
+        own = [names, -names, names if self.rank == 0 else 0.0, float(stop_requested)]
+        values = [*own, *(metric.value for metric in reduced.values())]
+        reduction = reduce(values, self.device)
+
+        self._number += 1
+        step = plain.get("step", "?")
+        self.recorder.end_step(step)
+        self._collector.end_step()
+        for hook in hooks:
+            hook(step if isinstance(step, int) else self._number)
+        self._pending = _Step(plain, reduced, names, reduction, self.clock.end_step())
+        return stop
+
+    def last_metrics(self) -> dict[str, Any]:
+        """What the last step came to; waits for it."""
+        self._read()
+        return self._last
+
+    def check(self) -> None:
+        """Waits for what the last step came to; all ranks call it.
+
+        Raises:
+            NonFiniteError, WorkloadError: see RunContext.end_step.
+        """
+        self._read()
+        wrong, self._wrong = self._wrong, None
+        if wrong is not None:
+            raise wrong()
+
+    def settle(self) -> None:
+        """Like check; and what was recorded is then in its files."""
+        try:
+            self.check()
+        finally:
+            self.recorder.flush()
+
+    def close(self) -> None:
+        """Writes what is known, waiting for no other rank. What was changed of the process is as it was."""
+        self._collector.restore()
+        with contextlib.suppress(RuntimeError):  # of a device that is broken, which must not hide what broke it
+            if self._pending is not None and self._pending.reduction.is_there:
+                self._read()
+        self.recorder.close()
+
+    def _read(self) -> None:
+        """Takes in what is pending. What is wrong with it is raised by `check`, where all ranks are together."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        sums, maxima = step.reduction.wait()
+        most, least, first, stop = maxima[0], -maxima[1], maxima[2], maxima[3]
+        self._stop = self._stop or stop > 0
+        if least != most:
+            self._wrong = lambda: self._names_differ(step, first)
+            return
+
+        seconds = self.clock.read(step.time)
+        columns = {name: column for column, name in enumerate(step.reduced, start=_BEFORE_VALUES)}
+        values: dict[str, Any] = {}
+        for name, metric in step.metrics.items():
+            if isinstance(metric, Reduced):
+                values[name] = _one(metric, sums[columns[name]], maxima[columns[name]], len(self.hosts))
+            elif isinstance(metric, PerSecond):
+                if "step_seconds" in seconds:
+                    values[name] = metric.value / seconds["step_seconds"]
+            else:
+                values[name] = metric
+        values |= {name: value for name, value in seconds.items() if name not in values}
+        self._last = values
+        if self.rank == 0:
+            self.recorder.add(values)
+        # A maximum may pass over a NaN; a sum is never finite with one.
+        bad = [name for name, m in step.reduced.items() if m.finite and not math.isfinite(sums[columns[name]])]
+        if bad:
+            self._wrong = lambda: self._not_finite(step, bad[0], columns[bad[0]])
+
+    def _names_differ(self, step: _Step, first: float) -> Exception:
+        rows = self._rows(step)
+        odd = [rank for rank, row in enumerate(rows) if row[0] != first]
+        return WorkloadError(
+            f"end_step: ranks {odd[:8]} name other metrics than rank 0; the names made by mean(), total() and "
+            f"largest() must be the same on every rank, in the same order (rank {self.rank}: {', '.join(step.reduced)})"
+        )
+
+    def _not_finite(self, step: _Step, name: str, column: int) -> Exception:
+        own = [row[column] for row in self._rows(step)]
+        bad = [rank for rank, value in enumerate(own) if not math.isfinite(value)]
+        where = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in bad[:8])
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        error = NonFiniteError(
+            f"step {step.name}: {name} is {own[bad[0]]} on {where}{more}; "
+            "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
+        )
+        return spoken_for(error, bad[0], self.rank)
+
+    def _rows(self, step: _Step) -> list[list[float]]:
+        from workloads.steps.reduction import gather
+
+        return gather(step.reduction.own, self.cpu_group)
+
+
+def _one(metric: Reduced, total: float, maximum: float, ranks: int) -> float | int:
+    if metric.how == "mean":
+        return total / ranks
+    value = total if metric.how == "sum" or math.isnan(total) else maximum
+    own = metric.value
+    is_whole = isinstance(own, int) or not (isinstance(own, float) or own.dtype.is_floating_point)
+    return int(value) if is_whole and math.isfinite(value) else value
