@@ -288,7 +288,8 @@ class RunContext:
 
     def __post_init__(self) -> None:
         self._clock = StepClock(self.device)
-        recorder = Recorder(self.paths.metrics, self.paths.heartbeat, self.world_size, self.paths.refuse_if_superseded)
+        lines = self.paths.metrics if self.rank == 0 else None
+        recorder = Recorder(lines, self.paths.heartbeat, self.world_size, self.paths.refuse_if_superseded)
         self._ends = StepEnds(self.rank, self.hosts, self.device, self.cpu_group, self._clock, recorder)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class StepEnds:
     ) -> None:
         self.rank, self.hosts, self.device, self.cpu_group = rank, hosts, device, cpu_group
         self.clock, self.recorder = clock, recorder
+        recorder.before_writing = self._read_if_there  # a long step's line needn't wait for the next one's end
+        self._reading = threading.Lock()
         self._collector = StepCollector()
         self._pending: _Step | None = None
         self._last: dict[str, Any] = {}
@@ -108,15 +111,22 @@ class StepEnds:
         """Writes what is known, waiting for no other rank. What was changed of the process is as it was."""
         self._collector.restore()
         with contextlib.suppress(RuntimeError):  # of a device that is broken, which must not hide what broke it
-            if self._pending is not None and self._pending.reduction.is_there:
-                self._read()
+            self._read_if_there()
         self.recorder.close()
+
+    def _read_if_there(self) -> None:
+        pending = self._pending
+        if pending is not None and pending.reduction.is_there:
+            self._read()
 
     def _read(self) -> None:
         """Takes in what is pending. What is wrong with it is raised by `check`, where all ranks are together."""
-        step, self._pending = self._pending, None
-        if step is None:
-            return
+        with self._reading:  # the recorder's thread reads, too
+            step, self._pending = self._pending, None
+            if step is not None:
+                self._take(step)
+
+    def _take(self, step: _Step) -> None:
         sums, maxima = step.reduction.wait()
         most, least, first, stop = maxima[0], -maxima[1], maxima[2], maxima[3]
         self._stop = self._stop or stop > 0
@@ -137,8 +147,7 @@ class StepEnds:
                 values[name] = metric
         values |= {name: value for name, value in seconds.items() if name not in values}
         self._last = values
-        if self.rank == 0:
-            self.recorder.add(values)
+        self.recorder.add(values)
         # A maximum may pass over a NaN; a sum is never finite with one.
         bad = [name for name, m in step.reduced.items() if m.finite and not math.isfinite(sums[columns[name]])]
         if bad:

@@ -26,15 +26,17 @@ class Recorder:
     """Takes what is to be written, and writes it soon after.
 
     Args:
-        metrics: where the lines go; they are appended, each whole.
+        metrics: where the lines go; they are appended, each whole. None: this rank has none.
         heartbeat: the number of the last step that this rank ended; the file's time says when, to within a second, or
             a second for each HEARTBEATS_A_SECOND ranks.
         ranks: of the job.
         before_lines: is called before lines are written; what it raises ends the writing.
     """
 
-    def __init__(self, metrics: Path, heartbeat: Path, ranks: int, before_lines: Callable[[], None]) -> None:
+    def __init__(self, metrics: Path | None, heartbeat: Path, ranks: int, before_lines: Callable[[], None]) -> None:
         self._metrics, self._heartbeat, self._before_lines = metrics, heartbeat, before_lines
+        self.before_writing: Callable[[], None] = lambda: None
+        """Is called by the thread, and may add lines."""
         self._beat_every_s = max(1.0, ranks / HEARTBEATS_A_SECOND)
         self._lines: list[dict[str, Any]] = []
         self._step: Any = None
@@ -59,8 +61,9 @@ class Recorder:
             self._thread.start()
 
     def add(self, line: dict[str, Any]) -> None:
-        """Adds a line to the metrics; numbers that JSON cannot say become null."""
-        self._lines.append(line)
+        """Adds a line to the metrics, if this rank writes them; numbers that JSON cannot say become null."""
+        if self._metrics is not None:
+            self._lines.append(dict(line))
 
     def flush(self) -> None:
         """Writes what there is.
@@ -80,7 +83,7 @@ class Recorder:
         self._write(last=True)
 
     def _write_on(self) -> None:
-        while not self._closing.wait(EVERY_S):
+        while not self._closing.wait(self._beat_every_s if self._metrics is None else EVERY_S):
             self._write(last=False)
 
     def _write(self, last: bool) -> None:
@@ -91,10 +94,13 @@ class Recorder:
                 self._beat_at, self._step_written = now, step
                 with contextlib.suppress(OSError):
                     self._heartbeat.write_text(f"{step}\n")
-            lines = self._lines[:]
-            if not lines or self._error is not None:
+            if self._metrics is None or self._error is not None:
                 return
             try:
+                self.before_writing()
+                lines = self._lines[:]
+                if not lines:
+                    return
                 self._before_lines()
                 with self._metrics.open("a") as file:
                     file.write("".join(map(_as_text, lines)))

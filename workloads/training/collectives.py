@@ -25,7 +25,7 @@ def sums_and_maxima(mine_R: Tensor) -> Tensor:
     """
     if mine_R.device.type != "cpu":
         return torch.stack([_all_reduce(mine_R, op) for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX)])
-    return _exchange(mine_R) if dist.is_initialized() else torch.stack((mine_R, mine_R))
+    return _over_a_tree(mine_R) if dist.is_initialized() else torch.stack((mine_R, mine_R))
 
 
 def _all_reduce(mine: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -35,38 +35,37 @@ def _all_reduce(mine: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     return reduced
 
 
-def _exchange(row: Tensor) -> Tensor:
-    """Sums and maxima, by recursive doubling (Thakur, Rabenseifner, Gropp 2005, "Optimization of collective
-    communication operations in MPICH"): log2(N) waits, where gloo's own all_reduce and all_gather are rings of N.
+def _over_a_tree(row: Tensor) -> Tensor:
+    """Sums and maxima, up a binomial tree to rank 0 and down again: log2(N) waits either way, two messages a rank.
 
-    The two ranks of a pair add the same two rows, and addition commutes, so all ranks come to the same bits.
+    gloo's own all_reduce and all_gather are rings of N. All ranks get the bits that rank 0 comes to.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = torch.stack((row, row))
-    theirs = torch.empty_like(mine)
-    (sums, maxima), (their_sums, their_maxima) = mine, theirs
-
-    def add_from(peer: int, *, give: bool) -> None:
-        coming = dist.irecv(theirs, peer, tag=_TAG)
-        if give:
-            dist.send(mine, peer, tag=_TAG)
-        assert coming is not None
-        coming.wait()
-        sums.add_(their_sums)
-        torch.maximum(maxima, their_maxima, out=maxima)
-
-    # Ranks beyond a power of two give theirs to one below, and get what it all came to.
-    paired = 1 << (ranks.bit_length() - 1)
-    if rank >= paired:
-        dist.send(mine, rank - paired, tag=_TAG)
-        dist.recv(mine, rank - paired, tag=_TAG)
-        return mine
-    if rank + paired < ranks:
-        add_from(rank + paired, give=False)
-    distance = 1
-    while distance < paired:
-        add_from(rank ^ distance, give=True)
+    # The group's own methods: those of torch.distributed take longer than a small message does.
+    group = dist.group.WORLD
+    assert group is not None
+    rank, ranks = group.rank(), group.size()
+    mine = result = torch.stack((row, row))
+    children, distance = [], 1
+    while distance < ranks and not rank & distance:
+        if rank + distance < ranks:
+            children.append(rank + distance)
         distance *= 2
-    if rank + paired < ranks:
-        dist.send(mine, rank + paired, tag=_TAG)
-    return mine
+    parent = rank - distance
+
+    # What is expected is asked for first: gloo then sends at once, without asking whether it may.
+    theirs = [torch.empty_like(mine) for _ in children]
+    coming = [group.recv([tensor], child, _TAG) for tensor, child in zip(theirs, children, strict=True)]
+    if rank > 0:
+        result = torch.empty_like(mine)
+        down = group.recv([result], parent, _TAG)
+    for work, (their_sums, their_maxima) in zip(coming, theirs, strict=True):
+        work.wait()
+        mine[0].add_(their_sums)
+        torch.maximum(mine[1], their_maxima, out=mine[1])
+    if rank > 0:
+        up = group.send([mine], parent, _TAG)
+        down.wait()
+        up.wait()
+    for work in [group.send([result], child, _TAG) for child in reversed(children)]:
+        work.wait()
+    return result

@@ -94,6 +94,7 @@ def test_throughput_is_of_the_whole_step_and_a_first_step_has_none(time: Time, t
         time.now += 1  # the metrics
         ctx.end_step(metrics)
     ctx.settle()
+    ctx.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     apart = {"evaluation_seconds": 5.0}
     assert rows == [
