@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import zlib
@@ -110,8 +109,6 @@ class StepEnds:
     def close(self) -> None:
         """Writes what is known, waiting for no other rank. What was changed of the process is as it was."""
         self._collector.restore()
-        with contextlib.suppress(RuntimeError):  # of a device that is broken, which must not hide what broke it
-            self._read_if_there()
         self.recorder.close()
 
     def _read_if_there(self) -> None:
