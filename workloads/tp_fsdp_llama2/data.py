@@ -542,6 +542,11 @@ def tokenizer_size(path: str) -> int:
     return _load_tokenizer(path).get_vocab_size(with_added_tokens=True)
 
 
+def token_id(tokenizer: str, token: str | None) -> int | None:
+    """The id of a token of the tokenizer file; None for no token."""
+    return None if token is None else _load_tokenizer(tokenizer).token_to_id(token)
+
+
 def _load_tokenizer(path: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():

@@ -65,11 +65,21 @@ def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def llama_config(model: ModelConfig, vocab_size: int, seq_len: int, dtype: str) -> dict[str, Any]:
+def llama_config(
+    model: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    dtype: str,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> dict[str, Any]:
     """The config.json of a LlamaForCausalLM, readable by transformers 4 and 5.
 
     Args:
         dtype: the weights' type by its name in torch, such as "float32".
+        bos_token_id: the token before a document, if there is one.
+        eos_token_id: the token after a document, where generation ends; None: it does not end by itself.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -89,9 +99,9 @@ def llama_config(model: ModelConfig, vocab_size: int, seq_len: int, dtype: str) 
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
-        # The defaults would be tokens 1 and 2, and generation would end at byte 2.
-        "bos_token_id": None,
-        "eos_token_id": None,
+        # Left out, they would be tokens 1 and 2, and generation would end at byte 2.
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
         "torch_dtype": dtype,
     }
 

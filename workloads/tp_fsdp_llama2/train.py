@@ -305,18 +305,23 @@ def _sample(
 def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
     """Writes the weights in the layout `export_format`, with what a reader needs to build the model."""
     beside: dict[str, dict[str, Any] | Path] = {}
-    if config.data.tokenizer is not None:
-        beside["tokenizer.json"] = Path(config.data.tokenizer).expanduser()
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None:
+        beside["tokenizer.json"] = Path(tokenizer).expanduser()
     if config.export_format == "meta":
         return export(model, directory, {**beside, "params.json": meta_params(config)})
-    if "tokenizer.json" in beside:
+    document_tokens = {"bos_token": config.data.bos_token, "eos_token": config.data.eos_token}
+    ids: dict[str, int | None] = {}
+    if tokenizer is not None:
+        ids = {f"{name}_id": data.token_id(tokenizer, token) for name, token in document_tokens.items()}
         # Without it, transformers 4 assumes a LlamaTokenizerFast, which adds tokens of its own.
         beside["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            **document_tokens,
         }
     dtype = "float64" if config.precision == "fp64" else "float32"
-    beside["config.json"] = llama_config(config.model, vocab_size(config), config.seq_len, dtype)
+    beside["config.json"] = llama_config(config.model, vocab_size(config), config.seq_len, dtype, **ids)
     head_dim = config.model.dim // config.model.n_heads
 
     def translate(name: str, weight: Tensor) -> tuple[str, Tensor]:

@@ -171,12 +171,18 @@ def test_an_exported_tokenizer_is_loaded_beside_the_model(transformers: ModuleTy
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train([str(text)], tokenizers.trainers.BpeTrainer(vocab_size=259, show_progress=False))
+    tokenizer.train(
+        [str(text)],
+        tokenizers.trainers.BpeTrainer(vocab_size=259, show_progress=False, special_tokens=["<pad>", "</s>"]),
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    config = make(data={"path": str(text), "tokenizer": str(tmp_path / "tokenizer.json")})
+    config = make(data={"path": str(text), "tokenizer": str(tmp_path / "tokenizer.json"), "eos_token": "</s>"})
     run_world(export_initial, config, sizes=(1, 1), run_dir=tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "initial")
     assert len(loaded) == 259
+    assert (loaded.bos_token, loaded.eos_token) == (None, "</s>")
+    model = transformers.AutoConfig.from_pretrained(tmp_path / "initial")
+    assert (model.bos_token_id, model.eos_token_id) == (None, 1)
     # Version 4 takes the tokens as they are only if it finds this.
     described = json.loads((tmp_path / "initial" / "tokenizer_config.json").read_text())
     assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
