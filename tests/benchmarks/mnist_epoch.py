@@ -38,6 +38,8 @@ ROUNDS = 7
 WARM_UP = 1
 BATCH, EVAL_BATCH = 16, 256
 """Samples of a rank."""
+MIN_PARAMS = 20_000
+"""The tutorial's; it makes a unit of fc1."""
 
 
 class Tutorial:
@@ -53,7 +55,7 @@ class Tutorial:
         self.train_loader = DataLoader(parts["train"], batch_size=BATCH, sampler=self.sampler, drop_last=True)
         test_sampler = DistributedSampler(parts["test"], ranks, rank, shuffle=False)
         self.test_loader = DataLoader(parts["test"], batch_size=EVAL_BATCH, sampler=test_sampler)
-        policy = functools.partial(size_based_auto_wrap_policy, min_num_params=20_000)
+        policy = functools.partial(size_based_auto_wrap_policy, min_num_params=MIN_PARAMS)
         self.model = FullyShardedDataParallel(Net(), auto_wrap_policy=policy, device_id=torch.device("cpu"))
         self.optimizer = torch.optim.Adadelta(self.model.parameters(), lr=1.0)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=0.7)
@@ -115,8 +117,14 @@ def measure(ctx: RunContext, config: Config, prepared: Prepared, rounds: int) ->
 
 def main(rounds: int = ROUNDS) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"data": {"source": "digits", "root": folder}, "global_batch_size": RANKS * BATCH}
-        config = Config.model_validate({**settings, "eval_batch_size": EVAL_BATCH, "epochs": WARM_UP + rounds + 2})
+        settings = {
+            "data": {"source": "digits", "root": folder},
+            "wrap_min_params": MIN_PARAMS,
+            "global_batch_size": RANKS * BATCH,
+            "eval_batch_size": EVAL_BATCH,
+            "epochs": WARM_UP + rounds + 2,
+        }
+        config = Config.model_validate(settings)
         prepared = prepare(config.data, Path(folder))
         seconds = run_world(measure, config, prepared, rounds, sizes=(1, RANKS), deadline_seconds=600)[0]
     return [

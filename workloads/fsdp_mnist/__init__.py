@@ -52,7 +52,6 @@ ENTRY = WorkloadEntry(
     preload=(
         "workloads.fsdp_mnist.train",
         "workloads.images.mnist_like",
-        "workloads.images.transforms",
         "torch._dynamo",
     ),
 )

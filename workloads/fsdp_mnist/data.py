@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class TrainingBatches:
     """
 
     def __init__(self, config: Config, prepared: images.Prepared, ranks: int, rank: int, device: torch.device) -> None:
-        dataset = open_split(prepared, train=True, transform=transform(prepared.source))
+        dataset = _Images(prepared, train=True)
         self.steps_per_epoch = steps_per_epoch(config, len(dataset), prepared.source)
         self._sampler: DistributedSampler[Any] = DistributedSampler(
             dataset, ranks, rank, shuffle=True, seed=config.seed, drop_last=config.drop_last
@@ -112,7 +111,7 @@ class HeldOutBatches:
     """
 
     def __init__(self, config: Config, prepared: images.Prepared, ranks: int, rank: int, device: torch.device) -> None:
-        dataset = open_split(prepared, train=False, transform=transform(prepared.source))
+        dataset = _Images(prepared, train=False)
         self.samples = len(dataset)
         self._ranks, self._rank = ranks, rank
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank, shuffle=False)
@@ -128,13 +127,32 @@ class HeldOutBatches:
             yield images_BCHW, labels, dealt < self.samples
 
 
-@functools.cache
-def transform(source: str) -> Any:
-    """An image as torchvision reads it -> (1, 28, 28) in fp32, of mean 0 and deviation 1 over the training pixels."""
-    from workloads.images.transforms import v2
-
+def normalized(pixels_BHW: Tensor, source: str) -> Tensor:
+    """uint8 (B, 28, 28) -> (B, 1, 28, 28) in fp32, of mean 0 and deviation 1 over the training pixels."""
     mean, std = MEAN_AND_STD[source]
-    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((mean,), (std,))])
+    return pixels_BHW.unsqueeze(1).float().div_(255).sub_(mean).div_(std)
+
+
+class _Images(Dataset[tuple[Tensor, Tensor]]):
+    """One part of the dataset, in memory.
+
+    A loader takes a batch of it in one piece: sample by sample, transforms take as long as a small network's forward
+    pass.
+    """
+
+    def __init__(self, prepared: images.Prepared, train: bool) -> None:
+        opened = open_split(prepared, train)
+        self._pixels, self._labels, self._source = opened.data, opened.targets, prepared.source
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return normalized(self._pixels[indices], self._source), self._labels[indices]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _loader(
@@ -144,9 +162,7 @@ def _loader(
     if workers:
         options |= {
             "num_workers": workers,
-            "multiprocessing_context": data_workers.fork_server(
-                ["workloads.images.mnist_like", "workloads.images.transforms"]
-            ),
+            "multiprocessing_context": data_workers.fork_server(["workloads.images.mnist_like"]),
             "worker_init_fn": data_workers.die_with_parent,
             "prefetch_factor": config.data.prefetch or 2,
             "timeout": config.data.worker_timeout_s or WORKER_TIMEOUT_S,
@@ -154,6 +170,7 @@ def _loader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
+        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         # A loader draws a seed for its workers. From the default generator that would shift what is dropped out.
         generator=torch.Generator(),

@@ -48,19 +48,6 @@ def torchvision() -> ModuleType:
     return module
 
 
-def transforms_v2() -> ModuleType:
-    """torchvision.transforms.v2.
-
-    Raises:
-        WorkloadError: as `torchvision`.
-    """
-    torchvision()
-    try:
-        return importlib.import_module("torchvision.transforms.v2")
-    except Exception as error:
-        raise WorkloadError(_other(error)) from error
-
-
 def refuse_if_missing() -> None:
     """Where a job is submitted: says at once what its ranks would say. Imports nothing, and so sees nothing else.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workloads.fsdp_mnist.config import Config, learning_rate
-from workloads.fsdp_mnist.data import transform
+from workloads.fsdp_mnist.data import normalized
 from workloads.fsdp_mnist.model import Net, initialize
 from workloads.images.datasets import images_labels
 from workloads.images.prepare import Prepared
@@ -20,9 +20,9 @@ from workloads.training.precision import parameter_dtype
 
 def pixels(images: np.ndarray, dtype: torch.dtype) -> Tensor:
     """uint8 (N, 28, 28) -> (N, 1, 28, 28), normalised in fp32 as MNIST is."""
-    normalised = transform("mnist")(torch.from_numpy(images.copy()).unsqueeze(1))
-    torch.testing.assert_close(normalised, (torch.from_numpy(images.copy()).unsqueeze(1) / 255 - 0.1307) / 0.3081)
-    return normalised.to(dtype)
+    x = normalized(torch.from_numpy(images.copy()), "mnist")
+    torch.testing.assert_close(x, (torch.from_numpy(images.copy()).unsqueeze(1) / 255 - 0.1307) / 0.3081)
+    return x.to(dtype)
 
 
 def reference(config: Config, prepared: Prepared) -> tuple[list[float], Net, float]:
