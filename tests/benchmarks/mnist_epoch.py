@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.benchmarks.rows import Row, milliseconds, ratio_of_neighbors
+from tests.benchmarks.rows import Row, Times, compare, now
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext, Shape
 from workloads.fsdp_mnist.config import Config, mesh
@@ -36,6 +35,7 @@ from workloads.images.prepare import Prepared, prepare
 RANKS = 4
 ROUNDS = 7
 WARM_UP = 1
+AT_MOST = 0.9
 BATCH, EVAL_BATCH = 16, 256
 """Samples of a rank."""
 MIN_PARAMS = 20_000
@@ -84,14 +84,14 @@ class Tutorial:
         self.schedule.step()
 
 
-def measure(ctx: RunContext, config: Config, prepared: Prepared, rounds: int) -> dict[str, list[float]]:
-    """On every rank: seconds of each side's epochs; `ours` has one fewer, each between two of the tutorial's."""
+def measure(ctx: RunContext, config: Config, prepared: Prepared, rounds: int) -> dict[str, list[Times]]:
+    """On every rank: times of each side's epochs; `ours` has one fewer, each between two of the tutorial's."""
     spec = mesh(config, Shape(1, ctx.world_size))
     ctx = replace(ctx, mesh=init_device_mesh("cpu", spec.sizes, mesh_dim_names=spec.names))
     tutorial = Tutorial(prepared)
     steps = prepared.train // config.global_batch_size
-    seconds: dict[str, list[float]] = {"ours": [], "tutorial": []}
-    end_step, done, began = ctx.end_step, 0, 0.0
+    times: dict[str, list[Times]] = {"ours": [], "tutorial": []}
+    end_step, done, began = ctx.end_step, 0, now()
 
     def end_step_and_turn(metrics: Any) -> bool:
         nonlocal done, began
@@ -100,19 +100,19 @@ def measure(ctx: RunContext, config: Config, prepared: Prepared, rounds: int) ->
             return False
         dist.barrier()
         if done > WARM_UP:
-            seconds["ours"].append(time.perf_counter() - began)
-        began = time.perf_counter()
+            times["ours"].append(now().since(began))
+        began = now()
         tutorial.epoch()
         dist.barrier()
         if done >= WARM_UP:
-            seconds["tutorial"].append(time.perf_counter() - began)
+            times["tutorial"].append(now().since(began))
         done += 1
-        began = time.perf_counter()
+        began = now()
         return done == WARM_UP + rounds + 1
 
     ctx.end_step = end_step_and_turn  # type: ignore[method-assign]
     train(config, ctx, prepared)
-    return seconds
+    return times
 
 
 def main(rounds: int = ROUNDS) -> list[Row]:
@@ -126,13 +126,7 @@ def main(rounds: int = ROUNDS) -> list[Row]:
         }
         config = Config.model_validate(settings)
         prepared = prepare(config.data, Path(folder))
-        seconds = run_world(measure, config, prepared, rounds, sizes=(1, RANKS), deadline_seconds=600)[0]
-    return [
-        Row(
-            what=f"an fsdp_mnist epoch, {RANKS} ranks",
-            against="the FSDP1 tutorial's structure",
-            ratio=ratio_of_neighbors(seconds["ours"], seconds["tutorial"]),
-            at_most=0.9,
-            detail=f"{milliseconds(seconds['ours'])} against {milliseconds(seconds['tutorial'])}",
-        )
-    ]
+        ranks = run_world(measure, config, prepared, rounds, sizes=(1, RANKS), deadline_seconds=600)
+    ratio, detail = compare(ranks, "tutorial")
+    what, against = f"an fsdp_mnist epoch, {RANKS} ranks", "the FSDP1 tutorial's structure"
+    return [Row(what=what, against=against, ratio=ratio, at_most=AT_MOST, detail=detail)]

@@ -7,7 +7,6 @@ that sleep.)
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.benchmarks.rows import Row, milliseconds, ratio_of_neighbors
+from tests.benchmarks.rows import Row, Times, compare, now
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext
 from workloads.pipeline_mlp.config import CLASSES, PIXELS, Config, widths
@@ -55,34 +54,31 @@ def stepper(kind: type[Any], config: Config, ctx: RunContext) -> Callable[[], No
     return step
 
 
-def measure(ctx: RunContext, configs: list[Config], rounds: int) -> list[dict[str, list[float]]]:
-    """On every rank, by schedule: seconds of each side's steps; `ours` has one fewer, each between two of torch's."""
+def measure(ctx: RunContext, configs: list[Config], rounds: int) -> list[dict[str, list[Times]]]:
+    """On every rank, by schedule: times of each side's steps; `ours` has one fewer, each between two of torch's."""
     measured = []
     for config in configs:
         sides = {"torch": stepper(TorchEngine, config, ctx), "ours": stepper(Engine, config, ctx)}
-        seconds: dict[str, list[float]] = {"ours": [], "torch": []}
+        times: dict[str, list[Times]] = {"ours": [], "torch": []}
         for turn in range(2 * (WARM_UP + rounds) + 1):
             side = "ours" if turn % 2 else "torch"
             dist.barrier()
-            began = time.perf_counter()
+            began = now()
             sides[side]()
             dist.barrier()
             if turn >= 2 * WARM_UP:
-                seconds[side].append(time.perf_counter() - began)
-        measured.append(seconds)
+                times[side].append(now().since(began))
+        measured.append(times)
     return measured
 
 
 def main(rounds: int = ROUNDS) -> list[Row]:
     configs = [Config.model_validate({"schedule": schedule}) for schedule in SCHEDULES]
-    measured = run_world(measure, configs, rounds, sizes=(RANKS, 1), names=("pp", "dp"), deadline_seconds=600)[0]
-    return [
-        Row(
-            what=f"a pipeline_mlp step, {schedule}, {RANKS} ranks",
-            against="torch.distributed.pipelining",
-            ratio=ratio_of_neighbors(seconds["ours"], seconds["torch"]),
-            at_most=AT_MOST,
-            detail=f"{milliseconds(seconds['ours'])} against {milliseconds(seconds['torch'])}",
-        )
-        for schedule, seconds in zip(SCHEDULES, measured, strict=True)
-    ]
+    ranks = run_world(measure, configs, rounds, sizes=(RANKS, 1), names=("pp", "dp"), deadline_seconds=600)
+    rows = []
+    for number, schedule in enumerate(SCHEDULES):
+        ratio, detail = compare([by_schedule[number] for by_schedule in ranks], "torch")
+        what = f"a pipeline_mlp step, {schedule}, {RANKS} ranks"
+        against = "torch.distributed.pipelining"
+        rows.append(Row(what=what, against=against, ratio=ratio, at_most=AT_MOST, detail=detail))
+    return rows

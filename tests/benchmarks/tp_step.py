@@ -7,7 +7,6 @@ each of the other two, which stand in by_hand.py.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from tests.benchmarks import by_hand
-from tests.benchmarks.rows import Row, milliseconds, ratio_of_neighbors
+from tests.benchmarks.rows import Row, Times, compare, now
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext
 from workloads.tp_fsdp_llama2.config import Config
@@ -47,38 +46,38 @@ def write_tokens(path: Path, samples: int) -> None:
     path.write_bytes(ids.tobytes())
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Seconds from all ranks' begin to all ranks' end."""
+def timed(step: Callable[[], object]) -> Times:
+    """From all ranks' begin to all ranks' end."""
     dist.barrier()
-    began = time.perf_counter()
+    began = now()
     step()
     dist.barrier()
-    return time.perf_counter() - began
+    return now().since(began)
 
 
-def measure(ctx: RunContext, config: Config, rounds: int) -> dict[str, list[float]]:
-    """On every rank: seconds of each side's steps; `ours` has one fewer, each between two of the others'."""
+def measure(ctx: RunContext, config: Config, rounds: int) -> dict[str, list[Times]]:
+    """On every rank: times of each side's steps; `ours` has one fewer, each between two of the others'."""
     others = {"classic": by_hand.Classic(ctx.mesh), "modern": by_hand.Modern(ctx.mesh)}
-    seconds: dict[str, list[float]] = {"ours": [], "classic": [], "modern": []}
-    end_step, done, began = ctx.end_step, 0, 0.0
+    times: dict[str, list[Times]] = {"ours": [], "classic": [], "modern": []}
+    end_step, done, began = ctx.end_step, 0, now()
 
     def end_step_and_turn(metrics: Any) -> bool:
         nonlocal done, began
         end_step(metrics)
         dist.barrier()
         if done > WARM_UP:
-            seconds["ours"].append(time.perf_counter() - began)
+            times["ours"].append(now().since(began))
         for name, other in others.items():
             took = timed(other.step)
             if done >= WARM_UP:
-                seconds[name].append(took)
+                times[name].append(took)
         done += 1
-        began = time.perf_counter()
+        began = now()
         return done == WARM_UP + rounds + 1
 
     ctx.end_step = end_step_and_turn  # type: ignore[method-assign]
     run(config, ctx)
-    return seconds
+    return times
 
 
 def main(rounds: int = ROUNDS) -> list[Row]:
@@ -88,15 +87,9 @@ def main(rounds: int = ROUNDS) -> list[Row]:
         write_tokens(tokens, 1000)
         for dp, tp in SHAPES:
             config = Config.model_validate(settings(tokens, WARM_UP + rounds + 2, dp))
-            seconds = run_world(measure, config, rounds, sizes=(dp, tp), deadline_seconds=600)[0]
+            ranks = run_world(measure, config, rounds, sizes=(dp, tp), deadline_seconds=900)
             for name, against in AGAINST.items():
-                rows.append(
-                    Row(
-                        what=f"a tp_fsdp step, {dp} x {tp}",
-                        against=against,
-                        ratio=ratio_of_neighbors(seconds["ours"], seconds[name]),
-                        at_most=AT_MOST[name],
-                        detail=f"{milliseconds(seconds['ours'])} against {milliseconds(seconds[name])}",
-                    )
-                )
+                ratio, detail = compare(ranks, name)
+                what = f"a tp_fsdp step, {dp} x {tp}"
+                rows.append(Row(what=what, against=against, ratio=ratio, at_most=AT_MOST[name], detail=detail))
     return rows
