@@ -47,7 +47,7 @@ def measure(ctx: RunContext, config: Config) -> tuple[list[float], list[float]]:
 
 
 def main(rounds: int = ROUNDS) -> list[Row]:
-    settings = {"steps": WARM_UP + rounds, "eval_windows": 1, "sample_tokens": 0}
+    settings = {"tp": SHAPE[1], "steps": WARM_UP + rounds, "eval_windows": 1, "sample_tokens": 0}
     measured = run_world(measure, Config.model_validate(settings), sizes=SHAPE, deadline_seconds=600)
     # What counts in a step is the rank that was in it for longest.
     inside = [max(step) for step in zip(*(inside for inside, _ in measured), strict=True)]

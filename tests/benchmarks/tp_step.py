@@ -28,11 +28,12 @@ AT_MOST = {"classic": 0.7, "modern": 1.0}
 AGAINST = {"classic": "the classic example's structure", "modern": "our structure by hand"}
 
 
-def settings(tokens: Path, steps: int, dp: int) -> dict[str, Any]:
+def settings(tokens: Path, steps: int, dp: int, tp: int) -> dict[str, Any]:
     sizes = {"dim": by_hand.DIM, "n_layers": by_hand.LAYERS, "n_heads": by_hand.HEADS, "n_kv_heads": by_hand.HEADS}
     return {
         "model": {**sizes, "ffn_dim": by_hand.FFN_DIM, "vocab_size": by_hand.VOCABULARY},
         "data": {"path": str(tokens), "dtype": "uint16"},
+        "tp": tp,
         "seq_len": by_hand.SEQ_LEN,
         "global_batch_size": dp * by_hand.BATCH,
         "lr": by_hand.LR,
@@ -86,7 +87,7 @@ def main(rounds: int = ROUNDS) -> list[Row]:
         tokens = Path(folder) / "tokens.bin"
         write_tokens(tokens, 1000)
         for dp, tp in SHAPES:
-            config = Config.model_validate(settings(tokens, WARM_UP + rounds + 2, dp))
+            config = Config.model_validate(settings(tokens, WARM_UP + rounds + 2, dp, tp))
             ranks = run_world(measure, config, rounds, sizes=(dp, tp), deadline_seconds=900)
             for name, against in AGAINST.items():
                 ratio, detail = compare(ranks, name)
