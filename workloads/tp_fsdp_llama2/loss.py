@@ -73,8 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_gradient: bool,
         compiled: bool,
     ) -> Tensor:
-        terms = _compiled(softmax_terms) if compiled else softmax_terms
-        gradient = _compiled(softmax_gradient) if compiled else softmax_gradient
+        exponentials, gradient = softmax_exponentials, softmax_gradient
+        if compiled:
+            exponentials, gradient = _compiled(exponentials), _compiled(gradient)
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         loss = torch.zeros((), dtype=dtype, device=x_ND.device)
         if with_gradient:
@@ -86,13 +87,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest_C = logits_CV.amax(-1).to(dtype)
             if group is not None:
                 dist.all_reduce(largest_C, dist.ReduceOp.MAX, group)
-            sum_and_label_2C = terms(logits_CV, rows_C, largest_C)
+            exp_CV, sum_and_label_2C = exponentials(logits_CV, rows_C, largest_C)
             if group is not None:
                 dist.all_reduce(sum_and_label_2C, dist.ReduceOp.SUM, group)
             sum_C, at_label_C = sum_and_label_2C
-            loss += torch.where(labels_C == IGNORED, 0.0, sum_C.log() - at_label_C).sum()
+            counts_C = labels_C != IGNORED
+            loss += torch.where(counts_C, sum_C.log() - at_label_C, 0.0).sum()
             if with_gradient:
-                gradient_CV = gradient(logits_CV, rows_C, labels_C != IGNORED, largest_C, sum_C)
+                gradient_CV = gradient(exp_CV, rows_C, counts_C, sum_C).to(x_ND.dtype)
                 torch.mm(gradient_CV, weight_VD, out=x_gradient_ND[begin:end])
                 weight_gradient_VD += gradient_CV.T @ x_CD
         if with_gradient:
@@ -108,34 +110,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def softmax_terms(logits_CV: Tensor, rows_C: Tensor, largest_C: Tensor) -> Tensor:
-    """What a softmax over all ranks' columns is summed up from.
+def softmax_exponentials(logits_CV: Tensor, rows_C: Tensor, largest_C: Tensor) -> tuple[Tensor, Tensor]:
+    """What a softmax over all ranks' columns is made of. Overwrites logits that are in the type of `largest_C`.
+
+    In place, here and in `softmax_gradient`: on a CPU this is the difference between a tenth of the time of the matrix
+    products around it and more than they take.
 
     Args:
         rows_C: each label's column here; outside 0 .. V - 1 where it is another rank's, or IGNORED.
-        largest_C: the largest logit over all ranks.
+        largest_C: the largest logit over all ranks, in no less than fp32.
 
     Returns:
-        Of shape (2, C): the sum of exp(logit - largest), and the label's logit - largest, or 0 where it is not here.
+        exp(logit - largest); and, of shape (2, C), their sums and the label's logit - largest, 0 where it is not here.
     """
-    shifted_CV = logits_CV.to(largest_C.dtype) - largest_C.unsqueeze(1)
-    is_here_C = (rows_C >= 0) & (rows_C < logits_CV.shape[1])
-    column_C1 = torch.where(is_here_C, rows_C, 0).unsqueeze(1)
+    shifted_CV = logits_CV.to(largest_C.dtype).sub_(largest_C.unsqueeze(1))
+    is_here_C, column_C1 = _column(rows_C, logits_CV.shape[1])
     at_label_C = torch.where(is_here_C, shifted_CV.gather(1, column_C1).squeeze(1), 0.0)
-    return torch.stack((shifted_CV.exp().sum(-1), at_label_C))
+    exp_CV = shifted_CV.exp_()
+    return exp_CV, torch.stack((exp_CV.sum(-1), at_label_C))
 
 
-def softmax_gradient(logits_CV: Tensor, rows_C: Tensor, counts_C: Tensor, largest_C: Tensor, sum_C: Tensor) -> Tensor:
-    """The gradient of the summed loss with respect to the logits, in the logits' type: softmax minus one-hot.
+def softmax_gradient(exp_CV: Tensor, rows_C: Tensor, counts_C: Tensor, sum_C: Tensor) -> Tensor:
+    """The gradient of the summed loss with respect to the logits, softmax minus one-hot. Overwrites `exp_CV`.
 
     Args:
         counts_C: whether the label is not IGNORED.
         sum_C: exp(logit - largest), summed over all ranks' columns.
     """
-    probability_CV = (logits_CV.to(largest_C.dtype) - largest_C.unsqueeze(1)).exp() / sum_C.unsqueeze(1)
-    is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == rows_C.unsqueeze(1)
-    gradient_CV = torch.where(counts_C.unsqueeze(1), probability_CV - is_label_CV.to(probability_CV.dtype), 0.0)
-    return gradient_CV.to(logits_CV.dtype)
+    is_here_C, column_C1 = _column(rows_C, exp_CV.shape[1])
+    gradient_CV = exp_CV.mul_((counts_C / sum_C).unsqueeze(1))
+    return gradient_CV.scatter_add_(1, column_C1, -(is_here_C & counts_C).to(exp_CV.dtype).unsqueeze(1))
+
+
+def _column(rows_C: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether a label's column is here, and an index that is valid in any case, of shape (C, 1)."""
+    is_here_C = (rows_C >= 0) & (rows_C < columns)
+    return is_here_C, torch.where(is_here_C, rows_C, 0).unsqueeze(1)
 
 
 _compiled = cache(torch.compile)

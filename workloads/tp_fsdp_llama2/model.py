@@ -9,14 +9,19 @@ Parameter names are those of Meta's checkpoints.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from workloads.tp_fsdp_llama2.config import ModelConfig
 from workloads.tp_fsdp_llama2.loss import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
@@ -30,9 +35,9 @@ DETERMINISTIC_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 """Those that have a backward pass of the same bits each time."""
 
 
-# Uncompiled, it would write out all the scores.
-_flex_attention = torch.compile(flex_attention)
-_create_block_mask = torch.compile(create_block_mask)
+_flex_attention: Any = None
+"""torch's flex_attention, compiled, as it would write out all the scores otherwise; from the first block mask on.
+Compiled when this module is imported, it would initialize CUDA in the process that ranks are forked from."""
 
 
 def document_mask(tokens_BS: Tensor, eos_id: int, *, dense: bool) -> Tensor | BlockMask:
@@ -52,7 +57,15 @@ def document_mask(tokens_BS: Tensor, eos_id: int, *, dense: bool) -> Tensor | Bl
     def sees(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (document_BS[sample, key] == document_BS[sample, query])
 
-    return _create_block_mask(sees, samples, None, seq_len, seq_len, device=tokens_BS.device)
+    global _flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if _flex_attention is None:
+        _flex_attention = torch.compile(flex_attention)
+    return _compiled(create_block_mask)(sees, samples, None, seq_len, seq_len, device=tokens_BS.device)
+
+
+_compiled = cache(torch.compile)
 
 
 class Attention(nn.Module):
@@ -93,7 +106,7 @@ class Attention(nn.Module):
         q_BSHE, k_BSKE = self._rotate(q_BSHE), self._rotate(k_BSKE)
         heads_first = (q_BSHE.transpose(1, 2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2))
         enable_gqa = self.queries_per_kv > 1
-        if isinstance(mask, BlockMask):
+        if mask is not None and not isinstance(mask, Tensor):
             y_BHSE = _flex_attention(*heads_first, block_mask=mask, enable_gqa=enable_gqa)
         else:
             with sdpa_kernel(self.kernels, set_priority=True):

@@ -129,13 +129,17 @@ def test_no_step_asks_a_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_step_on_a_gpu_is_not_waited_for(tmp_path: Path) -> None:
     ctx = context(tmp_path, "cuda")
     loss = torch.ones((), device="cuda")
-    ctx.end_step({"step": 1, "loss": mean(loss)})
-    ctx.end_step({"step": 2, "loss": mean(loss)})
+
+    def end(step: int) -> None:
+        ctx.end_step({"step": step, "loss": mean(loss * step), "most": largest(loss), "bytes": largest(1)})
+
+    end(1)
+    end(2)  # from here on every kernel is loaded and all pinned memory is there: to get either, CUDA waits
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")  # whatever waits for the device raises; an event's wait does not count
     try:
         torch.cuda._sleep(2 * 10**9)  # about a second
-        ctx.end_step({"step": 3, "loss": mean(loss * 3), "most": largest(loss), "bytes": largest(1)})
+        end(3)
         assert not torch.cuda.current_stream().query()  # the device is still in the step that has ended
     finally:
         torch.cuda.set_sync_debug_mode("default")
