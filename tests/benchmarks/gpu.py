@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def without_attention() -> None:
 
     genuine = F.scaled_dot_product_attention
 
-    def repeated(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor:
+    def repeated(q: Tensor, k: Tensor, v: Tensor, attn_mask: None, is_causal: bool, enable_gqa: bool) -> Tensor:
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         return genuine(q, k, v, is_causal=is_causal)
@@ -114,10 +115,12 @@ def run_one(request: dict[str, Any]) -> dict[str, Any]:
         if lever not in request["on"]:
             switch_off()
     with tempfile.TemporaryDirectory() as folder:
-        ctx = make_context(0, (1, 1), ("dp", "tp"), f"{folder}/store", Path(folder), request.get("device", "cuda"))
-        if request.get("profile"):
-            profile_last_step(ctx, request["settings"]["steps"], Path(request["profile"]))
-        result = run(Config.model_validate(request["settings"]), ctx)
+        store = f"{folder}/store"
+        # Closed, it has written every step's line.
+        with closing(make_context(0, (1, 1), ("dp", "tp"), store, Path(folder), request.get("device", "cuda"))) as ctx:
+            if request.get("profile"):
+                profile_last_step(ctx, request["settings"]["steps"], Path(request["profile"]))
+            result = run(Config.model_validate(request["settings"]), ctx)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return {
         **result,

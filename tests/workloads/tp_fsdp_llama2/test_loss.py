@@ -36,18 +36,21 @@ def by_torch(dtype: torch.dtype) -> list[Tensor]:
     return [value.detach(), x_BSD.grad, weight_VD.grad]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["in place", "as the compiler gets it"])
 @pytest.mark.parametrize("chunk_logits", [1, 5 * VOCABULARY, 10**6], ids=["a token", "five tokens", "all"])
-def test_it_is_torchs_in_chunks_of_any_size(chunk_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_torchs_in_chunks_of_any_size(chunk_logits: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", chunk_logits)
+    monkeypatch.setattr(loss, "_compiled", lambda function: function)
     x_BSD, weight_VD, labels_BS = inputs(torch.float64)
     x_BSD.requires_grad_()
     weight_VD.requires_grad_()
-    value = loss.linear_cross_entropy(x_BSD, weight_VD, labels_BS)
+    value = loss.linear_cross_entropy(x_BSD, weight_VD, labels_BS, compiled=fused)
     (value * 0.25).backward()
     for got, expected in zip([value, x_BSD.grad, weight_VD.grad], by_torch(torch.float64), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     with torch.no_grad():
-        torch.testing.assert_close(loss.linear_cross_entropy(x_BSD, weight_VD, labels_BS), value)
+        again = loss.linear_cross_entropy(x_BSD, weight_VD, labels_BS, compiled=fused)
+        torch.testing.assert_close(again, value)
 
 
 def test_a_bf16_model_has_an_fp32_loss() -> None:
