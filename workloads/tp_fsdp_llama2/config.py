@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "70b": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim": 28672, "vocab_size": 32000},
 }
 """Model sizes by name; 7b, 13b and 70b are Llama-2's (arXiv 2307.09288 and the released params.json files). 1b, with
-1,137,772,544 parameters, has heads of width 128, as attention kernels like them."""
+1,137,772,544 parameters, has heads of width 128, which suits attention kernels."""
 
 BYTES_VOCABULARY = 256
 
@@ -39,7 +39,7 @@ class ModelConfig(WorkloadConfig):
     ffn_dim: int = Field(gt=0)
     """Hidden width of the feed-forward; must be divisible by tp."""
     vocab_size: int | None = Field(default=None, gt=0)
-    """Rows of the embedding. None: the tokenizer's size, or 256 for bytes; required for token files."""
+    """Rows of the embedding. null: the tokenizer's size, or 256 for bytes; required for token files."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
     rope_theta: float = Field(default=10000.0, gt=1)
@@ -64,15 +64,15 @@ class DataConfig(WorkloadConfig):
 
     path: str | tuple[str, ...] | None = None
     """A file, a glob, or a list of them, read in sorted order. `.npy` and `.bin` files hold token ids; all others
-    are text, read as bytes or through `tokenizer`. None: the documentation that ships with Python."""
+    are text, read as bytes or through `tokenizer`. null: the documentation that ships with Python."""
     tokenizer: str | None = None
-    """A Hugging Face tokenizer.json. The text is tokenized once, before the job is queued. None: bytes are tokens."""
+    """A Hugging Face tokenizer.json. The text is tokenized once, before the job is queued. null: bytes are tokens."""
     bos_token: str | None = None
-    """Token of `tokenizer`, such as <s>, to put before each document. A document is a file. None: nothing."""
+    """Token of `tokenizer`, such as <s>, to put before each document. A document is a file. null: nothing."""
     eos_token: str | None = None
-    """Token of `tokenizer`, such as </s>, to put after each document. None: nothing."""
+    """Token of `tokenizer`, such as </s>, to put after each document. null: nothing."""
     document_mask: bool = False
-    """Attention stays within a document, where a sample holds parts of several. A document ends with `eos_token`; in
+    """Keep attention within a document where a sample holds parts of several. A document ends with `eos_token`; in
     token files, with `eos_id`."""
     eos_id: int | None = Field(default=None, ge=0)
     """The id that ends a document in token files, for `document_mask`."""
@@ -96,48 +96,51 @@ class Config(WorkloadConfig):
     """Determines the initial weights, the order of samples and the generated text."""
     init_from: str | None = None
     """Weights to start from, in Hugging Face's Llama layout or Meta's: a directory with model.safetensors or
-    model.safetensors.index.json, or such a file; `model.*` must match them. None: random weights."""
+    model.safetensors.index.json, or such a file; `model.*` must match them. null: random weights."""
     seq_len: int = Field(default=128, gt=0)
     """Tokens per sample; must be divisible by tp."""
     global_batch_size: int = Field(default=32, gt=0)
     """Samples per step over all ranks; must be divisible by dp."""
     microbatch_size: int | None = Field(default=None, gt=0)
     """Samples per forward pass of one dp coordinate; gradients are accumulated over
-    global_batch_size / (dp x microbatch_size) passes. None: one pass per step."""
+    global_batch_size / (dp x microbatch_size) passes. null: one pass per step."""
     tp: int | None = Field(default=None, gt=0)
-    """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. null: the fewest with
-    which a rank's estimated memory fits gpu_memory_gb."""
+    """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. null: the fewest for
+    which a rank's estimated memory fits in gpu_memory_gb."""
     dp_replicate: int | None = Field(default=None, gt=0)
     """Copies of the sharded model (HSDP); gradients are averaged over them. Must divide nodes x gpus_per_node / tp.
     null: 1, unless sharding over all ranks would leave too little on each."""
     reshard_after_forward: bool | None = None
     """Whether a block's gathered weights are freed after its forward pass and gathered again for its backward pass.
-    null: true where they are sharded at all."""
+    null: true if the weights are sharded at all."""
     reduce_gradients: Literal["each_pass", "last_pass"] | None = None
-    """With several passes a step: reduce-scatter gradients after each, or keep them whole until the last one, which
-    communicates less and takes 4 bytes per parameter / tp. null: last_pass where that fits gpu_memory_gb."""
+    """When a step has several passes. each_pass: reduce-scatter the gradients after each. last_pass: keep them whole
+    until the last one, which communicates less and takes 4 bytes per parameter / tp. null: last_pass if that fits in
+    gpu_memory_gb."""
     gpu_memory_gb: float = Field(default=80, gt=0)
-    """Memory of a GPU in GB (10^9 bytes), for what is chosen by memory: tp, dp_replicate, reduce_gradients."""
+    """Memory of a GPU in GB (10^9 bytes), for the settings that are chosen by memory: tp, dp_replicate and
+    reduce_gradients."""
     precision: Literal["fp32", "bf16", "fp64"] | None = None
-    """bf16: computes in bf16, keeps parameters, reduces gradients and steps in fp32. fp64: everything in fp64.
-    null: bf16 on CUDA, fp32 on a CPU."""
+    """bf16: compute in bf16, but keep parameters, reduce gradients and run the optimizer in fp32. fp32, fp64: do
+    everything in that type. null: bf16 on CUDA, fp32 on a CPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keeps only each block's input and recomputes the block in the backward pass. selective: also keeps the
-    results of attention and of every other matrix product, and recomputes the rest."""
+    """full: keep only each block's input and recompute the block in the backward pass. selective: also keep the
+    results of attention and of every other matrix product, and recompute the rest."""
     compile: bool = False
     """torch.compile, block by block."""
     async_tp: bool = False
     """Overlap tensor parallelism's communication with its matrix products (torch's symmetric memory); needs
     compile=true, tp > 1 and GPUs that are linked by NVLink."""
     deterministic: bool = False
-    """On CUDA, use only deterministic algorithms, which makes attention's backward slower. CPU runs always are."""
+    """On CUDA, use only deterministic algorithms, which slows attention's backward pass down. CPU runs are always
+    deterministic."""
 
     lr: float = Field(default=6e-3, gt=0)
     """AdamW's learning rate at the end of the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last step's learning rate as a fraction of `lr`; after the warm-up it decays along a half cosine."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps over which the learning rate rises linearly to `lr`; at most `steps`. None: a tenth of them."""
+    """Steps over which the learning rate rises linearly to `lr`; at most `steps`. null: a tenth of them."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay rate for the mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -147,19 +150,19 @@ class Config(WorkloadConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's decoupled weight decay, on all matrices; the norms' weights do not decay."""
     grad_clip: float | None = Field(default=1.0, gt=0)
-    """Gradients with a larger global norm are scaled down to this norm. None: the norm is only reported."""
+    """Gradients with a larger global norm are scaled down to this norm. null: the norm is only reported."""
 
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out part; 0: only after the last step."""
     eval_windows: int | None = Field(default=512, gt=0)
-    """The most held-out samples to evaluate on, spread evenly over the held-out part. None: all of them."""
+    """The most held-out samples to evaluate on, spread evenly over the held-out part. null: all of them."""
     sample_tokens: int = Field(default=32, ge=0)
     """Tokens to generate at the end, from the start of the held-out text; each takes a full forward pass."""
     export: bool = False
-    """Gather the final weights to rank 0 and write them as safetensors, whole."""
+    """Gather the final weights on rank 0 and write them, unsharded, as safetensors."""
     export_format: Literal["hf", "meta"] = "hf"
-    """hf: Hugging Face's Llama layout, with config.json, for `from_pretrained`. meta: Meta's layout, whose names are
-    the model's own, with params.json."""
+    """hf: Hugging Face's Llama layout, with config.json, for `from_pretrained`. meta: Meta's layout, with params.json;
+    its parameter names are the ones that our model uses, too."""
 
 
 def mesh(config: Config, shape: Shape) -> MeshSpec:
@@ -179,7 +182,7 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
     if dp % replicas:
         raise WorkloadError(
             f"dp_replicate={replicas} does not divide dp={dp} ({shape.world_size} ranks / tp={tp}): every copy is "
-            f"sharded over equally many ranks; use dp_replicate={_largest_divisor(dp, replicas)}"
+            f"sharded over the same number of ranks; use dp_replicate={_largest_divisor(dp, replicas)}"
         )
     if replicas == 1:
         return MeshSpec(("dp", "tp"), (dp, tp))
@@ -187,24 +190,24 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
 
 
 def data_parallel_and_tp(spec: MeshSpec) -> tuple[int, int]:
-    """Among how many coordinates the samples are divided, and how many ranks share one."""
+    """The number of coordinates that the samples are divided among, and the number of ranks that share one."""
     return spec.world_size // spec.sizes[-1], spec.sizes[-1]
 
 
 def choices(config: Config, shape: Shape) -> list[str]:
-    """A line on each setting that was left to us: what was chosen, and why."""
+    """One line per setting that was left open: what was chosen, and why."""
     spec = mesh(config, shape)
     dp, tp = data_parallel_and_tp(spec)
     lines = []
     if config.tp is None:
         estimate_gb = _rank_bytes(config, dp, dp, tp, config.precision or "bf16") / 1e9
-        fits = (
-            "the fewest that fit"
+        reason = (
+            "the fewest ranks that fit in"
             if _fits(config, estimate_gb * 1e9)
-            else "as many as there can be, though not all fits"
+            else "the most ranks that are possible, but still too few for"
         )
         lines.append(
-            f"tp={tp}: {fits} gpu_memory_gb={config.gpu_memory_gb:g} by the estimate of {estimate_gb:.1f} GB per rank"
+            f"tp={tp}: {reason} gpu_memory_gb={config.gpu_memory_gb:g}, with an estimated {estimate_gb:.1f} GB per rank"
         )
     if config.dp_replicate is None and len(spec.sizes) == 3:
         lines.append(
@@ -212,13 +215,17 @@ def choices(config: Config, shape: Shape) -> list[str]:
             f"{_LEAST_SHARD_BYTES >> 20} MiB of a block"
         )
     if accumulation_steps(config, dp) > 1 and config.reduce_gradients is None:
-        when = "the last pass only" if reduces_last_pass_only(config, spec) else "each pass, as whole ones do not fit"
+        when = (
+            "the last pass only"
+            if reduces_last_pass_only(config, spec)
+            else "each pass: whole gradients do not fit in memory"
+        )
         lines.append(f"gradients are reduced after {when}")
     return lines
 
 
 _LEAST_SHARD_BYTES = 2**20
-"""Where a rank's part of a block's bf16 weights is smaller, gathering them waits for messages and not for bandwidth."""
+"""If a rank's part of a block's bf16 weights is smaller, gathering them is bound by latency and not by bandwidth."""
 _ALWAYS_SHARDED_OVER = 64
 
 
@@ -263,7 +270,7 @@ def _fits(config: Config, rank_bytes: float) -> bool:
 
 
 def precision(config: Config, device_type: str) -> str:
-    """What a run computes in: what is given, or else bf16 on CUDA and fp32 on a CPU."""
+    """The precision that a run computes in: as given, otherwise bf16 on CUDA and fp32 on a CPU."""
     return config.precision or ("bf16" if device_type == "cuda" else "fp32")
 
 
@@ -278,10 +285,10 @@ def plan(config: Config) -> str | None:
 
 
 def vocab_size(config: Config) -> int:
-    """Rows of the embedding: what model.vocab_size says, or else the tokenizer's size or 256 for bytes.
+    """Rows of the embedding: model.vocab_size, otherwise the tokenizer's size, or 256 for bytes.
 
     Raises:
-        WorkloadError: it follows from nothing, or is smaller than what the corpus needs.
+        WorkloadError: it is not given for token files, or it is smaller than what the corpus needs.
     """
     from workloads.tp_fsdp_llama2 import data
 
@@ -345,8 +352,8 @@ def validate(config: Config, shape: Shape) -> None:
     _validate_batch(config, dp)
     if config.async_tp and (tp == 1 or not config.compile):
         raise WorkloadError(
-            f"async_tp=true with tp={tp} and compile={str(config.compile).lower()}: the compiler overlaps what tensor "
-            "parallelism exchanges; use compile=true and tp of 2 or more, or leave async_tp out"
+            f"async_tp=true with tp={tp} and compile={str(config.compile).lower()}: it is the compiler that overlaps "
+            "tensor parallelism's communication; use compile=true and a tp of 2 or more, or leave async_tp out"
         )
     if config.init_from is not None:
         weights.Weights(config)
@@ -410,21 +417,21 @@ def _validate_batch(config: Config, dp: int) -> None:
 def memory_bytes(config: Config, shape: Shape) -> int:
     """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
 
-    With `e` bytes a parameter (8 in fp64, else 4) and `c` a computed number (2 in bf16, else e), one rank of a
-    mesh that shards over `s` ranks holds
+    With `e` bytes per parameter (8 in fp64, else 4) and `c` bytes per computed number (2 in bf16, else e), one rank of
+    a mesh that shards over `s` ranks holds
 
     - states: 4 e N / (s tp), for the parameters, gradients and AdamW's two means;
-    - gradients that are kept whole, where a step takes more than one pass and reduces them after the last: e N / tp;
-    - gathered weights, c / tp each: two blocks, as the next is fetched while one works, and embedding and output; all
-      of them where they stay gathered;
+    - whole gradients, if a step takes more than one pass and reduces them after the last: e N / tp;
+    - gathered weights, c / tp each: two blocks (the next one is fetched while one computes), the embedding and the
+      output; or all weights, if they stay gathered;
     - activations, of B samples of S tokens, width D, F the feed-forward's: c B S per block times
       (8 D + 4 D_qkv + 4 F) / tp with no checkpointing, (3 D + 4 D_qkv + 2 F) / tp where it is compiled, half of it
       with selective; D / tp with full, plus one block in full; attention scores are never written out;
-    - gathered inputs of the block at work and the loss's gradient, 3 c B S D; a chunk of logits, 4 times over in fp32;
-      and the output's gradient while it is summed up, in fp32;
+    - the gathered inputs of the block that computes and the loss's gradient, 3 c B S D; 4 copies of a chunk of logits
+      in fp32; and the output's gradient while it is summed up, in fp32;
     - 400 MB for the process: Python, torch, buffers of the collectives.
 
-    A precision that is left to the device counts as fp32, the larger one.
+    If the precision is left to the device, fp32, the larger one, is assumed.
     """
     spec = mesh(config, shape)
     dp, tp = data_parallel_and_tp(spec)

@@ -166,7 +166,7 @@ class Split:
         return max(0, (self.tokens - self.heldout_start - 1) // self.seq_len)
 
     def evaluated(self, at_most: int | None) -> list[int]:
-        """Where the windows that are evaluated on start: all held-out ones, or `at_most` evenly spread over them."""
+        """The starts of the windows to evaluate on: all held-out ones, or `at_most` evenly spread over them."""
         count = min(self.heldout_windows, at_most or self.heldout_windows)
         return [self.heldout_start + i * self.heldout_windows // count * self.seq_len for i in range(count)]
 
@@ -284,7 +284,7 @@ def open_corpus(config: Config, data_dir: Path) -> Corpus:
         info = _prepared(config, data_dir)
         if info is None:
             raise WorkloadError(
-                f"{data_dir / TOKENS_FILE} is missing, or was made from other settings: prepare the job again"
+                f"{data_dir / TOKENS_FILE} is missing, or was made with other settings: submit the job again to make it"
             )
         array = np.load(data_dir / TOKENS_FILE, mmap_mode="r")
         tokenizer = _load_tokenizer(data.tokenizer)
@@ -335,8 +335,8 @@ def resolve(data: DataConfig) -> list[Path]:
         matches = [exact] if exact.exists() else [Path(m) for m in glob.glob(str(exact), recursive=True)]  # noqa: PTH207
         if not matches:
             raise WorkloadError(
-                f"data.path={pattern} matches no file (seen from {Path.cwd()}): give an existing file, or a glob in "
-                "quotes"
+                f"data.path={pattern} matches no file (working directory: {Path.cwd()}): give an existing file, or a "
+                "glob in quotes"
             )
         # A glob may match directories, which are skipped; a directory given by its name is a mistake.
         found.update(m for m in matches if len(matches) == 1 or not m.is_dir())
@@ -351,7 +351,7 @@ def resolve(data: DataConfig) -> list[Path]:
         except OSError as error:
             raise WorkloadError(f"data.path: {path} cannot be read ({error.strerror}): check its permissions") from None
         if not first:
-            raise WorkloadError(f"data.path: {path} is empty: leave it out or write it anew")
+            raise WorkloadError(f"data.path: {path} is empty: leave it out or write it again")
     return sorted(found)
 
 
@@ -404,7 +404,7 @@ def _token_parts(data: DataConfig) -> list[Part]:
         else:
             if data.dtype is not None:
                 raise WorkloadError(
-                    f"data.dtype={data.dtype} with {path}: an .npy file says its own type; leave data.dtype out"
+                    f"data.dtype={data.dtype} with {path}: an .npy file's header has its type; leave data.dtype out"
                 )
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -419,7 +419,7 @@ def _token_parts(data: DataConfig) -> list[Part]:
                     "dimension; use .ravel().astype(numpy.uint16) before saving"
                 )
             if not len(array):
-                raise WorkloadError(f"data.path={path} holds no token: leave it out or write it anew")
+                raise WorkloadError(f"data.path={path} holds no tokens: leave it out or write it again")
         parts.append(Part(str(path), array))
     return parts
 
@@ -428,7 +428,7 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
     """Refuses data that cannot be read, is too short, or holds ids that the model does not have.
 
     Raises:
-        WorkloadError: as it says.
+        WorkloadError: the data cannot be used; the message says why.
     """
     text = is_text(data)
     if text and data.dtype is not None:
@@ -438,15 +438,15 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
         )
     if not text and data.tokenizer is not None:
         raise WorkloadError(
-            f"data.tokenizer={data.tokenizer} with data.path={data.path}: these files hold token ids already; leave "
+            f"data.tokenizer={data.tokenizer} with data.path={data.path}: these files already hold token ids; leave "
             "data.tokenizer out"
         )
     _validate_document_tokens(data)
     _validate_document_mask(data, text, vocab_size)
-    # A text's size needs no numpy, whose import would take longer than all else that a dry run does.
+    # Finding a text's size needs no numpy, whose import would take longer than everything else in a dry run.
     parts = [] if text else _token_parts(data)
     tokens = _text_bytes(data) if text else sum(len(part.array) for part in parts)
-    # A tokenizer makes at most one token of each byte, so what is too short in bytes is too short.
+    # A tokenizer makes at most one token of each byte, so a text that is too short in bytes is too short in tokens.
     check_length(tokens, data, seq_len, global_batch_size, "bytes" if text else "tokens")
     if tokens <= _SCAN_AT_MOST:
         for part in parts:
@@ -507,8 +507,9 @@ def check_length(tokens: int, data: DataConfig, seq_len: int, global_batch_size:
         )
     if cut.heldout_windows < 1:
         raise WorkloadError(
-            f"data.holdout_fraction={data.holdout_fraction} of {tokens} {unit} holds out {tokens - cut.heldout_start}: "
-            f"not one sample of seq_len={seq_len} + 1; raise it to {_enough(tokens, seq_len)} or more, or lower seq_len"
+            f"data.holdout_fraction={data.holdout_fraction} of {tokens} {unit} holds out {tokens - cut.heldout_start}, "
+            f"too few for a sample of seq_len={seq_len} + 1: raise it to {_enough(tokens, seq_len)} or more, or lower "
+            "seq_len"
         )
 
 
@@ -537,7 +538,7 @@ def tokenizer_size(path: str) -> int:
     """The number of tokens a tokenizer knows, added ones included.
 
     Raises:
-        WorkloadError: there is no such file, it is no tokenizer, or `tokenizers` is not installed.
+        WorkloadError: there is no such file, it is not a tokenizer, or `tokenizers` is not installed.
     """
     return _load_tokenizer(path).get_vocab_size(with_added_tokens=True)
 
@@ -571,14 +572,14 @@ def _load_tokenizer(path: str) -> Any:
 def prepare(config: Config, directory: Path) -> str | None:
     """Tokenizes the text, once for all ranks; does nothing for bytes and token files, or if it has been done already.
 
-    Leaves tokens.npy and tokens.json, each written beside and then renamed. Uses all CPUs, unless RAYON_NUM_THREADS or
-    TOKENIZERS_PARALLELISM says otherwise.
+    Leaves tokens.npy and tokens.json, each written under a temporary name and then renamed. Uses all CPUs, unless
+    RAYON_NUM_THREADS or TOKENIZERS_PARALLELISM says otherwise.
 
     Returns:
         A line that says what was done.
 
     Raises:
-        WorkloadError: the text is not UTF-8, or makes too few tokens.
+        WorkloadError: the text is not UTF-8, or gives too few tokens.
     """
     import numpy as np
 
@@ -588,10 +589,10 @@ def prepare(config: Config, directory: Path) -> str | None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _load_tokenizer(data.tokenizer)
     for name, switch_off in (("truncation", tokenizer.no_truncation), ("padding", tokenizer.no_padding)):
-        # Many a tokenizer.json has them on, for single inputs of a model.
+        # Many tokenizer.json files have them on, for single inputs of a model.
         if getattr(tokenizer, name) is not None:
             log.warning(
-                "data.tokenizer=%s sets %s, which is switched off: the text is used whole", data.tokenizer, name
+                "data.tokenizer=%s sets %s; it is switched off, as the whole text is used", data.tokenizer, name
             )
             switch_off()
     begin, end = ([] if token is None else [tokenizer.token_to_id(token)] for token in (data.bos_token, data.eos_token))
@@ -602,7 +603,7 @@ def prepare(config: Config, directory: Path) -> str | None:
     totals: list[tuple[int, int]] = [(0, 0)]
     try:
         with partial.open("wb") as file:
-            # The header says how many tokens follow, which is known at the end; its length does not depend on that.
+            # The header says how many tokens follow, known only at the end; its length does not depend on the number.
             np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
             pieces = _pieces(data)
             while batch := list(islice(pieces, _PIECES_AT_ONCE)):
@@ -632,7 +633,7 @@ def prepare(config: Config, directory: Path) -> str | None:
         partial.unlink(missing_ok=True)
     partial_info = directory / f"{TOKENS_INFO_FILE}.{os.getpid()}.partial"
     partial_info.write_text(json.dumps(info, indent=1))
-    # Last: it says that the other is complete.
+    # This file must come last: it says that the other one is complete.
     partial_info.replace(directory / TOKENS_INFO_FILE)
     done = f"tokenized {text_bytes:,} bytes into {tokens:,} tokens"
     log.info("%s", done)

@@ -29,7 +29,7 @@ def heldout_loss(
     """Mean loss in nats per token over the held-out windows; the same on every rank and, but for rounding, any mesh.
 
     Windows are dealt to the dp coordinates in batches. Every coordinate makes the same number of passes, as FSDP2's
-    gathers need all of them; where windows run out, it passes some that count for nothing.
+    gathers need all of them; a coordinate that runs out of windows repeats one, which does not count.
 
     Args:
         batch_size: windows of one coordinate in one pass.

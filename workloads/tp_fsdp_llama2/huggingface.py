@@ -42,7 +42,7 @@ _DEFAULTS = {
 
 
 def parameter_name(name: str) -> str:
-    """Hugging Face's name of our parameter: layers.3.attention.wq.weight is model.layers.3.self_attn.q_proj.weight."""
+    """Hugging Face's name for our parameter: layers.3.attention.wq.weight is model.layers.3.self_attn.q_proj.weight."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("layers."):
         return f"{_OF_THE_MODEL[module]}.{kind}"
@@ -79,7 +79,7 @@ def llama_config(
     Args:
         dtype: the weights' type by its name in torch, such as "float32".
         bos_token_id: the token before a document, if there is one.
-        eos_token_id: the token after a document, where generation ends; None: it does not end by itself.
+        eos_token_id: the token after a document, at which generation ends; without it, generation runs to its limit.
     """
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -52,7 +52,7 @@ def linear_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, *,
         x_BSD, weight_VD = x_BSD.to_local(grad_placements=[Partial()]), weight_VD.to_local()
     x_ND, labels_N = x_BSD.flatten(0, 1), labels_BS.flatten()
     with_gradient = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    # From `rows` and not from what this rank has of them: the ranks must come to the same chunks.
+    # From `rows`, not from the number of rows that this rank holds: all ranks must use the same chunks.
     chunks = _chunks(len(x_ND), rows, x_ND.device.type)
     loss: Tensor = _LinearCrossEntropy.apply(
         x_ND, weight_VD, labels_N, first_row, group, chunks, with_gradient, compiled
@@ -114,17 +114,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def softmax_exponentials(logits_CV: Tensor, rows_C: Tensor, largest_C: Tensor) -> tuple[Tensor, Tensor]:
-    """What a softmax over all ranks' columns is made of. Overwrites logits that are in the type of `largest_C`.
+    """The terms of a softmax over all ranks' columns. Overwrites the logits if they are in the type of `largest_C`.
 
-    In place, here and in `softmax_gradient`: on a CPU this is the difference between a tenth of the time of the matrix
-    products around it and more than they take.
+    This and `softmax_gradient` work in place. On a CPU they take a tenth of the time of the matrix products around
+    them; with new tensors for each operation they would take longer than those products.
 
     Args:
-        rows_C: each label's column here; outside 0 .. V - 1 where it is another rank's, or IGNORED.
+        rows_C: each label's column on this rank; outside 0 .. V - 1 if another rank holds it or it is IGNORED.
         largest_C: the largest logit over all ranks, in no less than fp32.
 
     Returns:
-        exp(logit - largest); and, of shape (2, C), their sums and the label's logit - largest, 0 where it is not here.
+        exp(logit - largest); and, of shape (2, C), their sums and the label's logit - largest, 0 if it is elsewhere.
     """
     shifted_CV = logits_CV.to(largest_C.dtype).sub_(largest_C.unsqueeze(1))
     is_here_C, column_C1 = _column(rows_C, logits_CV.shape[1])
@@ -146,10 +146,10 @@ def softmax_gradient(exp_CV: Tensor, rows_C: Tensor, counts_C: Tensor, sum_C: Te
 
 
 def fused_terms(logits_CV: Tensor, rows_C: Tensor, largest_C: Tensor) -> Tensor:
-    """The second result of `softmax_exponentials`, of operations that the compiler makes one kernel of.
+    """The second result of `softmax_exponentials`, computed by operations that the compiler fuses into one kernel.
 
-    What is in place above would keep it from that: kept exponentials are written and read again in fp32, and so is
-    what a scatter changes. On an H100 that took 2 to 3% of a step.
+    The in-place operations above would prevent that: the exponentials are written to memory and read again in fp32,
+    and so is what a scatter changes. On an H100 that took 2 to 3% of a step.
     """
     shifted_CV = logits_CV.to(largest_C.dtype) - largest_C.unsqueeze(1)
     is_here_C, column_C1 = _column(rows_C, logits_CV.shape[1])
@@ -158,7 +158,7 @@ def fused_terms(logits_CV: Tensor, rows_C: Tensor, largest_C: Tensor) -> Tensor:
 
 
 def fused_gradient(logits_CV: Tensor, rows_C: Tensor, counts_C: Tensor, largest_C: Tensor, sum_C: Tensor) -> Tensor:
-    """`softmax_gradient` from the logits, in their type, for the compiler as `fused_terms` is."""
+    """`softmax_gradient`, but from the logits and in their type; like `fused_terms`, for the compiler to fuse."""
     probability_CV = (logits_CV.to(largest_C.dtype) - largest_C.unsqueeze(1)).exp() / sum_C.unsqueeze(1)
     is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == rows_C.unsqueeze(1)
     gradient_CV = torch.where(counts_C.unsqueeze(1), probability_CV - is_label_CV.to(probability_CV.dtype), 0.0)
@@ -166,7 +166,7 @@ def fused_gradient(logits_CV: Tensor, rows_C: Tensor, counts_C: Tensor, largest_
 
 
 def _column(rows_C: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Whether a label's column is here, and an index that is valid in any case, of shape (C, 1)."""
+    """Whether this rank holds a label's column; and its index, or 0, which is always valid, of shape (C, 1)."""
     is_here_C = (rows_C >= 0) & (rows_C < columns)
     return is_here_C, torch.where(is_here_C, rows_C, 0).unsqueeze(1)
 

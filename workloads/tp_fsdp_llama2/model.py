@@ -32,20 +32,20 @@ ATTENTION = [
 """Attention kernels, the preferred one first. On an H100 cuDNN's takes 0.57 of flash's time for heads of width 128;
 fp32 goes to the third, fp64 to the last."""
 DETERMINISTIC_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-"""Those that have a backward pass of the same bits each time."""
+"""The kernels whose backward pass gives the same bits every time."""
 
 
 _flex_attention: Any = None
-"""torch's flex_attention, compiled, as it would write out all the scores otherwise; from the first block mask on.
-Compiled when this module is imported, it would initialize CUDA in the process that ranks are forked from."""
+"""torch's flex_attention, compiled, as it would write out all the scores otherwise; None before the first block mask.
+It must not be compiled at import, otherwise CUDA is initialized in the process that ranks are forked from."""
 
 
 def document_mask(tokens_BS: Tensor, eos_id: int, *, dense: bool) -> Tensor | BlockMask:
     """Which positions see which: each sees its own document up to itself. An eos_id is its document's last token.
 
     Args:
-        dense: for scaled_dot_product_attention, of shape (B, 1, S, S), true where a query sees a key. Otherwise it is
-            for flex_attention, which skips the blocks in which nothing is seen.
+        dense: whether to make a mask for scaled_dot_product_attention, of shape (B, 1, S, S) and true where a query
+            sees a key. Otherwise it is for flex_attention, which skips the blocks in which nothing is seen.
     """
     ended_BS = (tokens_BS == eos_id).int()
     document_BS = ended_BS.cumsum(1, dtype=torch.int32) - ended_BS
@@ -84,13 +84,13 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_dim, bias=False, dtype=dtype)
         self.wo = nn.Linear(config.dim, config.dim, bias=False, dtype=dtype)
         self.kernels = ATTENTION
-        # A buffer of the block, which all blocks share: FSDP2 would cast an argument to bf16 with the rest.
+        # A buffer, which all blocks share, and not an argument: FSDP2 would cast an argument to bf16 with the rest.
         table = torch.empty(seq_len, self.head_dim // 2, dtype=dtype)
         self.register_buffer("rotary_cos_SE2", table, persistent=False)
         self.register_buffer("rotary_sin_SE2", table, persistent=False)
 
     def _rotate(self, x_BSHE: Tensor) -> Tensor:
-        """Turns each pair of neighbouring components by its position's angle, in no less than fp32."""
+        """Turns each pair of neighboring components by its position's angle, in no less than fp32."""
         seq_len = x_BSHE.shape[1]
         cos_S1E2 = self.rotary_cos_SE2[:seq_len].unsqueeze(1)
         sin_S1E2 = self.rotary_sin_SE2[:seq_len].unsqueeze(1)
@@ -140,7 +140,7 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config, dtype)
 
     def forward(self, x_BSD: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
-        # By name, as the tensor-parallel plan lays out what is passed by position.
+        # The mask must be passed by name, otherwise the tensor-parallel plan redistributes it as it does the input.
         h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), mask=mask)
         return h_BSD + self.feed_forward(self.ffn_norm(h_BSD))
 
@@ -157,14 +157,14 @@ class Output(nn.Linear):
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits or the loss out. `init.initialize` fills its parameters, which hold nothing before.
+    """Token ids in, logits or the loss out. Its parameters are uninitialized until `init.initialize` fills them.
 
     Args:
         config: sizes.
         vocab_size: rows of the embedding and of the output.
         seq_len: the most positions a sample may have; sizes the rotary tables.
         dtype: of the parameters and the rotary tables.
-        eos_id: the token after which a new document begins; attention then stays within a document. Positions count on
+        eos_id: the token after which a new document begins; attention then stays within a document. Positions continue
             through a sample: the rotary embedding knows distances only. None: a sample is one document.
     """
 

@@ -40,7 +40,7 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
 
     Args:
         mesh: dimensions `dp` (or `dp_replicate` and `dp_shard`) and `tp`, any of which may be 1.
-        device: what it will be moved to; decides the precision where none is given.
+        device: where it will be moved; decides the precision if none is given.
     """
     dtype = parameter_dtype(precision(config, device.type))
     with torch.device("meta"):
@@ -57,7 +57,7 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
         _apply_compile(model)
     if config.async_tp:
         _enable_async_tensor_parallel(mesh["tp"], device)
-    # Over a dp of 1 too: it is then what casts to bf16, and nothing needs a case of its own.
+    # With dp=1 too: FSDP2 is what casts to bf16, and this way one rank is no special case.
     _apply_fsdp(model, data_parallel_mesh(mesh), precision(config, device.type), config.reshard_after_forward)
     return model
 
@@ -73,8 +73,8 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
         },
     )
     # The lookup returns a view of a tensor whose reduction may still be under way. A compiled block would wait for it
-    # outside of autograd, and the embedding's gradient would be zero without a word (pytorch/pytorch#179849); and FSDP2
-    # warns of views, on every rank.
+    # outside of autograd, and the embedding's gradient would silently be zero (pytorch/pytorch#179849). Also, FSDP2
+    # warns about views, on every rank.
     model.tok_embeddings.register_forward_hook(_clone)
     for block in model.layers:
         parallelize_module(
@@ -97,7 +97,7 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
 
 
 class VocabularyParallel(ParallelStyle):
-    """Shards the output projection by rows, for inputs of any number; the first is gathered along the sequence.
+    """Shards the output projection by rows, for any number of inputs; the first is gathered along the sequence.
 
     ColwiseParallel passes on one input only and expects logits back; this module also takes labels and returns a loss.
     """
@@ -128,7 +128,7 @@ def _apply_compile(model: Transformer) -> None:
 def _enable_async_tensor_parallel(tp_mesh: DeviceMesh, device: torch.device) -> None:
     if device.type != "cuda":
         raise WorkloadError(
-            f"async_tp=true on a {device.type.upper()}: symmetric memory is of GPUs; leave async_tp out"
+            f"async_tp=true on a {device.type.upper()}: symmetric memory needs GPUs; leave async_tp out"
         )
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -144,7 +144,7 @@ def _apply_fsdp(model: Transformer, dp_mesh: DeviceMesh, precision: str, reshard
     """Shards the embedding, each block, and the last norm with the output, over the mesh's last dimension."""
     policy = mixed_precision(precision)
     if reshard_after_forward is None:
-        # Alone, a rank would gain nothing by freeing its copy in the type computed in, and pay by making it again.
+        # A rank alone would gain nothing by freeing its copy that is cast to bf16, and would have to cast it again.
         reshard_after_forward = dp_mesh.size(dp_mesh.ndim - 1) > 1
     for unit in (model.tok_embeddings, *model.layers):
         fully_shard(unit, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
@@ -160,7 +160,7 @@ _SAVED_OPS = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_attention_math.default,
-    # Computed again, tensor parallelism's reduce-scatters would be communicated again.
+    # Recomputing tensor parallelism's reduce-scatters would communicate again.
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 

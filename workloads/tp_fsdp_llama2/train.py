@@ -53,11 +53,11 @@ PROMPT_TOKENS = 32
 
 
 def run(config: Config, ctx: RunContext) -> dict[str, Any]:
-    """Trains, evaluates on the held-out part, writes a sample and, if asked to, the weights.
+    """Trains, evaluates on the held-out part, generates a sample and, if asked to, exports the weights.
 
     Returns:
-        What becomes `result` in result.json; other ranks than 0 lack the unigram entropy and the export's path. Only
-        {"stopped_at_step": n} if the run was asked to stop.
+        The `result` of result.json; on ranks other than 0 it lacks the unigram entropy and the export's path. If the
+        run was asked to stop, only {"stopped_at_step": n}.
     """
     device, mesh = ctx.device, ctx.mesh
     dp = data_parallel_size(mesh)
@@ -119,8 +119,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     flops_per_step = _flops_per_token(config) * tokens_per_step
     peak, measured = peak_flops(device), measured_matmul_flops(device)
     if ctx.rank == 0 and measured is not None:
-        of_data_sheet = f", the data sheet {peak / 1e12:.0f}" if peak else ""
-        log.info("a bf16 matrix product does %.0f TFLOP/s on this device%s", measured / 1e12, of_data_sheet)
+        of_data_sheet = f"; its data sheet says {peak / 1e12:.0f}" if peak else ""
+        log.info("a bf16 matrix product reaches %.0f TFLOP/s on this device%s", measured / 1e12, of_data_sheet)
     heldout = None
 
     with Prefetcher(
@@ -138,7 +138,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             for index, tokens in enumerate(islice(batches, accumulation)):
                 if last_pass_only:
                     _sync_gradients(model, index == accumulation - 1)
-                # The mean over the step's tokens of this coordinate; over dp, FSDP2 takes the mean as it reduces.
+                # The mean over this coordinate's tokens of the step; FSDP2 takes the mean over dp as it reduces.
                 pass_loss = model(tokens[:, :-1], tokens[:, 1:]) / (tokens_per_step // dp)
                 pass_loss.backward()
                 loss += pass_loss.detach()
@@ -194,7 +194,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
 
 
 def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
-    """The corpus; where nobody has prepared it, as under a bare torchrun, rank 0 does."""
+    """The corpus; if it has not been prepared yet, as under a bare torchrun, rank 0 prepares it."""
     if config.data.tokenizer is not None:
         if ctx.rank == 0:
             data.prepare(config, ctx.paths.data_dir)
@@ -210,11 +210,11 @@ def _initialize(config: Config, model: Transformer, ctx: RunContext) -> None:
 
 
 def _make_cuda_deterministic() -> None:
-    # cuBLAS reads it when its handle is made, which is at the first product.
+    # cuBLAS reads this when it makes its handle, at the first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Not warn_only, under which fp32's attention only says that it is not deterministic.
+    # Must not be warn_only, otherwise fp32 attention stays nondeterministic and only warns.
     torch.use_deterministic_algorithms(True)
-    # It would also fill every new tensor with NaN, against reads of what nobody wrote.
+    # By default this mode also fills every new tensor with NaN, to expose reads of uninitialized memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -226,9 +226,9 @@ def _sync_gradients(model: Transformer, is_last: bool) -> None:
 
 
 def _blame(norm: Tensor, local_norm: Tensor) -> Tensor:
-    """The gradient's norm, so passed on that a non-finite one is reported of the ranks that hold it.
+    """The gradient's norm, changed so that a non-finite norm is reported only for the ranks that cause it.
 
-    The global norm is then non-finite on all of them, and names nobody.
+    The global norm is then non-finite on all ranks, and would not tell which of them is the cause.
     """
     return torch.where(norm.isfinite() | ~local_norm.isfinite(), norm, local_norm)
 
@@ -248,7 +248,7 @@ def _flops_per_token(config: Config) -> float:
 def _utilization(
     flops_per_step: float, step_seconds: float | None, peak: float | None, measured: float | None
 ) -> dict[str, Any]:
-    """The model's FLOP per second of one device beside what the device can do, and how they are counted."""
+    """The model's FLOP per second on one device, what the device can do, and how they are counted."""
     if step_seconds is None or measured is None:
         return {}
     achieved = flops_per_step / step_seconds
@@ -275,7 +275,7 @@ def _heldout_metrics(loss: float, corpus: data.Corpus) -> dict[str, Any]:
 
 
 def _unigram_metrics(corpus: data.Corpus, split: data.Split, eval_windows: int | None) -> dict[str, float]:
-    """What the held-out loss is to be compared with, from the very tokens that it was measured on."""
+    """What to compare the held-out loss with, computed from the same tokens."""
     entropy = corpus.unigram_entropy_nats(split.evaluated(eval_windows), split.seq_len)
     return {"heldout_unigram_entropy_nats": entropy, "heldout_unigram_entropy_bits": entropy / math.log(2)}
 
@@ -303,7 +303,7 @@ def _sample(
 
 
 def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
-    """Writes the weights in the layout `export_format`, with what a reader needs to build the model."""
+    """Writes the weights in the layout `export_format`, with what is needed to build the model."""
     beside: dict[str, dict[str, Any] | Path] = {}
     tokenizer = config.data.tokenizer
     if tokenizer is not None:

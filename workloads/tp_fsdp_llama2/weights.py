@@ -27,7 +27,7 @@ _TYPES = ("BF16", "F16", "F32", "F64")
 _LARGEST_HEADER = 10**8
 """safetensors' own limit."""
 _DERIVED = ("rotary_emb.inv_freq", "rope.freqs")
-"""Rotary tables that older checkpoints contain; they follow from rope_theta and are no parameters."""
+"""Rotary tables that older checkpoints contain; they follow from rope_theta and are not parameters."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Weights:
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         """A part of a parameter, by our name, on the CPU, in its type on disk.
 
-        It is a view of the memory-mapped file (of whole heads, reordered, for Hugging Face's wq and wk): only the
-        pages that it lies on are read, and only when it is copied.
+        It is a view of the memory-mapped file (for Hugging Face's wq and wk, a reordered part of whole heads): only the
+        pages that hold it are read, and only when it is copied.
 
         Args:
             rows: in our order.
@@ -111,8 +111,8 @@ class Weights:
             found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).is_file()]
             if len(found) == 2:
                 raise WorkloadError(
-                    f"{self._given} holds both {SINGLE_FILE} and {INDEX_FILE}: name the one that is meant, "
-                    f"init_from={found[0]}"
+                    f"{self._given} holds both {SINGLE_FILE} and {INDEX_FILE}: name the file to use, "
+                    f"such as init_from={found[0]}"
                 )
             if not found:
                 raise WorkloadError(
@@ -122,8 +122,8 @@ class Weights:
             path = found[0]
         if not path.is_file():
             raise WorkloadError(
-                f"{self._given} is no file or directory (seen from {Path.cwd()}): give the directory of a Llama saved "
-                "by save_pretrained or by export=true, or a .safetensors file"
+                f"{self._given} is not a file or directory (working directory: {Path.cwd()}): give the directory of a "
+                "Llama saved by save_pretrained or by export=true, or a .safetensors file"
             )
         if path.suffix != ".json":
             return path.parent, self._header(path)
@@ -134,7 +134,7 @@ class Weights:
         for file in sorted(set(weight_map.values())):
             if not (path.parent / file).is_file():
                 raise WorkloadError(
-                    f"{self._given}: {path.name} lists {file}, which does not exist: copy that file, too"
+                    f"{self._given}: {path.name} lists {file}, which does not exist: copy that file as well"
                 )
             entries |= self._header(path.parent / file)
         if astray := sorted(
@@ -241,15 +241,15 @@ class Weights:
             stored.pop(self._stored_name("output.weight"), None)
         if missing := [name for name in expected if name not in stored]:
             hint = (
-                "; if the model ties its output to its embedding, put its config.json beside them"
+                "; if the model ties its output to its embedding, put its config.json next to them"
                 if missing == ["lm_head.weight"] and self._description is None
                 else "; copy the whole checkpoint"
             )
             raise WorkloadError(f"{self._given} lacks {_some(missing)}: every parameter must be there{hint}")
         if left := [name for name in stored if name not in expected]:
             raise WorkloadError(
-                f"{self._given} holds {_some(left)}, which this model does not have: without them it would compute "
-                "something else; give the weights of a plain Llama"
+                f"{self._given} holds {_some(left)}, which this model does not have: ignoring them would change "
+                "what it computes; give the weights of a plain Llama"
             )
         for name, shape in expected.items():
             entry = stored[name]

@@ -92,11 +92,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"path": "text.txt", "dtype": "uint16"}}, "data.dtype=uint16 with text", "leave it out"),
     ({"data": {"path": "ids.bin"}, "model": {"vocab_size": 1000}}, "no header", "give data.dtype"),
     ({"data": {"path": "ids.npy"}}, "data.path=ids.npy holds token ids", "give model.vocab_size"),
-    ({**IDS, "data": {"path": "ids.npy", "dtype": "uint16"}}, "an .npy file says its own type", "leave data.dtype"),
+    ({**IDS, "data": {"path": "ids.npy", "dtype": "uint16"}}, "an .npy file's header has its type", "leave data.dtype"),
     ({**IDS, "data": {"path": ["ids.npy", "text.txt"]}}, "mixes .npy and text", "of one kind"),
     ({**IDS, "data": {"path": "floats.npy"}}, "float64 of shape (100000,)", "integers in one dimension"),
     ({**IDS, "data": {"path": "square.npy"}}, "int32 of shape (300, 300)", ".ravel()"),
-    ({**IDS, "data": {"path": "none.npy"}}, "holds no token", "write it anew"),
+    ({**IDS, "data": {"path": "none.npy"}}, "holds no tokens", "write it again"),
     ({**IDS, "data": {"path": "not.npy"}}, "not.npy is not an .npy array", "numpy.save"),
     ({**IDS, "data": {"path": "negative.npy"}}, "token id -5 at offset 77777", "data.dtype"),
     ({**IDS, "data": {"path": "odd.bin", "dtype": "uint16"}}, "3 bytes, not a multiple of 2", "data.dtype"),
@@ -210,7 +210,7 @@ def test_tp_and_the_copies_are_chosen_by_memory(settings: dict[str, Any], shape:
 def test_what_was_chosen_is_said_and_what_was_given_is_not() -> None:
     config = make(**SEVEN, global_batch_size=1024)
     tp, copies, gradients = choices(config, Shape(64, 8))
-    assert tp.startswith("tp=1: the fewest that fit gpu_memory_gb=80 by the estimate of ")
+    assert tp.startswith("tp=1: the fewest ranks that fit in gpu_memory_gb=80, with an estimated ")
     assert copies == "dp_replicate=2: sharded over all 512 ranks, each would hold less than 1 MiB of a block"
     assert gradients == "gradients are reduced after the last pass only"
     given = make(**SEVEN, global_batch_size=1024, tp=1, dp_replicate=2, reduce_gradients="each_pass")

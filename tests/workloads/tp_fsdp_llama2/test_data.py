@@ -349,8 +349,8 @@ def test_truncation_and_padding_are_switched_off_and_said(
     prepare(tokenized, tmp_path / "prepared")
     assert (tmp_path / "prepared" / "tokens.npy").read_bytes() == (tmp_path / "whole" / "tokens.npy").read_bytes()
     assert [record.getMessage().split("sets ")[1] for record in caplog.records] == [
-        "truncation, which is switched off: the text is used whole",
-        "padding, which is switched off: the text is used whole",
+        "truncation; it is switched off, as the whole text is used",
+        "padding; it is switched off, as the whole text is used",
     ]
 
 
@@ -360,7 +360,7 @@ def test_changed_text_is_tokenized_anew(tokenized: Config, tmp_path: Path) -> No
     tokens = json.loads((directory / "tokens.json").read_text())["tokens"]
     with (tmp_path / "b.txt").open("a") as file:
         file.write("and more words\n" * 100)
-    with pytest.raises(WorkloadError, match="prepare the job again"):
+    with pytest.raises(WorkloadError, match="submit the job again"):
         open_corpus(tokenized, directory)
     prepare(tokenized, directory)
     assert json.loads((directory / "tokens.json").read_text())["tokens"] > tokens

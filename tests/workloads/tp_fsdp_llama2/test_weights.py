@@ -215,9 +215,9 @@ def nothing(directory: Path) -> None: ...
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0}
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
     # what is done to the files, settings, what the message must say was given, what it must say to do
-    "no file": (nothing, {"init_from": "nowhere"}, "init_from=nowhere is no file or directory", "give the directory"),
+    "no file": (nothing, {"init_from": "nowhere"}, "init_from=nowhere is not a file", "give the directory"),
     "empty": (lambda d: (d / "model.safetensors").unlink(), {}, "holds neither model.safetensors nor", "give the"),
-    "both": (both, {}, "holds both", "name the one that is meant"),
+    "both": (both, {}, "holds both", "name the file to use"),
     "cut off": (cut_off, {}, "bytes, but its header describes", "copy it again"),
     "no safetensors": (write("model.safetensors", b"PK\3\4 something else"), {}, "not a safetensors file", "give one"),
     "empty file": (write("model.safetensors", b""), {}, "not a safetensors file", "copy it again"),
@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
         no_description(tensors(without("lm_head.weight"))),
         {},
         "lacks lm_head.weight",
-        "put its config.json beside",
+        "put its config.json next to",
     ),
     "left over": (
         tensors(lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
