@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LOGGED_ROWS = 10
 TABLE_ROWS = 100
 MEMORY_EVENTS = 100_000
-"""Allocations and frees that a memory snapshot holds at most, the latest ones; each takes some KB of host memory."""
+"""The most allocations and frees that a memory snapshot holds, the latest ones; each takes some KB of host memory."""
 
 
 def from_flags(
@@ -37,7 +37,7 @@ def from_flags(
     if steps is None:
         for flag, given in (("--profile-ranks", ranks is not None), ("--profile-memory", memory)):
             if given:
-                raise CommandLineError(f"{flag} says more about --profile, which is missing; add --profile FIRST:LAST")
+                raise CommandLineError(f"{flag} needs --profile, which is missing; add --profile FIRST:LAST")
         return None
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     first, last = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -48,23 +48,21 @@ def from_flags(
     total = getattr(config, "steps", None)
     if isinstance(total, int) and last > total:
         raise CommandLineError(
-            f"--profile {steps}: the run ends after step {total} (steps={total}); take earlier steps"
+            f"--profile {steps}: the run ends after step {total} (steps={total}); choose earlier steps"
         )
     if ranks is None or ranks == "all":
         chosen = (0,) if ranks is None else tuple(range(world_size))
     elif re.fullmatch(r"\d+(,\d+)*", ranks):
         chosen = tuple(sorted({int(rank) for rank in ranks.split(",")}))
     else:
-        raise CommandLineError(f"--profile-ranks {ranks}: write ranks with commas between them (0,4), or all")
+        raise CommandLineError(f"--profile-ranks {ranks}: write ranks separated by commas (0,4), or all")
     if chosen[-1] >= world_size:
-        raise CommandLineError(
-            f"--profile-ranks {ranks}: the job has the ranks 0 to {world_size - 1}; take one of them"
-        )
+        raise CommandLineError(f"--profile-ranks {ranks}: the job has ranks 0 to {world_size - 1}; choose from those")
     return ProfileSpec(first=first, last=last, ranks=chosen, memory=memory)
 
 
 def attach(spec: ProfileSpec, ctx: RunContext, attempt: Attempt) -> Profiler:
-    """Profiles this rank from now on; the caller closes the profiler when the run has ended, however it has."""
+    """Profiles this rank from now on; the caller closes the profiler when the run has ended, in any way."""
     profiler = Profiler(spec, ctx, attempt)
     ctx.step_hooks.append(profiler.step_ended)
     profiler.step_ended(0)
@@ -72,10 +70,10 @@ def attach(spec: ProfileSpec, ctx: RunContext, attempt: Attempt) -> Profiler:
 
 
 class Profiler:
-    """One rank's profile, driven by the ends of steps. None of its errors ends the run; they are logged.
+    """One rank's profile, driven by the ends of steps. Its errors are logged and do not end the run.
 
-    The profiler is prepared one step before the window, so that what its own start costs (CUPTI's takes seconds) is in
-    none of the window's steps. Step 1 has none before it: it begins where `run` does, and holds the workload's set-up.
+    The profiler is prepared one step before the window, so that its own start (CUPTI's takes seconds) is not in the
+    window. Step 1 has no step before it: its profile begins where `run` does, and includes the workload's set-up.
     """
 
     def __init__(self, spec: ProfileSpec, ctx: RunContext, attempt: Attempt) -> None:
@@ -95,9 +93,7 @@ class Profiler:
         self._range: Any = None
         self._began = self._until = 0.0
         if spec.memory and not self._cuda:
-            log.warning(
-                "profile: no memory snapshot: this rank runs on the CPU, and it is CUDA's allocator that has one"
-            )
+            log.warning("profile: no memory snapshot: this rank runs on the CPU, and only CUDA's allocator records one")
 
     def step_ended(self, step: int) -> None:
         """The hook for RunContext.step_hooks; also called before the first step, with 0."""
@@ -107,14 +103,14 @@ class Profiler:
             self._give_up()
 
     def close(self) -> None:
-        """Writes what there is when the run ends within the window; says so where no step of it began."""
+        """Writes what was recorded if the run ends within the window; warns if none of its steps has begun."""
         try:
             if self._phase == "recording":
                 self._range.__exit__(None, None, None)
                 self._write()
             elif self._phase != "done":
                 window = f"steps {self._spec.first} to {self._spec.last}"
-                log.warning("profile: no trace: the run has ended after step %d, without %s", self._ended, window)
+                log.warning("profile: no trace: the run ended after step %d, before %s", self._ended, window)
         except Exception:
             self._give_up()
 
@@ -187,12 +183,12 @@ class Profiler:
         torch.cuda.memory._record_memory_history(enabled=None)
 
     def _summary(self, averages: list[FunctionEventAvg], steps: int, seconds: float) -> str:
-        """The top operators by the time that each takes itself, per step; of a step's wall time, in percent."""
+        """The operators that take the most time themselves, per step and in percent of a step's wall time."""
         ms = seconds * 1e3
         last = max(self._ended, self._first)
         text = f"rank {self._rank}, step{f's {self._first} to' if last > self._first else ''} {last}, {ms:.1f} ms each"
         if last < self._spec.last:
-            text += f" (the run has ended before step {self._spec.last} did)"
+            text += f" (the run ended before step {self._spec.last} did)"
         rows = [(e.self_device_time_total if self._cuda else e.self_cpu_time_total, e) for e in averages]
         if self._cuda:
             # Kernels and copies, without the ranges that torch draws around them; operators have theirs attributed.

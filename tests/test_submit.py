@@ -139,8 +139,11 @@ BAD = [
     Bad(["tp_fsdp", "--profile", "10:13", "steps=12"], ["--profile 10:13: the run ends after step 12 (steps=12)"]),
     Bad(["tp_fsdp", "--profile-ranks", "0"], ["--profile-ranks", "add --profile FIRST:LAST"]),
     Bad(["tp_fsdp", "--profile-memory"], ["--profile-memory", "add --profile FIRST:LAST"]),
-    Bad(["tp_fsdp", "--profile", "1:2", "--profile-ranks", "0;1"], ["--profile-ranks 0;1: write ranks with commas"]),
-    Bad(tp_fsdp("--profile", "1:2", "--profile-ranks", "0,2", gpus_per_node=2), ["the job has the ranks 0 to 1"]),
+    Bad(
+        ["tp_fsdp", "--profile", "1:2", "--profile-ranks", "0;1"],
+        ["--profile-ranks 0;1: write ranks separated by commas"],
+    ),
+    Bad(tp_fsdp("--profile", "1:2", "--profile-ranks", "0,2", gpus_per_node=2), ["the job has ranks 0 to 1"]),
     # clusters
     Bad(["tp_fsdp", "--cluster", "lokal"], ["--cluster lokal", "did you mean 'local'?"]),
     Bad(["tp_fsdp", "--cluster", "gone.yaml"], ["--cluster gone.yaml: no such file"]),

@@ -86,12 +86,12 @@ def test_a_run_that_ends_within_the_window_leaves_its_trace(tmp_path: Path, capl
     assert steps_of(events) == [2, 3, 4]  # 4 had begun
     assert products_of(events) == 2
     assert "steps 2 to 3" in caplog.text
-    assert "the run has ended before step 5 did" in caplog.text
+    assert "the run ended before step 5 did" in caplog.text
 
 
 def test_a_run_that_ends_before_the_window_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     profiled(tmp_path, 2, first=4, last=5)
-    assert "no trace: the run has ended after step 2, without steps 4 to 5" in caplog.text
+    assert "no trace: the run ended after step 2, before steps 4 to 5" in caplog.text
     assert not (tmp_path / "profile").exists()
 
 

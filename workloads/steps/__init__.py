@@ -1,1 +1,1 @@
-"""What stands behind `RunContext.end_step`: time, reduction over the ranks, and what is written, each in its file."""
+"""What `RunContext.end_step` does: timing, reduction over the ranks, garbage collection, writing; a file for each."""

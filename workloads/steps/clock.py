@@ -1,7 +1,7 @@
-"""How long steps take: from one step's end to the next one's, without what is timed apart.
+"""How long steps take: from one step's end to the next one's, without what is timed separately.
 
-On CUDA the times are those of the device's stream (CUDA events), which are read when a step is over: nobody waits for
-the device in order to measure it. Torch-free at import.
+On CUDA the times are those of the device's stream (CUDA events), which are read when a step is over: the host does not
+wait for the device in order to measure it. Torch-free at import.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Interval:
-    """Two marks; on CUDA events that may still lie ahead of the device."""
+    """Two marks; on CUDA, events that the device may not have reached yet."""
 
     began: Any
     ended: Any
 
     @property
     def seconds(self) -> float:
-        """Waits for the end, where the device has not come to it."""
+        """Waits for the end, if the device has not reached it yet."""
         if isinstance(self.ended, float):
             return self.ended - self.began
         self.ended.synchronize()
@@ -52,7 +52,7 @@ class StepClock:
         self.start()
 
     def start(self) -> None:
-        """The next step is a first one, whose time begins now; what was measured before no longer counts."""
+        """The next step is a first one, and its time begins now; earlier measurements no longer count."""
         self._began = self._mark()
         self._is_first = True
         self._apart: list[tuple[str, Interval]] = []
@@ -62,7 +62,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """What runs inside is no part of the step: it becomes `name`_seconds."""
+        """What runs inside does not count as part of the step; its time becomes `name`_seconds."""
         began = self._mark()
         try:
             yield
@@ -77,7 +77,7 @@ class StepClock:
         return step
 
     def read(self, step: StepTime) -> dict[str, float]:
-        """The step's `step_seconds` (a first one's: `first_step_seconds`), and the `..._seconds` of what ran apart."""
+        """The step's `step_seconds` (a first one's: `first_step_seconds`), and `..._seconds` of what was separate."""
         apart = self._add(step.apart)
         seconds = step.whole.seconds - sum(apart.values())
         if step.is_first:
@@ -87,9 +87,9 @@ class StepClock:
         return {"step_seconds": seconds, **apart}
 
     def summary(self) -> dict[str, float | None]:
-        """What a result says: all steps' seconds, the first's, the median of the others', totals of what ran apart.
+        """The timing in a run's result: seconds of all steps, of the first, the median of the others.
 
-        None stands for steps that there were none of.
+        Also the totals of what was timed separately. A value is None if there was no such step.
         """
         self._add(self._apart)  # after the last step
         self._apart = []

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from workloads.steps.reduction import Reduction
 
 _BEFORE_VALUES = 4
-"""Of a row: the metrics' names as a number and its negative, rank 0's names, the wish to stop."""
+"""Entries of a row: a checksum of the metrics' names and its negative, rank 0's checksum, whether to stop."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that has ended, and whose reduction is on its way."""
+    """A step that has ended, and whose reduction is under way."""
 
     metrics: dict[str, Metric]
     reduced: dict[str, Reduced]
@@ -38,11 +38,11 @@ class _Step:
 
 
 class StepEnds:
-    """Ends steps, and knows what each came to when the next one ends.
+    """Ends steps; the metrics of each are known when the next one ends.
 
     Args:
-        cpu_group: for CPU tensors, over all ranks; None: the default group.
-        hosts: by rank.
+        cpu_group: for CPU tensors, over all ranks; None means the default group.
+        hosts: each rank's host, by rank.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StepEnds:
         self.check()
         stop, self._stop = self._stop, False
 
-        # A plain tensor is waited for here; nobody knows what its owner does with it next.
+        # This waits for a plain tensor, because its owner may overwrite it next.
         plain = {name: m.tolist() if hasattr(m, "tolist") else m for name, m in metrics.items()}
         reduced = {name: metric for name, metric in plain.items() if isinstance(metric, Reduced)}
         names = float(zlib.crc32("\0".join(reduced).encode()))
@@ -84,12 +84,12 @@ class StepEnds:
         return stop
 
     def last_metrics(self) -> dict[str, Any]:
-        """What the last step came to; waits for it."""
+        """The last step's metrics; waits for them."""
         self._read()
         return self._last
 
     def check(self) -> None:
-        """Waits for what the last step came to; all ranks call it.
+        """Waits for the last step's metrics and checks them; all ranks call it.
 
         Raises:
             NonFiniteError, WorkloadError: see RunContext.end_step.
@@ -100,14 +100,14 @@ class StepEnds:
             raise wrong()
 
     def settle(self) -> None:
-        """Like check; and what was recorded is then in its files."""
+        """Checks like `check`, and writes everything that was recorded to its files."""
         try:
             self.check()
         finally:
             self.recorder.flush()
 
     def close(self) -> None:
-        """Writes what is known, waiting for no other rank. What was changed of the process is as it was."""
+        """Writes what is known, without waiting for other ranks, and restores Python's garbage collection."""
         self._collector.restore()
         self.recorder.close()
 
@@ -117,7 +117,7 @@ class StepEnds:
             self._read()
 
     def _read(self) -> None:
-        """Takes in what is pending. What is wrong with it is raised by `check`, where all ranks are together."""
+        """Takes in the pending step. If it is wrong, `check` raises the error, where all ranks are together."""
         with self._reading:  # the recorder's thread reads, too
             step, self._pending = self._pending, None
             if step is not None:
@@ -145,7 +145,7 @@ class StepEnds:
         values |= {name: value for name, value in seconds.items() if name not in values}
         self._last = values
         self.recorder.add(values)
-        # A maximum may pass over a NaN; a sum is never finite with one.
+        # A maximum may ignore a NaN; a sum with one is never finite.
         bad = [name for name, m in step.reduced.items() if m.finite and not math.isfinite(sums[columns[name]])]
         if bad:
             self._wrong = lambda: self._not_finite(step, bad[0], columns[bad[0]])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 
 EVERY = 50
-"""Steps. What torchtitan takes, too (`gc_freq`)."""
+"""Steps between collections; torchtitan uses the same number (`gc_freq`)."""
 
 
 class StepCollector:
-    """Collects every EVERY steps, and never between.
+    """Collects every EVERY steps, and never in between.
 
-    Left to itself Python collects whenever it has made enough objects, which is in another step on each rank; a step
-    in which any rank collects waits for that rank, so that with many ranks nearly every step would.
+    Left to itself, Python collects whenever it has made enough objects, in a different step on each rank. All ranks
+    wait for a rank that collects, so with many ranks nearly every step would be delayed.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StepCollector:
         self._steps += 1
 
     def restore(self) -> None:
-        """Collects as before."""
+        """Lets Python collect as it did before."""
         if self._was_enabled:
             gc.enable()
         self._steps, self._was_enabled = 0, False

@@ -1,4 +1,4 @@
-"""What a rank writes as steps end, by a thread of its own: no step waits for a file system.
+"""What a rank writes as steps end, in a thread of its own: no step waits for a file system.
 
 The thread writes the rank's heartbeat and, on rank 0, the lines of metrics.jsonl.
 """
@@ -19,24 +19,24 @@ from workloads.json_values import to_json
 EVERY_S = 0.25
 """How long a line may wait to be written."""
 HEARTBEATS_A_SECOND = 256
-"""Of all ranks together: a shared file system must bear them."""
+"""Over all ranks together, to spare a shared file system."""
 
 
 class Recorder:
     """Takes what is to be written, and writes it soon after.
 
     Args:
-        metrics: where the lines go; they are appended, each whole. None: this rank has none.
-        heartbeat: the number of the last step that this rank ended; the file's time says when, to within a second, or
-            a second for each HEARTBEATS_A_SECOND ranks.
-        ranks: of the job.
-        before_lines: is called before lines are written; what it raises ends the writing.
+        metrics: the file to which lines are appended, each as a whole; None if this rank writes no lines.
+        heartbeat: the file for the number of the last step that this rank ended. The file's time says when, to within
+            a second, or a second for each HEARTBEATS_A_SECOND ranks if that is longer.
+        ranks: the number of ranks in the job.
+        before_lines: called before lines are written; if it raises an error, no more lines are written.
     """
 
     def __init__(self, metrics: Path | None, heartbeat: Path, ranks: int, before_lines: Callable[[], None]) -> None:
         self._metrics, self._heartbeat, self._before_lines = metrics, heartbeat, before_lines
         self.before_writing: Callable[[], None] = lambda: None
-        """Is called by the thread, and may add lines."""
+        """Called by the thread; may add lines."""
         self._beat_every_s = max(1.0, ranks / HEARTBEATS_A_SECOND)
         self._lines: list[dict[str, Any]] = []
         self._step: Any = None
@@ -48,7 +48,7 @@ class Recorder:
         self._closing = threading.Event()
 
     def end_step(self, step: Any) -> None:
-        """Says that the rank has ended a step.
+        """Notes that the rank has ended a step.
 
         Raises:
             OSError, SupersededError: lines could not be written, or must not be.
@@ -66,7 +66,7 @@ class Recorder:
             self._lines.append(dict(line))
 
     def flush(self) -> None:
-        """Writes what there is.
+        """Writes everything recorded so far.
 
         Raises:
             OSError, SupersededError: as end_step.
@@ -75,7 +75,7 @@ class Recorder:
         self._raise()
 
     def close(self) -> None:
-        """Writes what there is, as far as it can be written, and ends the thread. It starts again with a next step."""
+        """Writes what can still be written, and ends the thread, which the next `end_step` starts again."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
@@ -115,6 +115,6 @@ class Recorder:
 
 
 def _as_text(line: dict[str, Any]) -> str:
-    # null and not "nan": a column of numbers stays one for whoever reads it.
+    # null and not "nan", so that a column of numbers stays numeric.
     lost = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps(to_json({**line, **lost}, "metrics"), allow_nan=False) + "\n"

@@ -18,13 +18,13 @@ from workloads.metric import Number
 from workloads.training.collectives import sums_and_maxima
 
 ROW = 64
-"""Rows are as long as a multiple of this, so that ranks that have different numbers of values still agree in length:
-other lengths would abort a process inside gloo."""
+"""Rows are padded to a multiple of this, so that ranks with different numbers of values still send rows of one length:
+different lengths would abort a process inside gloo."""
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction on its way."""
+    """A reduction that is under way."""
 
     own: Tensor
     """This rank's row, on its device."""
@@ -32,14 +32,14 @@ class Reduction:
     """Sums, maxima; on the host, once `event` has passed."""
     values: int
     event: Any = None
-    """None: the result is there."""
+    """None if the result is already there."""
 
     @property
     def is_there(self) -> bool:
         return self.event is None or self.event.query()
 
     def wait(self) -> tuple[list[float], list[float]]:
-        """Sums and maxima of each value, alike to the bit on all ranks."""
+        """Sums and maxima of each value, with the same bits on all ranks."""
         if self.event is not None:
             self.event.synchronize()
         sums, maxima = self.result_2R[:, : self.values].tolist()
@@ -48,10 +48,10 @@ class Reduction:
 
 @torch.no_grad()
 def reduce(values: Sequence[Number], device: torch.device | None) -> Reduction:
-    """Sends this rank's values on their way; all ranks call it.
+    """Starts the reduction of this rank's values; all ranks call it.
 
     Args:
-        values: as many on each rank; 0-dim tensors may be on `device`, and are not waited for.
+        values: the same number on each rank; 0-dim tensors may be on `device`, and are not waited for.
         device: the rank's.
     """
     on_device = {i: v for i, v in enumerate(values) if isinstance(v, Tensor) and v.device.type != "cpu"}
@@ -72,7 +72,7 @@ def reduce(values: Sequence[Number], device: torch.device | None) -> Reduction:
 
 
 def gather(own: Tensor, group: Any) -> list[list[float]]:
-    """Every rank's own row, by rank: slow, to say which ranks it was when something is wrong. All ranks call it."""
+    """Every rank's own row, by rank; slow, for naming ranks when something is wrong. All ranks call it."""
     row = own.cpu()
     if not dist.is_initialized():
         return [row.tolist()]

@@ -20,10 +20,10 @@ def clip_by_global_norm_(
     """Scales the gradients so that their global norm is at most `max_norm`, as torch's clip_grad_norm_ does.
 
     Each rank adds up the squares of what it holds, divided by the number of ranks that hold the same, and one sum over
-    all ranks gives the norm, whatever the mesh: alike to the bit on all of them, without which replicas would drift
-    apart. Squares are summed in fp64. (torch's clip_grad_norm_ leaves the norm as an unreduced DTensor and warns of the
-    world-wide group that it needs.) Gradients that are still partial sums are reduced first, in place. Nothing waits
-    for the device.
+    all ranks gives the norm, whatever the mesh. It has the same bits on all ranks, otherwise replicas would drift
+    apart. Squares are summed in fp64. (torch's clip_grad_norm_ leaves the norm as an unreduced DTensor and warns about
+    the world-wide group that it needs.) Gradients that are still partial sums are reduced first, in place. Nothing
+    waits for the device.
 
     Args:
         parameters: plain tensors, or DTensors on `mesh` or on some of its dimensions.
@@ -31,7 +31,7 @@ def clip_by_global_norm_(
         mesh: all ranks.
 
     Returns:
-        The norm before clipping, alike on all ranks, and the norm of what this rank holds alone; fp64 scalars.
+        The norm before clipping, the same on all ranks, and the norm of this rank's own part; fp64 scalars.
     """
     by_replicas: dict[int, list[Tensor]] = {}
     for parameter in parameters:
@@ -41,7 +41,7 @@ def clip_by_global_norm_(
         shards = 1
         if isinstance(gradient, DTensor):
             if any(placement.is_partial() for placement in gradient.placements):
-                # FSDP2 would have reduced it; without it, what sequence parallelism leaves of a norm's is a sum to be.
+                # FSDP2 would have reduced it. Without FSDP2, sequence parallelism leaves a norm's as a partial sum.
                 assert isinstance(parameter, DTensor)
                 gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
             sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)

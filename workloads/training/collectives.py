@@ -1,4 +1,4 @@
-"""Reductions over all ranks that come to the same bits on each, and whose cost grows with log2 of their number."""
+"""Reductions over all ranks that give each rank the same bits; their cost grows with log2 of the number of ranks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 _TAG = 6411
-"""Tells these from what a workload sends on the default group."""
+"""Distinguishes these messages from those that a workload sends on the default group."""
 
 
 def sum_over_ranks(mine: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, on each; all call it. Without a process group, this rank is all there is."""
+    """The sum of all ranks' tensors, on every rank; all call it. Without a process group, this rank is the only one."""
     return sums_and_maxima(mine)[0] if mine.device.type == "cpu" else _all_reduce(mine, dist.ReduceOp.SUM)
 
 
 def sums_and_maxima(mine_R: Tensor) -> Tensor:
     """The elements' sums and their maxima over all ranks; all call it with tensors of one length.
 
-    On CUDA it is queued on the current stream, and nobody waits for it. A maximum may pass over a NaN there.
+    On CUDA it is queued on the current stream, and the host does not wait for it; a maximum may ignore a NaN there.
 
     Returns:
         (2, R), on the same device.
@@ -36,9 +36,9 @@ def _all_reduce(mine: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def _over_a_tree(row: Tensor) -> Tensor:
-    """Sums and maxima, up a binomial tree to rank 0 and down again: log2(N) waits either way, two messages a rank.
+    """Sums and maxima, up a binomial tree to rank 0 and down again: log2(N) waits either way, two messages per rank.
 
-    gloo's own all_reduce and all_gather are rings of N. All ranks get the bits that rank 0 comes to.
+    gloo's own all_reduce and all_gather are rings of N. All ranks get rank 0's result, bit for bit.
     """
     # The group's own methods: those of torch.distributed take longer than a small message does.
     group = dist.group.WORLD
@@ -52,7 +52,7 @@ def _over_a_tree(row: Tensor) -> Tensor:
         distance *= 2
     parent = rank - distance
 
-    # What is expected is asked for first: gloo then sends at once, without asking whether it may.
+    # Receives are posted first, so that gloo sends at once, without asking whether it may.
     theirs = [torch.empty_like(mine) for _ in children]
     coming = [group.recv([tensor], child, _TAG) for tensor, child in zip(theirs, children, strict=True)]
     if rank > 0:

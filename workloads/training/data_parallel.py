@@ -21,12 +21,12 @@ def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def data_parallel_size(mesh: DeviceMesh) -> int:
-    """Among how many coordinates a step's samples are divided."""
+    """The number of coordinates that a step's samples are divided among."""
     return data_parallel_mesh(mesh).size()
 
 
 def data_parallel_rank(mesh: DeviceMesh) -> int:
-    """Which of them this rank's is."""
+    """This rank's data-parallel coordinate, from 0 to data_parallel_size - 1."""
     rank = 0
     for name in data_parallel_names(mesh):
         rank = rank * mesh[name].size() + mesh.get_local_rank(name)

@@ -28,12 +28,12 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bf16 (V100: fp16) matrix peak in FLOP/s without sparsity, by whole words of the device's name (data sheets).
-The longest entry that fits counts. Utilization is of this peak also in fp32 and fp64, whose own are lower."""
+"""Data sheets' dense bf16 (V100: fp16) matrix peak in FLOP/s, without sparsity, by whole words of the device's name;
+the longest match counts. Utilization refers to this peak in fp32 and fp64, too, although their own peaks are lower."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's bf16 peak in FLOP/s, or None where it is not known; a CPU's never is."""
+    """The device's bf16 peak in FLOP/s; None if it is not known, as on a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -42,9 +42,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def measured_matmul_flops(device: torch.device) -> float | None:
-    """What a large bf16 matrix product of random numbers comes to on this device, in FLOP/s; None on a CPU.
+    """The FLOP/s that a large bf16 matrix product of random numbers reaches on this device; None on a CPU.
 
-    Takes a tenth of a second. The data sheet's peak is of a clock that a card under load does not hold.
+    Takes a tenth of a second. The data sheet's peak assumes a clock that a card under load does not hold.
     """
     if device.type != "cuda":
         return None
@@ -60,8 +60,8 @@ def measured_matmul_flops(device: torch.device) -> float | None:
     return 2 * size**3 * repetitions / (begin.elapsed_time(end) / 1e3)
 
 
-FLOP_RULE = "per token 6 N + 12 L H Q T: N without the embedding, causal attention not halved, nothing computed twice"
-"""What `transformer_flops_per_token` counts, in a line for results."""
+FLOP_RULE = "per token 6 N + 12 L H Q T: N without the embedding, causal attention not halved, no recomputation"
+"""What `transformer_flops_per_token` counts, in one line for a run's result."""
 
 
 def transformer_flops_per_token(
@@ -69,8 +69,8 @@ def transformer_flops_per_token(
 ) -> float:
     """FLOP of one token's forward and backward pass: 6 N + 12 L H Q T, as in PaLM's appendix B (arXiv 2204.02311).
 
-    N leaves out the embedding, a look-up; what activation checkpointing computes twice is not counted, nor that a
-    causal mask makes half of the attention needless.
+    N leaves out the embedding, which is a lookup. What activation checkpointing recomputes is not counted; causal
+    attention is counted in full, although half of it is masked.
     """
     return 6 * (parameters - embedding_parameters) + 12 * n_layers * n_heads * head_dim * seq_len
 
@@ -87,10 +87,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Lets peak_memory_bytes begin anew from what is held now.
+    """Makes peak_memory_bytes start again from what is held now.
 
     Returns:
-        Whether it does: it cannot for a CPU's processes off Linux.
+        Whether that worked. It cannot on a CPU without Linux's /proc.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""AdamW as it is best run on a device, and the learning rate's schedule."""
+"""AdamW in its fastest form for a device, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adamw(
 
 
 def without_decay_of_vectors(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups in which only matrices decay; a norm's weights, which scale, would be drawn to 0 for nothing."""
+    """Parameter groups in which only matrices decay: a norm's weights are scales, which should not be pulled to 0."""
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
     for parameter in parameters:
@@ -37,7 +37,7 @@ def without_decay_of_vectors(parameters: Iterable[torch.nn.Parameter]) -> list[d
 def warmup_cosine(optimizer: AdamW, *, steps: int, warmup_steps: int, min_ratio: float) -> LambdaLR:
     """Linear to the optimizer's lr over `warmup_steps`, then a half cosine to `min_ratio` of it at the last step.
 
-    The first step already learns (at lr / warmup_steps) and the last one still does.
+    The first step already learns (at lr / warmup_steps), and the last one still does.
     """
 
     def ratio(done: int) -> float:

@@ -68,7 +68,7 @@ class Prefetcher(Iterator[Tensor]):
         self._timeout_s = timeout_s
         self._yielded = 0
         self._closed = False
-        # An entry for each batch that may be read ahead; a semaphore's release holds up the loop for longer.
+        # One entry per batch that may be read ahead. A semaphore's release would hold up the loop for longer.
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(depth):
             self._room.put(None)
@@ -107,9 +107,7 @@ class Prefetcher(Iterator[Tensor]):
         self._room.put(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
-            log.warning(
-                "reading %s has not returned for %.0f s; its thread is left behind", self._source, _CLOSE_SECONDS
-            )
+            log.warning("reading %s has not returned for %.0f s; its thread is abandoned", self._source, _CLOSE_SECONDS)
         self._thread = None
 
     def _take(self) -> Tensor:
@@ -118,7 +116,7 @@ class Prefetcher(Iterator[Tensor]):
         except queue.Empty:
             raise TimeoutError(
                 f"batch {self._yielded + 1} of {self._count} of {self._source} was not read within "
-                f"{self._timeout_s:.0f} s: check the file system that it is on"
+                f"{self._timeout_s:.0f} s: check the file system that holds it"
             ) from None
         if isinstance(item, BaseException):
             self._closed = True
@@ -128,7 +126,7 @@ class Prefetcher(Iterator[Tensor]):
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            # Its memory is the copying stream's, which must not reuse it before this stream is through with it.
+            # Its memory is the copying stream's, which must not reuse it before this stream is done with it.
             batch.record_stream(stream)
         return batch
 
