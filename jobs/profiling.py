@@ -122,7 +122,7 @@ class Profiler:
             if step < self._spec.last:
                 self._begin_step(step + 1)
                 return
-            with self._timed("profile"):  # the next step's time is without it
+            with self._timed("profile"):  # so that no step's time includes it
                 self._write()
         if self._phase == "waiting" and self._spec.first - 1 <= step + 1 <= self._spec.last:
             with self._timed("profile"):
