@@ -20,6 +20,7 @@ SETTINGS: dict[str, Any] = {
     "model.n_kv_heads": 4,
     "model.ffn_dim": 96,
     "steps": 8,
+    "tp": 2,
     "seq_len": 32,
     "global_batch_size": 8,
     "microbatch_size": 2,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.workloads.tp_fsdp_llama2.reference import bare_model
@@ -153,7 +153,7 @@ def test_packed_documents_are_computed_as_each_alone() -> None:
 def test_the_mask_for_gpus_is_the_one_that_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, uncompiled, which has the same meaning; the compiled kernel is compared on a GPU."""
     monkeypatch.setattr(model_module, "_flex_attention", flex_attention)
-    monkeypatch.setattr(model_module, "_create_block_mask", create_block_mask)
+    monkeypatch.setattr(model_module, "_compiled", lambda function: function)
     config = ModelConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=12)
     model = Transformer(config, 12, 300, torch.float64, eos_id=11)
     initialize(model, 0, 1)
