@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "sample_tokens": 4,
     "eval_windows": 8,
     "export": "true",
+    "export_format": "meta",
 }
 
 pytestmark = pytest.mark.dist
