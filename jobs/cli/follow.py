@@ -303,7 +303,7 @@ class _LocalJob:
 
 
 ASK_EVERY_S = (1.0, 10.0)
-"""Slurm is asked this often at first and this often in the end; at once when result.json has changed."""
+"""Slurm is asked this often at first and this often in the end; at once when result.json or slurm.log has changed."""
 RESULT_WITHIN_S = 10.0
 """Seconds that a shared file system may take to show here what another host has written."""
 RECORD_WITHIN_S = 2.0
@@ -328,7 +328,8 @@ class _SlurmJob:
         self._heard = threading.Event()
         self._ask_at = 0.0
         self._interval = ASK_EVERY_S[0]
-        self._changes = 0
+        self._changes = (0, 0)
+        """Of result.json, and the size of slurm.log, where a requeue is announced: it may not be queued for long."""
         self._kind = ""
         self._since = 0.0
         """Since when Slurm has given the same answer."""
@@ -345,8 +346,9 @@ class _SlurmJob:
                 return
             self._asking = None
             self._hear(self._coming.pop())
-        if self.result.changes != self._changes:
-            self._changes, self._ask_at, self._interval = self.result.changes, 0.0, ASK_EVERY_S[0]
+        changes = (self.result.changes, self._log_size())
+        if changes != self._changes:
+            self._changes, self._ask_at, self._interval = changes, 0.0, ASK_EVERY_S[0]
         now = time.monotonic()
         if now < self._ask_at:
             return
@@ -354,6 +356,12 @@ class _SlurmJob:
         self._interval = min(self._interval * 1.3, ASK_EVERY_S[1])
         self._asking = threading.Thread(target=self._ask_now, daemon=True)
         self._asking.start()
+
+    def _log_size(self) -> int:
+        try:
+            return self.run_dir.slurm_log.stat().st_size
+        except OSError:
+            return 0
 
     def _ask_now(self) -> None:
         try:

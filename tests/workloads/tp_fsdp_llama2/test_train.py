@@ -163,9 +163,10 @@ def train_traced(ctx: RunContext, config: Config) -> dict[str, Any]:
     return train(ctx, config)
 
 
-def test_traced_runs_with_tensor_parallelism_are_the_reference_to_1e_12(tmp_path: Path) -> None:
-    config = make(steps=4, compile=True, precision="fp64", activation_checkpointing="selective", microbatch_size=2)
-    run_world(train_traced, config, sizes=(2, 2), run_dir=tmp_path)
+@pytest.mark.parametrize(("mode", "sizes"), [("none", (2, 2)), ("selective", (2, 2)), ("full", (2, 1))], ids=str)
+def test_traced_runs_are_the_reference_to_1e_12(mode: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    config = make(steps=4, compile=True, precision="fp64", activation_checkpointing=mode, microbatch_size=2)
+    run_world(train_traced, config, sizes=sizes, run_dir=tmp_path)
     differences = largest_differences(read_trajectory(tmp_path), train_reference(config, 2))
     print(differences)
     assert max(differences.values()) <= 1e-12, differences
