@@ -25,7 +25,7 @@ from __future__ import annotations
 import difflib
 import re
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from workloads.errors import WorkloadError
 
@@ -106,12 +106,6 @@ class Interrupted(BaseException):
 
 USER_ERRORS = (UserError, WorkloadError)
 """What ends in one line and exit 2 when it is raised before the job starts."""
-
-
-def first_few(items: Sequence[str], most: int = 8, between: str = ", ") -> str:
-    """A message's list of hosts, ranks or the like, cut: `a, b, c and 1,021 more`. A job may have 16,384 of them."""
-    more = f" and {len(items) - most:,} more" if len(items) > most else ""
-    return between.join(items[:most]) + more
 
 
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:

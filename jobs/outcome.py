@@ -25,10 +25,10 @@ from typing import Any
 
 from jobs import blame, slurm, srun
 from jobs.blame import Failure
-from jobs.errors import first_few
 from jobs.records import Attempt, RunDirectory, read_json, write_json
 from jobs.slurm import JobState
 from jobs.srun import SrunWords
+from workloads.errors import first_few
 
 # --- who or what ended it ---------------------------------------------------------------------------------------------
 

@@ -35,11 +35,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from jobs.errors import MeshrunError, RendezvousError, TopologyError, UnreachableError, first_few
+from jobs.errors import MeshrunError, RendezvousError, TopologyError, UnreachableError
 from jobs.processes import look_again_in_s
 from jobs.records import read_json, write_json
 from jobs.topology import Placement, RankInfo, Seat, number_by_host, place, seat_table
-from workloads.errors import spoken_for
+from workloads.errors import first_few, spoken_for
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from workloads.base import Shape, StrictModel
+from workloads.errors import first_few
 
 ExecutorName = Literal["slurm", "local", "debug"]
 
@@ -46,7 +47,7 @@ class ProfileSpec(StrictModel):
     """Whether CUDA's allocator is recorded, too."""
 
     def __str__(self) -> str:
-        ranks = ", ".join(map(str, self.ranks[:8])) + (f" and {len(self.ranks) - 8} more" if self.ranks[8:] else "")
+        ranks = first_few([*map(str, self.ranks)])
         return f"steps {self.first} to {self.last}, both included, on rank {ranks}"
 
 

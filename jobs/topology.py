@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jobs.errors import TopologyError, first_few
+from jobs.errors import TopologyError
 from workloads.base import MeshSpec
+from workloads.errors import first_few
 
 Launcher = Literal["local", "slurm", "torchrun"]
 

@@ -1,6 +1,8 @@
-"""What a workload raises on purpose. Imports nothing: the command line must know these errors before anything else."""
+"""What a workload raises on purpose. Light to import: the command line must know these errors before anything else."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class WorkloadError(Exception):
@@ -8,6 +10,12 @@ class WorkloadError(Exception):
 
     The message is one line: what was given, which rule it broke, what to do.
     """
+
+
+def first_few(items: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """A message's list of hosts, ranks or the like, cut: `a, b, c and 1,021 more`. A job may have 16,384 of them."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return between.join(items[:most]) + more
 
 
 def spoken_for(error: Exception, speaker: int, rank: int) -> Exception:

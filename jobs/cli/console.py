@@ -43,6 +43,6 @@ class Console:
     def finish(self, record: dict[str, Any]) -> None:
         """The one JSON object, where it was asked for."""
         if self.as_json:
-            from workloads.base import to_json  # late: it brings pydantic along, which most output does not need
+            from workloads.json_values import to_json  # late: it brings logging along, which most output does not need
 
             print(json.dumps(to_json({**self.facts, **record}), allow_nan=False), file=self._stdout, flush=True)

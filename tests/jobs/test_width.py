@@ -9,11 +9,12 @@ import pytest
 from jobs import blame, outcome
 from jobs.blame import Failure
 from jobs.cli import follow
-from jobs.errors import TopologyError, first_few
+from jobs.errors import TopologyError
 from jobs.slurm import JobState
 from jobs.srun import SrunWords, read
 from jobs.topology import Seat, mesh_table, number_by_host
 from workloads.base import MeshSpec
+from workloads.errors import first_few
 
 NODES, PER_NODE = 1024, 8
 WORLD = NODES * PER_NODE

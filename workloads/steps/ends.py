@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from workloads.errors import NonFiniteError, WorkloadError, spoken_for
+from workloads.errors import NonFiniteError, WorkloadError, first_few, spoken_for
 from workloads.metric import Metric, PerSecond, Reduced
 from workloads.steps.clock import StepClock, StepTime
 from workloads.steps.garbage import StepCollector
@@ -161,10 +161,9 @@ class StepEnds:
     def _not_finite(self, step: _Step, name: str, column: int) -> Exception:
         own = [row[column] for row in self._rows(step)]
         bad = [rank for rank, value in enumerate(own) if not math.isfinite(value)]
-        where = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in bad[:8])
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        where = first_few([f"rank {rank} on {self.hosts[rank]}" for rank in bad])
         error = NonFiniteError(
-            f"step {step.name}: {name} is {own[bad[0]]} on {where}{more}; "
+            f"step {step.name}: {name} is {own[bad[0]]} on {where}; "
             "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
         )
         return spoken_for(error, bad[0], self.rank)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workloads.base import WorkloadError
+from workloads.errors import WorkloadError, first_few
 from workloads.tp_fsdp_llama2 import huggingface
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, vocab_size
 
@@ -143,8 +143,8 @@ class Weights:
             if name not in entries or entries[name].file.name != Path(weight_map.get(name, "")).name
         ):
             raise WorkloadError(
-                f"{self._given}: {path.name} and the files that it lists disagree about {_some(astray)}: they are not "
-                "from one export; copy all of them again"
+                f"{self._given}: {path.name} and the files that it lists disagree about {first_few(astray, 3)}: they "
+                "are not from one export; copy all of them again"
             )
         return path.parent, entries
 
@@ -186,7 +186,7 @@ class Weights:
                 return is_hf
         raise WorkloadError(
             f"{self._given} holds neither model.embed_tokens.weight (Hugging Face's Llama) nor tok_embeddings.weight "
-            f"(Meta's); it holds {_some(sorted(self._entries))}: give the weights of a Llama"
+            f"(Meta's); it holds {first_few(sorted(self._entries), 3)}: give the weights of a Llama"
         )
 
     @property
@@ -245,10 +245,10 @@ class Weights:
                 if missing == ["lm_head.weight"] and self._description is None
                 else "; copy the whole checkpoint"
             )
-            raise WorkloadError(f"{self._given} lacks {_some(missing)}: every parameter must be there{hint}")
+            raise WorkloadError(f"{self._given} lacks {first_few(missing, 3)}: every parameter must be there{hint}")
         if left := [name for name in stored if name not in expected]:
             raise WorkloadError(
-                f"{self._given} holds {_some(left)}, which this model does not have: ignoring them would change "
+                f"{self._given} holds {first_few(left, 3)}, which this model does not have: ignoring them would change "
                 "what it computes; give the weights of a plain Llama"
             )
         for name, shape in expected.items():
@@ -307,8 +307,3 @@ def _meta_settings(params: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _some(names: list[str]) -> str:
-    """The first three, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
