@@ -25,6 +25,8 @@ from torch import Tensor
 from tests.benchmarks.rows import Row, milliseconds, ratio_of_neighbors
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import Config
+from workloads.tp_fsdp_llama2.corpus import Split
+from workloads.tp_fsdp_llama2.samples import SampleOrder, TrainingSamples
 from workloads.training.prefetch import Prefetcher
 
 TOKENS = 2**25
@@ -44,9 +46,9 @@ class Reading:
             {"data": {"path": str(path), "dtype": "uint16"}, "model": {"vocab_size": 32000}, "seq_len": SEQ_LEN}
         )
         self.corpus = data.open_corpus(config, path.parent)
-        self.split = data.split(len(self.corpus), 0.05, SEQ_LEN)
-        self.samples = data.TrainingSamples(self.corpus, self.split, seed=0, global_batch_size=BATCH)
-        order = data.SampleOrder(self.split.train_windows, 0)
+        self.split = Split.of(len(self.corpus), 0.05, SEQ_LEN)
+        self.samples = TrainingSamples(self.corpus, self.split, seed=0, global_batch_size=BATCH)
+        order = SampleOrder(self.split.train_windows, 0)
         self.begins = [[order(BATCH * b + i) * SEQ_LEN for i in range(BATCH)] for b in range(BATCHES)]
         self.tokens = np.memmap(path, dtype=np.uint16, mode="r")
 

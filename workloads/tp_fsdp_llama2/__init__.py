@@ -30,12 +30,12 @@ ENTRY = WorkloadEntry(
     name="tp_fsdp",
     config=Config,
     run="workloads.tp_fsdp_llama2.train:run",
-    validate="workloads.tp_fsdp_llama2.config:validate",
-    mesh="workloads.tp_fsdp_llama2.config:mesh",
-    prepare="workloads.tp_fsdp_llama2.data:prepare",
+    validate="workloads.tp_fsdp_llama2.checks:validate",
+    mesh="workloads.tp_fsdp_llama2.layout:mesh",
+    prepare="workloads.tp_fsdp_llama2.tokenized:prepare",
     plan="workloads.tp_fsdp_llama2.config:plan",
     build="workloads.tp_fsdp_llama2.parallelize:build",
-    memory_bytes="workloads.tp_fsdp_llama2.config:memory_bytes",
+    memory_bytes="workloads.tp_fsdp_llama2.layout:memory_bytes",
     # FSDP2 imports the compiler when it is first used; eight ranks doing that by themselves take seconds.
     preload=("workloads.tp_fsdp_llama2.train", "torch._dynamo", "pydoc_data.topics", "numpy.random"),
 )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from workloads.tp_fsdp_llama2.data import Corpus, Split
+from workloads.tp_fsdp_llama2.corpus import Corpus, Split
 from workloads.tp_fsdp_llama2.loss import IGNORED
 from workloads.training.data_parallel import data_parallel_rank, data_parallel_size, sum_over_data_parallel
 from workloads.training.parameters import release_gathered

@@ -28,8 +28,8 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from workloads.base import WorkloadError
-from workloads.tp_fsdp_llama2.config import Config, precision, vocab_size
-from workloads.tp_fsdp_llama2.data import document_end
+from workloads.tp_fsdp_llama2.config import Config, precision
+from workloads.tp_fsdp_llama2.data import document_end, vocab_size
 from workloads.tp_fsdp_llama2.model import DETERMINISTIC_ATTENTION, Transformer
 from workloads.training.data_parallel import data_parallel_mesh
 from workloads.training.precision import mixed_precision, parameter_dtype

@@ -15,24 +15,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from workloads.base import MeshSpec, RunContext, largest, mean, per_second
-from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import (
     BYTES_VOCABULARY,
     Config,
     accumulation_steps,
-    choices,
     microbatch_size,
     parameter_count,
     precision,
-    reduces_last_pass_only,
-    vocab_size,
     warmup_steps,
 )
+from workloads.tp_fsdp_llama2.corpus import Corpus, Split
+from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
 from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
 from workloads.tp_fsdp_llama2.huggingface import is_rotated, llama_config, parameter_name, to_halves
 from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.layout import choices, reduces_last_pass_only
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
+from workloads.tp_fsdp_llama2.samples import TrainingSamples
+from workloads.tp_fsdp_llama2.tokenized import prepare, token_id
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params
 from workloads.training.clip import clip_by_global_norm_
 from workloads.training.data_parallel import data_parallel_rank, data_parallel_size
@@ -67,8 +68,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         _make_cuda_deterministic()
 
     corpus = _open_corpus(config, ctx)
-    split = data.split(len(corpus), config.data.holdout_fraction, config.seq_len)
-    samples = data.TrainingSamples(
+    split = Split.of(len(corpus), config.data.holdout_fraction, config.seq_len)
+    samples = TrainingSamples(
         corpus,
         split,
         seed=config.seed,
@@ -193,13 +194,13 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     return result
 
 
-def _open_corpus(config: Config, ctx: RunContext) -> data.Corpus:
+def _open_corpus(config: Config, ctx: RunContext) -> Corpus:
     """The corpus; if it has not been prepared yet, as under a bare torchrun, rank 0 prepares it."""
     if config.data.tokenizer is not None:
         if ctx.rank == 0:
-            data.prepare(config, ctx.paths.data_dir)
+            prepare(config, ctx.paths.data_dir)
         dist.barrier(group=ctx.cpu_group)
-    return data.open_corpus(config, ctx.paths.data_dir)
+    return open_corpus(config, ctx.paths.data_dir)
 
 
 def _initialize(config: Config, model: Transformer, ctx: RunContext) -> None:
@@ -262,7 +263,7 @@ def _utilization(
     }
 
 
-def _heldout_metrics(loss: float, corpus: data.Corpus) -> dict[str, Any]:
+def _heldout_metrics(loss: float, corpus: Corpus) -> dict[str, Any]:
     """The held-out loss in several units; nats and bits are per byte or token, as corpus.unit says."""
     metrics: dict[str, Any] = {
         "unit": corpus.unit,
@@ -274,7 +275,7 @@ def _heldout_metrics(loss: float, corpus: data.Corpus) -> dict[str, Any]:
     return metrics
 
 
-def _unigram_metrics(corpus: data.Corpus, split: data.Split, eval_windows: int | None) -> dict[str, float]:
+def _unigram_metrics(corpus: Corpus, split: Split, eval_windows: int | None) -> dict[str, float]:
     """What to compare the held-out loss with, computed from the same tokens."""
     entropy = corpus.unigram_entropy_nats(split.evaluated(eval_windows), split.seq_len)
     return {"heldout_unigram_entropy_nats": entropy, "heldout_unigram_entropy_bits": entropy / math.log(2)}
@@ -284,9 +285,7 @@ def _nats_and_bits(loss: float, unit: str) -> str:
     return f"{loss:.4f} nats = {loss / math.log(2):.4f} bits a {unit}"
 
 
-def _sample(
-    config: Config, model: nn.Module, corpus: data.Corpus, split: data.Split, device: torch.device
-) -> dict[str, str]:
+def _sample(config: Config, model: nn.Module, corpus: Corpus, split: Split, device: torch.device) -> dict[str, str]:
     known = BYTES_VOCABULARY if corpus.unit == "byte" else corpus.vocab_size
     length = min(PROMPT_TOKENS, config.seq_len)
     prompt = corpus.window(split.heldout_start, length).tolist()
@@ -313,7 +312,7 @@ def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
     document_tokens = {"bos_token": config.data.bos_token, "eos_token": config.data.eos_token}
     ids: dict[str, int | None] = {}
     if tokenizer is not None:
-        ids = {f"{name}_id": data.token_id(tokenizer, token) for name, token in document_tokens.items()}
+        ids = {f"{name}_id": token_id(tokenizer, token) for name, token in document_tokens.items()}
         # Without it, transformers 4 assumes a LlamaTokenizerFast, which adds tokens of its own.
         beside["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

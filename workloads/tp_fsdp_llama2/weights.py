@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from workloads.errors import WorkloadError, first_few
 from workloads.tp_fsdp_llama2 import huggingface
-from workloads.tp_fsdp_llama2.config import Config, ModelConfig, vocab_size
+from workloads.tp_fsdp_llama2.config import Config, ModelConfig
+from workloads.tp_fsdp_llama2.data import vocab_size
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from workloads.base import RunContext
 from workloads.tp_fsdp_llama2 import data
-from workloads.tp_fsdp_llama2.config import Config, vocab_size
+from workloads.tp_fsdp_llama2.config import Config
+from workloads.tp_fsdp_llama2.corpus import Split
+from workloads.tp_fsdp_llama2.data import vocab_size
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.model import Transformer
+from workloads.tp_fsdp_llama2.samples import TrainingSamples
 from workloads.tp_fsdp_llama2.train import run
 from workloads.tp_fsdp_llama2.weights import Weights
 
@@ -46,8 +49,8 @@ def train_reference(config: Config, passes: int) -> Trajectory:
     """Trains the bare model on the samples that a run with `config` would take, in `passes` passes a step."""
     torch.set_num_threads(1)
     corpus = data.open_corpus(config, Path("nowhere"))
-    split = data.split(len(corpus), config.data.holdout_fraction, config.seq_len)
-    samples = data.TrainingSamples(
+    split = Split.of(len(corpus), config.data.holdout_fraction, config.seq_len)
+    samples = TrainingSamples(
         corpus,
         split,
         seed=config.seed,

@@ -15,19 +15,10 @@ from pydantic import ValidationError
 from workloads.base import Shape, WorkloadError
 from workloads.meanings import meanings
 from workloads.tp_fsdp_llama2 import ENTRY
-from workloads.tp_fsdp_llama2.config import (
-    PRESETS,
-    Config,
-    ModelConfig,
-    choices,
-    memory_bytes,
-    mesh,
-    parameter_count,
-    precision,
-    reduces_last_pass_only,
-    validate,
-    vocab_size,
-)
+from workloads.tp_fsdp_llama2.checks import validate
+from workloads.tp_fsdp_llama2.config import PRESETS, Config, ModelConfig, parameter_count, precision
+from workloads.tp_fsdp_llama2.data import vocab_size
+from workloads.tp_fsdp_llama2.layout import choices, memory_bytes, mesh, reduces_last_pass_only
 from workloads.tp_fsdp_llama2.model import Transformer
 
 TWO_BY_FOUR = Shape(2, 4)
@@ -267,7 +258,7 @@ def test_memory_is_estimated_from_the_states_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["workloads.base", "workloads.tp_fsdp_llama2.config", "workloads.tp_fsdp_llama2.data"]
+    "module", ["workloads.base", "workloads.tp_fsdp_llama2.checks", "workloads.tp_fsdp_llama2.tokenized"]
 )
 def test_settings_and_data_import_without_torch(module: str) -> None:
     heavy = ("torch", "numpy", "safetensors", "tokenizers")

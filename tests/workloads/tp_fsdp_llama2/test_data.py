@@ -12,8 +12,13 @@ import pytest
 
 from workloads.base import WorkloadError
 from workloads.tp_fsdp_llama2 import data
-from workloads.tp_fsdp_llama2.config import Config, DataConfig, vocab_size
-from workloads.tp_fsdp_llama2.data import SampleOrder, TrainingSamples, open_corpus, prepare, split
+from workloads.tp_fsdp_llama2 import tokenized as tokenized_module
+from workloads.tp_fsdp_llama2.config import Config, DataConfig
+from workloads.tp_fsdp_llama2.corpus import Corpus, Part, Split
+from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
+from workloads.tp_fsdp_llama2.files import python_docs, resolve
+from workloads.tp_fsdp_llama2.samples import SampleOrder, TrainingSamples
+from workloads.tp_fsdp_llama2.tokenized import _Piece, load_tokenizer, prepare
 
 NOWHERE = Path("nowhere")
 
@@ -22,7 +27,7 @@ def make(**settings: Any) -> Config:
     return Config.model_validate(settings)
 
 
-def contents(corpus: data.Corpus) -> np.ndarray:
+def contents(corpus: Corpus) -> np.ndarray:
     return corpus.window(0, len(corpus))
 
 
@@ -84,7 +89,7 @@ def test_an_id_out_of_range_is_refused_naming_sample_and_place(tmp_path: Path, m
     monkeypatch.setattr(data, "_SCAN_AT_MOST", 100)
     data.validate(config.data, config.seq_len, config.global_batch_size, 300)
     corpus = open_corpus(config, NOWHERE)
-    cut = split(len(corpus), 0.05, 128)
+    cut = Split.of(len(corpus), 0.05, 128)
     samples = TrainingSamples(corpus, cut, seed=0, global_batch_size=4)
     epoch = (batch for step in range(1, 30) for batch in samples.microbatches(step))
     with pytest.raises(WorkloadError, match=r"sample \d+: token id 300 at offset 4321 of .*ids.npy") as caught:
@@ -94,8 +99,8 @@ def test_an_id_out_of_range_is_refused_naming_sample_and_place(tmp_path: Path, m
 
 
 def test_unigram_entropy() -> None:
-    corpus = data.Corpus(
-        [data.Part("here", np.array([0, 1, 1, 1, 2, 3], dtype=np.uint8))],
+    corpus = Corpus(
+        [Part("here", np.array([0, 1, 1, 1, 2, 3], dtype=np.uint8))],
         vocab_size=4,
         unit="token",
         decode=str,
@@ -113,7 +118,7 @@ def test_unigram_entropy() -> None:
 @pytest.mark.parametrize("tokens", [1000, 1001, 4567])
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
 def test_training_and_heldout_windows_share_no_token(tokens: int, fraction: float) -> None:
-    cut = split(tokens, fraction, 16)
+    cut = Split.of(tokens, fraction, 16)
     # The last training sample's last target lies before the first held-out token.
     assert cut.train_windows * 16 + 1 <= cut.heldout_start
     assert (cut.train_windows + 1) * 16 + 1 > cut.heldout_start
@@ -153,7 +158,7 @@ def test_the_order_of_a_billion_windows_takes_no_memory() -> None:
 def test_the_samples_of_a_step_are_the_same_on_every_mesh(dp: int, micro: int | None) -> None:
     config = make()
     corpus = open_corpus(config, NOWHERE)
-    cut = split(len(corpus), 0.99, 16)
+    cut = Split.of(len(corpus), 0.99, 16)
     batch = 12
     whole = TrainingSamples(corpus, cut, seed=5, global_batch_size=batch)
     parts = [
@@ -173,7 +178,7 @@ def test_the_samples_of_a_step_are_the_same_on_every_mesh(dp: int, micro: int | 
 
 def test_an_epoch_of_steps_trains_on_every_window_once() -> None:
     corpus = open_corpus(make(), NOWHERE)
-    cut = data.Split(len(corpus), 16 * 40 + 1, 16)
+    cut = Split(len(corpus), 16 * 40 + 1, 16)
     assert cut.train_windows == 40
     samples = TrainingSamples(corpus, cut, seed=0, global_batch_size=8)
     seen = Counter(row.tobytes() for step in range(1, 6) for batch in samples.microbatches(step) for row in batch)
@@ -186,7 +191,7 @@ def test_an_epoch_of_steps_trains_on_every_window_once() -> None:
 @pytest.fixture
 def tokenized(tmp_path: Path) -> Config:
     tokenizers = pytest.importorskip("tokenizers")
-    text = data.python_docs().decode()[:120_000]
+    text = python_docs().decode()[:120_000]
     (tmp_path / "a.txt").write_text(text[:50_000] + "é→😀\n")
     (tmp_path / "b.txt").write_text(text[50_000:])
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -214,7 +219,7 @@ def test_text_is_tokenized_once_and_decodes_to_itself(tokenized: Config, tmp_pat
     assert corpus.decode(contents(corpus).tolist()) == text
     assert np.load(directory / "tokens.npy").dtype == np.uint16
 
-    cut = split(len(corpus), tokenized.data.holdout_fraction, 64)
+    cut = Split.of(len(corpus), tokenized.data.holdout_fraction, 64)
     heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
 
@@ -229,21 +234,21 @@ def test_text_in_many_pieces_counts_the_same_bytes(
     lines = Path.open
 
     def by_line(config: Any) -> Any:
-        for path in data.resolve(config):
+        for path in resolve(config):
             with lines(path, "rb") as file:
                 text = [line.decode() for line in file]
             for number, line in enumerate(text, start=1):
-                yield data._Piece(line, number == 1, number == len(text))
+                yield _Piece(line, number == 1, number == len(text))
 
-    monkeypatch.setattr(data, "_pieces", by_line)
+    monkeypatch.setattr(tokenized_module, "_pieces", by_line)
     prepare(tokenized, tmp_path / "prepared")
     # Many go through the tokenizer together, and come out as they do one by one.
-    tokenizer = data._load_tokenizer(str(tokenized.data.tokenizer))
+    tokenizer = load_tokenizer(str(tokenized.data.tokenizer))
     encodings = (tokenizer.encode(line.text, add_special_tokens=False) for line in by_line(tokenized.data))
     one_by_one = [i for encoding in encodings for i in encoding.ids]
     assert np.load(tmp_path / "prepared" / "tokens.npy").tolist() == one_by_one
     corpus = open_corpus(tokenized, tmp_path / "prepared")
-    cut = split(len(corpus), tokenized.data.holdout_fraction, 64)
+    cut = Split.of(len(corpus), tokenized.data.holdout_fraction, 64)
     heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
 
@@ -261,7 +266,7 @@ def test_a_token_separates_documents_which_are_files(
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(tokenized.data.tokenizer)
     # Each file is some pieces long, and the corpus is split at every place around the second one's beginning.
-    monkeypatch.setattr(data, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(tokenized_module, "_PIECE_BYTES", 1000)
     (tmp_path / "a.txt").write_text("another line\n" * 200)
     (tmp_path / "b.txt").write_text("a line of text\n" * 200)
     prepare(tokenized, tmp_path / "prepared")
@@ -328,7 +333,7 @@ def test_documents_whose_ends_cannot_be_known_are_refused(
 
 def test_the_end_of_a_document_is_the_tokenizers_eos_or_the_files(tokenized: Config) -> None:
     text = tokenized.data.model_copy(update={"eos_token": "a"})
-    tokenizer = data._load_tokenizer(str(text.tokenizer))
+    tokenizer = load_tokenizer(str(text.tokenizer))
     assert data.document_end(text) is None
     assert data.document_end(text.model_copy(update={"document_mask": True})) == tokenizer.token_to_id("a") is not None
     ids = DataConfig(path="ids.npy", eos_id=0, document_mask=True)

@@ -22,8 +22,9 @@ from tests.workloads.tp_fsdp_llama2.reference import (
 )
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext, Shape
-from workloads.tp_fsdp_llama2.config import Config, ModelConfig, memory_bytes, parameter_count
+from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
 from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.layout import memory_bytes
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
 

@@ -25,8 +25,9 @@ from tests.workloads.tp_fsdp_llama2.reference import (
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext, Shape
 from workloads.images.vision import torchvision
-from workloads.tp_fsdp_llama2 import data
-from workloads.tp_fsdp_llama2.config import Config, validate
+from workloads.tp_fsdp_llama2.checks import validate
+from workloads.tp_fsdp_llama2.config import Config
+from workloads.tp_fsdp_llama2.files import python_docs
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.tp_fsdp_llama2.train import _export, _initialize
 
@@ -167,7 +168,7 @@ def test_on_a_mesh_a_checkpoint_comes_back_to_the_bit_and_trains_as_in_one_proce
 def test_an_exported_tokenizer_is_loaded_beside_the_model(transformers: ModuleType, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     text = tmp_path / "text.txt"
-    text.write_bytes(data.python_docs()[:60_000])
+    text.write_bytes(python_docs()[:60_000])
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

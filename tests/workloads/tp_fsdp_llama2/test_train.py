@@ -26,7 +26,9 @@ from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import NonFiniteError, RunContext
 from workloads.tp_fsdp_llama2 import data, loss
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
+from workloads.tp_fsdp_llama2.corpus import Split
 from workloads.tp_fsdp_llama2.evaluate import heldout_loss
+from workloads.tp_fsdp_llama2.files import python_docs
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.model import Output, Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
@@ -230,7 +232,7 @@ def test_attention_stays_within_documents_on_a_mesh(tmp_path: Path) -> None:
 
 def evaluate_twice(ctx: RunContext, config: Config) -> list[float]:
     corpus = data.open_corpus(config, NOWHERE)
-    split = data.split(len(corpus), config.data.holdout_fraction, config.seq_len)
+    split = Split.of(len(corpus), config.data.holdout_fraction, config.seq_len)
     model = build(config, ctx.mesh, ctx.device)
     model.to_empty(device=ctx.device)
     initialize(model, config.seed, config.model.n_layers)
@@ -243,7 +245,7 @@ def evaluate_twice(ctx: RunContext, config: Config) -> list[float]:
 
 def heldout_windows(seq_len: int, count: int) -> list[np.ndarray]:
     """`count` windows spread over the last 5% of Python's documentation."""
-    text = np.frombuffer(data.python_docs(), dtype=np.uint8).astype(np.int64)
+    text = np.frombuffer(python_docs(), dtype=np.uint8).astype(np.int64)
     heldout = text[len(text) - int(len(text) * 0.05) :]
     windows = (len(heldout) - 1) // seq_len
     begins = [i * windows // count * seq_len for i in range(count)]
@@ -406,7 +408,7 @@ def test_a_request_on_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
 def test_where_nobody_prepared_the_text_rank_0_does(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     text = tmp_path / "text.txt"
-    text.write_bytes(data.python_docs()[:60_000])
+    text.write_bytes(python_docs()[:60_000])
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.workloads.tp_fsdp_llama2.reference import bare_model
 from workloads.base import Shape, WorkloadError
 from workloads.tp_fsdp_llama2 import huggingface
-from workloads.tp_fsdp_llama2.config import Config, validate
+from workloads.tp_fsdp_llama2.checks import validate
+from workloads.tp_fsdp_llama2.config import Config
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params, parameter_shapes
 
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96}
@@ -363,7 +364,8 @@ def test_they_are_checked_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from workloads.base import Shape\n"
-        "from workloads.tp_fsdp_llama2.config import Config, validate\n"
+        "from workloads.tp_fsdp_llama2.checks import validate\n"
+        "from workloads.tp_fsdp_llama2.config import Config\n"
         f"model = {SIZES!r}\n"
         f"config = Config.model_validate({{'model': model, 'init_from': {str(tmp_path / 'llama')!r}}})\n"
         "validate(config, Shape(1, 1))\n"

@@ -1,0 +1,152 @@
+"""A corpus, and its division into a training and a held-out part. Torch-free.
+
+Whatever the source, a corpus is one long row of integers (a virtual concatenation of memory-mapped arrays), so nothing
+below depends on where it came from:
+
+    [ window 0 | window 1 | ... | window n-1 |rest][ held-out windows | rest ]
+
+A sample is a window of seq_len + 1 tokens. Neighboring windows share one token: the last target of one is the first
+input of the next.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from workloads.errors import WorkloadError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a corpus and where it came from."""
+
+    source: str
+    array: np.ndarray
+
+
+class Corpus:
+    """A long sequence of tokens.
+
+    Args:
+        parts: 1-D integer arrays, joined in this order.
+        vocab_size: ids must be below it; checked as windows are read.
+        unit: "byte" or "token".
+        decode: ids to text.
+        heldout_bytes_per_token: length of the held-out part's text over its number of tokens, where known.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        vocab_size: int,
+        unit: str,
+        decode: Callable[[list[int]], str],
+        heldout_bytes_per_token: float | None,
+    ) -> None:
+        import numpy as np
+
+        self.parts = parts
+        self.vocab_size = vocab_size
+        self.unit = unit
+        self.decode = decode
+        self.heldout_bytes_per_token = heldout_bytes_per_token
+        self._starts = [0, *accumulate(len(part.array) for part in parts)]
+        # A slice of a numpy.memmap costs four times as much as one of the plain array over the same memory.
+        self._arrays = [part.array.view(type=np.ndarray) for part in parts]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __str__(self) -> str:
+        sources = self.parts[0].source + (f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else "")
+        return f"{sources}: {len(self):,} {self.unit}s"
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens start .. start + length - 1, as int64; raises as `windows` does."""
+        return self.windows([start], length)[0]
+
+    def windows(self, starts: Iterable[int], length: int) -> np.ndarray:
+        """The `length` tokens from each start on: a new int64 array of shape (number of starts, length).
+
+        Raises:
+            WorkloadError: an id is negative or not below vocab_size; names the file and the place in it.
+        """
+        import numpy as np
+
+        starts = list(starts)
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(windows, starts, strict=True):
+            index = bisect_right(self._starts, start) - 1
+            filled = 0
+            while filled < length:
+                offset = start + filled - self._starts[index]
+                piece = self._arrays[index][offset : offset + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                index += 1
+        # As unsigned numbers the negative ones are too large as well.
+        if windows.size and int(windows.view(np.uint64).max()) >= self.vocab_size:
+            row_number, column = np.argwhere(windows.view(np.uint64) >= self.vocab_size)[0].tolist()
+            raise WorkloadError(
+                f"token id {windows[row_number, column]} at {self.where(starts[row_number] + column)} is not in "
+                f"0 .. {self.vocab_size - 1}: raise model.vocab_size, or set the data.dtype that the file was written "
+                "with"
+            )
+        return windows
+
+    def where(self, position: int) -> str:
+        """The file and the offset in it, in tokens, of a position."""
+        index = bisect_right(self._starts, position) - 1
+        return f"offset {position - self._starts[index]} of {self.parts[index].source}"
+
+    def unigram_entropy_nats(self, starts: Sequence[int], seq_len: int) -> float:
+        """Entropy in nats of the token frequencies among the targets of the windows at `starts`.
+
+        It is the loss of a model that knows those frequencies and nothing else.
+        """
+        import numpy as np
+
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        at_once = max(1, _CHUNK // seq_len)
+        for begin in range(0, len(starts), at_once):
+            targets = self.windows([start + 1 for start in starts[begin : begin + at_once]], seq_len)
+            counts += np.bincount(targets.ravel(), minlength=self.vocab_size)
+        p = counts[counts > 0] / counts.sum()
+        return float(-(p * np.log(p)).sum())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a corpus is cut: tokens before `heldout_start` are for training, the others for evaluation."""
+
+    tokens: int
+    heldout_start: int
+    seq_len: int
+
+    @property
+    def train_windows(self) -> int:
+        return max(0, (self.heldout_start - 1) // self.seq_len)
+
+    @property
+    def heldout_windows(self) -> int:
+        return max(0, (self.tokens - self.heldout_start - 1) // self.seq_len)
+
+    def evaluated(self, at_most: int | None) -> list[int]:
+        """The starts of the windows to evaluate on: all held-out ones, or `at_most` evenly spread over them."""
+        count = min(self.heldout_windows, at_most or self.heldout_windows)
+        return [self.heldout_start + i * self.heldout_windows // count * self.seq_len for i in range(count)]
+
+    @classmethod
+    def of(cls, tokens: int, holdout_fraction: float, seq_len: int) -> Split:
+        """The last `holdout_fraction` of the tokens is held out."""
+        return cls(tokens, tokens - int(tokens * holdout_fraction), seq_len)

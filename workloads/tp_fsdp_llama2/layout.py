@@ -1,0 +1,182 @@
+"""Settings and the job's shape -> the mesh, and what is chosen by memory where it is left open. Torch-free."""
+
+from __future__ import annotations
+
+import math
+
+from workloads.base import MeshSpec, Shape
+from workloads.errors import WorkloadError
+from workloads.tp_fsdp_llama2.config import (
+    Config,
+    accumulation_steps,
+    block_parameter_count,
+    microbatch_size,
+    parameter_count,
+)
+from workloads.tp_fsdp_llama2.data import vocab_size
+
+
+def mesh(config: Config, shape: Shape) -> MeshSpec:
+    """`dp x tp`, or `dp_replicate x dp_shard x tp`; consecutive ranks, which share a host, form a tp group.
+
+    Raises:
+        WorkloadError: tp does not divide gpus_per_node, or dp_replicate the number of tp groups.
+    """
+    tp = config.tp or _smallest_tp_that_fits(config, shape)
+    if shape.gpus_per_node % tp:
+        raise WorkloadError(
+            f"tp={tp} does not divide gpus_per_node={shape.gpus_per_node}: a tensor-parallel group must lie within "
+            f"a host; use tp={largest_divisor(shape.gpus_per_node, tp)}"
+        )
+    dp = shape.world_size // tp
+    replicas = config.dp_replicate or _replicas(config, dp, tp)
+    if dp % replicas:
+        raise WorkloadError(
+            f"dp_replicate={replicas} does not divide dp={dp} ({shape.world_size} ranks / tp={tp}): every copy is "
+            f"sharded over the same number of ranks; use dp_replicate={largest_divisor(dp, replicas)}"
+        )
+    if replicas == 1:
+        return MeshSpec(("dp", "tp"), (dp, tp))
+    return MeshSpec(("dp_replicate", "dp_shard", "tp"), (replicas, dp // replicas, tp))
+
+
+def data_parallel_and_tp(spec: MeshSpec) -> tuple[int, int]:
+    """The number of coordinates that the samples are divided among, and the number of ranks that share one."""
+    return spec.world_size // spec.sizes[-1], spec.sizes[-1]
+
+
+def choices(config: Config, shape: Shape) -> list[str]:
+    """One line per setting that was left open: what was chosen, and why."""
+    spec = mesh(config, shape)
+    dp, tp = data_parallel_and_tp(spec)
+    lines = []
+    if config.tp is None:
+        estimate_gb = _rank_bytes(config, dp, dp, tp, config.precision or "bf16") / 1e9
+        reason = (
+            "the fewest ranks that fit in"
+            if _fits(config, estimate_gb * 1e9)
+            else "the most ranks that are possible, but still too few for"
+        )
+        lines.append(
+            f"tp={tp}: {reason} gpu_memory_gb={config.gpu_memory_gb:g}, with an estimated {estimate_gb:.1f} GB per rank"
+        )
+    if config.dp_replicate is None and len(spec.sizes) == 3:
+        lines.append(
+            f"dp_replicate={spec.sizes[0]}: sharded over all {dp} ranks, each would hold less than "
+            f"{_LEAST_SHARD_BYTES >> 20} MiB of a block"
+        )
+    if accumulation_steps(config, dp) > 1 and config.reduce_gradients is None:
+        when = (
+            "the last pass only"
+            if reduces_last_pass_only(config, spec)
+            else "each pass: whole gradients do not fit in memory"
+        )
+        lines.append(f"gradients are reduced after {when}")
+    return lines
+
+
+_LEAST_SHARD_BYTES = 2**20
+"""If a rank's part of a block's bf16 weights is smaller, gathering them is bound by latency and not by bandwidth."""
+
+
+_ALWAYS_SHARDED_OVER = 64
+
+
+def _smallest_tp_that_fits(config: Config, shape: Shape) -> int:
+    possible = [tp for tp in range(1, shape.gpus_per_node + 1) if shape.gpus_per_node % tp == 0]
+    possible = [tp for tp in possible if _can_split(config, tp, shape.world_size // tp)] or [1]
+    for tp in possible:
+        dp = shape.world_size // tp
+        if _fits(config, _rank_bytes(config, dp, dp, tp, config.precision or "bf16")):
+            return tp
+    return possible[-1]
+
+
+def _can_split(config: Config, tp: int, dp: int) -> bool:
+    model = config.model
+    return not any(value % tp for value in (model.n_heads, model.n_kv_heads, model.ffn_dim, config.seq_len)) and (
+        config.global_batch_size % (dp * (config.microbatch_size or 1)) == 0
+    )
+
+
+def _replicas(config: Config, dp: int, tp: int) -> int:
+    """1, unless sharding over all of dp leaves so little on each rank that gathering it is all latency."""
+    if dp <= _ALWAYS_SHARDED_OVER:
+        return 1
+    worthwhile = max(_ALWAYS_SHARDED_OVER, 2 * block_parameter_count(config.model) // tp // _LEAST_SHARD_BYTES)
+    for shards in sorted((d for d in range(1, min(dp, worthwhile) + 1) if dp % d == 0), reverse=True):
+        if _fits(config, _rank_bytes(config, dp, shards, tp, config.precision or "bf16")):
+            return dp // shards
+    return 1
+
+
+def reduces_last_pass_only(config: Config, spec: MeshSpec) -> bool:
+    """Whether gradients stay whole and unreduced on a rank until a step's last pass."""
+    if config.reduce_gradients is not None:
+        return config.reduce_gradients == "last_pass"
+    dp, tp = data_parallel_and_tp(spec)
+    return _fits(config, _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "bf16", last_pass=True))
+
+
+def _fits(config: Config, rank_bytes: float) -> bool:
+    return rank_bytes <= 0.9 * config.gpu_memory_gb * 1e9
+
+
+def memory_bytes(config: Config, shape: Shape) -> int:
+    """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
+
+    With `e` bytes per parameter (8 in fp64, else 4) and `c` bytes per computed number (2 in bf16, else e), one rank of
+    a mesh that shards over `s` ranks holds
+
+    - states: 4 e N / (s tp), for the parameters, gradients and AdamW's two means;
+    - whole gradients, if a step takes more than one pass and reduces them after the last: e N / tp;
+    - gathered weights, c / tp each: two blocks (the next one is fetched while one computes), the embedding and the
+      output; or all weights, if they stay gathered;
+    - activations, of B samples of S tokens, width D, F the feed-forward's: c B S per block times
+      (8 D + 4 D_qkv + 4 F) / tp with no checkpointing, (3 D + 4 D_qkv + 2 F) / tp where it is compiled, half of it
+      with selective; D / tp with full, plus one block in full; attention scores are never written out;
+    - the gathered inputs of the block that computes and the loss's gradient, 3 c B S D; 4 copies of a chunk of logits
+      in fp32; and the output's gradient while it is summed up, in fp32;
+    - 400 MB for the process: Python, torch, buffers of the collectives.
+
+    If the precision is left to the device, fp32, the larger one, is assumed.
+    """
+    spec = mesh(config, shape)
+    dp, tp = data_parallel_and_tp(spec)
+    last_pass = accumulation_steps(config, dp) > 1 and reduces_last_pass_only(config, spec)
+    return _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "fp32", last_pass)
+
+
+def _rank_bytes(config: Config, dp: int, shards: int, tp: int, precision: str, last_pass: bool = False) -> int:
+    model = config.model
+    vocabulary = model.vocab_size or vocab_size(config)
+    parameters = parameter_count(model, vocabulary)
+    stored = 8 if precision == "fp64" else 4
+    computed = 2 if precision == "bf16" else stored
+
+    states = 4 * stored * parameters // (shards * tp)
+    if last_pass:
+        states += stored * parameters // tp
+    gathered = computed * (2 * block_parameter_count(model) + 2 * vocabulary * model.dim) // tp
+    if config.reshard_after_forward is False or (config.reshard_after_forward is None and shards == 1):
+        gathered = computed * parameters // tp
+    tokens = max(1, microbatch_size(config, dp)) * config.seq_len
+    qkv_dim = model.dim + 2 * model.n_kv_heads * (model.dim // model.n_heads)
+    widths = 8 * model.dim + 4 * qkv_dim + 4 * model.ffn_dim
+    if config.compile:
+        widths = 3 * model.dim + 4 * qkv_dim + 2 * model.ffn_dim
+    block = computed * tokens * widths // tp
+    if config.activation_checkpointing == "full":
+        activations = model.n_layers * computed * tokens * model.dim // tp + block
+    elif config.activation_checkpointing == "selective":
+        activations = model.n_layers * block // 2 + block
+    else:
+        activations = model.n_layers * block
+    activations += 3 * computed * tokens * model.dim
+    rows = math.ceil(vocabulary / tp)
+    loss = 4 * stored * min(tokens * rows, 2**27) + stored * rows * model.dim
+    return states + gathered + activations + loss + 400 * 10**6
+
+
+def largest_divisor(value: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if value % d == 0)
