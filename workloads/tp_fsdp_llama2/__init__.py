@@ -18,11 +18,11 @@ so a run means the same on any grid; in fp64 the losses, norms and weights agree
 
     torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
 
-`config.py` has the settings, `layout.py` the mesh and what is chosen by memory, and `checks.py` what is refused before a
-job exists. `model.py` is the bare model, `parallelize.py` the plan that cuts it, `loss.py` its chunked loss, `init.py`
-its initial weights; `weights.py` and `huggingface.py` handle weights on disk. `data.py` opens the data: `files.py` and
-`tokenized.py` make a `corpus.py` of it, and `samples.py` has the order. `evaluate.py` has the held-out loss and the
-generated text, and `train.py` the loop.
+`config.py` has the settings, `layout.py` the mesh and what is chosen by memory, and `checks.py` what is refused
+before a job exists. `model.py` is the bare model, `parallelize.py` the plan that cuts it, `loss.py` its chunked loss,
+`init.py` its initial weights; `weights.py` and `huggingface.py` handle weights on disk. `data.py` opens the data:
+`files.py` and `tokenized.py` make a `corpus.py` of it, and `samples.py` has the order. `evaluate.py` has the held-out
+loss and the generated text, and `train.py` the loop.
 """
 
 from workloads.base import WorkloadEntry
