@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -33,7 +32,7 @@ from workloads.tp_fsdp_llama2.layout import choices, reduces_last_pass_only
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.tp_fsdp_llama2.samples import TrainingSamples
-from workloads.tp_fsdp_llama2.tokenized import prepare, token_id
+from workloads.tp_fsdp_llama2.tokenized import prepare, prepared, token_id
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params
 from workloads.training.clip import clip_by_global_norm_
 from workloads.training.data_parallel import data_parallel_rank, data_parallel_size
@@ -47,6 +46,7 @@ from workloads.training.metrics import (
 )
 from workloads.training.optimizer import adamw, warmup_cosine, without_decay_of_vectors
 from workloads.training.prefetch import Prefetcher
+from workloads.training.prepared import make_if_missing
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +197,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
 def _open_corpus(config: Config, ctx: RunContext) -> Corpus:
     """The corpus; if it has not been prepared yet, as under a bare torchrun, rank 0 prepares it."""
     if config.data.tokenizer is not None:
-        if ctx.rank == 0:
-            prepare(config, ctx.paths.data_dir)
-        dist.barrier(group=ctx.cpu_group)
+        directory = ctx.paths.data_dir
+        make_if_missing(ctx, lambda: prepared(config, directory) is not None, lambda: prepare(config, directory))
     return open_corpus(config, ctx.paths.data_dir)
 
 
