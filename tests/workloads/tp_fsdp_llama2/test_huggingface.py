@@ -45,17 +45,22 @@ def transformers() -> Iterator[ModuleType]:
         yield transformers
 
 
+LLAMA_SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 @pytest.fixture(scope="module")
 def llama(transformers: ModuleType) -> Any:
     """A random Llama; its weights are large, so that attention is far from uniform and a wrong row shows."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=259,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **LLAMA_SIZES,
         rms_norm_eps=1e-6,
         rope_theta=1000.0,
         initializer_range=0.2,
@@ -102,12 +107,7 @@ def test_a_checkpoint_of_transformers_gives_the_same_logits(llama: Any, part_siz
 @torch.no_grad()
 def test_a_tied_checkpoint_of_transformers_gives_the_same_logits(transformers: ModuleType, tmp_path: Path) -> None:
     described = transformers.LlamaConfig(
-        vocab_size=259,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **LLAMA_SIZES,
         initializer_range=0.2,
         tie_word_embeddings=True,
     )
