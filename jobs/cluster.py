@@ -50,6 +50,9 @@ class ClusterConfig(StrictModel):
     """How GPUs are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster of CPUs)."""
     gpu_type: str | None = None
     """The GPUs' type in the request, as in --gpus-per-node=h100:8."""
+    gpu_memory_gb: float = Field(default=80, gt=0)
+    """Memory of one GPU in GB (10^9 bytes): a job that needs far more per rank is refused, and tp_fsdp chooses its mesh
+    by it."""
     cpus_per_gpu: int | None = Field(default=None, ge=1)
     """CPU cores for each rank."""
     mem_gb_per_gpu: float | None = Field(default=None, gt=0)

@@ -126,7 +126,7 @@ def _run(
         torch.cuda.set_device(choice.device)
     cpu_group = rendezvous.init_process_group(meeting, choice.device, choice.backend, spec.collective_timeout_s)
     try:
-        shape = Shape(placement.nodes, placement.local_world_size)
+        shape = Shape(placement.nodes, placement.local_world_size, spec.resources.gpu_memory_gb)
         mesh_spec = entry.mesh_spec(config, shape)
         device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
         if placement.rank == 0:
@@ -147,6 +147,7 @@ def _run(
             device=choice.device,
             mesh=device_mesh,
             paths=RunDirectory(spec.run_dir).paths(info.attempt, info.rank),
+            gpu_memory_gb=shape.gpu_memory_gb,
             attempt=info.attempt,
             cpu_group=cpu_group,
         )

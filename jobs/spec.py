@@ -30,10 +30,12 @@ class ResourceSpec(StrictModel):
     """CPU cores for each rank."""
     mem_gb_per_gpu: float | None = Field(default=None, gt=0)
     """Memory in GB (of 1024 MB) for each rank."""
+    gpu_memory_gb: float = Field(default=80, gt=0)
+    """Memory of one GPU in GB (10^9 bytes)."""
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.nodes, self.gpus_per_node)
+        return Shape(self.nodes, self.gpus_per_node, self.gpu_memory_gb)
 
 
 class ProfileSpec(StrictModel):

@@ -46,7 +46,7 @@ MINE = textwrap.dedent(
     BAD_VALIDATE = WorkloadEntry(name="m", config=Config, run=run, validate=lambda config, shape: 1 / 0)
     BAD_PREPARE = WorkloadEntry(name="m", config=Config, run=run, prepare=lambda config, directory: 1 / 0)
     NO_MESH = WorkloadEntry(name="m", config=Config, run=run, mesh=lambda config, shape: None)
-    NO_BYTES = WorkloadEntry(name="m", config=Config, run=run, memory_bytes=lambda config, shape: "lots")
+    NO_BYTES = WorkloadEntry(name="m", config=Config, run=run, memory_bytes=lambda config, shape, device: "lots")
     BAD_MESH = WorkloadEntry(name="m", config=Config, run="x:y", mesh=lambda config, shape: MeshSpec(("dp",), (7,)))
     NO_CONFIG = WorkloadEntry(name="m", config=dict, run="x:y")
     NUMBER = 5
@@ -287,6 +287,10 @@ BAD = [
     slurm("--run-dir", "a\\b", says=["a\\\\b", "another directory"]),
     Bad(["tp_fsdp", "--sbatch", "nice=1"], ["--sbatch nice=1", "--executor local", "drop it"]),
     Bad(["tp_fsdp", "--job-name", "x"], ["--job-name x", "--executor local", "drop it"]),
+    # what no GPU holds, and what a host of CPUs does not
+    slurm("model=70b", says=["tp_fsdp needs an estimated 1,", "gpu_memory_gb in", "is 80", "use more ranks"]),
+    site("gpu_memory_gb: 40", "--gpus-per-node", "2", "model=7b", says=["per rank", "gpu_memory_gb in c.yaml is 40"]),
+    site("gpu_request: none\nmem_gb_per_gpu: 4", "model=7b", says=["per rank", "mem_gb_per_gpu in c.yaml is 4"]),
     site("max_nodes: 2", "--nodes", "3", says=["--nodes 3", "c.yaml allows at most 2", "max_nodes"]),
     site("max_gpus_per_node: 2", "--gpus-per-node", "4", says=["--gpus-per-node 4", "at most 2", "max_gpus_per_node"]),
     site("max_time: 60", "--time", "2:00:00", says=["--time 2:00:00", "at most 60", "max_time"]),
@@ -426,6 +430,16 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path: Path, capsys: p
     for words in ("host1  4: dp1 tp0", "#SBATCH --nodes=2", "--kill-on-bad-exit=1", "OMP_NUM_THREADS=1", "steps=120"):
         assert words in out
     assert tree(tmp_path) == {}
+
+
+def test_a_job_that_may_not_fit_is_warned_of_once_and_one_that_fits_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = ["tp_fsdp", "--executor", "slurm", "--dry-run", "model=7b", "precision=fp32", "--gpus-per-node"]
+    assert main([*line, "2"]) == 0
+    assert capsys.readouterr().out.count("gpu_memory_gb in ") == 1
+    assert main([*line, "8"]) == 0
+    assert "gpu_memory_gb in " not in capsys.readouterr().out
 
 
 def test_a_dry_run_of_2048_hosts_is_a_screenful(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,10 +65,12 @@ class WorkloadConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Shape:
-    """How many hosts a job has, and how many ranks (one per GPU) each holds."""
+    """How many hosts a job has, how many ranks (one per GPU) each holds, and how much memory a GPU has."""
 
     nodes: int
     gpus_per_node: int
+    gpu_memory_gb: float = field(default=80, compare=False)
+    """10^9 bytes. Shapes are equal if their ranks are."""
 
     @property
     def world_size(self) -> int:
@@ -145,7 +147,8 @@ class WorkloadEntry:
         prepare_by_hand: whether rank 0 may prepare where nobody has submitted the job; not, where that is a download:
             compute nodes often have no internet. `run` then finds no `ctx.paths.data_dir`.
         build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
-        memory_bytes: `memory_bytes(config, shape) -> int`, roughly the peak bytes of one rank. Torch-free.
+        memory_bytes: `memory_bytes(config, shape, device) -> int`, roughly the peak bytes of one rank; `device` is
+            "cuda" or "cpu". Torch-free.
         preload: built-in workloads only: modules that may be imported once before ranks are forked (they must
             start no thread and touch no device). A user's module is imported by each rank.
     """
@@ -277,6 +280,8 @@ class RunContext:
     device: torch.device
     mesh: DeviceMesh
     paths: RunPaths
+    gpu_memory_gb: float = 80
+    """As the cluster config says, in 10^9 bytes; ranks on a CPU have it, too."""
     attempt: int = 0
     """0 for the first incarnation, one more after each requeue."""
     stop_requested: bool = False
@@ -298,7 +303,7 @@ class RunContext:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.world_size // self.local_world_size, self.local_world_size)
+        return Shape(self.world_size // self.local_world_size, self.local_world_size, self.gpu_memory_gb)
 
     def end_step(self, metrics: Mapping[str, Metric]) -> bool:
         """Ends a step on every rank together: sends its metrics to be reduced, and says what the step before came to.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -88,10 +89,16 @@ def resolve(given: Options) -> Resolved:
     )
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
+    on_gpus = cluster.gpu_request != "none"
     if which in ("local", "debug"):
-        announcements.append(_fit_this_box(workload, entry, config, resources))
+        on_gpus = machine.gpu_count(os.environ) >= resources.shape.world_size
+    rank_bytes = _rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
+    if which in ("local", "debug"):
+        announcements.append(_fit_this_box(workload, rank_bytes, resources))
         if given.profile_memory and machine.gpu_count(os.environ) < resources.shape.world_size:
             raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this box's CPU; leave it out")
+    if on_gpus or which == "slurm":
+        announcements += _fit_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
     if profile is not None:
         announcements.append(f"profile: {profile}")
     announcements += said
@@ -270,7 +277,7 @@ def _resources(
         ):
             if text is not None:
                 raise CommandLineError(f"{f'{flag} {text}'.strip()}: means nothing to --executor debug; leave it out")
-        return ResourceSpec()
+        return ResourceSpec(gpu_memory_gb=cluster.gpu_memory_gb)
     time = given.time if given.time is not None else found.get("time", cluster.time)
     try:
         time_min = parse_minutes(time) if time is not None else None
@@ -292,6 +299,7 @@ def _resources(
         gpus_per_node=flags.gpus_per_node or cluster.gpus_per_node,
         time_min=time_min,
         cpus_per_gpu=cluster.cpus_per_gpu,
+        gpu_memory_gb=cluster.gpu_memory_gb,
         mem_gb_per_gpu=cluster.mem_gb_per_gpu,
         **named,
     )
@@ -314,7 +322,44 @@ def _env(given: Options) -> dict[str, str]:
     return env
 
 
-def _fit_this_box(workload: str, entry: WorkloadEntry, config: WorkloadConfig, resources: ResourceSpec) -> str:
+def _rank_bytes(
+    workload: str, entry: WorkloadEntry, config: WorkloadConfig, resources: ResourceSpec, device: str
+) -> int | None:
+    """The workload's estimate of one rank's peak memory; None if it makes none."""
+    if not entry.memory_bytes:
+        return None
+    estimate = entry.call("memory_bytes", config, resources.shape, device)
+    if not isinstance(estimate, int):
+        raise WorkloadError(f"workload {workload}: memory_bytes returned {estimate!r}; return a number of bytes")
+    return estimate
+
+
+def _fit_rank(
+    workload: str, rank_bytes: int | None, resources: ResourceSpec, on_gpus: bool, cluster: Path
+) -> list[str]:
+    """Warns if a rank's estimated peak memory is more than it will have, as far as the cluster config tells.
+
+    Estimates were up to 1.4 times what was measured, so there is a margin before the job is refused.
+
+    Raises:
+        ResourceError: a rank needs more than 1.5 times the memory it will have.
+    """
+    if on_gpus:
+        name, limit = "gpu_memory_gb", resources.gpu_memory_gb * 1e9
+    else:
+        name, limit = "mem_gb_per_gpu", (resources.mem_gb_per_gpu or math.inf) * 2**30
+    if rank_bytes is None or rank_bytes <= limit:
+        return []
+    line = (
+        f"{workload} needs an estimated {rank_bytes / 1e9:,.0f} GB per rank, and {name} in {_shown(cluster)} is "
+        f"{getattr(resources, name):g}"
+    )
+    if rank_bytes > 1.5 * limit:
+        raise ResourceError(f"{line}; use more ranks or a smaller model or batch, or correct {name}")
+    return [f"warning: {line}; it may run out of memory"]
+
+
+def _fit_this_box(workload: str, rank_bytes: int | None, resources: ResourceSpec) -> str:
     """Says which devices the ranks will use; refuses a job whose ranks cannot fit this box's memory together."""
     world_size = resources.shape.world_size
     gpus = machine.gpu_count(os.environ)
@@ -322,11 +367,7 @@ def _fit_this_box(workload: str, entry: WorkloadEntry, config: WorkloadConfig, r
     if gpus >= world_size:
         return f"{ranks} on this box, one GPU each ({gpus} visible), nccl"
     why = "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
-    each = RANK_AT_LEAST_BYTES
-    if entry.memory_bytes:
-        each = entry.call("memory_bytes", config, resources.shape)
-        if not isinstance(each, int):
-            raise WorkloadError(f"workload {workload}: memory_bytes returned {each!r}; return a number of bytes")
+    each = RANK_AT_LEAST_BYTES if rank_bytes is None else rank_bytes
     available = machine.available_memory_bytes()
     if each * world_size > available:
         raise ResourceError(

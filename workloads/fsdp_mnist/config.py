@@ -190,7 +190,7 @@ def learning_rate(config: Config) -> float:
     return LR[config.optimizer] if config.lr is None else config.lr
 
 
-def memory_bytes(config: Config, shape: Shape) -> int:
+def memory_bytes(config: Config, shape: Shape, device: str = "cpu") -> int:
     """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
 
     With `e` bytes a parameter (8 in fp64, else 4) and N parameters: 4 e N for the parameters, gradients and the

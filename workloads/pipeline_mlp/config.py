@@ -166,7 +166,7 @@ def widths(config: Config, inputs: int = PIXELS, outputs: int = CLASSES) -> list
     return [inputs, *[config.width] * (config.layers - 1), outputs]
 
 
-def memory_bytes(config: Config, shape: Shape) -> int:
+def memory_bytes(config: Config, shape: Shape, device: str = "cpu") -> int:
     """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
 
     It is the rank with the most: one with the first stage, which has the data. With e bytes a number and N parameters

@@ -105,7 +105,7 @@ class Config(WorkloadConfig):
     global_batch_size / (dp x microbatch_size) passes. null: one pass per step."""
     tp: int | None = Field(default=None, gt=0)
     """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. null: the fewest for
-    which a rank's estimated memory fits in gpu_memory_gb."""
+    which a rank's estimated memory fits in a GPU of the cluster config's gpu_memory_gb."""
     dp_replicate: int | None = Field(default=None, gt=0)
     """Copies of the sharded model (HSDP); gradients are averaged over them. Must divide nodes x gpus_per_node / tp.
     null: 1, unless sharding over all ranks would leave too little on each."""
@@ -115,10 +115,7 @@ class Config(WorkloadConfig):
     reduce_gradients: Literal["each_pass", "last_pass"] | None = None
     """When a step has several passes. each_pass: reduce-scatter the gradients after each. last_pass: keep them whole
     until the last one, which communicates less and takes 4 bytes per parameter / tp. null: last_pass if that fits in
-    gpu_memory_gb."""
-    gpu_memory_gb: float = Field(default=80, gt=0)
-    """Memory of a GPU in GB (10^9 bytes), for the settings that are chosen by memory: tp, dp_replicate and
-    reduce_gradients."""
+    the cluster config's gpu_memory_gb."""
     precision: Literal["fp32", "bf16", "fp64"] | None = None
     """bf16: compute in bf16, but keep parameters, reduce gradients and run the optimizer in fp32. fp32, fp64: do
     everything in that type. null: bf16 on CUDA, fp32 on a CPU."""

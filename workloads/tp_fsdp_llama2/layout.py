@@ -12,6 +12,7 @@ from workloads.tp_fsdp_llama2.config import (
     block_parameter_count,
     microbatch_size,
     parameter_count,
+    precision,
 )
 from workloads.tp_fsdp_llama2.data import vocab_size
 
@@ -29,7 +30,7 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
             f"a host; use tp={largest_divisor(shape.gpus_per_node, tp)}"
         )
     dp = shape.world_size // tp
-    replicas = config.dp_replicate or _replicas(config, dp, tp)
+    replicas = config.dp_replicate or _replicas(config, shape, tp)
     if dp % replicas:
         raise WorkloadError(
             f"dp_replicate={replicas} does not divide dp={dp} ({shape.world_size} ranks / tp={tp}): every copy is "
@@ -54,11 +55,11 @@ def choices(config: Config, shape: Shape) -> list[str]:
         estimate_gb = _rank_bytes(config, dp, dp, tp, config.precision or "bf16") / 1e9
         reason = (
             "the fewest ranks that fit in"
-            if _fits(config, estimate_gb * 1e9)
+            if _fits(shape, estimate_gb * 1e9)
             else "the most ranks that are possible, but still too few for"
         )
         lines.append(
-            f"tp={tp}: {reason} gpu_memory_gb={config.gpu_memory_gb:g}, with an estimated {estimate_gb:.1f} GB per rank"
+            f"tp={tp}: {reason} gpu_memory_gb={shape.gpu_memory_gb:g}, with an estimated {estimate_gb:.1f} GB per rank"
         )
     if config.dp_replicate is None and len(spec.sizes) == 3:
         lines.append(
@@ -68,7 +69,7 @@ def choices(config: Config, shape: Shape) -> list[str]:
     if accumulation_steps(config, dp) > 1 and config.reduce_gradients is None:
         when = (
             "the last pass only"
-            if reduces_last_pass_only(config, spec)
+            if reduces_last_pass_only(config, shape)
             else "each pass: whole gradients do not fit in memory"
         )
         lines.append(f"gradients are reduced after {when}")
@@ -87,7 +88,7 @@ def _smallest_tp_that_fits(config: Config, shape: Shape) -> int:
     possible = [tp for tp in possible if _can_split(config, tp, shape.world_size // tp)] or [1]
     for tp in possible:
         dp = shape.world_size // tp
-        if _fits(config, _rank_bytes(config, dp, dp, tp, config.precision or "bf16")):
+        if _fits(shape, _rank_bytes(config, dp, dp, tp, config.precision or "bf16")):
             return tp
     return possible[-1]
 
@@ -99,30 +100,32 @@ def _can_split(config: Config, tp: int, dp: int) -> bool:
     )
 
 
-def _replicas(config: Config, dp: int, tp: int) -> int:
+def _replicas(config: Config, shape: Shape, tp: int) -> int:
     """1, unless sharding over all of dp leaves so little on each rank that gathering it is all latency."""
+    dp = shape.world_size // tp
     if dp <= _ALWAYS_SHARDED_OVER:
         return 1
     worthwhile = max(_ALWAYS_SHARDED_OVER, 2 * block_parameter_count(config.model) // tp // _LEAST_SHARD_BYTES)
     for shards in sorted((d for d in range(1, min(dp, worthwhile) + 1) if dp % d == 0), reverse=True):
-        if _fits(config, _rank_bytes(config, dp, shards, tp, config.precision or "bf16")):
+        if _fits(shape, _rank_bytes(config, dp, shards, tp, config.precision or "bf16")):
             return dp // shards
     return 1
 
 
-def reduces_last_pass_only(config: Config, spec: MeshSpec) -> bool:
+def reduces_last_pass_only(config: Config, shape: Shape) -> bool:
     """Whether gradients stay whole and unreduced on a rank until a step's last pass."""
     if config.reduce_gradients is not None:
         return config.reduce_gradients == "last_pass"
+    spec = mesh(config, shape)
     dp, tp = data_parallel_and_tp(spec)
-    return _fits(config, _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "bf16", last_pass=True))
+    return _fits(shape, _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "bf16", last_pass=True))
 
 
-def _fits(config: Config, rank_bytes: float) -> bool:
-    return rank_bytes <= 0.9 * config.gpu_memory_gb * 1e9
+def _fits(shape: Shape, rank_bytes: float) -> bool:
+    return rank_bytes <= 0.9 * shape.gpu_memory_gb * 1e9
 
 
-def memory_bytes(config: Config, shape: Shape) -> int:
+def memory_bytes(config: Config, shape: Shape, device: str = "cpu") -> int:
     """Roughly the peak bytes of one rank: of GPU memory where there is one, else of resident memory.
 
     With `e` bytes per parameter (8 in fp64, else 4) and `c` bytes per computed number (2 in bf16, else e), one rank of
@@ -138,21 +141,19 @@ def memory_bytes(config: Config, shape: Shape) -> int:
     - the gathered inputs of the block that computes and the loss's gradient, 3 c B S D; 4 copies of a chunk of logits
       in fp32; and the output's gradient while it is summed up, in fp32;
     - 400 MB for the process: Python, torch, buffers of the collectives.
-
-    If the precision is left to the device, fp32, the larger one, is assumed.
     """
     spec = mesh(config, shape)
     dp, tp = data_parallel_and_tp(spec)
-    last_pass = accumulation_steps(config, dp) > 1 and reduces_last_pass_only(config, spec)
-    return _rank_bytes(config, dp, spec.sizes[-2], tp, config.precision or "fp32", last_pass)
+    last_pass = accumulation_steps(config, dp) > 1 and reduces_last_pass_only(config, shape)
+    return _rank_bytes(config, dp, spec.sizes[-2], tp, precision(config, device), last_pass)
 
 
-def _rank_bytes(config: Config, dp: int, shards: int, tp: int, precision: str, last_pass: bool = False) -> int:
+def _rank_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_pass: bool = False) -> int:
     model = config.model
     vocabulary = model.vocab_size or vocab_size(config)
     parameters = parameter_count(model, vocabulary)
-    stored = 8 if precision == "fp64" else 4
-    computed = 2 if precision == "bf16" else stored
+    stored = 8 if dtype == "fp64" else 4
+    computed = 2 if dtype == "bf16" else stored
 
     states = 4 * stored * parameters // (shards * tp)
     if last_pass:

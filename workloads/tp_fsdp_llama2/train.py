@@ -115,7 +115,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         return loss
 
     accumulation = accumulation_steps(config, dp)
-    last_pass_only = reduces_last_pass_only(config, layout)
+    last_pass_only = reduces_last_pass_only(config, ctx.shape)
     tokens_per_step = config.global_batch_size * config.seq_len
     flops_per_step = _flops_per_token(config) * tokens_per_step
     peak, measured = peak_flops(device), measured_matmul_flops(device)

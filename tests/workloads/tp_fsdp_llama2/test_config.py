@@ -181,7 +181,7 @@ SEVEN = {"model": "7b", "seq_len": 4096, "microbatch_size": 1, "activation_check
         # 16 bytes of states for each of 6.7e9 parameters, over 8 ranks, are 13.5 GB each.
         ({**SEVEN, "global_batch_size": 8}, Shape(1, 8), "dp 8 x tp 1"),
         # 27 GB over four, and 22 GB at tp=1 of what is no state: too much for 48 GB.
-        ({**SEVEN, "global_batch_size": 8, "gpu_memory_gb": 48}, Shape(1, 4), "dp 2 x tp 2"),
+        ({**SEVEN, "global_batch_size": 8}, Shape(1, 4, gpu_memory_gb=48), "dp 2 x tp 2"),
         # Only 2 samples for 8 GPUs: they must share them, whatever fits.
         ({"model": "160m", "global_batch_size": 2}, Shape(1, 8), "dp 2 x tp 4"),
         # 70b does not fit 8 GPUs at all; tp is what it can be at most.
@@ -207,7 +207,9 @@ def test_what_was_chosen_is_said_and_what_was_given_is_not() -> None:
     given = make(**SEVEN, global_batch_size=1024, tp=1, dp_replicate=2, reduce_gradients="each_pass")
     assert choices(given, Shape(64, 8)) == []
     # 27 GB of whole fp32 gradients do not fit beside the rest.
-    assert not reduces_last_pass_only(make(**SEVEN, gpu_memory_gb=40, global_batch_size=16), mesh(given, Shape(1, 8)))
+    assert not reduces_last_pass_only(
+        make(**SEVEN, global_batch_size=16, dp_replicate=1, tp=1), Shape(1, 8, gpu_memory_gb=40)
+    )
 
 
 def test_what_is_computed_in_follows_the_device() -> None:
