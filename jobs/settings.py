@@ -5,6 +5,7 @@ Torch-free. Used for a workload's settings, for cluster files, and for the flags
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -30,6 +31,14 @@ Key = tuple[str, ...]
 # --- YAML as people mean it -------------------------------------------------------------------------------------------
 
 
+MOST_BYTES = 2**18
+"""Of a file; PyYAML takes seconds to read as many. A word of the command line is never longer."""
+MOST_LEVELS = 50
+MOST_VALUES = 100_000
+"""Aliases counted as if they were written out: nine lines of them can stand for a billion values."""
+TOO_DEEP = f"it is nested more than {MOST_LEVELS} levels deep"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's idea of scalars: `1e-3` is a number; `12:30:00`, `2026-01-01`, `yes` and `1_000` are text.
 
@@ -37,6 +46,22 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 (the base class's own, emptied)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.composer.ComposerError(None, None, f"the tag {tag} has no use here", event.start_mark)
+        self._depth += 1
+        if self._depth > MOST_LEVELS:
+            raise yaml.composer.ComposerError(None, None, TOO_DEEP, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 for _tag, _regexp, _first in (
@@ -81,15 +106,20 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     """Reads a YAML mapping.
 
     Raises:
-        error: not YAML, not a mapping, a key that is not text or is given twice; names file and line.
+        error: not YAML, not a mapping, too large, a tag, a key that is not text or is given twice; names file and line.
     """
     lines: dict[Key, int] = {}
     within: list[yaml.Node] = []
+    values = itertools.count(1)
 
     def look_at(node: yaml.Node, path: Key) -> None:
+        line = node.start_mark.line + 1
         if any(node is outer for outer in within):
-            line = node.start_mark.line + 1
             raise error(f"{source}:{line}: an alias (*name) makes a value part of itself; write it out")
+        if len(within) >= MOST_LEVELS:
+            raise error(f"{source}:{line}: {TOO_DEEP}; mend that line")
+        if next(values) > MOST_VALUES:
+            raise error(f"{source}:{line}: more than {MOST_VALUES:,} values, with what aliases stand for; give fewer")
         within.append(node)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
@@ -142,11 +172,15 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
 def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
     """Reads a YAML file; `error` where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)  # no more: it may be a device that never ends
+        text = data.decode()
     except OSError as mistake:
         raise error(f"{path}: cannot be read: {mistake.strerror}; give a YAML file") from None
     except UnicodeDecodeError:
         raise error(f"{path}: is not UTF-8 text; give a YAML file") from None
+    if len(data) > MOST_BYTES:
+        raise error(f"{path}: is longer than {MOST_BYTES:,} bytes; give a YAML file of settings")
     return load_yaml(text, str(path), error)
 
 

@@ -135,7 +135,20 @@ def test_merge_keys_and_anchors_work() -> None:
         ("a: 1\nnull: x\n", ["exp.yaml:2", "a key must be a name"]),
         ("true: x\n", ["exp.yaml:1", "a key must be a name"]),
         ("? [a, b]\n: 1\n", ["exp.yaml:1", "a key must be a name"]),
-        ("a: !!python/object:os.system x\n", ["exp.yaml:1", "not valid YAML"]),
+        ("a: !!python/object:os.system x\n", ["exp.yaml:1", "the tag !!python/object:os.system has no use here"]),
+        ("a: 1\nb: !!timestamp x\n", ["exp.yaml:2", "the tag !!timestamp"]),
+        ("a: !!float ''\n", ["exp.yaml:1", "the tag !!float"]),
+        ("a: !!bool x\n", ["exp.yaml:1", "the tag !!bool"]),
+        ("a: !!int 3\n", ["exp.yaml:1", "the tag !!int"]),
+        ("a: ! x\n", ["exp.yaml:1", "the tag !"]),
+        ("!!map {a: 1}\n", ["exp.yaml:1", "the tag !!map"]),
+        ("a: " + "[" * 3000, ["exp.yaml:1", "more than 50 levels deep"]),
+        ("a:\n  " + "- " * 3000 + "x", ["exp.yaml:2", "more than 50 levels deep"]),
+        ("".join(f"a{i}: &a{i} [*a{i - 1}]\n" if i else "a0: &a0 []\n" for i in range(60)), ["50 levels deep"]),
+        (
+            "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]\n" if i else "a0: &a0 1\n" for i in range(10)),
+            ["more than 100,000 values, with what aliases stand for"],
+        ),
         ("a: 1\n---\nb: 2\n", ["exp.yaml", "not valid YAML"]),
         ("a: *nowhere\n", ["exp.yaml:1", "nowhere"]),
         ("a: \x07\n", ["exp.yaml", "not valid YAML"]),
@@ -162,6 +175,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "gone.yaml", ClusterConfigError)
     with pytest.raises(SettingsError, match="Is a directory"):
         read_yaml(tmp_path)
+    with pytest.raises(SettingsError, match=r"/dev/zero: is longer than 262,144 bytes"):
+        read_yaml(Path("/dev/zero"))
     (tmp_path / "utf16.yaml").write_bytes("steps: 1".encode("utf-16"))
     with pytest.raises(SettingsError, match="is not UTF-8"):
         read_yaml(tmp_path / "utf16.yaml")
@@ -267,6 +282,8 @@ def test_words_get_the_type_of_their_setting(word: str, value: Any) -> None:
         (["precision=bf17"], ["precision=bf17", "did you mean 'bf16'?"]),
         (["compile=maybe"], ["compile=maybe"]),
         (["betas=[0.9"], ["betas=[0.9", "not valid YAML"]),
+        (["steps=" + "[" * 3000], ["steps=[[[", "more than 50 levels deep"]),
+        (["extra={a: !!float ''}"], ["extra={a:", "the tag !!float"]),
         (["data=x"], ["data=x", "group of settings", "data.path=..."]),
         (["model=null"], ["model=null", "group of settings"]),
         (["model=9b"], ["model.preset=9b", "small"]),
