@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 def main() -> int:
+    _open_closed_streams()
     # Until there is something to end, Ctrl-C ends this process without a traceback of half-done imports.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -34,6 +35,20 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _open_closed_streams() -> None:
+    """Opens /dev/null in place of each standard stream that is closed (`>&-`, `2>&-`, `0<&-`).
+
+    The next file or pipe that is opened would get its descriptor, and would be written to or closed as that stream.
+    """
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free descriptor: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115
 
 
 if __name__ == "__main__":
