@@ -32,9 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jobs.errors import RunDirectoryError
+from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
 
@@ -171,7 +170,7 @@ class RunDirectory:
     def describe(self, spec: JobSpec) -> None:
         """Writes down what the job is, before it starts."""
         write_json(self.job, spec.model_dump(mode="json"))
-        write_text(self.settings, yaml.safe_dump(spec.settings, sort_keys=False))
+        write_text(self.settings, dump_yaml(spec.settings))
 
     def record_submission(self, submitted: Submitted) -> None:
         """Writes down what the job became, so that `submit.py wait` finds it again."""

@@ -64,6 +64,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that YAML 1.1 or the loader above would read as something else."""
+
+
 for _tag, _regexp, _first in (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("int", r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$", "-+0123456789"),
@@ -76,7 +80,8 @@ for _tag, _regexp, _first in (
     ("merge", r"^<<$", "<"),
 ):
     _first_characters: list[str | None] = [None if c == "\0" else c for c in _first]
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_regexp), _first_characters)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_regexp), _first_characters)
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -167,6 +172,11 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     if not isinstance(data, dict):
         raise error(f"{source}: holds a {type(data).__name__}; write a mapping, one `key: value` a line")
     return Document(data, source, lines)
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """YAML that `load_yaml` reads back as it was."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
