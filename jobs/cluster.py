@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from jobs import sbatch
 from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
-from jobs.spec import ExecutorName, parse_minutes, parse_ports
+from jobs.spec import MOST_GPUS, MOST_NODES, ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 from workloads.meanings import meanings
 
@@ -28,9 +28,9 @@ class ClusterConfig(StrictModel):
 
     executor: Literal["auto", "slurm", "local", "debug"] = "auto"
     """How jobs start; auto = slurm where sbatch is on PATH, else local."""
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=MOST_NODES)
     """Hosts of a job that does not say."""
-    gpus_per_node: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=1, ge=1, le=MOST_GPUS)
     """GPUs (ranks) on each host of a job that does not say."""
     time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """Time limit as Slurm writes it: 90 (minutes), 12:30:00, 2-12."""
@@ -40,9 +40,9 @@ class ClusterConfig(StrictModel):
     """Slurm account."""
     qos: str | None = None
     """Slurm quality of service."""
-    max_nodes: int | None = Field(default=None, ge=1)
+    max_nodes: int | None = Field(default=None, ge=1, le=MOST_NODES)
     """The most hosts that a job may ask for here."""
-    max_gpus_per_node: int | None = Field(default=None, ge=1)
+    max_gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
     """GPUs on each host: the most that a job may ask for."""
     max_time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """The longest time limit that a job may ask for, written as `time`."""
@@ -50,12 +50,12 @@ class ClusterConfig(StrictModel):
     """How GPUs are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster of CPUs)."""
     gpu_type: str | None = None
     """The GPUs' type in the request, as in --gpus-per-node=h100:8."""
-    gpu_memory_gb: float = Field(default=80, gt=0)
+    gpu_memory_gb: float = Field(default=80, gt=0, le=10**6)
     """Memory of one GPU in GB (10^9 bytes): a job that needs far more per rank is refused, and tp_fsdp chooses its mesh
     by it."""
-    cpus_per_gpu: int | None = Field(default=None, ge=1)
+    cpus_per_gpu: int | None = Field(default=None, ge=1, le=10**4)
     """CPU cores for each rank."""
-    mem_gb_per_gpu: float | None = Field(default=None, gt=0)
+    mem_gb_per_gpu: float | None = Field(default=None, gt=0, le=10**6)
     """Memory in GB for each rank."""
     sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
     """More sbatch options by their long names; true = the bare flag, false = without it."""
@@ -75,11 +75,11 @@ class ClusterConfig(StrictModel):
     """Network interface for rendezvous and gloo."""
     rendezvous_ports: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """Ports that rank 0 may listen on, such as 29500-29599; none = whichever is free."""
-    threads_per_rank: int = Field(default=1, ge=1)
+    threads_per_rank: int = Field(default=1, ge=1, le=10**4)
     """CPU threads of each rank's tensor operations."""
-    rendezvous_timeout_s: float = Field(default=300, gt=0)
+    rendezvous_timeout_s: float = Field(default=300, gt=0, le=10**7)
     """Seconds in which all ranks must have found each other."""
-    collective_timeout_s: float = Field(default=600, gt=0)
+    collective_timeout_s: float = Field(default=600, gt=0, le=10**7)
     """Seconds that one collective may wait for its peers."""
 
     @field_validator("time", "max_time", mode="before")

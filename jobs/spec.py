@@ -13,13 +13,17 @@ from workloads.errors import first_few
 
 ExecutorName = Literal["slurm", "local", "debug"]
 
+MOST_NODES, MOST_GPUS, MOST_RANKS = 2**16, 2**10, 2**20
+"""Of a job; of a host; of a job. Slurm itself has at most 65,533 hosts."""
+MOST_MINUTES = 10 * 366 * 24 * 60
+
 
 class ResourceSpec(StrictModel):
     """What a job asks the scheduler for."""
 
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=MOST_NODES)
     """Hosts."""
-    gpus_per_node: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=1, ge=1, le=MOST_GPUS)
     """GPUs, and so ranks, on each host."""
     time_min: int | None = Field(default=None, ge=1)
     """Time limit in minutes; none = the partition's."""
@@ -136,4 +140,6 @@ def parse_minutes(text: str) -> int:
     total = (int(days or 0) * 24 + hours) * 60 + minutes - (-seconds // 60)
     if total < 1:
         raise ValueError("a time limit must be longer than zero")
+    if total > MOST_MINUTES:
+        raise ValueError("a time limit is at most ten years")
     return total

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from jobs.cli.main import main
+from jobs.cluster import ClusterConfig
+from jobs.settings import describe
 from workloads import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +129,9 @@ BAD = [
     Bad(["tp_fsdp", "--partition", "gpu"], ["--partition gpu", "--executor local", "drop it"]),
     Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--qos", "a b"], ["--qos 'a b'", "without spaces"]),
     Bad(["tp_fsdp", "--time", "soon"], ["--time soon", "12:30:00"]),
+    Bad(["tp_fsdp", "--nodes", "9" * 20], ["--nodes 99", "less than or equal to 65536"]),
+    Bad(["tp_fsdp", "--nodes", "65536", "--gpus-per-node", "1024"], ["67,108,864 ranks", "at most 1,048,576"]),
+    Bad(["tp_fsdp", "--time", "9" * 20], ["--time 99", "at most ten years"]),
     Bad(["tp_fsdp", "--time", "0"], ["--time 0", "longer than zero"]),
     Bad(["tp_fsdp", "--env", "FOO"], ["--env FOO", "KEY=VALUE"]),
     Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=1", "'A-B' is not a variable's name"]),
@@ -155,6 +161,8 @@ BAD = [
     Bad(["tp_fsdp", "step=2"], ["unknown setting 'step'", "did you mean 'steps'?", "submit.py list tp_fsdp"]),
     Bad(["tp_fsdp", "dim=64"], ["unknown setting 'dim'", "did you mean 'model.dim'?"]),
     Bad(["tp_fsdp", "steps=0"], ["steps=0", "greater than 0"]),
+    Bad(["tp_fsdp", "microbatch_size=" + "9" * 20], ["microbatch_size=99", "less than or equal to 1000000000"]),
+    Bad(["tp_fsdp", "microbatch_size=999999999"], ["dp x microbatch_size = 1 x 999999999", "or microbatch_size=32"]),
     Bad(["tp_fsdp", "steps=abc"], ["steps=abc", "integer"]),
     Bad(["tp_fsdp", "steps=true"], ["steps=", "true and false are not accepted"]),
     Bad(["tp_fsdp", "lr=-1"], ["lr=-1", "greater than 0"]),
@@ -418,6 +426,14 @@ def test_slurms_variables_that_are_dropped_are_said(
 def test_the_table_is_as_long_as_it_should_be() -> None:
     assert len(BAD) >= 45
     assert len({name(bad) + str(bad.files) for bad in BAD}) == len(BAD)
+
+
+@pytest.mark.parametrize("config", [ClusterConfig, *(registry.load(name).config for name in registry.BUILT_IN)])
+def test_every_whole_number_has_an_upper_bound(config: type[BaseModel]) -> None:
+    """What follows from a number takes time or memory in proportion to it."""
+    numbers = [row for row in describe(config) if row.type.startswith("int")]
+    assert numbers
+    assert [row.key for row in numbers if "<" not in row.type] == []
 
 
 # --- what is not refused ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, ResourceError, RunDirectoryError, did_you_mean
 from jobs.records import RunDirectory, default_run_dir
-from jobs.spec import JobSpec, ResourceSpec, parse_minutes, parse_ports
+from jobs.spec import MOST_GPUS, MOST_NODES, MOST_RANKS, JobSpec, ResourceSpec, parse_minutes, parse_ports
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 
@@ -30,9 +30,9 @@ EXECUTORS = ("auto", "slurm", "local", "debug")
 class _Flags(StrictModel):
     """The flags that are numbers or times, typed; the rest is text and checked where it is used."""
 
-    nodes: int | None = Field(default=None, ge=1)
-    gpus_per_node: int | None = Field(default=None, ge=1)
-    threads_per_rank: int | None = Field(default=None, ge=1)
+    nodes: int | None = Field(default=None, ge=1, le=MOST_NODES)
+    gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
+    threads_per_rank: int | None = Field(default=None, ge=1, le=10**4)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,11 @@ def _add(options: dict[str, str | bool], name: str, value: str | bool) -> None:
 def _check_limits(
     given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, found: Mapping[str, str]
 ) -> None:
-    """What a cluster's config allows, said before the scheduler is asked."""
+    """What a cluster's config allows, and what any job may have, said before the scheduler is asked."""
+    if resources.shape.world_size > MOST_RANKS:
+        raise ResourceError(
+            f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; take fewer"
+        )
     at_most = f"{_shown(path)} allows at most"
     if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
         flag = "--nodes" if given.nodes is not None else "nodes:"

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.divisors import divisors
 from workloads.images import vision
 from workloads.images.config import ImageDataConfig
 
@@ -20,12 +21,12 @@ LR = {"adadelta": 1.0, "adamw": 1e-3}
 class DataConfig(ImageDataConfig):
     """What is trained on, and how it is read."""
 
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=256)
     """Processes that each rank has for reading samples ahead, and as many again while it evaluates; 0: it reads them
     itself."""
-    prefetch: int | None = Field(default=None, ge=1)
+    prefetch: int | None = Field(default=None, ge=1, le=1000)
     """Batches that each worker reads ahead; needs data.workers. None: 2."""
-    worker_timeout_s: float | None = Field(default=None, gt=0)
+    worker_timeout_s: float | None = Field(default=None, gt=0, le=10**7)
     """Seconds that a rank waits for a batch of its workers, at first also for their start, before it fails; needs
     data.workers. None: 300."""
 
@@ -39,10 +40,10 @@ class Config(WorkloadConfig):
     strategy: Literal["fsdp", "hsdp", "ddp", "single"] = "fsdp"
     """fsdp: parameters, gradients and optimizer states sharded over all ranks. hsdp: sharded within groups of dp_shard
     ranks, replicated over the groups. ddp: a full copy on every rank, gradients averaged. single: one rank."""
-    dp_shard: int | None = Field(default=None, gt=0)
+    dp_shard: int | None = Field(default=None, gt=0, le=10**6)
     """For hsdp, the ranks that share one copy; must divide their number. None: those of a host, or, on a single host,
     half of them."""
-    wrap_min_params: int | None = Field(default=None, gt=0)
+    wrap_min_params: int | None = Field(default=None, gt=0, le=10**12)
     """For fsdp and hsdp: every smallest subtree of the model with so many parameters is gathered as a unit. None:
     10,000."""
     compare: bool = False
@@ -50,15 +51,15 @@ class Config(WorkloadConfig):
     With dropout=false the three have the same losses but for rounding, which grows from step to step (in fp32 from 1e-7
     to 1e-3 after 70, in fp64 to 1e-12 after 100); else each rank drops out something else."""
 
-    epochs: int = Field(default=10, gt=0)
+    epochs: int = Field(default=10, gt=0, le=10**6)
     """Passes over the training samples."""
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, le=10**9)
     """Ends the run after so many optimizer steps, if that is before the last epoch's end. None: it is not."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights, the order of samples and what is dropped out."""
-    global_batch_size: int = Field(default=64, gt=0)
+    global_batch_size: int = Field(default=64, gt=0, le=10**9)
     """Samples a step, over all ranks; must be divisible by their number."""
-    eval_batch_size: int = Field(default=256, gt=0)
+    eval_batch_size: int = Field(default=256, gt=0, le=10**9)
     """Held-out samples that a rank passes through the model at once."""
     drop_last: bool = True
     """Leaves out the samples of an epoch (others in each) that do not fill a step. false: they make a smaller step, for
@@ -109,7 +110,7 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
                 "use 4 or more, or strategy=fsdp"
             )
         given = f"dp_shard={dp_shard}" + ("" if config.dp_shard else " (as none was given)")
-        fits = [d for d in range(2, ranks) if ranks % d == 0]
+        fits = divisors(ranks)[1:-1]
         use = f"dp_shard={fits[-1]}" if fits else "strategy=fsdp, or another number of ranks"
         raise WorkloadError(
             f"strategy=hsdp with {given} on {ranks} ranks: it must divide them and leave at least two copies, each "

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.divisors import divisors
 from workloads.images.config import ImageDataConfig
 
 PIXELS, CLASSES = 28 * 28, 10
@@ -38,27 +39,27 @@ class Config(WorkloadConfig):
     """naive: one microbatch at a time. gpipe: all forward, then all back. 1f1b: as fast, with less memory. interleaved:
     several smaller stages a rank, a smaller bubble. zero_bubble (ZB-H1): the weights' gradients fill the bubble.
     python -m workloads.pipeline_mlp.schedule prints them."""
-    microbatches: int = Field(default=8, gt=0)
+    microbatches: int = Field(default=8, gt=0, le=10**4)
     """Into which each replica's batch is cut."""
-    stages: int | None = Field(default=None, gt=0)
+    stages: int | None = Field(default=None, gt=0, le=1000)
     """Parts of the model. None: one a pipeline rank; for interleaved, which may have any multiple of them, two."""
-    dp: int = Field(default=1, gt=0)
+    dp: int = Field(default=1, gt=0, le=10**6)
     """Replicas of the whole pipeline, which share a batch and average their gradients. The rest of the ranks divided by
     them is the pipeline's length."""
     engine: Literal["own", "torch"] = "own"
     """own: executes the schedule's lists of actions over isend and irecv. torch: torch.distributed.pipelining, as a
     cross-check."""
 
-    layers: int = Field(default=9, gt=0)
+    layers: int = Field(default=9, gt=0, le=1000)
     """Matrices of the network, at least one a stage; stages get them so that the costliest is as cheap as can be."""
-    width: int = Field(default=512, gt=0)
+    width: int = Field(default=512, gt=0, le=10**6)
     """Of what each of them but the last gives."""
 
-    steps: int = Field(default=100, gt=0)
+    steps: int = Field(default=100, gt=0, le=10**9)
     """Optimizer steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights and the order of samples."""
-    global_batch_size: int = Field(default=256, gt=0)
+    global_batch_size: int = Field(default=256, gt=0, le=10**9)
     """Samples a step, over all replicas; must be divisible by dp x microbatches."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """sgd: with momentum 0.9."""
@@ -82,7 +83,7 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
     """
     ranks = shape.world_size
     if ranks % config.dp:
-        fits = max(d for d in range(1, config.dp) if ranks % d == 0)
+        fits = max(d for d in divisors(ranks) if d < config.dp)
         raise WorkloadError(
             f"dp={config.dp} does not divide the {ranks} ranks ({shape}): each replica is a pipeline of equally many; "
             f"use dp={fits}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from workloads.base import Shape
 from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2 import data
@@ -56,7 +58,7 @@ def _validate_model(config: Config, tp: int, shape: Shape) -> None:
         ("seq_len", config.seq_len),
     ):
         if value % tp:
-            fits = max(d for d in range(1, tp + 1) if shape.gpus_per_node % d == 0 and value % d == 0)
+            fits = largest_divisor(math.gcd(shape.gpus_per_node, value), tp)
             raise WorkloadError(
                 f"{name}={value} is not divisible by {source}={tp}: each rank of a tensor-parallel group takes an "
                 f"equal part of it; use {name}={_next_multiple(value, tp)} or tp={fits}"

@@ -27,17 +27,17 @@ class ModelConfig(WorkloadConfig):
 
     preset: Literal["debug", "160m", "1b", "7b", "13b", "70b"] = "debug"
     """Supplies every size that is not given; 7b, 13b and 70b are Llama-2's."""
-    dim: int = Field(gt=0)
+    dim: int = Field(gt=0, le=10**6)
     """Width of the residual stream."""
-    n_layers: int = Field(gt=0)
+    n_layers: int = Field(gt=0, le=10**4)
     """Transformer blocks."""
-    n_heads: int = Field(gt=0)
+    n_heads: int = Field(gt=0, le=10**5)
     """Query heads; must divide dim, and be divisible by tp."""
-    n_kv_heads: int = Field(gt=0)
+    n_kv_heads: int = Field(gt=0, le=10**5)
     """Key and value heads, each shared by n_heads / n_kv_heads query heads; must be divisible by tp."""
-    ffn_dim: int = Field(gt=0)
+    ffn_dim: int = Field(gt=0, le=10**7)
     """Hidden width of the feed-forward; must be divisible by tp."""
-    vocab_size: int | None = Field(default=None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0, le=10**8)
     """Rows of the embedding. null: the tokenizer's size, or 256 for bytes; required for token files."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
@@ -73,7 +73,7 @@ class DataConfig(WorkloadConfig):
     document_mask: bool = False
     """Keep attention within a document where a sample holds parts of several. A document ends with `eos_token`; in
     token files, with `eos_id`."""
-    eos_id: int | None = Field(default=None, ge=0)
+    eos_id: int | None = Field(default=None, ge=0, lt=2**63)
     """The id that ends a document in token files, for `document_mask`."""
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
     """Integer type of the ids in `.bin` files, which have no header."""
@@ -89,24 +89,24 @@ class Config(WorkloadConfig):
     data: DataConfig = DataConfig()
     """The training data."""
 
-    steps: int = Field(default=120, gt=0)
+    steps: int = Field(default=120, gt=0, le=10**9)
     """Optimizer steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights, the order of samples and the generated text."""
     init_from: str | None = None
     """Weights to start from, in Hugging Face's Llama layout or Meta's: a directory with model.safetensors or
     model.safetensors.index.json, or such a file; `model.*` must match them. null: random weights."""
-    seq_len: int = Field(default=128, gt=0)
+    seq_len: int = Field(default=128, gt=0, le=10**8)
     """Tokens per sample; must be divisible by tp."""
-    global_batch_size: int = Field(default=32, gt=0)
+    global_batch_size: int = Field(default=32, gt=0, le=10**9)
     """Samples per step over all ranks; must be divisible by dp."""
-    microbatch_size: int | None = Field(default=None, gt=0)
+    microbatch_size: int | None = Field(default=None, gt=0, le=10**9)
     """Samples per forward pass of one dp coordinate; gradients are accumulated over
     global_batch_size / (dp x microbatch_size) passes. null: one pass per step."""
-    tp: int | None = Field(default=None, gt=0)
+    tp: int | None = Field(default=None, gt=0, le=10**6)
     """Ranks that share one sample's computation, all on one host; must divide gpus_per_node. null: the fewest for
     which a rank's estimated memory fits in a GPU of the cluster config's gpu_memory_gb."""
-    dp_replicate: int | None = Field(default=None, gt=0)
+    dp_replicate: int | None = Field(default=None, gt=0, le=10**6)
     """Copies of the sharded model (HSDP); gradients are averaged over them. Must divide nodes x gpus_per_node / tp.
     null: 1, unless sharding over all ranks would leave too little on each."""
     reshard_after_forward: bool | None = None
@@ -135,7 +135,7 @@ class Config(WorkloadConfig):
     """AdamW's learning rate at the end of the warm-up."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last step's learning rate as a fraction of `lr`; after the warm-up it decays along a half cosine."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=10**9)
     """Steps over which the learning rate rises linearly to `lr`; at most `steps`. null: a tenth of them."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay rate for the mean of the gradient."""
@@ -148,11 +148,11 @@ class Config(WorkloadConfig):
     grad_clip: float | None = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to this norm. null: the norm is only reported."""
 
-    eval_every: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=0, ge=0, le=10**9)
     """Steps between evaluations on the held-out part; 0: only after the last step."""
-    eval_windows: int | None = Field(default=512, gt=0)
+    eval_windows: int | None = Field(default=512, gt=0, le=10**9)
     """The most held-out samples to evaluate on, spread evenly over the held-out part. null: all of them."""
-    sample_tokens: int = Field(default=32, ge=0)
+    sample_tokens: int = Field(default=32, ge=0, le=10**6)
     """Tokens to generate at the end, from the start of the held-out text; each takes a full forward pass."""
     export: bool = False
     """Gather the final weights on rank 0 and write them, unsharded, as safetensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from workloads.base import MeshSpec, Shape
+from workloads.divisors import divisors
 from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2.config import (
     Config,
@@ -84,8 +85,7 @@ _ALWAYS_SHARDED_OVER = 64
 
 
 def _smallest_tp_that_fits(config: Config, shape: Shape) -> int:
-    possible = [tp for tp in range(1, shape.gpus_per_node + 1) if shape.gpus_per_node % tp == 0]
-    possible = [tp for tp in possible if _can_split(config, tp, shape.world_size // tp)] or [1]
+    possible = [tp for tp in divisors(shape.gpus_per_node) if _can_split(config, tp, shape.world_size // tp)] or [1]
     for tp in possible:
         dp = shape.world_size // tp
         if _fits(shape, _rank_bytes(config, dp, dp, tp, config.precision or "bf16")):
@@ -106,7 +106,7 @@ def _replicas(config: Config, shape: Shape, tp: int) -> int:
     if dp <= _ALWAYS_SHARDED_OVER:
         return 1
     worthwhile = max(_ALWAYS_SHARDED_OVER, 2 * block_parameter_count(config.model) // tp // _LEAST_SHARD_BYTES)
-    for shards in sorted((d for d in range(1, min(dp, worthwhile) + 1) if dp % d == 0), reverse=True):
+    for shards in reversed([d for d in divisors(dp) if d <= worthwhile]):
         if _fits(shape, _rank_bytes(config, dp, shards, tp, config.precision or "bf16")):
             return dp // shards
     return 1
@@ -180,4 +180,4 @@ def _rank_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_
 
 
 def largest_divisor(value: int, at_most: int) -> int:
-    return max(d for d in range(1, at_most + 1) if value % d == 0)
+    return max(d for d in divisors(value) if d <= at_most)
