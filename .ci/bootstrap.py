@@ -58,6 +58,8 @@ def main() -> int:
         run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), *torch_arguments])
     target = f"{ROOT}[{extra}]" if extra else str(ROOT)
     run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), "--editable", target])
+    if line := make_torchvision_importable(python):
+        print(f"setup: {line}", flush=True)
     print(f"setup: done; {venv}/bin/meshrun is ready", flush=True)
     return 0
 
@@ -93,6 +95,41 @@ def choose_torch(pip: list[str], version: str) -> tuple[list[str], str]:
                 both.append(f"torchvision=={cpu_vision['version']}")
             return ["--extra-index-url", CPU_INDEX, *both], describe(cpu, version, "no GPU here")
     return arguments, describe(found, version, "no GPU here")
+
+
+DECLARATION = """
+
+# Added by meshrun's .ci/bootstrap.py. This torchvision is built for CUDA and torch is not, so its compiled operators do
+# not load. Importing torchvision needs them to be declared, and most of it works without them.
+if not _has_ops():
+    _declared = torch.library.Library("torchvision", "DEF")
+    _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def make_torchvision_importable(python: Path) -> str | None:
+    """Declares torchvision's operators where its build is not torch's and no fitting one was found.
+
+    Otherwise `import torchvision` fails, and so does every package that tries it, such as transformers.
+
+    Returns:
+        What was done, in one line; None if nothing had to be done.
+    """
+    imported = subprocess.run([str(python), "-c", "import torchvision"], capture_output=True, text=True)
+    if "operator torchvision::nms does not exist" not in imported.stderr:
+        return None
+    code = "from importlib.util import find_spec; print(find_spec('torchvision').submodule_search_locations[0])"
+    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    extension = Path(found.stdout.strip()) / "extension.py"
+    # Renamed into place, because an installer may have hard-linked the file from its cache.
+    changed = extension.with_name("extension.py.new")
+    changed.write_text(extension.read_text(encoding="utf-8") + DECLARATION, encoding="utf-8")
+    changed.replace(extension)
+    return (
+        "the only torchvision that pip finds is built for CUDA, and torch is not: its datasets, transforms and models "
+        "work, its compiled operators do not"
+    )
 
 
 def has_gpu() -> bool:

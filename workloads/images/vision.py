@@ -60,7 +60,7 @@ def refuse_if_missing() -> None:
 
 def remark() -> str | None:
     """What whoever runs this should know of the torchvision that was imported; a line for the log, or None."""
-    if not _KEPT:
+    if torchvision().extension._has_ops():
         return None
     return (
         f"torchvision {_version('torchvision')} is built for CUDA and torch {_version('torch')} is not: its datasets, "
