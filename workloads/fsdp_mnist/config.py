@@ -22,13 +22,12 @@ class DataConfig(ImageDataConfig):
     """What is trained on, and how it is read."""
 
     workers: int = Field(default=0, ge=0, le=256)
-    """Processes that each rank has for reading samples ahead, and as many again while it evaluates; 0: it reads them
-    itself."""
+    """Processes per rank that read samples ahead, and as many again during evaluation. 0: the rank reads them itself."""
     prefetch: int | None = Field(default=None, ge=1, le=1000)
-    """Batches that each worker reads ahead; needs data.workers. None: 2."""
+    """Batches that each worker reads ahead; needs data.workers. null: 2."""
     worker_timeout_s: float | None = Field(default=None, gt=0, le=10**7)
-    """Seconds that a rank waits for a batch of its workers, at first also for their start, before it fails; needs
-    data.workers. None: 300."""
+    """Seconds a rank waits for a batch of its workers (the first time, also for their start) before it fails; needs
+    data.workers. null: 300."""
 
 
 class Config(WorkloadConfig):
@@ -41,42 +40,42 @@ class Config(WorkloadConfig):
     """fsdp: parameters, gradients and optimizer states sharded over all ranks. hsdp: sharded within groups of dp_shard
     ranks, replicated over the groups. ddp: a full copy on every rank, gradients averaged. single: one rank."""
     dp_shard: int | None = Field(default=None, gt=0, le=10**6)
-    """For hsdp, the ranks that share one copy; must divide their number. None: those of a host, or, on a single host,
-    half of them."""
+    """For hsdp, how many ranks share one copy; must divide the number of ranks. null: the ranks of a host, or half of
+    them on a single host."""
     wrap_min_params: int | None = Field(default=None, gt=0, le=10**12)
-    """For fsdp and hsdp: every smallest subtree of the model with so many parameters is gathered as a unit. None:
-    10,000."""
+    """For fsdp and hsdp: every smallest subtree of the model with at least this many parameters is gathered as a unit.
+    null: 10,000."""
     compare: bool = False
-    """Trains the same under single, ddp and fsdp, one after the other, and prints a table of memory, time, accuracy.
-    With dropout=false the three have the same losses but for rounding, which grows from step to step (in fp32 from 1e-7
-    to 1e-3 after 70, in fp64 to 1e-12 after 100); else each rank drops out something else."""
+    """Train the same model under single, ddp and fsdp, one after the other, and print a table of memory, time and
+    accuracy. With dropout=false the losses agree up to rounding, which grows with the steps (in fp32 from 1e-7 to 1e-3
+    after 70 steps, in fp64 to 1e-12 after 100); with dropout each rank drops different values."""
 
     epochs: int = Field(default=10, gt=0, le=10**6)
     """Passes over the training samples."""
     steps: int | None = Field(default=None, gt=0, le=10**9)
-    """Ends the run after so many optimizer steps, if that is before the last epoch's end. None: it is not."""
+    """Stop after this many optimizer steps. null: run all epochs."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Determines the initial weights, the order of samples and what is dropped out."""
+    """Determines the initial weights, the order of samples and the dropout."""
     global_batch_size: int = Field(default=64, gt=0, le=10**9)
-    """Samples a step, over all ranks; must be divisible by their number."""
+    """Samples per step over all ranks; must be divisible by the number of ranks."""
     eval_batch_size: int = Field(default=256, gt=0, le=10**9)
-    """Held-out samples that a rank passes through the model at once."""
+    """Held-out samples per forward pass of one rank."""
     drop_last: bool = True
-    """Leaves out the samples of an epoch (others in each) that do not fill a step. false: they make a smaller step, for
-    which some are taken twice where the ranks need equally many."""
+    """Leave out an epoch's last samples (different ones in each epoch) if they do not fill a step. false: they make a
+    smaller step, in which some samples are used twice so that each rank has equally many."""
     dropout: bool = True
-    """As the classic example has it: 0.25 after the convolutions, 0.5 between the matrices."""
+    """Dropout as in the classic example: 0.25 after the convolutions, 0.5 between the linear layers."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16: computes in bf16 (fsdp, hsdp: gathers and computes; ddp, single: autocast), keeps parameters, reduces
-    gradients and steps in fp32. fp32: without TF32, in which torch's convolutions on a GPU would round to 10 bits.
-    fp64: everything in fp64."""
+    """bf16: compute in bf16 (fsdp, hsdp: gather and compute; ddp, single: autocast), but keep parameters, reduce
+    gradients and run the optimizer in fp32. fp32: without TF32, which rounds convolutions on a GPU to 10 bits. fp64: do
+    everything in fp64."""
 
     optimizer: Literal["adadelta", "adamw"] = "adadelta"
-    """adadelta: as the classic example has it."""
+    """adadelta is the classic example's."""
     lr: float | None = Field(default=None, gt=0)
-    """The first epoch's learning rate. None: 1.0 for adadelta, 0.001 for adamw."""
+    """Learning rate of the first epoch. null: 1.0 for adadelta, 0.001 for adamw."""
     lr_decay: float = Field(default=0.7, gt=0, le=1)
-    """What the learning rate is multiplied by after every epoch."""
+    """Factor by which the learning rate is multiplied after each epoch."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Adadelta's (added to the gradient) or AdamW's (decoupled) weight decay, on all parameters."""
 

@@ -13,14 +13,14 @@ MAX_DOWNLOAD_S = 3000
 
 
 class ImageDataConfig(WorkloadConfig):
-    """Which images are trained on, and where they live."""
+    """Which images to train on, and where they are stored."""
 
     source: Literal["auto", "mnist", "fashion_mnist", "digits", "fake"] = "auto"
-    """mnist, fashion_mnist: 60,000 images to train on, 10,000 held out, downloaded once. digits: 1,500 and 297, from
-    scikit-learn, without network. fake: 2,048 and 512 of noise, for measuring speed. auto: mnist where it is on disk or
+    """mnist, fashion_mnist: 60,000 training and 10,000 held-out images, downloaded once. digits: 1,500 and 297, from
+    scikit-learn, without network. fake: 2,048 and 512 of noise, for measuring speed. auto: mnist if it is on disk or
     can be downloaded, otherwise digits."""
     root: str = Field(default="data", min_length=1)
-    """Where datasets live, in torchvision's layout; every host must see it. Relative to the directory where the line is
-    typed; ~ is the home directory."""
+    """Directory of the datasets, in torchvision's layout; every host must see it. Relative to the current directory; ~
+    is the home directory."""
     download_timeout_s: float = Field(default=300, gt=0, le=MAX_DOWNLOAD_S)
-    """Seconds that a whole download may take before it is given up; at most 3,000."""
+    """Seconds that a whole download may take; at most 3,000."""

@@ -17,60 +17,61 @@ LR = {"sgd": 0.05, "adamw": 1e-3}
 
 
 class DataConfig(ImageDataConfig):
-    """What is learned: digits from their images, or a column of a table from its other columns."""
+    """The training data: images of digits, or a table with one column to predict from the others."""
 
     path: str | None = Field(default=None, min_length=1)
-    """A table to do a regression on, instead of images: FILE.csv with a header and numbers, or FILE.npz with arrays of
-    equally many rows. Relative to the directory where the line is typed; ~ is the home directory."""
+    """Train a regression on this table instead of images: FILE.csv with a header and numbers, or FILE.npz with arrays
+    of the same number of rows. Relative to the current directory; ~ is the home directory."""
     target: str | None = Field(default=None, min_length=1)
-    """With data.path, the column (of a CSV) or the array (of an npz) to predict; all others are what it is predicted
-    from."""
+    """With data.path, the column (CSV) or array (npz) to predict from all others."""
     heldout: float = Field(default=0.2, gt=0, lt=1)
-    """With data.path, the part of the rows, drawn at random, that is not trained on but predicted at the end."""
+    """With data.path, the fraction of rows, drawn at random, that is held out and predicted at the end."""
 
 
 class Config(WorkloadConfig):
     """Settings of a pipeline_mlp run."""
 
     data: DataConfig = DataConfig()
-    """What is learned."""
+    """The training data."""
 
     schedule: Literal["naive", "gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
-    """naive: one microbatch at a time. gpipe: all forward, then all back. 1f1b: as fast, with less memory. interleaved:
-    several smaller stages a rank, a smaller bubble. zero_bubble (ZB-H1): the weights' gradients fill the bubble.
-    python -m workloads.pipeline_mlp.schedule prints them."""
+    """naive: one microbatch at a time. gpipe: all forward passes, then all backward passes. 1f1b: as fast, with less
+    memory. interleaved: several smaller stages per rank, a smaller bubble. zero_bubble (ZB-H1): the weights' gradients
+    fill the bubble. python -m workloads.pipeline_mlp.schedule prints them."""
     microbatches: int = Field(default=8, gt=0, le=10**4)
-    """Into which each replica's batch is cut."""
+    """Number of microbatches that each replica's batch is split into."""
     stages: int | None = Field(default=None, gt=0, le=1000)
-    """Parts of the model. None: one a pipeline rank; for interleaved, which may have any multiple of them, two."""
+    """Parts that the model is split into. null: one per pipeline rank. interleaved takes any multiple of the pipeline
+    ranks; null: two per rank."""
     dp: int = Field(default=1, gt=0, le=10**6)
-    """Replicas of the whole pipeline, which share a batch and average their gradients. The rest of the ranks divided by
-    them is the pipeline's length."""
+    """Replicas of the whole pipeline, which split a batch and average their gradients. A pipeline has (number of ranks)
+    / dp ranks."""
     engine: Literal["own", "torch"] = "own"
-    """own: executes the schedule's lists of actions over isend and irecv. torch: torch.distributed.pipelining, as a
+    """own: run the schedule's lists of actions over isend and irecv. torch: use torch.distributed.pipelining, as a
     cross-check."""
 
     layers: int = Field(default=9, gt=0, le=1000)
-    """Matrices of the network, at least one a stage; stages get them so that the costliest is as cheap as can be."""
+    """Linear layers of the network, at least one per stage; they are split so that the costliest stage is as cheap as
+    possible."""
     width: int = Field(default=512, gt=0, le=10**6)
-    """Of what each of them but the last gives."""
+    """Output features of each layer but the last."""
 
     steps: int = Field(default=100, gt=0, le=10**9)
     """Optimizer steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights and the order of samples."""
     global_batch_size: int = Field(default=256, gt=0, le=10**9)
-    """Samples a step, over all replicas; must be divisible by dp x microbatches."""
+    """Samples per step over all replicas; must be divisible by dp x microbatches."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """sgd: with momentum 0.9."""
     lr: float | None = Field(default=None, gt=0)
-    """The learning rate. None: 0.05 for sgd, 0.001 for adamw."""
+    """Learning rate. null: 0.05 for sgd, 0.001 for adamw."""
     precision: Literal["fp32", "fp64"] = "fp32"
-    """In which everything is kept, computed and sent."""
+    """Data type of parameters, computation and messages."""
 
     timeline: bool = True
-    """Measures the last steps: timeline.json and timeline.svg, the bubble, and the bytes of activations. With
-    engine=torch, only what stages compute: its sends, waits and bytes are not seen from outside."""
+    """Measure the last steps: write timeline.json and timeline.svg, and report the bubble and the bytes of activations.
+    With engine=torch, only what the stages compute is measured; its sends, waits and bytes are not visible."""
     export: bool = False
     """Gather the final weights to rank 0 and write them as safetensors under plain names."""
 
