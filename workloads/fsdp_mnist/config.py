@@ -22,7 +22,7 @@ class DataConfig(ImageDataConfig):
     """What is trained on, and how it is read."""
 
     workers: int = Field(default=0, ge=0, le=256)
-    """Processes per rank that read samples ahead, and as many again during evaluation. 0: the rank reads them itself."""
+    """Processes per rank that read samples ahead, and as many again during evaluation. 0: the rank reads them."""
     prefetch: int | None = Field(default=None, ge=1, le=1000)
     """Batches that each worker reads ahead; needs data.workers. null: 2."""
     worker_timeout_s: float | None = Field(default=None, gt=0, le=10**7)
