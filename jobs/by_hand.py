@@ -33,6 +33,7 @@ from jobs.errors import (
     RendezvousError,
     RunDirectoryError,
     TopologyError,
+    one_line,
 )
 from jobs.job import run_rank
 from jobs.records import RunDirectory, default_run_dir, read_json, write_json
@@ -95,7 +96,7 @@ def _say(error: Exception, info: RankInfo | None) -> None:
         where = f"rank {info.rank} on {info.host}: "
         # Mostly all of a host make the same mistake, and the launcher ends them with the first one.
         time.sleep(0 if info.local_rank == 0 else MATES_S)
-    print(f"meshrun: error: {where}{error}", file=sys.stderr, flush=True)
+    print(f"meshrun: error: {one_line(where + str(error))}", file=sys.stderr, flush=True)
 
 
 def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> JobSpec:

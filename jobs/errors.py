@@ -108,6 +108,23 @@ USER_ERRORS = (UserError, WorkloadError)
 """What ends in one line and exit 2 when it is raised before the job starts."""
 
 
+LONGEST = 1000
+"""Characters of a message: a dozen lines of a terminal."""
+
+
+def one_line(text: str) -> str:
+    """A message of any text: on one line, control characters escaped, and the middle of a very long one left out.
+
+    What was given is at its beginning and what to do at its end.
+    """
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= LONGEST:
+        return text
+    first, last = text[: LONGEST // 3], text[-LONGEST // 2 :]
+    return f"{first} ... ({len(text) - len(first) - len(last):,} characters left out) ... {last}"
+
+
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` (did you mean 'x'?)` for the one of `known` that `given` is a word of, or else a close match; else nothing."""
     known = list(known)

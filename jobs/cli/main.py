@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jobs.cli import interrupts, options
 from jobs.cli.console import Console
-from jobs.errors import EXIT_USER_ERROR, USER_ERRORS, CommandLineError, Interrupted, JobFailed, did_you_mean
+from jobs.errors import EXIT_USER_ERROR, USER_ERRORS, CommandLineError, Interrupted, JobFailed, did_you_mean, one_line
 from workloads import registry
 
 
@@ -48,12 +48,12 @@ def _run(argv: Sequence[str], console: Console) -> int:
         line = str(mistake)
         if isinstance(mistake, OSError):  # a path that cannot be looked at; whoever knew a better line has said it
             line = f"{mistake.filename or 'the current directory'}: {mistake.strerror or mistake}; give another path"
-        line = " ".join(line.split())
+        line = one_line(line)
         console.error(line)
         console.finish({"status": "refused", "exit_code": EXIT_USER_ERROR, "error": line})
         return EXIT_USER_ERROR
     except JobFailed as failure:
-        console.error(f"the job failed: {failure}")
+        console.error(one_line(f"the job failed: {failure}"))
         return failure.exit_code
 
 
