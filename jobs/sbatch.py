@@ -154,6 +154,7 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
         *cluster.srun_args,
         f"--distribution={given['distribution']}",
         "--kill-on-bad-exit=1",  # else the others run to their time-out when one rank dies
+        "--wait=0",  # else a site's WaitTime ends the ranks that still work once the first has returned
         f"--export=ALL{resolver}",
     ]
     if "cpus-per-task" in given:

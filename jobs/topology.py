@@ -336,7 +336,7 @@ def srun_line(env: Mapping[str, str], command: str) -> str:
     # srun takes this from the allocation in some versions only.
     cpus = _number(env.get("SLURM_CPUS_PER_TASK", ""))
     words += [f"--cpus-per-task={cpus}"] if cpus else []
-    return " ".join([*words, "--distribution=block", "--kill-on-bad-exit=1", command])
+    return " ".join([*words, "--distribution=block", "--kill-on-bad-exit=1", "--wait=0", command])
 
 
 def _tasks_per_node(env: Mapping[str, str]) -> int:

@@ -28,6 +28,8 @@ class Config(WorkloadConfig):
     pause_seconds: float = 0.0
     pause_again: bool = True
     """Whether it also pauses after the first attempt."""
+    rank_0_longer: float = 0.0
+    """Seconds that rank 0 works on when the others have returned, as one that exports the weights."""
     returns: str = ""
     names: tuple[str, ...] = ()
     """Environment variables whose values are the result."""
@@ -52,6 +54,7 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         ctx.end_step({"step": step, "loss": mean(float(ctx.rank)), **({"odd": mean(1.0)} if odd else {})})
         if ctx.attempt == 0 or config.pause_again:
             time.sleep(config.pause_seconds)
+    time.sleep(config.rank_0_longer if ctx.rank == 0 else 0)
     environment = {name: os.environ.get(name) for name in config.names}
     return {
         "total": total.item(),

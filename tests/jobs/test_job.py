@@ -277,7 +277,7 @@ def test_in_an_allocations_shell_the_line_to_run_is_the_line_that_was_given(tmp_
     allocation = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "2(x2)"}
     done = by_hand(tmp_path, "mine:ENTRY", "names=[A B]", **allocation)
     assert done.returncode == 2
-    assert "`srun --nodes=2 --ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 " in done.stderr
+    assert "`srun --nodes=2 --ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --wait=0 " in done.stderr
     assert f"{sys.executable} -m jobs.job mine:ENTRY 'names=[A B]'`" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

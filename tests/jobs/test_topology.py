@@ -179,7 +179,7 @@ def test_without_the_list_of_ranks_an_uneven_table_needs_the_hosts_name_in_it() 
 
 # --- whose variables are they? ----------------------------------------------------------------------------------------
 
-LINE = "--distribution=block --kill-on-bad-exit=1 python -m jobs.job WORKLOAD"
+LINE = "--distribution=block --kill-on-bad-exit=1 --wait=0 python -m jobs.job WORKLOAD"
 REFUSED = {
     "batch-shell": ["is allocated, but", "it is the batch script", f"`srun --nodes=2 --ntasks-per-node=2 {LINE}"],
     "salloc-shell": ["a shell that salloc started", f"`srun --nodes=2 --ntasks-per-node=2 --cpus-per-task=2 {LINE}"],
@@ -223,7 +223,7 @@ def test_without_the_ancestry_only_the_shells_own_variables_speak() -> None:
 
 def test_the_line_to_run_has_the_command_that_was_given() -> None:
     (one,) = SHELLS["salloc-shell"]
-    with pytest.raises(TopologyError, match=r"--kill-on-bad-exit=1 python -m jobs.job mine:ENTRY steps=2`"):
+    with pytest.raises(TopologyError, match=r"--kill-on-bad-exit=1 --wait=0 python -m jobs.job mine:ENTRY steps=2`"):
         RankInfo.from_env(one.env, one.ancestry, "python -m jobs.job mine:ENTRY steps=2")
 
 

@@ -23,6 +23,8 @@ from tests.slurm.harness import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
 
 SLURMD_TIMEOUT_S = 5
+WAIT_TIME_S = 2
+"""Of slurm.conf: for so long after the first task's end srun by itself waits for the others, and then kills them."""
 COLLECTIVE_TIMEOUT_S = 40
 DEADLINE_S = 300
 """For a whole scenario; only so that a hang fails. What Slurm takes by itself: see FIELD below."""
@@ -78,7 +80,7 @@ def live_through(root: Path, blow: Blow, words: list[str], story: Story, hosts: 
     directory = root / "work"
     directory.mkdir(parents=True)
     (directory / "site.yaml").write_text(SITE)
-    with Cluster(root / "s", hosts=hosts, gpus=1, SlurmdTimeout=SLURMD_TIMEOUT_S) as cluster:
+    with Cluster(root / "s", hosts=hosts, gpus=1, SlurmdTimeout=SLURMD_TIMEOUT_S, WaitTime=WAIT_TIME_S) as cluster:
         shape = ["--cluster", "site.yaml", "--nodes", "2", "--gpus-per-node", "1"]
         settings = ["pause_seconds=0.1", "pause_again=false"]
         line = submit(directory, "mine:ENTRY", "--wait", *shape, *words, *settings, env=cluster.env)
@@ -148,7 +150,7 @@ def slurmctld_restarts(cluster: Cluster, used: list[str]) -> None:
     cluster.start_slurmctld()
 
 
-LONG, SHORT = [f"steps={STEPS}"], ["steps=120"]
+LONG, SHORT = [f"steps={STEPS}"], ["steps=120", f"rank_0_longer={2 * WAIT_TIME_S}"]
 SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "host dies": (host_dies, LONG, 3),
     "batch host dies": (batch_host_dies, LONG, 3),

@@ -99,7 +99,7 @@ def test_an_interactive_steps_shell_is_not_rank_0(make_cluster: Callable[..., Cl
     assert done.stdout.split() == ["node0", "exit", "2"], done.stderr
     line = refusal((tmp_path / "refusal").read_text())
     assert "it is the interactive shell" in line
-    assert f"`srun --nodes=1 --ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 {LINE}`" in line
+    assert f"`srun --nodes=1 --ntasks-per-node=2 --distribution=block --kill-on-bad-exit=1 --wait=0 {LINE}`" in line
 
 
 def test_the_batch_script_of_a_job_that_a_rank_submitted_is_no_rank(slurm: Cluster, tmp_path: Path) -> None:
