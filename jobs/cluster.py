@@ -61,14 +61,14 @@ class ClusterConfig(StrictModel):
     """More sbatch options by their long names; true = the bare flag, false = without it."""
     srun_args: list[str] = Field(default_factory=list)
     """More arguments of srun, each one word."""
-    setup: list[str] = Field(default_factory=list)
+    setup: list[str] = Field(default_factory=list, repr=False)
     """Shell lines on the first host before the ranks start (slurm)."""
     python: str | None = None
     """The Python that ranks run (slurm), where it is not the submitting one: in a container, say."""
     command_prefix: list[str] = Field(default_factory=list)
     """Words before that Python (slurm), such as apptainer exec --nv image.sif."""
     env: dict[str, str] = Field(
-        default_factory=dict, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
+        default_factory=dict, repr=False, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
     )
     """Environment variables for every rank."""
     interface: str | None = None
@@ -129,7 +129,7 @@ class ClusterConfig(StrictModel):
     @classmethod
     def _list(cls, value: object) -> object:
         if isinstance(value, str):
-            raise ValueError(f"is one text; write a list: [{value!r}], or a line `- {value}`")
+            raise ValueError("is one text; write a list: [...], or a line `- ...` for each")
         return value
 
     @field_validator("partition", "account", "qos", "gpu_type", mode="before")
@@ -174,7 +174,7 @@ class ClusterConfig(StrictModel):
             if mistake:
                 raise ValueError(f"for {name}: {mistake}")
             if given is None or isinstance(given, (bool, list, dict)):
-                raise ValueError(f"the value of {name} is {given!r}, which is no text; write it in quotes")
+                raise ValueError(f"the value of {name} is no text; write it in quotes")
         # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
         return {
             str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()

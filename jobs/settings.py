@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from jobs.errors import SettingsError, UserError, did_you_mean
@@ -54,8 +55,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            raise yaml.composer.ComposerError(None, None, f"the tag {tag} has no use here", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, "a tag (!name) has no use here", event.start_mark)
         self._depth += 1
         if self._depth > MOST_LEVELS:
             raise yaml.composer.ComposerError(None, None, TOO_DEEP, event.start_mark)
@@ -163,7 +163,9 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     except yaml.MarkedYAMLError as mistake:
         mark = mistake.problem_mark or mistake.context_mark
         line = mark.line + 1 if mark else 1
-        raise error(f"{source}:{line}: not valid YAML: {mistake.problem or mistake.context}; mend that line") from None
+        # An unquoted password that begins with * is an alias for YAML, and is not shown.
+        problem = re.sub(" alias '.*", " alias (*name)", str(mistake.problem or mistake.context))
+        raise error(f"{source}:{line}: not valid YAML: {problem}; mend that line, or quote what is text") from None
     except (yaml.YAMLError, ValueError) as mistake:
         raise error(f"{source}: not valid YAML: {' '.join(str(mistake).split())}") from None
     finally:
@@ -221,7 +223,7 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
         if not equals:
             raise SettingsError(f"'{word}': expected key=value (steps=20, model.dim=64)")
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            raise SettingsError(f"'{word}': '{key}' is not a setting's name; write key=value (model.dim=64)")
+            raise SettingsError(f"'{key}=...': '{key}' is not a setting's name; write key=value (model.dim=64)")
         override = Override(tuple(key.split(".")), text)
         if any(earlier.path == override.path for earlier in overrides):
             raise SettingsError(f"{key} is given twice on the command line; keep one")
@@ -294,12 +296,12 @@ def build(
     for override in overrides:
         _check_path(cls, override.path, "", error, what, help_line)
     for override in sorted(_whole_groups(overrides), key=lambda o: len(o.path)):
-        annotation = _annotation(cls, override.path)
+        annotation = _field(cls, override.path).annotation
         group = _group(annotation)
         if override in overrides:
             value = _parse_value(override, annotation)
         else:  # it was GROUP.preset=...
-            value = {"preset": _parse_value(override, _annotation(cls, (*override.path, "preset")))}
+            value = {"preset": _parse_value(override, _field(cls, (*override.path, "preset")).annotation)}
         if group is not None and not (value is None and type(None) in _options(annotation)):
             dropped = [path for path in source if path[: len(override.path)] == override.path and source[path]]
             if dropped:
@@ -353,7 +355,9 @@ def validate(
             key = ".".join(path)
             message = mistake["msg"].removeprefix("Value error, ")
             message = re.sub(r", unable to (parse|interpret) .*", "", message.replace("Input should be", "must be"))
-            given = _show(_get(tree, path)) if path else ""
+            given = ""
+            if path:
+                given = "..." if _is_secret(cls, path) else _show(_get(tree, path))
             wanted = mistake.get("ctx", {}).get("expected", "")
             hint = did_you_mean(given, re.findall(r"'([^']+)'", str(wanted)))
             start = (source or {}).get(path, "")
@@ -366,6 +370,11 @@ def validate(
             )
         more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
         raise error("; ".join(messages[:3]) + more + (f"; {help_line}" if help_line else "")) from None
+
+
+def _is_secret(cls: type[BaseModel], path: Key) -> bool:
+    """Whether the setting's value may be a secret, which no message shows: Field(repr=False)."""
+    return not _field(cls, path).repr
 
 
 def _known_part(cls: type[BaseModel], path: Key) -> Key:
@@ -441,11 +450,11 @@ def _all_paths(cls: type[BaseModel], at: str = "") -> list[str]:
     return paths
 
 
-def _annotation(cls: type[BaseModel], path: Key) -> Any:
+def _field(cls: type[BaseModel], path: Key) -> FieldInfo:
     group: type[BaseModel] = cls
     for part in path[:-1]:
         group = _group(group.model_fields[part].annotation)  # type: ignore[assignment]
-    return group.model_fields[path[-1]].annotation
+    return group.model_fields[path[-1]]
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

@@ -109,7 +109,7 @@ BAD = [
     Bad(["tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
     Bad(["lst"], ["'lst'", "did you mean 'list'?"]),
     Bad(["mnist"], ["'mnist': no such workload", "did you mean 'fsdp_mnist'?"]),
-    Bad(["steps=2", "tp_fsdp"], ["'steps=2' comes before any workload"]),
+    Bad(["steps=2", "tp_fsdp"], ["'steps=...' comes before any workload"]),
     Bad(["plan", "tp_fsdp"], ["'plan' is a reserved word"]),
     Bad(["resume"], ["'resume' is a reserved word"]),
     Bad(["list", "tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
@@ -134,11 +134,11 @@ BAD = [
     Bad(["tp_fsdp", "--nodes", "65536", "--gpus-per-node", "1024"], ["67,108,864 ranks", "at most 1,048,576"]),
     Bad(["tp_fsdp", "--time", "9" * 20], ["--time 99", "at most ten years"]),
     Bad(["tp_fsdp", "--time", "0"], ["--time 0", "longer than zero"]),
-    Bad(["tp_fsdp", "--env", "FOO"], ["--env FOO", "KEY=VALUE"]),
-    Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=1", "'A-B' is not a variable's name"]),
-    Bad(["tp_fsdp", "--env", "=1"], ["--env =1", "not a variable's name"]),
+    Bad(["tp_fsdp", "--env", "FOO"], ["--env without a '='", "KEY=VALUE"]),
+    Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=...", "'A-B' is not a variable's name"]),
+    Bad(["tp_fsdp", "--env", "=1"], ["--env =...", "not a variable's name"]),
     Bad(["tp_fsdp", "--env", "A=1", "--env", "A=2"], ["--env A is given twice"]),
-    Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=4", "--threads-per-rank"]),
+    Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=...", "--threads-per-rank"]),
     *(
         Bad(["tp_fsdp", "--profile", steps], [f"--profile {steps}: write FIRST:LAST, both included", "10:13"])
         for steps in ("13:10", "0:3", "a:b", "10", "1:2:3", "1:")
@@ -244,7 +244,7 @@ BAD = [
     Bad(["tp_fsdp", "--config", ""], ["--config ''", "empty"]),
     Bad(["tp_fsdp", "--run-dir", ""], ["--run-dir ''", "empty"]),
     Bad(["tp_fsdp", "--cluster="], ["--cluster ''", "empty"]),
-    Bad(["tp_fsdp", "--steps=3"], ["unknown flag --steps", "without dashes: steps=3"]),
+    Bad(["tp_fsdp", "--steps=3"], ["unknown flag --steps", "without dashes: steps=..."]),
     Bad(["tp_fsdp", "--executor", "debug", "--time", "5"], ["--time 5", "nothing to --executor debug"]),
     Bad(["tp_fsdp", "--executor", "debug", "--no-wait"], ["--no-wait", "nothing to --executor debug"]),
     Bad(["list", "--nodes", "3"], ["list takes no --nodes"]),
@@ -272,16 +272,16 @@ BAD = [
     slurm("--sbatch", "clusters=b", says=["clusters", "login node of that cluster"]),
     slurm("--sbatch", "comment", says=["--sbatch 'comment'", "write comment=VALUE"]),
     slurm("--sbatch", "--exclusive", says=["--sbatch takes KEY=VALUE", "without dashes"]),
-    Bad(["tp_fsdp", "--mail-user=x"], ["unknown flag --mail-user", "--sbatch mail-user=x"]),
+    Bad(["tp_fsdp", "--mail-user=x"], ["unknown flag --mail-user", "--sbatch mail-user=..."]),
     Bad(["tp_fsdp", "-N", "2"], ["unknown flag -N", "is --nodes here"]),
     Bad(["tp_fsdp", "--gres", "gpu:2"], ["unknown flag --gres", "--gpus-per-node"]),
     Bad(["tp_fsdp", "--wait", "--no-wait"], ["--no-wait comes after another --wait", "keep one"]),
     site("max_nodes: 1\nnodes: 2", says=["nodes: 2", "at most 1 (max_nodes)"]),
-    site("env: {BAR: true}", says=["c.yaml:2", "the value of BAR is True", "in quotes"]),
-    site("setup: module load cuda", says=["c.yaml:2", "write a list", "- module load cuda"]),
+    site("env: {BAR: true}", says=["c.yaml:2", "the value of BAR is no text", "in quotes"]),
+    site("setup: module load cuda", says=["c.yaml:2", "setup=...", "write a list"]),
     site("sbatch: {comment: true}", says=["c.yaml:2", "comment=VALUE"]),
-    slurm("--env", "UID=5", says=["--env UID=5", "bash's own"]),
-    slurm("--env", "RANDOM=5", says=["--env RANDOM=5", "it changes by itself"]),
+    slurm("--env", "UID=5", says=["--env UID=...", "bash's own"]),
+    slurm("--env", "RANDOM=5", says=["--env RANDOM=...", "it changes by itself"]),
     slurm("--env", "SRUN_DEBUG=3", says=["SRUN_DEBUG", "launcher's own"]),
     slurm("--env", "A=x\udcffy", says=["--env A: its value is not UTF-8"]),
     slurm("--env", "A=x\r\ny", says=["--env A: its value holds a carriage return before a line break", "\\n alone"]),
@@ -431,6 +431,31 @@ def test_slurms_variables_that_are_dropped_are_said(
 def test_the_table_is_as_long_as_it_should_be() -> None:
     assert len(BAD) >= 45
     assert len({name(bad) + str(bad.files) for bad in BAD}) == len(BAD)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(Bad(["tp_fsdp", *words], []) for words in (["--env", "HF-TOKEN=hf_x"], ["--env", "hf_x"], ["HF-TOKEN=hf_x"])),
+        *(Bad(["tp_fsdp", word], []) for word in ("--HF_TOKEN=hf_x", "--export=A=hf_x", "--env=SLURM_X=hf_x")),
+        Bad(["HF_TOKEN=hf_x", "tp_fsdp"], []),
+        *(
+            site(text, says=["c.yaml"])
+            for text in (
+                *("env: {HF-TOKEN: hf_x}", "env: HF_TOKEN=hf_x", "env: {A: [hf_x]}", 'env: {A: "hf_x\\0"}'),
+                *("env: {A: *hf_x}", "env: {A: !hf_x}", "env: [hf_x]", "HF_TOKEN: hf_x", "setup: export A=hf_x"),
+                *('setup: ["#SBATCH --comment=hf_x"]', "setup: {A: hf_x}", "env: {A: hf_x: b}", "env: {A: {hf_x"),
+            )
+        ),
+    ],
+    ids=lambda bad: bad.line[-1] + "".join(map(str, bad.files.values())),
+)
+def test_a_refusal_shows_no_secret(bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad.prepare(tmp_path)
+    assert main(bad.line) == 2
+    err = capsys.readouterr().err
+    assert "hf_x" not in err
+    assert all(words in err for words in bad.says)
 
 
 @pytest.mark.parametrize("config", [ClusterConfig, *(registry.load(name).config for name in registry.BUILT_IN)])

@@ -74,7 +74,8 @@ def _dispatch(given: options.Options, console: Console) -> int:
         raise CommandLineError(f"'{first}' is a reserved word, and this version does nothing for it yet; see --help")
     if ":" not in first and first not in registry.BUILT_IN:
         if "=" in first:
-            raise CommandLineError(f"'{first}' comes before any workload; write submit.py WORKLOAD {first}")
+            key = first.partition("=")[0]
+            raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
         close = did_you_mean(first, (*registry.BUILT_IN, *options.VERBS))
         raise CommandLineError(f"'{first}': no such workload{close}; {known}")
     from jobs.cli.launch import run as launch

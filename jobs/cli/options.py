@@ -174,15 +174,15 @@ def parse(argv: Sequence[str]) -> Options:
     given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        flag, equals, value = unknown[0].partition("=")
+        flag, equals, _ = unknown[0].partition("=")
         hint = did_you_mean(flag, known, cutoff=0.75)
         if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
         elif flag in SLURMS_GPUS:
             hint = " (GPUs are asked for with --gpus-per-node)"
         elif flag.startswith(SLURMS_LONG):
-            hint = f" (an option of sbatch: --sbatch {unknown[0][2:]})"
+            hint = f" (an option of sbatch: --sbatch {flag[2:]}{equals and '=...'})"
         elif equals and not hint:
-            hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}={value})"
+            hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
         raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
     return Options(**vars(given))

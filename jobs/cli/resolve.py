@@ -314,10 +314,10 @@ def _env(given: Options) -> dict[str, str]:
     for word in given.env:
         name, equals, value = word.partition("=")
         if not equals:
-            raise CommandLineError(f"--env {word}: write KEY=VALUE")
+            raise CommandLineError("--env without a '=': write KEY=VALUE")  # the word itself may be the secret
         mistake = env_name_mistake(name)
         if mistake:
-            raise CommandLineError(f"--env {word}: {mistake}")
+            raise CommandLineError(f"--env {name}=...: {mistake}")
         if name in env:
             raise CommandLineError(f"--env {name} is given twice; keep one")
         if mistake := env_value_mistake(value):
