@@ -36,7 +36,7 @@ from jobs.errors import (
     one_line,
 )
 from jobs.job import run_rank
-from jobs.records import RunDirectory, default_run_dir, read_json, write_json
+from jobs.records import RunDirectory, default_run_dir, keep_others_from_writing, read_json, write_json
 from jobs.spec import JobSpec, ResourceSpec
 from jobs.topology import RankInfo, expand_counts
 from workloads import registry
@@ -67,6 +67,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         raises.
     """
     info = None
+    keep_others_from_writing()
     try:
         info = RankInfo.from_env(env, processes.ancestry(), shlex.join(sys.orig_argv))
         spec = spec_by_hand(argv, info, env)

@@ -44,6 +44,15 @@ def default_run_dir(workload: str) -> Path:
     return Path.cwd() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}-{secrets.token_hex(2)}"
 
 
+def keep_others_from_writing() -> None:
+    """Takes a umask that lets everybody write for a mistake, here and in what this process starts.
+
+    A pickle that others could change would be run as the user. Slurm hands the mask on to a job.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask if mask & 0o002 else mask | 0o022)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes beside and renames, so that a reader sees the whole file or none."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

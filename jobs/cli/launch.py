@@ -22,7 +22,7 @@ from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
 from jobs.errors import Interrupted, JobFailed, SubmissionError
-from jobs.records import RunDirectory, default_run_dir, write_json
+from jobs.records import RunDirectory, default_run_dir, keep_others_from_writing, write_json
 from jobs.settings import as_words
 from jobs.spec import JobSpec
 from jobs.topology import mesh_table
@@ -50,6 +50,7 @@ def run(given: Options, console: Console) -> int:
         words = executor.check_slurm(executor.render(spec, resolved.cluster))
         resolved = replace(resolved, announcements=(*resolved.announcements, *([words] if words else [])))
     existed = spec.run_dir.exists()
+    keep_others_from_writing()
     run_dir = RunDirectory.create(spec.run_dir)
     with _removed_on(BaseException, run_dir, existed):
         run_dir.describe(spec)

@@ -62,6 +62,9 @@ class Line:
         wait_until(lambda: len(self.metrics()) >= step or ended(), f"step {step}", deadline_s)
         assert len(self.metrics()) >= step, "the job ended before"
 
+    def writable_by_others(self) -> list[Path]:
+        return [path for path in self.run_dir.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o022]
+
     def left(self) -> dict[int, str]:
         """The processes that still run: ranks, their supervisor, and what they started."""
         found = {}

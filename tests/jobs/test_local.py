@@ -36,7 +36,7 @@ ENDLESS = ("steps=100000", "pause_seconds=0.05")
 
 
 def test_two_hosts_of_two(typed: Submit, tmp_path: Path) -> None:
-    line = typed("mine:ENTRY", *FOUR, "names=[OMP_NUM_THREADS,MESHRUN_NODENAME,SUBMITIT_EXECUTOR]")
+    line = typed("mine:ENTRY", *FOUR, "names=[OMP_NUM_THREADS,MESHRUN_NODENAME,SUBMITIT_EXECUTOR]", umask=0)
     code, out, err = line.finish()
     assert (code, err) == (0, ""), out
     record = line.result()
@@ -59,6 +59,7 @@ def test_two_hosts_of_two(typed: Submit, tmp_path: Path) -> None:
     assert sorted(p.name for p in (line.run_dir / "attempt-0" / "done").iterdir()) == ["0", "1", "2", "3"]
     assert json.loads((line.run_dir / "job.json").read_text())["settings"]["steps"] == 3
     assert "steps: 3" in (line.run_dir / "settings.yaml").read_text()
+    assert line.writable_by_others() == []
     line.assert_nothing_left()
 
 

@@ -252,8 +252,9 @@ def test_what_is_prepared_is_there_and_a_refusal_queues_nothing(slurm: Cluster, 
     assert line.finish() == (2, "", "making it\nmeshrun: error: no such corpus; give another\n")
     assert not line.run_dir.exists()
     assert subprocess.run(["squeue", "--noheader"], env=slurm.env, capture_output=True, text=True).stdout == ""
-    line = submit(tmp_path, "mine:ENTRY", "--wait", "--json", env=slurm.env)
+    line = submit(tmp_path, "mine:ENTRY", "--wait", "--json", env=slurm.env, umask=0)
     code, out, err = line.finish(120)
+    assert line.writable_by_others() == []
     assert code == 0, err
     record = json.loads(out)
     assert (record["prepared"], record["result"]) == ("made one file", {"made": "here"})
