@@ -295,6 +295,10 @@ BAD = [
     slurm("--job-name", "", says=["--job-name ''", "is empty"]),
     slurm("--job-name", "a\nb", says=["--job-name", "line break"]),
     slurm("--partition=-p", says=["--partition '-p'", "leading dash"]),
+    *(
+        Bad(["tp_fsdp", "--run-dir", run_dir], [run_dir, "'%'", "another directory"])
+        for run_dir in ("a%j", "a/%t/b", "%a", "100%")
+    ),
     slurm("--run-dir", "a%j", says=["a%j", "'%'", "another directory"]),
     slurm("--run-dir", "a\\b", says=["a\\\\b", "another directory"]),
     Bad(["tp_fsdp", "--sbatch", "nice=1"], ["--sbatch nice=1", "--executor local", "drop it"]),

@@ -106,7 +106,7 @@ def resolve(given: Options) -> Resolved:
         announcements += _only_for_slurm(cluster)
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     RunDirectory.check(run_dir)
-    if which == "slurm" and (mistake := sbatch.path_mistake(run_dir)):
+    if which != "debug" and (mistake := sbatch.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
     spec = JobSpec(
         workload=workload,
