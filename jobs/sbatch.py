@@ -38,9 +38,9 @@ OWNED = {
     "wait": "--wait",
     **dict.fromkeys(("clusters", "cluster"), "a login node of that cluster: a job elsewhere could not be followed"),
     "test-only": "--dry-run",
-    **dict.fromkeys(("wrap", "parsable", "quiet", "help", "usage", "version"), "nothing: it has no place in a job"),
+    **dict.fromkeys(("wrap", "parsable", "quiet", "help", "usage", "version"), ""),
 }
-"""sbatch options that the job decides, and what to use in their place."""
+"""sbatch options that the job decides, and what to use in their place, if anything."""
 ALONE = (
     *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice", "no-kill", "no-requeue", "overcommit"),
     *("oversubscribe", "propagate", "reboot", "requeue", "spread-job", "use-min-nodes", "verbose"),
@@ -55,9 +55,10 @@ SRUN_OWNED = {
     **dict.fromkeys(("-o", "--output", "-e", "--error", "-i", "--input", "--open-mode"), "--run-dir"),
     **dict.fromkeys(("-m", "--distribution"), "distribution under sbatch:"),
     **dict.fromkeys(("-c", "--cpus-per-task"), "cpus_per_gpu"),
-    **dict.fromkeys(("-K", "--kill-on-bad-exit", "--export", "--multi-prog", "-W", "--wait"), "nothing: it is fixed"),
+    **dict.fromkeys(("-K", "--kill-on-bad-exit", "--export", "--multi-prog", "-W", "--wait"), ""),
+    **dict.fromkeys(("-Q", "--quiet"), ""),  # what srun says of the ranks' ends is needed
 }
-"""srun options that the job decides, and what to use in their place."""
+"""srun options that the job decides, and what to use in their place, if anything."""
 _SRUN_LETTERS_ALONE = "EHIKOQVXZklsuv"
 """srun's short options that stand without a value: further ones may follow in the same word, as in `-ln1`."""
 
@@ -67,7 +68,7 @@ def option_mistake(name: str, value: object) -> str | None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         return "write sbatch's long option without its dashes, such as mail-user=me@site or exclusive"
     if name in OWNED:
-        return f"sbatch's --{name} is part of the job; use {OWNED[name]}"
+        return f"sbatch's --{name} is part of the job; {_instead(OWNED[name])}"
     # sbatch takes any unambiguous beginning of an option for the option.
     whole = next((option for option in (*OWNED, *CHECKED) if option.startswith(name) and name not in CHECKED), None)
     if whole is not None:
@@ -95,7 +96,11 @@ def srun_mistake(word: str) -> str | None:
     else:
         alone = len(word[1:]) - len(word[1:].lstrip(_SRUN_LETTERS_ALONE))
         named = [f"-{letter}" for letter in word[1 : alone + 2] if f"-{letter}" in SRUN_OWNED]
-    return f"srun's {named[0]} is part of the job; use {SRUN_OWNED[named[0]]}" if named else None
+    return f"srun's {named[0]} is part of the job; {_instead(SRUN_OWNED[named[0]])}" if named else None
+
+
+def _instead(what: str) -> str:
+    return f"use {what}" if what else "leave it out"
 
 
 def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:

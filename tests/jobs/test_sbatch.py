@@ -186,7 +186,7 @@ def test_options_that_cannot_be_added(name: str, value: str, words: str) -> None
 
 SRUN_ARGUMENTS_THAT_CANNOT = [
     *("-n1", "-ln1", "-vvN2", "-K0", "-lK0", "--ntask=1", "--tasks-per-node=1", "--tasks-per=1", "--exp=NONE"),
-    *("--kill", "hostname", "-", "--", "-o x"),
+    *("--kill", "-Q", "-lQ", "--quiet", "hostname", "-", "--", "-o x"),
 ]
 SRUN_ARGUMENTS_THAT_CAN = [
     *("--mpi=none", "--cpu-bind=none", "--label", "-l", "-lv", "-wnode1", "-lxnode0", "--container-image=a b"),
@@ -196,6 +196,11 @@ SRUN_ARGUMENTS_THAT_CAN = [
 @pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CANNOT)
 def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
     assert sbatch.srun_mistake(word)
+
+
+def test_what_cannot_be_given_at_all_is_to_be_left_out() -> None:
+    assert sbatch.option_mistake("wrap", "x") == "sbatch's --wrap is part of the job; leave it out"
+    assert sbatch.srun_mistake("--qui") == "srun's --quiet is part of the job; leave it out"
 
 
 @pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CAN)
