@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 import signal
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from workloads.errors import first_few
 
 ENDS = "this rank ends: "
 """What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
@@ -50,6 +53,24 @@ class Failure:
         return f"rank {self.rank} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
 
 
+@dataclass(frozen=True)
+class LastSeen:
+    """Where a rank was last seen."""
+
+    rank: int
+    host: str
+    step: str = ""
+    """The last step that it ended; empty: none."""
+    ago_s: float = 0.0
+
+    @property
+    def number(self) -> int:
+        return int(self.step) if self.step.isdecimal() else -1
+
+    def __str__(self) -> str:
+        return f"last in step {self.step}, {self.ago_s:.0f} s ago" if self.step else "has not ended a step"
+
+
 # What gloo, NCCL and the store say when it is the other side that went away, each with a mark of its own: a user's
 # "connection refused" by some server is the user's.
 _LOST_PEER = re.compile(
@@ -57,11 +78,23 @@ _LOST_PEER = re.compile(
     r"|connection closed by peer \[|timed out waiting \d+ms|wait timeout after \d+ms|application timeout caused pair",
     re.IGNORECASE,
 )
-# What NCCL says of this rank's own device or use of it.
-_OWN_NCCL = re.compile(
-    r"unhandled cuda error|cuda failure|invalid (usage|argument)|internal error|duplicate gpu|out of memory",
+# What they say of this rank's own device or host, or its use of them.
+_OWN = re.compile(
+    r"cuda error|cuda failure|invalid (usage|argument)|internal error|duplicate gpu|out of memory"
+    r"|no space left|too many open files|cannot allocate memory|shared memory segment",
     re.IGNORECASE,
 )
+_WATCHDOG = re.compile(
+    r"watchdog (?:caught collective operation timeout|thread terminated with exception)", re.IGNORECASE
+)
+"""What a rank's log says before NCCL's watchdog aborts it."""
+
+
+_ALIKE = re.compile(r"\bworkloads/(base\.py|steps/|training/)")
+
+
+def _is_of_a_peer(text: str) -> bool:
+    return bool(_LOST_PEER.search(text)) and not _OWN.search(text)
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -77,7 +110,7 @@ def kind_of(error: BaseException) -> Kind:
             return "lost_peer"
         text = str(cause)
         comes_from_torch = name == "DistBackendError" or type(cause) is RuntimeError
-        if comes_from_torch and _LOST_PEER.search(text) and not _OWN_NCCL.search(text):
+        if comes_from_torch and _is_of_a_peer(text):
             return "lost_peer"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return "exit" if isinstance(error, SystemExit) else "error"
@@ -109,12 +142,18 @@ def _from_the_workload_on(error: BaseException) -> TracebackType | None:
     return trace
 
 
-def failure_of_exit(code: int, rank: int, host: str, when: float, log: str) -> Failure:
+def failure_of_exit(code: int, rank: int, host: str, when: float, log: str, end_of_log: str = "") -> Failure:
     """The record of a rank that ended without leaving one itself.
 
     Args:
         code: as subprocess has it: the exit status, or minus the signal that killed it.
+        end_of_log: the end of the rank's log; only read for SIGABRT.
     """
+    if code == -signal.SIGABRT:
+        said = next((line for line in reversed(end_of_log.splitlines()) if _WATCHDOG.search(line)), "")
+        if _is_of_a_peer(said):
+            words = " ".join(said[said.lower().rindex("watchdog") :].split())
+            return Failure(rank, host, when, "lost_peer", f"aborted by NCCL: {words}"[:2000], log=log)
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -128,37 +167,102 @@ def failure_of_exit(code: int, rank: int, host: str, when: float, log: str) -> F
     return Failure(rank, host, when, "exit", f"exited with code {code} before its work was done", log=log)
 
 
-def silent(failure: Failure, ranks: Sequence[tuple[int, str, str]]) -> Failure:
-    """The failure of a job in which nobody failed of himself: some ranks gave up on others, which still run.
+def root_cause(
+    lost: Sequence[Failure], seen: Mapping[int, LastSeen], running: Collection[int] = (), done: Collection[int] = ()
+) -> Failure:
+    """The failure of a job in which no rank failed by itself: some gave up on others.
+
+    The cause is the rank that is behind: one that others had to wait for has ended fewer steps, or it had not given up
+    itself, or it waits in another place than most.
 
     Args:
-        failure: of the first that gave up.
-        ranks: those that still run: rank, host, and what they last did.
-
-    Returns:
-        That of the first of those ranks; the traceback is the other's, and shows what it waited in.
+        lost: of those that gave up; none is `own`.
+        seen: where the ranks in `lost`, `running` and `done` were last seen.
+        running: ranks that still ran at that time.
+        done: ranks that had returned from their work.
     """
-    others = ", ".join(f"rank {rank} on {host} ({last})" for rank, host, last in ranks[1:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    also = f"; so did {others}{more}" if others else ""
-    rank, host, last = ranks[0]
-    return _instead(
-        failure, rank, host, f"did not fail, but still ran ({last}) when rank {failure.rank} gave up waiting{also}"
+    first = blame(lost)
+    others = {failure.rank: failure for failure in lost if failure.rank not in done}
+    slow = set(running) - set(done)
+    ranks = [*slow, *others]
+    if first.kind == "unreachable" or not ranks:
+        return first
+    if done and len(done) <= len(ranks):
+        return _left_early(first, [seen[rank] for rank in sorted(done)])
+
+    lowest = min(seen[rank].number for rank in ranks)
+    behind = [rank for rank in ranks if seen[rank].number == lowest]
+    few = behind if 2 * len(behind) <= len(ranks) else ranks
+    if slow & set(few):
+        slowest = min(slow & set(few), key=lambda rank: (seen[rank].number, rank))
+        return _silent(first, seen[slowest], [seen[rank] for rank in sorted(slow - {slowest})])
+    if done:
+        late = others[min(few)]
+        message = (
+            f"was still in its work{_at(late)} ({seen[late.rank]}) when {len(done)} others had returned from theirs"
+        )
+        return replace(late, message=f"{message}: {late.message}"[:2000])
+    if few is behind:
+        odd, rest = behind, [rank for rank in others if rank not in behind]
+    else:
+        odd, rest = _elsewhere(first.rank, others, seen)
+    return _apart(others, seen, first.rank if first.rank in odd else min(odd), rest) if odd and rest else first
+
+
+def _elsewhere(first: int, others: Mapping[int, Failure], seen: Mapping[int, LastSeen]) -> tuple[list[int], list[int]]:
+    """The ranks that waited in another place than most, and the others; none where there are no most."""
+    places = {rank: (seen[rank].number, _frames(others[rank])) for rank in sorted(others, key=lambda r: r == first)}
+    (number, frames), count = Counter(places.values()).most_common(1)[0]
+    if 2 * count < len(others):
+        return [], []
+    odd = [r for r, (n, f) in places.items() if n != number or (f and frames and f != frames)]
+    return odd, [rank for rank in others if rank not in odd]
+
+
+def _apart(others: Mapping[int, Failure], seen: Mapping[int, LastSeen], rank: int, rest: Sequence[int]) -> Failure:
+    """The failure of a rank that waited for `rest`, which waited for it."""
+    one, other = others[rank], others[rest[0]]
+    them = f"rank {other.rank}" if len(rest) == 1 else f"{len(rest)} others"
+    return replace(
+        one,
+        message=f"waited{_at(one)} ({seen[rank]}), and {them}{_at(other)} ({seen[other.rank]}); did a rank leave out a "
+        f"collective, or call one more? {one.message}"[:2000],
     )
 
 
-def left_early(failure: Failure, ranks: Sequence[tuple[int, str, str]]) -> Failure:
-    """The failure of a job in which some ranks were done while others, who then lost them, were not.
+def _frames(failure: Failure) -> tuple[tuple[str, ...], ...]:
+    """The places of a traceback, outermost first: (file, line, function).
 
-    Args:
-        failure: of the first that lost them.
-        ranks: those that had returned from their work: rank, host, and what they last did.
+    Without torch's own, nor what is below a call of ours that all ranks make alike: in it each may wait elsewhere.
     """
-    others = ", ".join(f"rank {rank}" for rank, _, _ in ranks[1:8]) + (" and more" if len(ranks) > 8 else "")
-    also = f" (and {others})" if others else ""
-    rank, host, last = ranks[0]
-    early = f"returned from its work ({last}){also} while rank {failure.rank} was still in its own, and lost it"
-    return _instead(failure, rank, host, early)
+    found = re.findall(r'^  File "(.+)", line (\d+), in (\S+)', failure.traceback, re.MULTILINE)
+    frames = [frame for frame in found if not re.search(r"(site|dist)-packages/torch/", frame[0])]
+    ours = (place for place, frame in enumerate(frames) if place and _ALIKE.search(frame[0]))
+    return tuple(frames[: next(ours, len(frames))])
+
+
+def _at(failure: Failure) -> str:
+    """` at train.py:52 in step`, where a rank waited; empty where its traceback does not tell."""
+    frames = _frames(failure)
+    if not frames:
+        return ""
+    file, line, function = frames[-1]
+    return f" at {Path(file).name}:{line} in {function}"
+
+
+def _silent(failure: Failure, cause: LastSeen, also: Sequence[LastSeen]) -> Failure:
+    """`failure` gave up on ranks that still ran; the traceback shows what it waited in."""
+    more = first_few([f"rank {one.rank} on {one.host} ({one})" for one in also], 7)
+    message = f"did not fail, but still ran ({cause}) when rank {failure.rank} gave up waiting"
+    return _instead(failure, cause.rank, cause.host, message + (f"; so did {more}" if more else ""))
+
+
+def _left_early(failure: Failure, done: Sequence[LastSeen]) -> Failure:
+    """`failure` lost ranks that had returned from their work."""
+    first, also = done[0], first_few([f"rank {one.rank}" for one in done[1:]], 7)
+    message = f"returned from its work ({first})" + (f" (and {also})" if also else "")
+    message += f" while rank {failure.rank} was still in its own, and lost it"
+    return _instead(failure, first.rank, first.host, message)
 
 
 def _instead(failure: Failure, rank: int, host: str, message: str) -> Failure:

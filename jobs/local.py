@@ -28,7 +28,7 @@ from typing import Any
 from submitit.local import local as submitit_local
 
 from jobs import blame, processes
-from jobs.blame import Failure
+from jobs.blame import Failure, LastSeen
 from jobs.errors import Interrupted, JobFailed
 from jobs.job import Job
 from jobs.records import Attempt, RunDirectory, read_json, write_json
@@ -256,20 +256,15 @@ class _Watch:
             self._reap()
             if any(rank.exit_code is not None and self._failure(rank) for rank in self.ranks):
                 self._settle()
-                failures = [f for rank in self.ranks if rank.exit_code is not None and (f := self._failure(rank))]
+                failures = [f for rank in self.ranks if (f := self._failure(rank))]
                 self.blamed = blame.blame(failures)
-                running = [
-                    (rank.rank, rank.host, self._last_word(rank)) for rank in self.ranks if rank.exit_code is None
-                ]
-                done = [
-                    (rank.rank, rank.host, self._last_word(rank))
-                    for rank in self.ranks
-                    if self.attempt.done(rank.rank).exists()
-                ]
-                if self.blamed.kind == "lost_peer" and done:
-                    self.blamed = blame.left_early(self.blamed, done)
-                elif self.blamed.kind == "lost_peer" and running:
-                    self.blamed = blame.silent(self.blamed, running)
+                if not self.blamed.own:
+                    last = {
+                        rank.rank: LastSeen(rank.rank, rank.host, *(self.attempt.last_step(rank.rank) or ()))
+                        for rank in self.ranks
+                    }
+                    running = set(last) - {failure.rank for failure in failures}
+                    self.blamed = blame.root_cause(failures, last, running, self.attempt.finished())
                 raise JobFailed(self.blamed.headline(), self.blamed.traceback)
             if all(rank.exit_code is not None for rank in self.ranks):
                 return
@@ -277,14 +272,6 @@ class _Watch:
             if deadline is not None and time.monotonic() > deadline:
                 raise JobFailed(f"the time limit of {limit} min was reached; ask for more with --time")
             time.sleep(POLL_S)
-
-    def _last_word(self, rank: _Rank) -> str:
-        """What a rank that still runs last said of itself."""
-        try:
-            path = self.attempt.heartbeat(rank.rank)
-            return f"last in step {path.read_text().strip()}, {time.time() - path.stat().st_mtime:.0f} s ago"
-        except OSError:
-            return "has not ended a step"
 
     def _settle(self) -> None:
         """Waits a moment for records and deaths that belong to the same event."""
@@ -318,13 +305,15 @@ class _Watch:
 
     def _failure(self, rank: _Rank) -> Failure | None:
         """What ended this rank, if it was not the end of its work."""
-        assert rank.exit_code is not None
         record = read_json(self.attempt.failure(rank.rank))
         if record is not None:
             return Failure(**record)
+        if rank.exit_code is None:
+            return None
         if rank.exit_code == 0 and self.attempt.done(rank.rank).exists():
             return None
-        return blame.failure_of_exit(rank.exit_code, rank.rank, rank.host, rank.ended, str(rank.log))
+        said = self.attempt.end_of_log(rank.rank) if rank.exit_code == -signal.SIGABRT else ""
+        return blame.failure_of_exit(rank.exit_code, rank.rank, rank.host, rank.ended, str(rank.log), said)
 
     def end(self) -> None:
         """Ends every process below this one: ranks, what they started, and what those left behind."""

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import blame, slurm, srun
-from jobs.blame import Failure
-from jobs.records import Attempt, RunDirectory, read_json, write_json
+from jobs.blame import Failure, LastSeen
+from jobs.records import Attempt, RunDirectory, end_of, read_json, write_json
 from jobs.slurm import JobState
 from jobs.srun import SrunWords
 from workloads.errors import first_few
@@ -64,8 +64,8 @@ class Evidence:
     """The log of each rank that has one."""
     last_lines: Mapping[int, str] = field(default_factory=dict)
     """The error that a rank's log ends with, of ranks that left no record."""
-    last_steps: Mapping[int, str] = field(default_factory=dict)
-    """Where a rank was last seen, in words."""
+    last_steps: Mapping[int, tuple[str, float]] = field(default_factory=dict)
+    """The last step that a rank ended, and how many seconds ago."""
     script_says: str = ""
     """The end of slurm.log, for a job that never came to srun."""
     srun_began: bool = False
@@ -79,6 +79,24 @@ class Evidence:
         return not (self.failures or self.words.ends or self.words.cause or self.words.complaint or self.state)
 
     @functools.cached_property
+    def lost(self) -> list[Failure]:
+        """Those that only lost others."""
+        return [failure for failure in self.failures if not failure.own]
+
+    @functools.cached_property
+    def unnamed(self) -> list[int]:
+        """The ranks that neither they themselves nor srun have said anything of, nor finished their work."""
+        named = {f.rank for f in self.failures} | {end.rank for end in self.words.ends} | self.done
+        return [rank for rank in range(self.world_size) if rank not in named]
+
+    @functools.cached_property
+    def running(self) -> list[int]:
+        """The ranks that still ran when others had failed: srun ended them, or could not."""
+        recorded = {failure.rank for failure in self.failures}
+        ended = [end.rank for end in self.words.ends if end.echo and end.rank not in recorded]
+        return ended + (self.unnamed if self.words.gave_up else [])
+
+    @functools.cached_property
     def _known_hosts(self) -> dict[int, str]:
         return {**{end.rank: end.host for end in self.words.ends}, **{f.rank: f.host for f in self.failures}}
 
@@ -87,9 +105,8 @@ class Evidence:
             return self._known_hosts[rank]
         return self.hosts[rank] if rank < len(self.hosts) else "a host"
 
-    def last_of(self, rank: int) -> tuple[int, str, str]:
-        """A rank, its host and where it was last seen."""
-        return rank, self.host_of(rank), self.last_steps.get(rank, "has not ended a step")
+    def last_of(self, rank: int) -> LastSeen:
+        return LastSeen(rank, self.host_of(rank), *self.last_steps.get(rank, ("", 0.0)))
 
     def of_exit(self, code: int, rank: int, when: float) -> Failure:
         """The failure of a rank that has left none itself."""
@@ -170,7 +187,7 @@ def _cause(seen: Evidence) -> str:
 
 def _what_slurm_did(seen: Evidence) -> str:
     job, cause = f"job {seen.job_id}", _cause(seen) or seen.words.later
-    at = f"; rank 0 was {seen.last_steps[0].partition(',')[0]}" if 0 in seen.last_steps else ""
+    at = f"; rank 0 was last in step {seen.last_steps[0][0]}" if 0 in seen.last_steps else ""
     if cause == "TIMEOUT":
         limit = f" of {seen.time_min} min" if seen.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"
@@ -203,25 +220,23 @@ def _user(uid: str) -> str:
 
 def _silence(seen: Evidence) -> Failure | None:
     """The failure of a job in which nobody was seen to fail: some left without a word, or only lost others."""
-    recorded = {failure.rank for failure in seen.failures}
-    lost = [failure for failure in seen.failures if not failure.own]
-    ended = {end.rank for end in seen.words.ends}
+    unnamed = seen.unnamed
     completed = seen.state is not None and seen.state.state == "COMPLETED"
-    # srun speaks of every rank that it saw end badly or had to end: a rank that is in nobody's words exited with 0.
-    finished = completed or (seen.status == 0 and (seen.srun_began or seen.logs))
-    if finished or (lost and (ended or seen.status is not None)):
-        left = [r for r in range(seen.world_size) if r not in recorded and r not in ended and r not in seen.done]
-        if left:
-            return seen.of_exit(0, left[0], seen.now)
-    if not lost:
+    if unnamed and (completed or (seen.status == 0 and (seen.srun_began or seen.logs))):
+        return seen.of_exit(0, unnamed[0], seen.now)
+    if not seen.lost:
         return None
-    failure = blame.blame(lost)
-    if failure.kind == "unreachable":
-        return failure
-    if seen.done:
-        return blame.left_early(failure, [seen.last_of(rank) for rank in sorted(seen.done)])
-    running = [seen.last_of(end.rank) for end in seen.words.ends if end.echo and end.rank not in recorded]
-    return blame.silent(failure, running) if running else failure
+    if unnamed and not seen.words.gave_up and (seen.words.ends or seen.status is not None):
+        # srun names every rank that ended badly or that it had to end: the one that it does not name exited with 0,
+        # if its log is whole. It is not if ranks that gave up are missing in it, and may not be if more than one is.
+        if len(unnamed) == 1 and {failure.rank for failure in seen.failures} <= {end.rank for end in seen.words.ends}:
+            return seen.of_exit(0, unnamed[0], seen.now)
+        one = min(unnamed[:_UNNAMED], key=lambda rank: (seen.last_of(rank).number, rank))
+        others = first_few([f"rank {rank}" for rank in unnamed if rank != one]) or "ranks that gave up on it"
+        how = f"ended without a word ({seen.last_of(one)}); {seen.srun_log} does not say how, nor of {others}"
+        return replace(seen.of_exit(0, one, seen.now), message=how)
+    ranks = (*(failure.rank for failure in seen.lost), *seen.running, *seen.done)
+    return blame.root_cause(seen.lost, {rank: seen.last_of(rank) for rank in ranks}, seen.running, seen.done)
 
 
 def _without_a_rank(seen: Evidence) -> str:
@@ -285,14 +300,12 @@ def gather(
     failures = _failures(there, words, logs, sleep)
     found = {failure.rank for failure in failures}
     without_record = [end.rank for end in words.ends if not end.echo and end.rank not in found][:8]
-    of_interest = [0, *[end.rank for end in words.ends if end.echo and end.rank not in found][:9]]
     done = there.finished()
-    of_interest += sorted(done)[:8]
     submitted = run.submitted()
     nodelist = nodelist or (state.nodes if state else "")
     names = srun.hosts_of(nodelist) if nodelist else []
     hosts = tuple(name for name in names for _ in range(per_node)) if len(names) == nodes else ()
-    return Evidence(
+    seen = Evidence(
         workload=str(job.get("workload", "")),
         attempt=attempt,
         job_id=submitted.job_id if submitted else os.environ.get("SLURM_JOB_ID", ""),
@@ -308,22 +321,16 @@ def gather(
         hosts=hosts,
         logs=logs,
         last_lines={r: line for r in without_record if _ERROR.search(line := _last_line(there.log(r)))},
-        last_steps={r: last for r in of_interest if (last := last_word(there, r))},
         script_says=_last_line(run.slurm_log),
         srun_began=there.srun_log.exists(),
         srun_log=str(there.srun_log),
         slurm_log=str(run.slurm_log),
         slurm_log_exists=run.slurm_log.exists(),
     )
-
-
-def last_word(attempt: Attempt, rank: int) -> str:
-    """What a rank last said of itself; empty where it has not ended a step."""
-    try:
-        path = attempt.heartbeat(rank)
-        return f"last in step {path.read_text().strip()}, {max(0.0, time.time() - path.stat().st_mtime):.0f} s ago"
-    except OSError:
-        return ""
+    of_interest = {0, *sorted(done)[:8]}
+    if len(seen.lost) == len(failures) > 0:  # then the cause is the rank that is behind
+        of_interest |= {*(failure.rank for failure in failures), *seen.running, *seen.unnamed[:_UNNAMED]}
+    return replace(seen, last_steps={r: last for r in of_interest if (last := there.last_step(r))})
 
 
 _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such file|not found", re.IGNORECASE)
@@ -331,6 +338,8 @@ _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such f
 
 _BY_NAME = 64
 """So many of the ranks that srun names are looked for by name."""
+_UNNAMED = 8
+"""So many of the ranks that nobody names are looked for."""
 
 
 def _failures(
@@ -350,8 +359,15 @@ def _failures(
         found |= {rank: failure for rank in missing if (failure := _failure(attempt, rank, logs))}
         missing = [rank for rank in named if rank in awaited and rank not in found]
         if not missing or time.monotonic() >= deadline:
-            return tuple(found[rank] for rank in sorted(found))
+            break
         sleep(0.2)
+    aborted = [end for end in words.ends if end.code == -signal.SIGABRT and end.rank not in found][:_BY_NAME]
+    for end in aborted:
+        said, log = attempt.end_of_log(end.rank), logs.get(end.rank, "")
+        failure = blame.failure_of_exit(end.code, end.rank, end.host, time.time(), log, said)
+        if not failure.own:
+            found[end.rank] = failure
+    return tuple(found[rank] for rank in sorted(found))
 
 
 def _failure(attempt: Attempt, rank: int, logs: Mapping[int, str]) -> Failure | None:
@@ -373,12 +389,7 @@ def _text(path: Path) -> str:
 
 
 def _last_line(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 10_000))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
+    lines = end_of(path, 10_000).splitlines()
     return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
 
 

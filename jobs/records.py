@@ -261,6 +261,10 @@ class Attempt:
     def log(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.log"
 
+    def end_of_log(self, rank: int) -> str:
+        """The last 100 kB of a rank's log; empty where there is none."""
+        return end_of(self.log(rank), 100_000)
+
     def profile(self, rank: int, ending: str) -> Path:
         return self.path / "profile" / f"rank-{rank}{ending}"
 
@@ -269,6 +273,14 @@ class Attempt:
 
     def heartbeat(self, rank: int) -> Path:
         return self.path / "heartbeats" / str(rank)
+
+    def last_step(self, rank: int) -> tuple[str, float] | None:
+        """The last step that a rank ended, and how many seconds ago; None where it has ended none."""
+        path = self.heartbeat(rank)
+        try:
+            return path.read_text().strip(), max(0.0, time.time() - path.stat().st_mtime)
+        except OSError:
+            return None
 
     def done(self, rank: int) -> Path:
         return self.path / "done" / str(rank)
@@ -287,6 +299,16 @@ class Attempt:
     def finished(self) -> frozenset[int]:
         """The ranks that finished their work."""
         return frozenset(int(name) for name in _names(self.path / "done") if name.isdecimal())
+
+
+def end_of(path: Path, size: int) -> str:
+    """The last `size` bytes of a log; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _names(folder: Path) -> list[str]:

@@ -38,6 +38,8 @@ class SrunWords:
     later: str = ""
     """The same, after some rank had ended: NODE_FAIL, CANCELLED or nothing. That rank may only have lost a peer."""
     lost_hosts: tuple[str, ...] = ()
+    gave_up: bool = False
+    """Whether srun could not end some rank's host: of those ranks it does not know how they ended."""
     complaint: str = ""
     """The first line that says why srun itself could not go on."""
 
@@ -50,6 +52,7 @@ _ENDING = re.compile(r"srun: (?:launch/slurm: _step_signal: )?Terminating StepId
 _CANCELLED = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO (.*?))? \*\*\*", re.IGNORECASE)
 _ABORTED = re.compile(r"srun: (Job step aborted|got SIGCONT|forcing job termination)")
 _LOST = re.compile(r"srun: error: Node failure on (\S+)")
+_GAVE_UP = re.compile(r"srun: error: Timed out waiting for job step to complete")
 _COMPLAINT = re.compile(r"\b(?:error|fatal|unrecognized|invalid|not found|no such)\b", re.IGNORECASE)
 _DUE_TO = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "NODE FAILURE": "NODE_FAIL"}
 _SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals()}
@@ -60,12 +63,15 @@ def read(text: str) -> SrunWords:
     ends: list[TaskEnd] = []
     lost: list[str] = []
     cause = later = complaint = ""
+    gave_up = False
     over = False  # somebody or something has begun to end the whole step
     for line in map(str.rstrip, text.splitlines()):
         if match := _END.match(line):
             ends += _task_ends(match[1], match[2], match[3], over)
         elif _ENDING.match(line):
             over = True
+        elif _GAVE_UP.match(line):
+            gave_up = True
         elif match := _LOST.match(line):
             lost += hosts_of(match[1])
             cause, later = (cause, "NODE_FAIL") if over and not cause else ("NODE_FAIL", later)
@@ -83,7 +89,7 @@ def read(text: str) -> SrunWords:
             over = True
         elif not complaint and not over and _COMPLAINT.search(line):
             complaint = line
-    return SrunWords(tuple(ends), cause, later, tuple(lost), complaint)
+    return SrunWords(tuple(ends), cause, later, tuple(lost), gave_up, complaint)
 
 
 def with_the_reason(words: SrunWords, script_log: str) -> SrunWords:

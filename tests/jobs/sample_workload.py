@@ -48,7 +48,9 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         elif step == 2 and config.does == "echo first":
             raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")  # as gloo has it
         value = torch.full((1,), float(ctx.rank + 1))
-        dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
+        slips = {"skip": -1, "twice": 1} if step == 2 and ctx.rank == config.on_rank else {}
+        for _ in range(1 + slips.get(config.does, 0)):
+            dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
         total += value
         odd = config.does == "other metrics" and ctx.rank == config.on_rank
         ctx.end_step({"step": step, "loss": mean(float(ctx.rank)), **({"odd": mean(1.0)} if odd else {})})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs.blame import Failure, Kind, blame, failure_of, failure_of_exit, kind_of
+from jobs.blame import Failure, Kind, LastSeen, blame, failure_of, failure_of_exit, kind_of, root_cause
 from jobs.errors import RendezvousError, UnreachableError
 
 
@@ -42,6 +42,94 @@ def test_who_could_not_reach_rank_0_knows_more_than_who_waited() -> None:
 
 def test_the_same_moment_goes_by_rank() -> None:
     assert everywhere([failure(3, 1, "error"), failure(1, 1, "error")]) == {1}
+
+
+# --- of all that gave up ----------------------------------------------------------------------------------------------
+
+TORCH = "/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py"
+REDUCE, END_STEP = (("/me/mine.py", 53),), (("/me/mine.py", 56), ("/meshrun/workloads/base.py", 300))
+
+
+def waits(rank: int, *places: tuple[str, int], kind: Kind = "lost_peer") -> Failure:
+    """A rank that gave up there; inside end_step each is in a place of its own."""
+    frames = [*places, (TORCH, 3252 + rank)] if len(places) < 2 else [*places, ("/meshrun/x.py", rank)]
+    text = "".join(f'  File "{file}", line {line}, in run\n    call()\n' for file, line in frames)
+    where = f"host{rank // 2}"
+    return Failure(rank, where, 5 - rank / 10, kind, "Timed out", f"Traceback\n{text}", f"/run/rank-{rank}.log")
+
+
+@pytest.mark.parametrize(
+    ("lost", "running", "done", "steps", "named", "says"),
+    [
+        # Who had not given up, however many had: of those the one that is behind, wherever it is listed.
+        ({0: REDUCE, 1: REDUCE, 3: REDUCE}, {2}, {}, {}, 2, "did not fail, but still ran (last in step 7, 3 s ago) wh"),
+        ({1: REDUCE, 3: REDUCE}, {0, 2}, {}, {2: "6"}, 2, "did not fail, but still ran (last in step 6"),
+        ({1: REDUCE, 3: REDUCE}, {0, 2}, {}, {2: ""}, 2, "did not fail, but still ran (has not ended a step)"),
+        ({3: REDUCE}, {0, 1, 2}, {}, {2: "6", 0: "10"}, 2, "did rank 0 on host0 (last in step 10, 3 s ago), rank 1 on"),
+        # Where all have given up: the one that is a step behind, or waits elsewhere.
+        ({0: REDUCE, 1: REDUCE, 2: REDUCE, 3: REDUCE}, {}, {}, {2: "6"}, 2, "waited at mine.py:53 in run (last in st"),
+        (
+            {0: REDUCE, 1: REDUCE, 2: END_STEP, 3: REDUCE},
+            {},
+            {},
+            {},
+            2,
+            "mine.py:56 in run (last in step 7, 3 s ago), a",
+        ),
+        (
+            {0: END_STEP, 1: END_STEP, 2: REDUCE, 3: END_STEP},
+            {},
+            {},
+            {},
+            2,
+            "3 others at mine.py:56 in run (last in st",
+        ),
+        (
+            {0: REDUCE, 1: REDUCE, 2: REDUCE, 3: REDUCE},
+            {},
+            {},
+            {2: "8"},
+            2,
+            "3 others at mine.py:53 in run (last in st",
+        ),
+        (
+            {0: REDUCE, 1: END_STEP},
+            {},
+            {},
+            {},
+            1,
+            "waited at mine.py:56 in run (last in step 7, 3 s ago), and rank 0 at",
+        ),
+        ({0: REDUCE, 1: REDUCE}, {}, {}, {0: "6"}, 0, "(last in step 6, 3 s ago), and rank 1 at mine.py:53 in run (l"),
+        # Where nothing tells them apart: the first. An abort leaves no traceback; that is no other place.
+        ({0: REDUCE, 1: REDUCE, 2: REDUCE}, {}, {}, {}, 2, "Timed out"),
+        ({0: REDUCE, 1: REDUCE, 2: ()}, {}, {}, {}, 2, "Timed out"),
+        ({0: REDUCE, 1: END_STEP, 2: (("/me/mine.py", 60),)}, {}, {}, {}, 2, "Timed out"),
+        # Some have returned: few of them left too early; if they are most, the others are late.
+        ({0: REDUCE, 1: REDUCE, 3: REDUCE}, {}, {2}, {}, 2, "returned from its work (last in step 7, 3 s ago) while r"),
+        ({2: REDUCE}, {}, {0, 1, 3}, {}, 2, "was still in its work at mine.py:53 in run (last in step 7, 3 s ago) whe"),
+        ({0: REDUCE}, {2}, {0, 1, 3}, {}, 2, "did not fail, but still ran"),
+    ],
+)
+def test_of_all_that_gave_up_the_one_that_they_waited_for_is_named(
+    lost: dict[int, tuple[tuple[str, int], ...]],
+    running: set[int],
+    done: set[int],
+    steps: dict[int, str],
+    named: int,
+    says: str,
+) -> None:
+    seen = {rank: LastSeen(rank, f"host{rank // 2}", steps.get(rank, "7"), 3.0) for rank in range(4)}
+    failures = [waits(rank, *places) for rank, places in lost.items()]
+    for order in itertools.permutations(failures):
+        cause = root_cause(order, seen, running, done)
+        assert (cause.rank, cause.host, cause.log) == (named, f"host{named // 2}", f"/run/rank-{named}.log")
+        assert says in cause.message
+
+
+def test_who_could_not_reach_rank_0_is_named_before_who_still_ran() -> None:
+    seen = {rank: LastSeen(rank, "host0") for rank in range(3)}
+    assert root_cause([waits(0), waits(1, kind="unreachable")], seen, {2}).rank == 1
 
 
 class DistBackendError(RuntimeError):
@@ -88,6 +176,15 @@ LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection cl
         (DistBackendError("invalid usage"), "error"),
         (DistNetworkError("anything"), "lost_peer"),
         (RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error ... out of memory"), "error"),
+        (
+            DistBackendError(
+                "NCCL error ... unhandled system error ... Last error:\nError while creating shared memory "
+                "segment /dev/shm/nccl-1 (size 9637888): No space left on device"
+            ),
+            "error",
+        ),
+        (DistBackendError("NCCL error ... unhandled system error ... Connection refused"), "lost_peer"),
+        (RuntimeError("gloo/transport/tcp/pair.cc:75] socket: Too many open files"), "error"),
         (RuntimeError("[c10d] NCCL error: remote process exited or there was a network error"), "lost_peer"),
         (RuntimeError("watchdog: loss diverged"), "error"),
         (ConnectionResetError("Connection reset by peer"), "error"),  # some server's, not a rank's
@@ -146,3 +243,37 @@ def test_the_record_of_a_rank_that_left_none(code: int, kind: str, words: str) -
     record = failure_of_exit(code, 1, "host0", 5, "/log")
     assert record.kind == kind
     assert words in record.message
+
+
+WATCHDOG = """[rank7]:[E ProcessGroupNCCL.cpp:523] [Rank 7] Watchdog caught collective operation timeout: WorkNCCL(\
+SeqNum=4, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for 600259 milliseconds before timing out.
+[rank7]:[E ProcessGroupNCCL.cpp:537] To avoid data inconsistency, we are taking the entire process down.
+terminate called after throwing an instance of 'c10::DistBackendError'
+  what():  [Rank 7] NCCL watchdog thread terminated with exception: {}
+
+frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x57 (0x7f in libc10.so)
+Fatal Python error: Aborted
+"""
+
+
+@pytest.mark.parametrize(
+    ("end_of_log", "kind", "words"),
+    [
+        (
+            WATCHDOG.format(
+                "[Rank 7] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)"
+            ),
+            "lost_peer",
+            "aborted by NCCL: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)",
+        ),
+        (WATCHDOG.format("NCCL error: remote process exited or there was a network error"), "lost_peer", "aborted by"),
+        (WATCHDOG.format("CUDA error: an illegal memory access was encountered"), "killed", "killed by SIGABRT"),
+        ("terminate called after throwing an instance of 'std::bad_alloc'", "killed", "killed by SIGABRT"),
+        ("", "killed", "killed by SIGABRT"),
+    ],
+)
+def test_a_rank_that_nccls_watchdog_aborts_has_lost_a_peer(end_of_log: str, kind: str, words: str) -> None:
+    record = failure_of_exit(-signal.SIGABRT, 7, "host0", 5, "/log", end_of_log)
+    assert (record.kind, record.own) == (kind, kind == "killed")
+    assert record.message.startswith(words)
+    assert failure_of_exit(-signal.SIGSEGV, 7, "host0", 5, "/log", end_of_log).own

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -163,6 +164,19 @@ def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(t
     assert " when rank 0 gave up waiting: " in last
     assert last.endswith("rank-1.log)")
     line.assert_nothing_left()
+
+
+def test_a_rank_that_leaves_out_a_collective_is_named(typed: Submit, tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\n")
+    line = typed("mine:ENTRY", "--cluster", "quick.yaml", *FOUR, "does=skip", "on_rank=2")
+    code, _, err = line.finish()
+    assert code == 1
+    last = err.splitlines()[-1]
+    # It waits in end_step, and its file there in a place of its own; the others in the collective.
+    assert re.search(
+        r"rank 2 on host1: waited at mine.py:\d+ in run \(last in step 1, .* and 3 others at mine.py:", last
+    )
+    assert last.endswith("rank-2.log)")
 
 
 def test_a_rank_that_returns_before_the_others_is_named(typed: Submit) -> None:

@@ -93,14 +93,35 @@ LATE_CANCEL = srun.read(
             "rank 1 on node0: exited with code 0 before its work was done (log: /run/rank-1.log)",
         ),
         (seen(state="COMPLETED", status=0, done=frozenset({0, 2, 3})), "rank 1 on node0: exited with code 0 before"),
-        # Nobody failed by himself.
+        # Silence is no success: what srun does not say may be missing, or of a host that could not be ended.
         (
-            seen("SIGTERM", [lost(3)], last_steps={2: "last in step 7, 30 s ago"}),
-            "rank 2 on node1: did not fail, but still ran (last in step 7, 30 s ago) when rank 3 gave up waiting; so "
-            "did rank 0 on node0 (has not ended a step), rank 1 on node0 (has not ended a step): RuntimeError",
+            replace(
+                seen(failures=[lost(0), lost(1)], last_steps={rank: (f"{8 - rank}", 41.0) for rank in range(4)}),
+                words=srun.read(
+                    "srun: error: node0: tasks 0-1: Exited with exit code 1\nsrun: Terminating StepId=12.0\n"
+                    "srun: error: Timed out waiting for job step to complete\n"
+                ),
+            ),
+            "rank 3 on node1: did not fail, but still ran (last in step 5, 41 s ago) when rank 0 gave up waiting; so ",
         ),
         (
-            seen("SIGTERM", [lost(3)], done=frozenset({1}), last_steps={1: "last in step 7, 30 s ago"}),
+            seen(failures=[lost(0), lost(1), lost(2)], last_steps={3: ("5", 41.0)}),
+            "rank 3 on node1: ended without a word (last in step 5, 41 s ago); /run/srun.log does not say how, nor of "
+            "ranks that gave up on it",
+        ),
+        (
+            seen("os-exit-0", [lost(0)], last_steps={1: ("7", 1.0), 2: ("6", 2.0), 3: ("7", 1.0)}),
+            "rank 2 on node1: ended without a word (last in step 6, 2 s ago); /run/srun.log does not say how, nor of "
+            "rank 1, rank 3 (log: /run/rank-2.log)",
+        ),
+        # Nobody failed by himself.
+        (
+            seen("SIGTERM", [lost(3)], last_steps={rank: ("7" if rank == 2 else "8", 30.0) for rank in range(4)}),
+            "rank 2 on node1: did not fail, but still ran (last in step 7, 30 s ago) when rank 3 gave up waiting; so "
+            "did rank 0 on node0 (last in step 8, 30 s ago), rank 1 on node0 (last in step 8, 30 s ago): RuntimeError",
+        ),
+        (
+            seen("SIGTERM", [lost(3)], done=frozenset({1}), last_steps={1: ("7", 30.0)}),
             "rank 1 on node0: returned from its work (last in step 7, 30 s ago) while rank 3 was still in its own, and",
         ),
         (
@@ -114,7 +135,7 @@ LATE_CANCEL = srun.read(
         (seen("scancel"), "job 12 was cancelled"),
         (replace(seen(), logs={}, state=JobState("CANCELLED", by="0")), "job 12 was cancelled by root before it star"),
         (
-            seen("scancel", [lost(1)], last_steps={0: "last in step 9, 2 s ago"}),
+            seen("scancel", [lost(1)], last_steps={0: ("9", 2.0)}),
             "job 12 was cancelled; rank 0 was last",
         ),
         (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
@@ -230,6 +251,23 @@ def test_everything_is_read_and_the_record_is_left(run: RunDirectory) -> None:
     assert record["error"].endswith(f"(log: {run.attempt(0).log(3)})")
     assert (record["job_id"], record["workload"], record["attempt"]) == ("12", "mine", 0)
     assert read_json(run.result) == record
+
+
+def test_ranks_that_nccls_watchdog_aborted_are_no_cause(run: RunDirectory) -> None:
+    """They waited for rank 2, which srun ended with them; it is the one of the others that is behind."""
+    there = run.attempt(0)
+    said = "srun: error: node1: task 3: Aborted\nsrun: Terminating StepId=12.0\nsrun: error: node0: task 1: Aborted\n"
+    there.srun_log.write_text(said + "srun: error: node0: task 0: Terminated\nsrun: error: node1: task 2: Terminated\n")
+    for rank in range(4):
+        there.heartbeat(rank).write_text("4\n" if rank == 2 else "5\n")
+    words = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)"
+    for rank in (1, 3):
+        there.log(rank).write_text(f"{words}\nFatal Python error: Aborted\n")
+    error = judge(run, status=134)["error"]
+    assert error.startswith("rank 2 on node1: did not fail, but still ran (last in step 4, ")
+    assert "gave up waiting; so did rank 0 on node0 (last in step 5, " in error
+    assert "aborted by NCCL: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4" in error
+    assert error.endswith(f"(log: {there.log(2)})")
 
 
 def test_a_record_of_another_host_is_waited_for(run: RunDirectory) -> None:
