@@ -77,10 +77,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         processes.leave_soon()
         _say(error, info)
         return EXIT_FAILED if isinstance(error, RendezvousError) else EXIT_USER_ERROR
-    try:
-        record = run_rank(spec, env)
-    except BaseException as error:
-        processes.leave_failed(error)
+    record = processes.as_rank(lambda: run_rank(spec, env))
     if record is not None:
         print(json.dumps({"run_dir": str(spec.run_dir), **record}))
     return EXIT_DONE

@@ -65,12 +65,9 @@ def main() -> None:
         logging.getLogger("submitit").setLevel(logging.WARNING)  # that a pickle was read is nobody's news
         submitit_main()
         return
-    try:
-        _rank_of_slurm(Path(sys.argv[1]) / f"{os.environ['SLURM_JOB_ID']}_submitted.pkl")
-    except BaseException as error:
-        from jobs.processes import leave_failed
+    from jobs.processes import as_rank
 
-        leave_failed(error)
+    as_rank(lambda: _rank_of_slurm(Path(sys.argv[1]) / f"{os.environ['SLURM_JOB_ID']}_submitted.pkl"))
 
 
 def _rank_of_slurm(pickle: Path) -> None:

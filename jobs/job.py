@@ -18,7 +18,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,7 +30,7 @@ from jobs.records import Attempt, RunDirectory, write_json
 from jobs.spec import JobSpec
 from jobs.topology import Placement, RankInfo, mesh_table
 from workloads import registry
-from workloads.base import RunContext, Shape, to_json
+from workloads.base import RunContext, Shape, WorkloadConfig, to_json
 from workloads.errors import spoken_for
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def _run(
         if spec.profile is not None and placement.rank in spec.profile.ranks:
             at_end.callback(profiling.attach(spec.profile, context, attempt).close)
         with contextlib.closing(context):
-            result = run(config, context)
+            result = _work(run, config, context)
             context.settle()
 
         attempt.done(info.rank).write_bytes(b"")  # one call, where touch would be two
@@ -179,9 +180,30 @@ def _run(
         write_json(RunDirectory(spec.run_dir).result, record)
         return record
     finally:
-        # After a failure the peers may be gone: closing NCCL's communicators would wait for them.
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        # After a failure the peers may be gone: closing NCCL's communicators would wait for them. The workload may have
+        # destroyed the group itself, as scripts do at their end; and the work is done, whatever comes of this.
+        if sys.exc_info()[0] is None and dist.is_initialized():
+            try:
+                dist.destroy_process_group()
+            except Exception as error:
+                log.warning("the process group could not be destroyed: %s: %s", type(error).__name__, error)
+
+
+def _work(run: Callable[..., Any], config: WorkloadConfig, context: RunContext) -> Any:
+    """Calls the workload. A process that it forked and that leaves its function ends here, since it is no rank."""
+    rank = os.getpid()
+    code: Any = 0
+    try:
+        result = run(config, context)
+        if os.getpid() == rank:
+            return result
+    except BaseException as error:
+        if os.getpid() == rank:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+    processes.leave(code if isinstance(code, int) else int(code is not None))
 
 
 def _check_shape(spec: JobSpec, placement: Placement) -> None:

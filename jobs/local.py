@@ -222,16 +222,12 @@ class _Watch:
         code = 1
         try:
             _become_rank(supervisor, env, path, self.owner)
-            job()
+            processes.as_rank(job)
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
-            with contextlib.suppress(Exception):
-                logging.shutdown()
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+            processes.leave(code)
 
     def _spawn(self, env: dict[str, str], path: Path) -> int:
         entry = Path(__file__).with_name("entry.py")
@@ -364,4 +360,4 @@ def spawned_rank(run_dir: Path, supervisor: int) -> None:
     processes.die_with_parent(supervisor)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
-    Job(JobSpec.model_validate(read_json(RunDirectory(run_dir).job)))()
+    processes.as_rank(Job(JobSpec.model_validate(read_json(RunDirectory(run_dir).job))))

@@ -256,6 +256,13 @@ def test_a_reason_that_needs_it_is_explained(site: Site, later: Later, capsys: C
     assert err == "meshrun: error: the job failed: job 12 was cancelled before it started\n"
 
 
+def test_of_a_job_that_is_done_and_whose_ranks_stay_both_are_told(site: Site, later: Later, capsys: Capture) -> None:
+    site.state("RUNNING")
+    later(0, lambda: (site.wait_for_answer(), write_json(site.run.result, DONE)))
+    assert main(["wait", "run"]) == 0
+    assert "its work is done; Slurm still says RUNNING: a rank's threads" in capsys.readouterr().out
+
+
 def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
     site: Site, later: Later, monkeypatch: pytest.MonkeyPatch
 ) -> None:

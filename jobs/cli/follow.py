@@ -439,8 +439,15 @@ class _SlurmJob:
         state = answer if isinstance(answer, JobState) and answer.ended else None
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
         if record is not None and (record.get("status") == "done" or record.get("failure") or not knows_more):
-            if record.get("status") == "done" and state is not None and state.state != "COMPLETED":
-                self.display.say(f"its work is done; Slurm says {state.state} ({state.reason or 'no reason'})")
+            if (
+                record.get("status") == "done"
+                and isinstance(answer, JobState)
+                and not answer.state.startswith("COMPLET")
+            ):
+                says = f"says {answer.state} ({answer.reason or 'no reason'})"
+                if not answer.ended:
+                    says = f"still says {answer.state}: a rank's threads or exit hooks may run on for a while"
+                self.display.say(f"its work is done; Slurm {says}")
             return record
         workload = (read_json(self.run_dir.job) or {}).get("workload", "")
         unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
@@ -551,5 +558,5 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _tail(path: Path, lines: int = 15) -> str:
+def _tail(path: Path, lines: int = 30) -> str:
     return "\n".join(list(Tail(path).lines(ended=True, late=True))[-lines:])

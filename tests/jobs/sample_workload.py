@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ class Config(WorkloadConfig):
     does: str = "train"
     """What rank `on_rank` does in step 2."""
     on_rank: int = 1
+    at_end: str = ""
+    """What every rank does when its steps are done."""
     pause_seconds: float = 0.0
     pause_again: bool = True
     """Whether it also pauses after the first attempt."""
@@ -57,6 +61,8 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         if ctx.attempt == 0 or config.pause_again:
             time.sleep(config.pause_seconds)
     time.sleep(config.rank_0_longer if ctx.rank == 0 else 0)
+    if config.at_end:
+        end_like(config.at_end, ctx.rank)
     environment = {name: os.environ.get(name) for name in config.names}
     return {
         "total": total.item(),
@@ -66,6 +72,37 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         **environment,
         **({"extra": extra(config.returns)} if config.returns else {}),
     }
+
+
+OPEN = []
+
+
+def end_like(what: str, rank: int) -> None:
+    """Ends as scripts do: Python's own end, which comes after this, is a part of the work."""
+    import torch.distributed as dist
+
+    if what == "a script":
+        dist.destroy_process_group()
+        for code in (0, 3):
+            child = os.fork()
+            if child == 0:
+                sys.exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        if os.fork() == 0:
+            return  # as if it were the rank
+        os.wait()
+        file = Path(f"left-open-{rank}").open("w")  # noqa: SIM115
+        file.write("whole")
+        OPEN.append(file)
+        atexit.register(Path(f"hook-{rank}").write_text, "whole")
+
+        def save() -> None:
+            time.sleep(0.5)
+            Path(f"thread-{rank}").write_text("whole")
+
+        threading.Thread(target=save).start()
+    if what == "a crash" and rank == 1:
+        atexit.register(lambda: os.kill(os.getpid(), signal.SIGSEGV))
 
 
 def extra(what: str) -> Any:

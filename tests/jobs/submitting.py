@@ -100,3 +100,13 @@ def submit(directory: Path, *words: str, mark_by_flag: bool = True, **popen: Any
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, SUBMIT, *words], cwd=directory, text=True, **{**streams, **popen})
     return Line(directory, mark, process)
+
+
+def assert_ended_like_a_script(directory: Path, steps: int = 3) -> None:
+    """What the sample workload's `at_end=a script` leaves, on every rank, and nothing that its forked children left."""
+    for left in ("left-open", "hook", "thread"):
+        assert [(directory / f"{left}-{rank}").read_text() for rank in (0, 1)] == ["whole"] * 2, left
+    run = directory / "run"
+    assert json.loads((run / "result.json").read_text())["status"] == "done"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == steps
+    assert list((run / "attempt-0" / "failures").iterdir()) == []

@@ -19,7 +19,7 @@ from jobs.job import run_rank
 from jobs.records import RunDirectory
 from jobs.spec import ProfileSpec
 from jobs.topology import RankInfo, local_env
-from tests.jobs.submitting import ROOT
+from tests.jobs.submitting import ROOT, assert_ended_like_a_script
 from tests.jobs.test_topology import RANKS
 from workloads.base import WorkloadError
 
@@ -75,9 +75,9 @@ def test_ones_own_workload_and_the_default_run_directory(tmp_path: Path) -> None
 
 @pytest.mark.dist
 def test_rank_0_may_be_the_last_to_come(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "mine:ENTRY", "--run-dir", "run", SLOW_AT_IMPORT="0")
+    done = torchrun(tmp_path, "mine:ENTRY", "--run-dir", "run", "at_end=a script", SLOW_AT_IMPORT="0")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "done"
+    assert_ended_like_a_script(tmp_path)
 
 
 @pytest.mark.dist

@@ -23,7 +23,7 @@ from jobs.errors import Interrupted, JobFailed
 from jobs.executor import rank_env
 from jobs.records import RunDirectory
 from jobs.spec import JobSpec, ResourceSpec
-from tests.jobs.submitting import ROOT, Line, wait_until
+from tests.jobs.submitting import ROOT, Line, assert_ended_like_a_script, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(150)]
 
@@ -69,6 +69,12 @@ def test_with_json_stdout_is_one_object(typed: Submit) -> None:
     record = json.loads(out)
     assert (code, record["status"], record["exit_code"], record["result"]["total"]) == (0, "done", 0, 9.0)
     assert "step 3/3" in err
+
+
+def test_a_workload_may_end_as_scripts_do(typed: Submit, tmp_path: Path) -> None:
+    code, out, err = typed("mine:ENTRY", *TWO, "at_end=a script").finish()
+    assert (code, err) == (0, ""), out
+    assert_ended_like_a_script(tmp_path)
 
 
 AWKWARD = '  it\'s "x" $HOME\n* `id` \\n = ü'
@@ -463,8 +469,9 @@ def test_the_time_limit_ends_a_job(tmp_path: Path) -> None:
 
 def test_where_forking_is_not_safe_ranks_are_interpreters_of_their_own(tmp_path: Path) -> None:
     thread = "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
-    out, err, record = supervise(tmp_path, thread)
+    out, err, record = supervise(tmp_path, thread, at_end="a script")
     assert (out, record["status"], record["result"]["total"]) == ("", "done", 9.0), err
+    assert_ended_like_a_script(tmp_path)
     assert "threads run in the supervisor" in err
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import check_harness
-from tests.jobs.submitting import SUBMIT, Line, submit, wait_until
+from tests.jobs.submitting import SUBMIT, Line, assert_ended_like_a_script, submit, wait_until
 from tests.slurm.harness import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
@@ -92,7 +92,7 @@ def occupy(cluster: Cluster) -> str:
 @pytest.mark.parametrize("cluster", ["slurm", "slurm_accounting"])
 def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.FixtureRequest, follow: Follow) -> None:
     slurm: Cluster = request.getfixturevalue(cluster)
-    line = follow(slurm, "steps=4")
+    line = follow(slurm, "steps=4", "at_end=a script")
     assert code(line) == 0, err(line)
     shown = out(line)
     places = [shown.find(words) for words in ("submitted job ", ": RUNNING on node[0-1]", "step 4/4", "total: 12")]
@@ -100,6 +100,8 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     assert places == sorted(places)
     assert err(line) == ""
     assert line.result()["result"]["hosts"] == ["node0", "node1"]
+    assert slurm.job_state(job_id(line)) == "COMPLETED"
+    assert_ended_like_a_script(line.directory, steps=4)
     # And again, when it is long over: from disk, without the progress.
     before = time.monotonic()
     again = come_back(slurm, line, "--json")

@@ -1,0 +1,64 @@
+"""How a process ends whose work is done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.jobs.submitting import ROOT
+
+DONE = """
+import logging, os, threading, time
+from jobs import processes
+logging.basicConfig()
+processes.DONE_IDLE_S, processes.DONE_WITHIN_S, processes.SAY_AFTER_S = 2, {within}, 1
+
+def save():
+    for _ in range({writes}):
+        os.write(1, b".")
+        time.sleep(0.05)
+    if {stays}:
+        time.sleep(600)
+
+class Hangs:
+    def __del__(self):
+        time.sleep({hangs})
+
+hangs = Hangs()
+threading.Thread(target=save, name="saver").start()
+processes.as_rank(lambda: None)
+"""
+
+
+def test_a_rank_that_is_done_ends_when_nothing_of_it_works_any_more() -> None:
+    cases = {
+        "saves": {"writes": 80},
+        "waits": {"stays": True},
+        "never ends": {"writes": 10_000, "within": 4},
+        "is taken apart for ever": {"hangs": 600},
+    }
+    default = {"writes": 0, "stays": False, "within": 600, "hangs": 0}
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", DONE.format(**{**default, **case})],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name, case in cases.items()
+    }
+    ended = {name: (*process.communicate(timeout=60), process.returncode) for name, process in running.items()}
+    out, err, code = ended["saves"]
+    assert (len(out), code) == (80, 0), err
+    assert "the work is done, but this rank still runs: threads saver" in err
+    assert "is ended" not in err.replace("it is ended", "")
+    for name in ("waits", "never ends"):
+        out, err, code = ended[name]
+        assert code == 0, err
+        assert "this rank is ended" in err.splitlines()[-1]
+        assert "threads saver" in err.splitlines()[-1]
+        assert 1 < int(err.splitlines()[-1].split(" is ended ")[1].split()[0]) <= 6
+    out, err, code = ended["is taken apart for ever"]
+    assert code == 1
+    assert "in __del__" in err
