@@ -114,8 +114,12 @@ class RunDirectory:
                 raise RunDirectoryError(
                     f"--run-dir {path}: is not empty, and a run directory is never reused; give a new one"
                 )
-        parent = path if path.exists() else path.parent
+        parent = path
         while not parent.exists():
+            if parent.is_symlink():
+                raise RunDirectoryError(
+                    f"--run-dir {path}: {parent} is a symbolic link to nothing; give a directory that is new or empty"
+                )
             parent = parent.parent
         if not parent.is_dir():
             raise RunDirectoryError(f"--run-dir {path}: {parent} is a file; give a directory that is new or empty")

@@ -350,6 +350,27 @@ def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, caps
     check_refusal(bad, code, out, err, before, tmp_path)
 
 
+@pytest.mark.parametrize("where", ["empty", "link", "new/in/new"])
+def test_a_refused_preparation_leaves_the_place_as_it_was(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    before = tree(tmp_path)
+    assert main(["mine:BAD_PREPARE", "--executor", "local", "--run-dir", where]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_link_to_nothing_is_no_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for run_dir in ("link", "link/in"):
+        assert main(["tp_fsdp", "--executor", "local", "--run-dir", run_dir]) == 2
+        assert "link is a symbolic link to nothing; give a directory" in capsys.readouterr().err
+
+
 def some(*names: str) -> list[Bad]:
     return [next(bad for bad in BAD if name(bad) == wanted) for wanted in names]
 

@@ -11,8 +11,9 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
@@ -22,7 +23,7 @@ from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
 from jobs.errors import Interrupted, JobFailed, SubmissionError
-from jobs.records import RunDirectory, default_run_dir, keep_others_from_writing, write_json
+from jobs.records import RunDirectory, keep_others_from_writing, write_json
 from jobs.settings import as_words
 from jobs.spec import JobSpec
 from jobs.topology import mesh_table
@@ -49,17 +50,17 @@ def run(given: Options, console: Console) -> int:
     if spec.executor == "slurm":
         words = executor.check_slurm(executor.render(spec, resolved.cluster))
         resolved = replace(resolved, announcements=(*resolved.announcements, *([words] if words else [])))
-    existed = spec.run_dir.exists()
+    new = [path for path in (spec.run_dir, *spec.run_dir.parents) if not path.exists()]
     keep_others_from_writing()
     run_dir = RunDirectory.create(spec.run_dir)
-    with _removed_on(BaseException, run_dir, existed):
+    with _emptied_on(BaseException, run_dir, new):
         run_dir.describe(spec)
         prepared = None if plan is None else _prepare(resolved, plan)
     if prepared is not None:
         resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
         console.facts["prepared"] = prepared
     if spec.executor == "slurm":
-        return _queue(resolved, run_dir, existed, console, wait=bool(given.wait))
+        return _queue(resolved, run_dir, new, console, wait=bool(given.wait))
     _announce(resolved, console)
     if spec.executor == "debug":
         return _debug(spec, console)
@@ -100,13 +101,13 @@ def _announce(resolved: Resolved, console: Console) -> None:
     console.say(f"run directory: {resolved.spec.run_dir}")
 
 
-def _queue(resolved: Resolved, run_dir: RunDirectory, existed: bool, console: Console, wait: bool) -> int:
+def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], console: Console, wait: bool) -> int:
     """Submits a Slurm job, and follows it where that is asked for."""
     from jobs.cli import follow
 
     submitted = None
     try:
-        with interrupts.held(), _removed_on(SubmissionError, run_dir, existed):
+        with interrupts.held(), _emptied_on(SubmissionError, run_dir, new):
             submitted = follow.submit_slurm(resolved.spec, resolved.cluster)
             console.job_started = True
         _announce(resolved, console)  # not before: a refusal stays one line
@@ -130,23 +131,25 @@ def _total_steps(config: WorkloadConfig) -> int | None:
 
 
 @contextlib.contextmanager
-def _removed_on(error: type[BaseException], run_dir: RunDirectory, existed: bool) -> Iterator[None]:
-    """A run directory in which nothing was started does not stay behind: the corrected line can name it again.
+def _emptied_on(error: type[BaseException], run_dir: RunDirectory, new: Sequence[Path]) -> Iterator[None]:
+    """Of a run directory in which nothing was started nothing stays behind: the corrected line can name it again.
 
     Args:
         error: what shows that nothing was started.
-        run_dir: what was made.
-        existed: it was there before, empty, and stays so.
+        run_dir: what was made; a symbolic link or a mount point, which was there before, stays.
+        new: those of it and its parents that were not there before, innermost first.
     """
     try:
         yield
     except error:
-        shutil.rmtree(run_dir.path, ignore_errors=True)
-        if existed:
-            run_dir.path.mkdir()
-        elif run_dir.path.parent == default_run_dir("x").parent:
-            with contextlib.suppress(OSError):  # not empty: other runs are there
-                run_dir.path.parent.rmdir()
+        with contextlib.suppress(OSError):  # such as not empty: another run is there by now
+            for path in run_dir.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+            for path in new:
+                path.rmdir()
         raise
 
 
