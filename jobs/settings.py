@@ -32,7 +32,7 @@ Key = tuple[str, ...]
 # --- YAML as people mean it -------------------------------------------------------------------------------------------
 
 
-MOST_BYTES = 2**18
+MOST_BYTES = 2**20
 """Of a file; PyYAML takes seconds to read as many. A word of the command line is never longer."""
 MOST_LEVELS = 50
 MOST_VALUES = 100_000

@@ -174,7 +174,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "gone.yaml", ClusterConfigError)
     with pytest.raises(SettingsError, match="Is a directory"):
         read_yaml(tmp_path)
-    with pytest.raises(SettingsError, match=r"/dev/zero: is longer than 262,144 bytes"):
+    with pytest.raises(SettingsError, match=r"/dev/zero: is longer than 1,048,576 bytes"):
         read_yaml(Path("/dev/zero"))
     (tmp_path / "utf16.yaml").write_bytes("steps: 1".encode("utf-16"))
     with pytest.raises(SettingsError, match="is not UTF-8"):
