@@ -371,6 +371,20 @@ def test_a_link_to_nothing_is_no_run_directory(tmp_path: Path, capsys: pytest.Ca
         assert "link is a symbolic link to nothing; give a directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["torch.py", "queue.py", "numpy/__init__.py"])
+@pytest.mark.parametrize("workload", ["mine:ENTRY", "torch:ENTRY", "queue:ENTRY"])
+def test_a_module_that_stands_in_for_a_library_is_refused(
+    workload: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the library may be imported already, and then only the ranks would fail."""
+    bad = Bad([workload, "--dry-run"], [], {"mine.py": MINE, file: MINE, "test/x.py": ""})
+    bad.prepare(tmp_path)
+    assert main(bad.line) == 2
+    err = capsys.readouterr().err
+    assert f"{file.removesuffix('__init__.py')} in {tmp_path} has the name of " in err
+    assert err.endswith("; rename it\n")
+
+
 def some(*names: str) -> list[Bad]:
     return [next(bad for bad in BAD if name(bad) == wanted) for wanted in names]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pkgutil
 import re
 import sys
 import traceback
@@ -64,9 +65,32 @@ def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
         raise WorkloadError(f"'{name}': write a module and a name in it, package.module:ENTRY")
     for directory in reversed(import_path):
+        _refuse_stand_ins(name, directory)
         if directory not in sys.path:
             sys.path.insert(0, directory)
     return _entry(name, name)
+
+
+OF_A_RANK = (
+    *("torch", "torchvision", "triton", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock"),
+    *("typing_extensions", "pydantic", "pydantic_core", "yaml", "submitit", "cloudpickle", "safetensors", "tqdm"),
+)
+"""Installed modules that a rank imports, beside Python's own."""
+
+
+def _refuse_stand_ins(name: str, directory: str) -> None:
+    """Refuses a user's directory with a module that a rank would import in place of one that it needs.
+
+    Here it may go unnoticed: what is imported already stays as it is.
+    """
+    for found in pkgutil.iter_modules([directory]):
+        if found.name in OF_A_RANK or found.name in sys.stdlib_module_names:
+            whose = "an installed module" if found.name in OF_A_RANK else "one of Python's own"
+            file = f"{found.name}{'/' if found.ispkg else '.py'}"
+            raise WorkloadError(
+                f"'{name}': {file} in {directory} has the name of {whose}, and the ranks would import it in its place; "
+                "rename it"
+            )
 
 
 def _entry(where: str, name: str) -> WorkloadEntry:
