@@ -49,6 +49,17 @@ class Job:
         return run_rank(self.spec, os.environ)
 
 
+@dataclass
+class _Clock:
+    """Rank 0's clock, by which failures on different hosts are ordered; this host's own until the ranks have met."""
+
+    ahead_s: float = 0.0
+    """Seconds by which this host's is ahead."""
+
+    def now(self) -> float:
+        return time.time() - self.ahead_s
+
+
 def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
     """Runs this process's part of the job.
 
@@ -75,15 +86,16 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         else:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    clock = _Clock()
     with contextlib.ExitStack() as at_end:  # the failure's record comes first
         try:
             processes.allow_open_files(info.world_size, info.host)
             if info.rank == 0:
                 attempt.make()  # the others write there when they have met rank 0, or have failed
                 RunDirectory(spec.run_dir).begin(info.attempt)
-            return _run(spec, info, attempt, env, at_end)
+            return _run(spec, info, attempt, env, clock, at_end)
         except BaseException as error:
-            failed = time.time()
+            failed = clock.now()
             if getattr(error, "is_spoken_for", False):
                 log.error("%s; another rank records it, and the launcher ends this one with that", error)
                 time.sleep(SPOKEN_FOR_S)
@@ -96,7 +108,12 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _run(
-    spec: JobSpec, info: RankInfo, attempt: Attempt, env: Mapping[str, str], at_end: contextlib.ExitStack
+    spec: JobSpec,
+    info: RankInfo,
+    attempt: Attempt,
+    env: Mapping[str, str],
+    clock: _Clock,
+    at_end: contextlib.ExitStack,
 ) -> dict[str, Any] | None:
     started = time.time()
     entry = registry.load(spec.workload, spec.import_path)
@@ -118,6 +135,7 @@ def _run(
         spec.rendezvous_ports,
         choice.gpu,
     )
+    clock.ahead_s = meeting.ahead_s
     os.environ.update(rendezvous.socket_variables(info, meeting.address, spec.interface, os.environ))
     placement = meeting.placement
     _check_shape(spec, placement)

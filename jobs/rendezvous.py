@@ -64,6 +64,8 @@ class Rendezvous:
     """Prefixed with the job's identity."""
     address: str
     """This host's own, on the network of rank 0's store."""
+    ahead_s: float = 0.0
+    """Seconds by which this host's clock is ahead of rank 0's, to within the time that rank 0's answer took."""
 
     def finish(self, timeout_s: float) -> None:
         """Holds rank 0, whose process is the store, until every rank has come here.
@@ -132,7 +134,7 @@ def join(
         if info.rank == 0:
             _claim_seat(store, seat)
             answer = _seat_everyone(info, store, deadline, timeout_s, lambda: _is_superseded(raw, announcement))
-            store.set("table", _packed(answer))
+            store.set("table", _packed({**answer, "now": time.time()}))
             if "error" in answer:
                 _linger(store, answer["present"])
         else:
@@ -148,7 +150,7 @@ def join(
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         # Who meets in vain stays a victim until it ends; hosts that cannot make a mesh are a failure like any other.
         raise spoken_for(kind(answer["error"]), 0, info.rank) if kind is TopologyError else kind(answer["error"])
-    return Rendezvous(place(_seats(answer), info.rank), store, address)
+    return Rendezvous(place(_seats(answer), info.rank), store, address, answer.get("ahead_s", 0.0))
 
 
 def _launchers_store(info: RankInfo, address: str, port: int, timeout_s: float) -> dist.Store:
@@ -370,7 +372,9 @@ def _take_seat(store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
     """Reports the seat; rank 0's answer."""
     _claim_seat(store, seat)
     store.wait(["table"], timedelta(seconds=seconds))
+    heard = time.time()
     answer = _unpacked(store.get("table"))
+    answer["ahead_s"] = heard - answer["now"]
     store.add("read", 1)
     return answer
 

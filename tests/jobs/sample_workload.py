@@ -18,6 +18,9 @@ from workloads.base import WorkloadConfig, WorkloadEntry, mean
 
 if os.environ.get("MESHRUN_PROCID") == os.environ.get("HANG_AT_IMPORT_ON", "none"):
     time.sleep(600)
+if os.environ.get("MESHRUN_NODENAME") == os.environ.get("CLOCK_IS_BEHIND_ON", "none"):
+    right = time.time
+    time.time = lambda: right() - 3600
 if os.environ.get("RANK") == os.environ.get("SLOW_AT_IMPORT", "none"):
     time.sleep(2)
 
@@ -47,6 +50,10 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
     for step in range(1, config.steps + 1):
         if step == 2 and ctx.rank == config.on_rank and config.does == "return":
             return {}
+        if step == 2 and config.does == "raise after rank 0" and ctx.rank in (0, config.on_rank):
+            while ctx.rank != 0 and not (ctx.paths.attempt_dir / "failures" / "0.json").exists():
+                time.sleep(0.01)
+            raise ValueError(f"the failure of {ctx.rank}")
         if step == 2 and ctx.rank == config.on_rank:
             act(config.does)
         elif step == 2 and config.does == "echo first":

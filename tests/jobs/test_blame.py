@@ -177,12 +177,10 @@ LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection cl
         (DistNetworkError("anything"), "lost_peer"),
         (RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error ... out of memory"), "error"),
         (
-            DistBackendError(
-                "NCCL error ... unhandled system error ... Last error:\nError while creating shared memory "
-                "segment /dev/shm/nccl-1 (size 9637888): No space left on device"
-            ),
+            DistBackendError("NCCL error ... unhandled system error ... /dev/shm/nccl-1: No space left on device"),
             "error",
         ),
+        (DistBackendError("NCCL error ... Error while creating shared memory segment /dev/shm/nccl-1"), "error"),
         (DistBackendError("NCCL error ... unhandled system error ... Connection refused"), "lost_peer"),
         (RuntimeError("gloo/transport/tcp/pair.cc:75] socket: Too many open files"), "error"),
         (RuntimeError("[c10d] NCCL error: remote process exited or there was a network error"), "lost_peer"),

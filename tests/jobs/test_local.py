@@ -149,6 +149,15 @@ def test_rank_0_may_fail_too(typed: Submit) -> None:
     assert (out + err).count("Traceback") == 1
 
 
+def test_a_host_whose_clock_is_behind_did_not_fail_first(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *FOUR, "does=raise after rank 0", "on_rank=2", "--env", "CLOCK_IS_BEHIND_ON=host1")
+    code, _, err = line.finish()
+    assert code == 1
+    assert "rank 0 on host0: ValueError: the failure of 0" in err.splitlines()[-1]
+    second = json.loads((line.run_dir / "attempt-0" / "failures" / "2.json").read_text())
+    assert 0 < second["when"] - line.result()["failure"]["when"] < 20
+
+
 def test_a_rank_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Path) -> None:
     (tmp_path / "quick.yaml").write_text("executor: local\nrendezvous_timeout_s: 4\n")
     line = typed("mine:ENTRY", "--cluster", "quick.yaml", *FOUR, "--env", "HANG_AT_IMPORT_ON=3")
