@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs import blame, outcome
-from jobs.blame import Failure
+from jobs.blame import Failure, LastSeen
 from jobs.cli import follow
 from jobs.errors import TopologyError
 from jobs.slurm import JobState
@@ -20,7 +20,7 @@ NODES, PER_NODE = 1024, 8
 WORLD = NODES * PER_NODE
 HOSTS = [f"rack{node // 32}-n{node % 32:02}" for node in range(NODES)]
 SEATS = [Seat(rank, HOSTS[rank // PER_NODE], rank % PER_NODE, "cuda") for rank in range(WORLD)]
-LOST = [(rank, HOSTS[rank // PER_NODE], "last in step 7, 3 s ago") for rank in range(WORLD)]
+SEEN = {rank: LastSeen(rank, HOSTS[rank // PER_NODE], "7", 3.0) for rank in range(WORLD)}
 
 
 def refusal(seats: list[Seat]) -> str:
@@ -48,11 +48,12 @@ def no_rank_but_rank_0_came() -> str:
 
 
 def all_others_still_ran() -> str:
-    return blame.silent(Failure(5, HOSTS[0], 0.0, "lost_peer", "gave up"), LOST).message
+    return blame.root_cause([Failure(5, HOSTS[0], 0.0, "lost_peer", "gave up")], SEEN, set(SEEN) - {5}).message
 
 
-def all_others_were_done() -> str:
-    return blame.left_early(Failure(5, HOSTS[0], 0.0, "lost_peer", "lost them"), LOST).message
+def half_of_them_were_done() -> str:
+    lost = [Failure(rank, HOSTS[rank // PER_NODE], 0.0, "lost_peer", "lost them") for rank in range(WORLD // 2)]
+    return blame.root_cause(lost, SEEN, done=range(WORLD // 2, WORLD)).message
 
 
 def every_host_failed() -> str:
@@ -76,8 +77,8 @@ MESSAGES: dict[Callable[[], str], str] = {
     one_rank_has_no_gpu: "rank 4003 on rack15-n20: cpu",
     all_ranks_of_a_host_share_a_gpu: "ranks 0 1 2 3 4 5 6 7 on rack0-n00",
     no_rank_but_rank_0_came: "rank 1 on rack0-n00",
-    all_others_still_ran: "rank 1 on rack0-n00",
-    all_others_were_done: "returned from its work",
+    all_others_still_ran: "rank 1 on rack0-n00 (last in step 7, 3 s ago), rank 2",
+    half_of_them_were_done: "returned from its work",
     every_host_failed: "rack0-n00, rack0-n01",
     every_rank_was_killed: "killed by SIGKILL",
     it_runs_on_hosts_of_no_pattern: "rack0-n00,",
