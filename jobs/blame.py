@@ -48,6 +48,17 @@ class Failure:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @staticmethod
+    def from_json(record: dict[str, Any] | None) -> Failure | None:
+        """What `to_json` gave; None where it is not that."""
+        try:
+            failure = Failure(**record or {})
+        except TypeError:
+            return None
+        texts = (failure.host, failure.kind, failure.message, failure.traceback, failure.log)
+        numbers = isinstance(failure.rank, int) and isinstance(failure.when, (int, float))
+        return failure if numbers and all(isinstance(text, str) for text in texts) else None
+
     def headline(self) -> str:
         """One line for people: who, where, what, and the log."""
         return f"rank {self.rank} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")

@@ -301,9 +301,9 @@ class _Watch:
 
     def _failure(self, rank: _Rank) -> Failure | None:
         """What ended this rank, if it was not the end of its work."""
-        record = read_json(self.attempt.failure(rank.rank))
-        if record is not None:
-            return Failure(**record)
+        failure = Failure.from_json(read_json(self.attempt.failure(rank.rank)))
+        if failure is not None:
+            return failure
         if rank.exit_code is None:
             return None
         if rank.exit_code == 0 and self.attempt.done(rank.rank).exists():

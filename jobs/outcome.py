@@ -291,8 +291,10 @@ def gather(
         sleep: waits; for tests.
     """
     job = read_json(run.job) or {}
-    resources = job.get("resources") or {}
-    nodes, per_node = int(resources.get("nodes", 1)), int(resources.get("gpus_per_node", 1))
+    resources = job["resources"] if isinstance(job.get("resources"), dict) else {}
+    nodes, per_node = (
+        count if isinstance(count := resources.get(name), int) else 1 for name in ("nodes", "gpus_per_node")
+    )
     world_size = nodes * per_node
     there = run.attempt(attempt)
     words = srun.with_the_reason(srun.read(_text(there.srun_log)), _text(run.slurm_log))
@@ -371,11 +373,9 @@ def _failures(
 
 
 def _failure(attempt: Attempt, rank: int, logs: Mapping[int, str]) -> Failure | None:
-    with contextlib.suppress(TypeError, OSError):
-        record = read_json(attempt.failure(rank))
-        if record is not None:
-            failure = Failure(**record)
-            return failure if failure.log else replace(failure, log=logs.get(rank, ""))
+    with contextlib.suppress(OSError):
+        failure = Failure.from_json(read_json(attempt.failure(rank)))
+        return failure and (failure if failure.log else replace(failure, log=logs.get(rank, "")))
     return None
 
 
@@ -401,8 +401,8 @@ def conclude(run: RunDirectory, attempt: int, seen: Evidence) -> dict[str, Any]:
     record = outcome(seen)
     there = None
     with contextlib.suppress(OSError):
-        there = read_json(run.result)
-    if isinstance(there, dict):
+        there = run.recorded()
+    if there is not None:
         same = there.get("attempt", 0) == attempt
         says_more = there.get("status") == "done" or (there.get("failure") and not record["failure"])
         if there.get("attempt", 0) > attempt or (same and says_more):

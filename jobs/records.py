@@ -62,6 +62,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -71,12 +74,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any | None:
-    """The file's value, or None where it is not there (yet) or not whole."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's object, or None where it is not there (yet), not whole, or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):  # ValueError: not UTF-8, or not JSON
         return None
+    return value if isinstance(value, dict) else None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,16 @@ class Submitted:
     """Where it was submitted from; a local job runs there."""
     process_started: str = ""
     """Of a local job: what tells its process from a later one with the same id."""
+
+
+_OF_A_RESULT: dict[str, Any] = {
+    "attempt": int,
+    "seconds": float,
+    "error": str,
+    "traceback": str,
+    "failure": (dict, type(None)),
+}
+"""The types of what is looked into."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +205,21 @@ class RunDirectory:
 
     def submitted(self) -> Submitted | None:
         """What the job became; None where it was not submitted, or not by a version that wrote it down."""
-        record = read_json(self.submission)
-        if not isinstance(record, dict):
-            return None
+        record = read_json(self.submission) or {}
+        texts = {name: record[name] for name in Submitted.__dataclass_fields__ if isinstance(record.get(name), str)}
         try:
-            return Submitted(**{name: record[name] for name in Submitted.__dataclass_fields__ if name in record})
+            submitted = Submitted(**texts)
         except TypeError:
             return None
+        is_ours = submitted.executor in ("slurm", "local") and re.fullmatch("[0-9]{1,18}", submitted.job_id)
+        return submitted if is_ours else None
+
+    def recorded(self) -> dict[str, Any] | None:
+        """What result.json holds, but for what is not as we write it; None where that says nothing of an end."""
+        record = read_json(self.result) or {}
+        if not isinstance(record.get("status"), str):
+            return None
+        return {name: value for name, value in record.items() if isinstance(value, _OF_A_RESULT.get(name, object))}
 
     def begin(self, attempt: int) -> None:
         """Puts aside what an earlier attempt left at the top, so that what is there is this attempt's.
@@ -208,8 +230,8 @@ class RunDirectory:
             return
         earlier = self.attempt(attempt - 1).path
         earlier.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record = read_json(self.result)
-        older = not isinstance(record, dict) or record.get("attempt", 0) < attempt
+        record = self.recorded()
+        older = record is None or record.get("attempt", 0) < attempt
         for path, stale in ((self.metrics, True), (self.result, older)):
             if stale and not (earlier / path.name).exists():
                 with contextlib.suppress(FileNotFoundError):
