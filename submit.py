@@ -13,7 +13,7 @@ def main() -> int:
     _open_closed_streams()
     # Until there is something to end, Ctrl-C ends this process without a traceback of half-done imports.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        signal.signal(signal.SIGINT, lambda *_: _leave())
     # Ours, whatever `jobs` or `workloads` PYTHONPATH may hold; what is below them follows from the package.
     here = str(Path(__file__).resolve().parent)
     sys.path.insert(0, here)
@@ -22,19 +22,15 @@ def main() -> int:
         import workloads  # noqa: F401
     finally:
         sys.path.remove(here)
-    try:
-        from jobs.cli.main import main as run
+    from jobs.cli.main import main as run
 
-        return run(sys.argv[1:])
-    except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in ("jobs", "workloads"):
-            raise
-        print(
-            f"meshrun: error: the Python package '{error.name}' is not installed for {sys.executable}; "
-            "run `make setup` and use .venv/bin/python, or `pip install -e .`",
-            file=sys.stderr,
-        )
-        return 2
+    return run(sys.argv[1:])
+
+
+def _leave() -> None:
+    if "--json" in sys.argv:
+        os.write(1, b'{"status": "interrupted", "exit_code": 130}\n')
+    os._exit(130)
 
 
 def _open_closed_streams() -> None:

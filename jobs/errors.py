@@ -9,6 +9,7 @@ MeshrunError
 │   ├── ResourceError        a shape, or a size, that does not fit
 │   └── SubmissionError      the scheduler refused
 ├── JobFailed                exit 1: the job ran and failed; names the rank, the host and the log
+│   └── SubmissionUnknown    whether the job is queued is not known, or it cannot be followed
 ├── TopologyError            in a rank: the environment names no rank, hosts hold unequal numbers of them, or a host has
 │                            not the network interface that it should have
 └── RendezvousError          in a rank: the others did not come in time, or are not of this job
@@ -16,6 +17,7 @@ MeshrunError
 
 Interrupted                  exit 130: Ctrl-C, a hang-up, a termination; like KeyboardInterrupt no Exception, so that no
                              `except Exception` on its way, a user's own least of all, takes it for a failure
+└── OutputLost               stdout, or stderr, can no longer be written
 
 WorkloadError (workloads/errors.py) is taken in: before the job starts it is the user's mistake, exit 2.
 """
@@ -79,6 +81,10 @@ class JobFailed(MeshrunError):
         return JobFailed, (str(self), self.traceback)
 
 
+class SubmissionUnknown(JobFailed):
+    pass
+
+
 class TopologyError(MeshrunError):
     pass
 
@@ -102,6 +108,14 @@ class Interrupted(BaseException):
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
         return Interrupted, (self.signum,)
+
+
+class OutputLost(Interrupted):
+    """stdout, or stderr, can no longer be written: its reader is gone, or its disk is full."""
+
+    def __init__(self, stream: str, why: OSError) -> None:
+        BaseException.__init__(self, f"{stream} cannot be written ({why.strerror or why})")
+        self.reader_is_gone = isinstance(why, BrokenPipeError)
 
 
 USER_ERRORS = (UserError, WorkloadError)

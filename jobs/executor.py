@@ -17,7 +17,7 @@ from typing import Any
 
 from jobs import sbatch, slurm
 from jobs.cluster import ClusterConfig
-from jobs.errors import JobFailed, SubmissionError
+from jobs.errors import SubmissionError, SubmissionUnknown
 from jobs.records import RunDirectory
 from jobs.spec import JobSpec
 
@@ -118,7 +118,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
 
     Raises:
         SubmissionError: sbatch refused, in its own words; nothing is queued.
-        JobFailed: something broke after sbatch was called.
+        SubmissionUnknown: something broke after sbatch was called.
     """
     from jobs.job import Job
 
@@ -163,14 +163,14 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             late = getattr(error.__cause__, "returncode", None) in (124, 137, -9)
             if late or LOST.search(words):
                 said = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}" if late else words
-                raise JobFailed(
+                raise SubmissionUnknown(
                     f"whether the job is queued is not known: {said}; look with `squeue --me`, and cancel it if it is "
                     f"(run directory: {spec.run_dir})"
                 ) from None
             raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
         except (RuntimeError, OSError) as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())
-            raise JobFailed(
+            raise SubmissionUnknown(
                 f"the submission broke off ({words}); see with squeue whether the job is queued, and cancel it if it is"
             ) from error
 

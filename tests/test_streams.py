@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.jobs.submitting import ROOT, Line
+from jobs.cli.console import Console
+from tests.jobs.submitting import ROOT, SUBMIT, Line
 
 CLOSED = list(chain.from_iterable(combinations((0, 1, 2), count) for count in range(4)))
 
@@ -19,6 +22,11 @@ CLOSED = list(chain.from_iterable(combinations((0, 1, 2), count) for count in ra
 def close(*streams: int) -> Callable[[], None]:
     """For Popen's preexec_fn: as `<&-`, `>&-` and `2>&-` do."""
     return lambda: [os.close(stream) for stream in streams] and None
+
+
+def submit(directory: Path, *words: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.run([sys.executable, SUBMIT, *words], cwd=directory, text=True, timeout=60, **streams)
 
 
 @pytest.mark.parametrize("closed", CLOSED, ids=str)
@@ -45,3 +53,48 @@ def test_a_job_whose_line_has_no_stream_at_all(typed: Callable[..., Line]) -> No
     line = typed("mine:ENTRY", stdin=None, stdout=None, stderr=None, preexec_fn=close(0, 1, 2))
     assert line.process.wait(60) == 0
     assert line.result()["result"]["total"] == 3
+
+
+FULL = "meshrun: error: stdout cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["--help"], ["tp_fsdp", "--dry-run"]], ids=" ".join)
+def test_a_full_stdout_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = submit(tmp_path, *words, stdout=full)
+    shown = "" if "--json" not in words else done.stderr.removesuffix(FULL)
+    assert (done.returncode, done.stderr) == (130, shown + FULL)
+
+
+def test_nothing_is_started_where_stdout_is_full(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = submit(tmp_path, "tp_fsdp", "--executor", "local", "--run-dir", "run", stdout=full)
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (130, FULL, [])
+
+
+@pytest.mark.parametrize("words", [["list"], ["tp_fsdp", "--dry-run"]], ids=" ".join)
+def test_a_reader_that_has_read_enough_hears_no_complaint(words: list[str], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = submit(tmp_path, *words, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["nonsense", "--json"]], ids=" ".join)
+def test_where_stderr_is_full_the_exit_code_and_the_object_remain(words: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = submit(tmp_path, *words, stderr=full)
+    assert done.returncode == 2
+    assert done.stdout == "" if "--json" not in words else json.loads(done.stdout)["status"] == "refused"
+
+
+def test_nothing_reaches_a_terminal_that_it_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = (
+        "\x1b]0;title\x07 \x9b2J \r\x08 \N{RIGHT-TO-LEFT OVERRIDE} \udcff \N{LATIN SMALL LETTER U WITH DIAERESIS}\t\n"
+    )
+    shown = "\\x1b]0;title\\x07 \\x9b2J \\r\\x08 \\u202e \\udcff \N{LATIN SMALL LETTER U WITH DIAERESIS}\t\n\n"
+    console = Console(as_json=False)
+    console.say(evil)
+    console.complain(evil)
+    assert capsys.readouterr() == (shown, shown)

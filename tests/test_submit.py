@@ -416,6 +416,43 @@ def test_with_json_a_refusal_is_also_one_object(bad: Bad, tmp_path: Path, capsys
     assert err == f"meshrun: error: {record['error']}\n"
 
 
+def test_with_json_help_and_a_crash_are_one_object_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tp_fsdp", "--help", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"status": "help", "exit_code": 0}
+    assert "--nodes" in err
+    monkeypatch.setattr("jobs.cli.main._dispatch", lambda given, console: {}["a\nbug"])
+    assert main(["tp_fsdp", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"status": "crashed", "exit_code": 1, "error": "KeyError: 'a\\nbug'"}
+    assert err.startswith("Traceback")
+
+
+_SIGNALLED = """
+import builtins, os, signal, sys
+sys.path.insert(0, {root!r})
+import submit
+import_it = builtins.__import__
+def with_a_signal(name, *rest):
+    if name == "jobs":
+        os.kill(os.getpid(), signal.SIGINT)
+    return import_it(name, *rest)
+builtins.__import__ = with_a_signal
+sys.argv[1:] = {line!r}
+sys.exit(submit.main())
+"""
+
+
+@pytest.mark.parametrize("line", [["list"], ["list", "--json"]], ids=" ".join)
+def test_ctrl_c_before_anything_is_imported(line: list[str], tmp_path: Path) -> None:
+    code = _SIGNALLED.format(root=str(ROOT), line=line)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout == "" if "--json" not in line else json.loads(done.stdout)["status"] == "interrupted"
+
+
 def test_sbatchs_own_variables_are_read_once_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -603,7 +640,7 @@ def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['pydantic'] = None; sys.argv[1:] = ['tp_fsdp']; "
+        "import sys; sys.modules['pydantic'] = None; sys.argv[1:] = ['tp_fsdp', '--json']; "
         f"sys.path.insert(0, {str(ROOT)!r}); import submit; "
     )
     done = subprocess.run(
@@ -611,6 +648,7 @@ def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> Non
     )
     assert done.returncode == 2
     assert "'pydantic' is not installed" in done.stderr
+    assert json.loads(done.stdout)["status"] == "refused"
     assert done.stderr.count("\n") == 1
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from jobs import processes
+from jobs import outcome, processes
+from jobs.blame import Failure
 from jobs.cli import follow, progress
 from jobs.cli.main import main
 from jobs.records import RunDirectory, Submitted, read_json, write_json
@@ -374,6 +375,47 @@ def test_what_nobody_remembers(site: Site, capsys: Capture) -> None:
     assert not site.run.result.exists()
 
 
+ANYTHING = (b"\xff\xfe", b"", b"[1", b"[1]", b"null", b"1" * 5000, b"[" * 100_000)
+WRONG = (None, 5, 1e999, "x", [], {})
+
+
+def _otherwise(path: Path) -> Iterator[bytes]:
+    """What one of our files could hold instead: nothing of ours, or what is ours with values of other types."""
+    record = json.loads(path.read_text())
+    yield from ANYTHING
+    for wrong in record:
+        yield from (json.dumps({**record, wrong: value}).encode() for value in WRONG)
+        yield json.dumps({key: value for key, value in record.items() if key != wrong}).encode()
+
+
+@pytest.mark.parametrize("which", ["job", "submission", "result", "metrics", "failures/1.json"])
+def test_a_run_directory_may_hold_anything(
+    which: str, site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for constant in ("RESULT_WITHIN_S", "RECORD_WITHIN_S", "STAYS_S", "UNREACHABLE_S", "SHARED_POLL_S"):
+        monkeypatch.setattr(follow, constant, 0.001)
+    monkeypatch.setattr(follow, "ASK_EVERY_S", (0.0, 0.0))
+    monkeypatch.setattr(outcome, "RECORD_WITHIN_S", 0.0)
+    site.state("FAILED", "NonZeroExitCode")
+    attempt = site.run.attempt(0).make()
+    failure = Failure(1, "n1", 1e9, "error", "ValueError: mine", "Traceback\n", "/l")
+    write_json(attempt.failure(1), failure.to_json())
+    write_json(site.run.metrics, {"step": 1, "total_steps": 2, "loss": 0.5, "strategy": "fsdp"})
+    if which == "result":
+        write_json(site.run.result, {**FAILED, "failure": failure.to_json()})
+    path = attempt.failure(1) if "/" in which else getattr(site.run, which)
+    for content in _otherwise(path):
+        path.write_bytes(content)
+        if which == "metrics":
+            progress.Display(site.run, follow.Console(as_json=True), None).update(ended=True)
+        if which != "result":
+            site.run.result.unlink(missing_ok=True)
+        code = main(["wait", "run", "--json"])
+        record = json.loads(capsys.readouterr().out)
+        assert record["status"] != "crashed", (content[:100], record)
+        assert code == record["exit_code"]
+
+
 def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys: Capture) -> None:
     site.state("RUNNING")
 
@@ -488,13 +530,17 @@ def test_of_a_long_log_only_the_end_is_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_late_comer_sees_the_last_lines_and_the_last_step(site: Site, later: Later, capsys: Capture) -> None:
-    site.run.attempt(0).log(0).write_text("".join(f"line {number}\n" for number in range(100_000)))
+    log = "".join(f"line {number}\n" for number in range(99_997))
+    # Colors, a bar that is drawn over itself, and what would set the terminal's title.
+    log += "\x1b[1;31mline 99997\x1b[0m\nline 1%\rline 5%\rline 99998\r\nline 99999 \x1b]0;title\x07\n"
+    site.run.attempt(0).log(0).write_text(log)
     site.run.metrics.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 10_000)))
     site.state("RUNNING")
     later(1.0, lambda: (write_json(site.run.result, DONE), site.state("COMPLETED")))
     assert main(["wait", "run"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert [line for line in shown if line.startswith("line ")] == [f"line {n}" for n in range(99_990, 100_000)]
+    last = [*(f"line {number}" for number in range(99_990, 99_999)), "line 99999 \\x1b]0;title\\x07"]
+    assert [line for line in shown if line.startswith("line ")] == last
     assert [line for line in shown if line.startswith("step ")] == ["step 9999/9  loss 0.5"]
 
 

@@ -5,8 +5,20 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
 import sys
-from typing import Any
+from typing import Any, TextIO
+
+from jobs.errors import OutputLost, one_line
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal would obey, or could not show."""
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin, with each character that a terminal would obey as its escape: `\\x1b`."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Console:
@@ -27,6 +39,7 @@ class Console:
         """From then on an error is the job's, not the user's."""
         self.facts: dict[str, Any] = {}
         """What the one object holds besides, however the command ends."""
+        self._finished = False
         self._stdout = sys.stdout
         self.stream = sys.stderr if as_json else sys.stdout
 
@@ -35,14 +48,51 @@ class Console:
         return contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
 
     def say(self, text: str = "") -> None:
-        print(text, file=self.stream, flush=True)
+        """A line for people.
+
+        Raises:
+            OutputLost: it cannot be written.
+        """
+        self._write(printable(text) + "\n", self.stream)
+
+    def complain(self, text: str) -> None:
+        """A line on stderr; the command goes on also where nobody can read it."""
+        self.pass_on(printable(text) + "\n")
+
+    def pass_on(self, text: str) -> None:
+        """Text on stderr, as it is."""
+        with contextlib.suppress(OutputLost):
+            self._write(text, sys.stderr)
 
     def error(self, text: str) -> None:
-        print(f"meshrun: error: {text}", file=sys.stderr, flush=True)
+        self.complain(f"meshrun: error: {one_line(text)}")
 
     def finish(self, record: dict[str, Any]) -> None:
-        """The one JSON object, where it was asked for."""
-        if self.as_json:
+        """Prints the one JSON object, where it was asked for; only the first one.
+
+        Raises:
+            OutputLost: it cannot be written.
+        """
+        if self.as_json and not self._finished:
             from workloads.json_values import to_json  # late: it brings logging along, which most output does not need
 
-            print(json.dumps(to_json({**self.facts, **record}), allow_nan=False), file=self._stdout, flush=True)
+            self._finished = True
+            self._write(json.dumps(to_json({**self.facts, **record}), allow_nan=False) + "\n", self._stdout)
+
+    def flush(self) -> None:
+        """Writes what others have printed, such as argparse and a user's hook.
+
+        Raises:
+            OutputLost: it cannot be written.
+        """
+        self._write("", self._stdout)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError as error:
+            # What its buffer still holds would be tried again, and complained about, when Python exits.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise OutputLost("stderr" if stream is sys.stderr else "stdout", error) from None

@@ -25,7 +25,7 @@ from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.progress import Display, Tail
 from jobs.cluster import ClusterConfig
-from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, JobFailed
+from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, OutputLost, SubmissionUnknown
 from jobs.records import RunDirectory, Submitted, read_json, write_json
 from jobs.slurm import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
@@ -51,13 +51,18 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
     """
     run_dir = RunDirectory(spec.run_dir)
     if not wait:
-        with interrupts.held():
-            process = _start(spec, cluster, run_dir, owned=False)
-        console.say(f"started as process {process.pid}; it goes on without this terminal")
-        console.say(f"  follow it: {come_back(run_dir)}\n  end it:    kill {process.pid}")
-        job_id = str(process.pid)
-        console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(spec.run_dir), "job_id": job_id})
-        return EXIT_DONE
+        submitted = None
+        try:
+            with interrupts.held():
+                _, submitted = _start(spec, cluster, run_dir, owned=False)
+                console.facts["job_id"] = submitted.job_id
+                console.job_started = True
+            console.say(f"started as process {submitted.job_id}; it goes on without this terminal")
+            return leave(run_dir, submitted, console)
+        except Interrupted as interruption:
+            if submitted is None:
+                raise
+            return detached(run_dir, submitted, console, interruption)
     began = time.monotonic()
     # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
     processes.adopt_orphans()
@@ -66,36 +71,35 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
     process = None
     try:
         with interrupts.held():
-            process = _start(spec, cluster, run_dir, owned=True)
+            process, _ = _start(spec, cluster, run_dir, owned=True)
             console.job_started = True
         while process.poll() is None:
             display.update()
             time.sleep(POLL_S)
         display.update(ended=True)
         display.close()
-    except (Interrupted, BrokenPipeError) as interruption:
+    except Interrupted as interruption:
         interrupts.ignore()
         if process is not None:
             _end(process)
             processes.kill_children(but=before)
-        with contextlib.suppress(OSError):
-            display.close()
-            console.error(f"{interruption}; the job was ended, no process of it is left")
-            console.finish({"status": "interrupted", "exit_code": 130, "run_dir": str(spec.run_dir)})
+        display.close()
+        console.error(f"{interruption}; the job was ended, no process of it is left")
+        with contextlib.suppress(OutputLost):
+            console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
         return Interrupted.exit_code
     processes.kill_children(but=before)
-    record = read_json(run_dir.result)
+    record = run_dir.recorded()
     if record is None or (record["status"] == "done" and process.returncode != 0):
         record = _without_result(run_dir, f"with code {process.returncode} ")
-    return report_end(run_dir, record, console, time.monotonic() - began)
+    return report_end(record, console, time.monotonic() - began)
 
 
-def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: bool) -> Any:
+def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: bool) -> tuple[Any, Submitted]:
     process = executor.submit(spec, cluster, owned=owned)._process
-    run_dir.record_submission(
-        Submitted("local", str(process.pid), _now(), socket.gethostname(), processes.started(process.pid))
-    )
-    return process
+    submitted = Submitted("local", str(process.pid), _now(), socket.gethostname(), processes.started(process.pid))
+    run_dir.record_submission(submitted)
+    return process, submitted
 
 
 def _now() -> str:
@@ -133,20 +137,22 @@ def _without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
 # --- a job that goes on by itself -------------------------------------------------------------------------------------
 
 
-def submit_slurm(spec: JobSpec, cluster: ClusterConfig) -> Submitted:
+def submit_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Submitted:
     """Queues a job and writes down what it became. A signal that comes meanwhile is raised by the caller's `held`.
 
     Raises:
-        SubmissionError, JobFailed: as executor.submit.
+        SubmissionError, SubmissionUnknown: as executor.submit; also where the job's number cannot be written down.
     """
     # A Ctrl-C is sent to sbatch too, which would end in the middle of its request: it inherits that it is held.
     with interrupts.blocked():
         job = executor.submit(spec, cluster, owned=False)
     submitted = Submitted("slurm", str(job.job_id), _now(), socket.gethostname())
+    console.facts["job_id"] = submitted.job_id
+    console.job_started = True
     try:
         RunDirectory(spec.run_dir).record_submission(submitted)
     except OSError as error:
-        raise JobFailed(
+        raise SubmissionUnknown(
             f"job {job.job_id} is queued, and cannot be followed: its number could not be written down "
             f"({error.strerror}); see squeue, and end it with scancel {job.job_id}"
         ) from error
@@ -164,6 +170,22 @@ def come_back(run_dir: RunDirectory) -> str:
     return shlex.join([*typed, "wait", str(path)])
 
 
+def _ends(submitted: Submitted) -> str:
+    """The line that ends a job."""
+    return f"{'scancel' if submitted.executor == 'slurm' else 'kill'} {submitted.job_id}"
+
+
+def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
+    """Says how to come back to a job that was submitted just now and is not waited for.
+
+    Returns:
+        The exit code.
+    """
+    console.say(f"  follow it: {come_back(run_dir)}\n  end it:    {_ends(submitted)}")
+    console.finish({"status": "submitted", "exit_code": EXIT_DONE})
+    return EXIT_DONE
+
+
 def detached(run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException) -> int:
     """Says how to come back to a job that is left to itself.
 
@@ -171,20 +193,11 @@ def detached(run_dir: RunDirectory, submitted: Submitted, console: Console, why:
         The exit code of an interruption.
     """
     interrupts.ignore()
-    job, end = f"job {submitted.job_id}", f"scancel {submitted.job_id}"
-    if submitted.executor != "slurm":
-        job, end = f"process {submitted.job_id}", f"kill {submitted.job_id}"
-    with contextlib.suppress(OSError):
-        line = f"{why}; detached; {job} goes on; come back: {come_back(run_dir)}; end it: {end}"
-        print(f"meshrun: {line}", file=sys.stderr, flush=True)
-        console.finish(
-            {
-                "status": "detached",
-                "exit_code": Interrupted.exit_code,
-                "run_dir": str(run_dir.path),
-                "job_id": submitted.job_id,
-            }
-        )
+    job = f"{'job' if submitted.executor == 'slurm' else 'process'} {submitted.job_id}"
+    line = f"{why}; detached; {job} goes on; come back: {come_back(run_dir)}; end it: {_ends(submitted)}"
+    console.complain(f"meshrun: {line}")
+    with contextlib.suppress(OutputLost):
+        console.finish({"status": "detached", "exit_code": Interrupted.exit_code})
     return Interrupted.exit_code
 
 
@@ -201,6 +214,7 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
         The exit code: the job's, or 130 where the wait was interrupted and the job left to itself.
     """
     began = time.monotonic()
+    console.facts |= {"run_dir": str(run_dir.path), "job_id": submitted.job_id}
     display = None
     try:
         display = Display(run_dir, console, _total_steps(run_dir), from_the_start)
@@ -220,17 +234,17 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
             display.update(ended=True)
         display.close()
         record = job.record()
-    except (Interrupted, BrokenPipeError) as interruption:
-        with contextlib.suppress(OSError):
-            if display is not None:
-                display.close()
+    except Interrupted as interruption:
+        if display is not None:
+            display.close()
         return detached(run_dir, submitted, console, interruption)
     seconds = time.monotonic() - began if from_the_start else record.get("seconds")
-    return report_end(run_dir, {**record, "job_id": submitted.job_id}, console, seconds)
+    return report_end(record, console, seconds)
 
 
 def _total_steps(run_dir: RunDirectory) -> int | None:
-    steps = ((read_json(run_dir.job) or {}).get("settings") or {}).get("steps")
+    settings = (read_json(run_dir.job) or {}).get("settings")
+    steps = settings.get("steps") if isinstance(settings, dict) else None
     return steps if isinstance(steps, int) else None
 
 
@@ -254,10 +268,10 @@ class _Result:
             self._seen = self._record = None
             return None
         if seen != self._seen:
-            record = None
+            self._record = None
             with contextlib.suppress(OSError):  # it has just been replaced
-                record = read_json(self.run_dir.result)
-            self._seen, self._record = seen, record if isinstance(record, dict) else None
+                self._record = self.run_dir.recorded()
+            self._seen = seen
             self.since, self.changes = stat.st_mtime, self.changes + 1
         if self._record is not None and self._record.get("attempt", 0) < self.run_dir.last_attempt().number:
             return None
@@ -500,11 +514,10 @@ def _expected(start: datetime | None) -> str:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def report_end(run_dir: RunDirectory, record: dict[str, Any], console: Console, seconds: float | None) -> int:
+def report_end(record: dict[str, Any], console: Console, seconds: float | None) -> int:
     """What the job came to.
 
     Args:
-        run_dir: the job's.
         record: what result.json holds.
         console: where it is shown.
         seconds: how long it took; none = nobody knows.
@@ -513,27 +526,27 @@ def report_end(run_dir: RunDirectory, record: dict[str, Any], console: Console, 
         The exit code.
     """
     if record["status"] == "done":
-        report(run_dir.path, record, console, seconds)
+        report(record, console, seconds)
         return EXIT_DONE
     failure = record.get("failure") or {}
     if record.get("traceback"):
-        print(record["traceback"].rstrip(), file=sys.stderr)
-    elif failure.get("log") and (tail := _tail(Path(failure["log"]))):
-        print(f"the end of its log:\n{tail}", file=sys.stderr)
+        console.complain(record["traceback"].rstrip())
+    elif isinstance(failure.get("log"), str) and (tail := _tail(Path(failure["log"]))):
+        console.complain(f"the end of its log:\n{tail}")
     told = {"failed": "the job failed: ", "unknown": ""}.get(record["status"], f"the job was {record['status']}: ")
-    console.error(told + record["error"])
-    console.finish({**record, "exit_code": EXIT_FAILED, "run_dir": str(run_dir.path)})
+    console.error(told + record.get("error", "nothing says why"))
+    console.finish({**record, "exit_code": EXIT_FAILED})
     return EXIT_FAILED
 
 
-def report(run_dir: Path, record: dict[str, Any], console: Console, seconds: float | None) -> None:
+def report(record: dict[str, Any], console: Console, seconds: float | None) -> None:
     """The result of a job that is done."""
     console.say("done" if seconds is None else f"done in {seconds:.1f} s")
     result = record.get("result")
     if isinstance(result, dict):
         for line in _lines(result):
             console.say("  " + line)
-    console.finish({**record, "exit_code": EXIT_DONE, "run_dir": str(run_dir)})
+    console.finish({**record, "exit_code": EXIT_DONE})
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -545,17 +558,12 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}:"
             yield from ("  " + line for line in _lines(value))
             continue
-        shown = f"{value:.6g}" if isinstance(value, float) else _printable(str(value))
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         if "\n" in shown:
             yield f"{key}:"
-            yield from ("  " + line for line in shown.splitlines())
+            yield from ("  " + line for line in shown.split("\n"))
         else:
             yield f"{key}: {shown}"
-
-
-def _printable(text: str) -> str:
-    """Generated text may hold what a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _tail(path: Path, lines: int = 30) -> str:

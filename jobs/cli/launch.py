@@ -7,7 +7,6 @@ import gc
 import os
 import shutil
 import socket
-import sys
 import textwrap
 import time
 import traceback
@@ -53,15 +52,17 @@ def run(given: Options, console: Console) -> int:
     new = [path for path in (spec.run_dir, *spec.run_dir.parents) if not path.exists()]
     keep_others_from_writing()
     run_dir = RunDirectory.create(spec.run_dir)
-    with _emptied_on(BaseException, run_dir, new):
+    with _emptied_on(BaseException, run_dir, new, console):
         run_dir.describe(spec)
-        prepared = None if plan is None else _prepare(resolved, plan)
+        prepared = None if plan is None else _prepare(resolved, plan, console)
     if prepared is not None:
         resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
         console.facts["prepared"] = prepared
+    console.facts["run_dir"] = str(spec.run_dir)
     if spec.executor == "slurm":
         return _queue(resolved, run_dir, new, console, wait=bool(given.wait))
-    _announce(resolved, console)
+    with _emptied_on(BaseException, run_dir, new, console):
+        _announce(resolved, console)
     if spec.executor == "debug":
         return _debug(spec, console)
 
@@ -71,7 +72,7 @@ def run(given: Options, console: Console) -> int:
     return follow.run(spec, resolved.cluster, console, wait=wait, total_steps=_total_steps(resolved.config))
 
 
-def _prepare(resolved: Resolved, plan: str) -> str | None:
+def _prepare(resolved: Resolved, plan: str, console: Console) -> str | None:
     """Has the workload prepare its data, in a process of its own.
 
     Returns:
@@ -80,7 +81,7 @@ def _prepare(resolved: Resolved, plan: str) -> str | None:
     preparation = None
     try:
         with interrupts.held():
-            preparation = preparing.Preparation(resolved.entry, resolved.spec, plan, _pass_on)
+            preparation = preparing.Preparation(resolved.entry, resolved.spec, plan, console.pass_on)
         return preparation.outcome()
     except BaseException:
         interrupts.ignore()
@@ -89,10 +90,6 @@ def _prepare(resolved: Resolved, plan: str) -> str | None:
         with interrupts.held():
             if preparation is not None:
                 preparation.end()
-
-
-def _pass_on(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
 
 
 def _announce(resolved: Resolved, console: Console) -> None:
@@ -107,22 +104,17 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], conso
 
     submitted = None
     try:
-        with interrupts.held(), _emptied_on(SubmissionError, run_dir, new):
-            submitted = follow.submit_slurm(resolved.spec, resolved.cluster)
-            console.job_started = True
+        with interrupts.held(), _emptied_on((SubmissionError, OSError), run_dir, new, console):
+            submitted = follow.submit_slurm(resolved.spec, resolved.cluster, console)
         _announce(resolved, console)  # not before: a refusal stays one line
         console.say(f"submitted job {submitted.job_id}")
         if not wait:
-            console.say(f"  follow it: {follow.come_back(run_dir)}\n  end it:    scancel {submitted.job_id}")
-    except (Interrupted, BrokenPipeError) as interruption:
+            return follow.leave(run_dir, submitted, console)
+    except Interrupted as interruption:
         if submitted is None:
             raise
         return follow.detached(run_dir, submitted, console, interruption)
-    if wait:
-        return follow.watch(run_dir, submitted, console)
-    job_id = submitted.job_id
-    console.finish({"status": "submitted", "exit_code": 0, "run_dir": str(run_dir.path), "job_id": job_id})
-    return 0
+    return follow.watch(run_dir, submitted, console)
 
 
 def _total_steps(config: WorkloadConfig) -> int | None:
@@ -131,17 +123,24 @@ def _total_steps(config: WorkloadConfig) -> int | None:
 
 
 @contextlib.contextmanager
-def _emptied_on(error: type[BaseException], run_dir: RunDirectory, new: Sequence[Path]) -> Iterator[None]:
+def _emptied_on(
+    error: type[BaseException] | tuple[type[BaseException], ...],
+    run_dir: RunDirectory,
+    new: Sequence[Path],
+    console: Console,
+) -> Iterator[None]:
     """Of a run directory in which nothing was started nothing stays behind: the corrected line can name it again.
 
     Args:
         error: what shows that nothing was started.
         run_dir: what was made; a symbolic link or a mount point, which was there before, stays.
         new: those of it and its parents that were not there before, innermost first.
+        console: tells no more of it.
     """
     try:
         yield
     except error:
+        console.facts.pop("run_dir", None)
         with contextlib.suppress(OSError):  # such as not empty: another run is there by now
             for path in run_dir.path.iterdir():
                 if path.is_dir() and not path.is_symlink():
@@ -220,10 +219,9 @@ def _debug(spec: JobSpec, console: Console) -> int:
     try:
         record = Job(spec)()
     except (Exception, SystemExit) as error:  # sys.exit(0) in the middle of the work is no success
-        traceback.print_exc()
+        console.complain(traceback.format_exc().rstrip())
         message = f"rank 0 on {socket.gethostname()}: {blame.failure_of(error, 0, '', 0, '').message}"
         write_json(result, {"status": "failed", "workload": spec.workload, "error": message})
-        console.finish({"status": "failed", "exit_code": 1, "run_dir": str(spec.run_dir), "error": message})
         raise JobFailed(message) from None
     except KeyboardInterrupt:
         write_json(result, {"status": "interrupted", "workload": spec.workload, "error": "interrupted by SIGINT"})
@@ -231,5 +229,5 @@ def _debug(spec: JobSpec, console: Console) -> int:
     assert record is not None
     from jobs.cli.follow import report
 
-    report(spec.run_dir, record, console, time.monotonic() - began)
+    report(record, console, time.monotonic() - began)
     return 0

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jobs.cli import interrupts, options
 from jobs.cli.console import Console
-from jobs.errors import EXIT_USER_ERROR, USER_ERRORS, CommandLineError, Interrupted, JobFailed, did_you_mean, one_line
+from jobs.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    USER_ERRORS,
+    CommandLineError,
+    Interrupted,
+    JobFailed,
+    OutputLost,
+    SubmissionUnknown,
+    did_you_mean,
+    one_line,
+)
 from workloads import registry
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command line.
+    """Runs one command line; with --json, whatever happens, one object is printed.
 
     Returns:
         The exit code: 0 done, 1 the job failed, 2 the user's mistake, 130 interrupted.
@@ -21,40 +34,62 @@ def main(argv: Sequence[str]) -> int:
     console = Console(as_json="--json" in argv)
     try:
         with interrupts.raised(), console.guard_stdout():
-            return _run(argv, console)
-    except (Interrupted, KeyboardInterrupt):
-        with contextlib.suppress(OSError):
+            code = _run(argv, console)
+            console.flush()
+            return code
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        if not isinstance(interruption, OutputLost):
             console.error("interrupted")
+        elif not interruption.reader_is_gone:  # `| head` has read what it wanted
+            console.error(str(interruption))
+        with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
         return Interrupted.exit_code
-    except BrokenPipeError:
-        # The reader of our output is gone; nothing is left to say, and the exit must not try to flush.
-        sys.stdout = None
-        return Interrupted.exit_code
+    except Exception as error:
+        console.complain(traceback.format_exc().rstrip())
+        with contextlib.suppress(OutputLost):
+            line = one_line(f"{type(error).__name__}: {error}")
+            console.finish({"status": "crashed", "exit_code": EXIT_FAILED, "error": line})
+        return EXIT_FAILED
 
 
 def _run(argv: Sequence[str], console: Console) -> int:
     try:
         try:
             given = options.parse(argv)
-        except SystemExit as done:  # argparse, after --help
-            return int(done.code or 0)
+        except SystemExit:  # argparse, after --help
+            console.finish({"status": "help", "exit_code": EXIT_DONE})
+            return EXIT_DONE
         return _dispatch(given, console)
-    except BrokenPipeError:
-        raise
-    except (*USER_ERRORS, OSError) as mistake:
-        if console.job_started:
+    except (*USER_ERRORS, OSError, ModuleNotFoundError) as mistake:
+        line = one_line(_line(mistake))
+        if console.job_started or not line:
             raise
-        line = str(mistake)
-        if isinstance(mistake, OSError):  # a path that cannot be looked at; whoever knew a better line has said it
-            line = f"{mistake.filename or 'the current directory'}: {mistake.strerror or mistake}; give another path"
-        line = one_line(line)
         console.error(line)
         console.finish({"status": "refused", "exit_code": EXIT_USER_ERROR, "error": line})
         return EXIT_USER_ERROR
     except JobFailed as failure:
-        console.error(one_line(f"the job failed: {failure}"))
+        unknown = isinstance(failure, SubmissionUnknown)
+        console.error(f"{'' if unknown else 'the job failed: '}{failure}")
+        status = "unknown" if unknown else "failed"
+        console.finish({"status": status, "exit_code": failure.exit_code, "error": str(failure)})
         return failure.exit_code
+
+
+def _line(mistake: Exception) -> str:
+    """The line of a refusal, of a path's unless a better one is known; empty where it is no mistake of the user's."""
+    if isinstance(mistake, ModuleNotFoundError):
+        if (mistake.name or "").partition(".")[0] in ("jobs", "workloads"):
+            return ""
+        return (
+            f"the Python package '{mistake.name}' is not installed for {sys.executable}; run `make setup` and use "
+            ".venv/bin/python, or `pip install -e .`"
+        )
+    if isinstance(mistake, OSError):
+        # Python names no path where the current directory has been removed.
+        path = mistake.filename or ("the current directory" if isinstance(mistake, FileNotFoundError) else "")
+        return f"{path}: {mistake.strerror}; give another path" if path else str(mistake)
+    return str(mistake)
 
 
 def _dispatch(given: options.Options, console: Console) -> int:

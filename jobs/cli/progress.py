@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import blame
-from jobs.cli.console import Console
+from jobs.cli.console import Console, printable
 from jobs.records import RunDirectory
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -131,13 +131,14 @@ class Display:
         for line in self.srun.lines(ended, self.late):
             if _OF_INTEREST.search(line):
                 self.say(line)
-        lines = self._until_rank_0_ends(self.log.lines(ended, self.late))
+        lines = map(_plain, self._until_rank_0_ends(self.log.lines(ended, self.late)))
         for line in deque(lines, LINES_BEFORE) if self.late else lines:
             self.say(line)
         steps = []
         for line in self.metrics.lines(ended, self.late):
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON
                 steps.append(json.loads(line))
+        steps = [metrics for metrics in steps if isinstance(metrics, dict)]
         for metrics in steps[-1:] if self.late else steps:
             self._step(metrics, last=metrics is steps[-1])
         self.late = False
@@ -152,9 +153,10 @@ class Display:
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
         if self.bar is not None:
-            self.bar.write(line, file=self.console.stream)
-        else:
-            self.console.say(line)
+            self.bar.clear()
+        self.console.say(line)
+        if self.bar is not None:
+            self.bar.refresh()
 
     def _step(self, metrics: dict[str, Any], last: bool) -> None:
         step = metrics.get("step")
@@ -171,7 +173,7 @@ class Display:
                 )
             self.bar.n = step
             if last:
-                self.bar.set_postfix_str(_words(metrics), refresh=False)
+                self.bar.set_postfix_str(printable(_words(metrics)), refresh=False)
                 self.bar.refresh()
             return
         now = time.monotonic()
@@ -187,6 +189,15 @@ class Display:
             self.bar = None
 
 
+_STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+"""A terminal's control sequence, such as a color's."""
+
+
+def _plain(line: str) -> str:
+    """What a terminal shows of a line in the end: without colors, and the last of what was written over each other."""
+    return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
+
+
 _OF_INTEREST = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)
 """Of srun's words while a job starts: why its step has to wait."""
 _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
@@ -194,6 +205,10 @@ _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", 
 
 def _words(metrics: dict[str, Any]) -> str:
     """The metrics that people watch, briefly."""
-    shown = [key for key in _SHOWN if isinstance(metrics.get(key), (int, float))]
-    shown = shown or [key for key, value in metrics.items() if key != "step" and isinstance(value, (int, float))][:5]
-    return "  ".join(f"{key} {metrics[key]:.4g}" for key in shown)
+    numbers = {}
+    for key, value in metrics.items():
+        if isinstance(value, (int, float)) and key != "step":
+            with contextlib.suppress(OverflowError):  # a whole number of 400 digits
+                numbers[key] = float(value)
+    shown = [key for key in _SHOWN if key in numbers] or list(numbers)[:5]
+    return "  ".join(f"{key} {numbers[key]:.4g}" for key in shown)

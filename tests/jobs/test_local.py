@@ -392,9 +392,11 @@ def test_a_breakpoint_stops_in_the_debug_executor(typed: Submit) -> None:
     [("raise", 1, ": ValueError"), ("sys.exit", 1, ": called sys.exit(3)"), ("SIGINT", 130, "interrupted")],
 )
 def test_failures_in_the_debug_executor(typed: Submit, does: str, code: int, says: str) -> None:
-    line = typed("mine:ENTRY", "--executor", "debug", f"does={does}", "on_rank=0")
-    got, _, err = line.finish()
-    assert got == code
+    line = typed("mine:ENTRY", "--executor", "debug", f"does={does}", "on_rank=0", "--json")
+    got, out, err = line.finish()
+    record = json.loads(out)
+    assert (got, record["exit_code"], record["run_dir"]) == (code, code, str(line.run_dir))
+    assert record["status"] == ("interrupted" if code == 130 else "failed")
     assert says in err.splitlines()[-1]
     assert code == 130 or "the job failed: rank 0" in err.splitlines()[-1]
 

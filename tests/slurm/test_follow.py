@@ -19,6 +19,7 @@ import pytest
 from tests.conftest import check_harness
 from tests.jobs.submitting import SUBMIT, Line, assert_ended_like_a_script, submit, wait_until
 from tests.slurm.harness import Cluster
+from tests.test_streams import close
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
@@ -168,6 +169,23 @@ def test_ctrl_c_while_sbatch_is_asked_leaves_no_job_unknown(slurm: Cluster, foll
     assert slurm.job_state(job_id(line)) == "PENDING"
 
 
+@pytest.mark.parametrize("words", [[], ["--wait"], ["--json"]], ids=str)
+def test_a_job_whose_line_can_print_nothing_is_named_on_stderr(
+    words: list[str], slurm: Cluster, typed: Callable[..., Line]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        line = typed("mine:ENTRY", "--sbatch", "hold", *words, env=slurm.env, stdout=full)
+    assert line.process.stderr is not None
+    last = line.process.stderr.read().splitlines()[-1]
+    job = job_id(line)
+    assert code(line) == 130
+    assert last == (
+        f"meshrun: stdout cannot be written (No space left on device); detached; job {job} goes on; "
+        f"come back: python {SUBMIT} wait run; end it: scancel {job}"
+    )
+    assert slurm.job_state(job) == "PENDING"
+
+
 def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, follow: Follow) -> None:
     blocker = occupy(slurm)
     line = follow(slurm)
@@ -201,7 +219,7 @@ def test_a_terminal_that_is_closed_leaves_the_job_running(slurm: Cluster, follow
 
 
 def test_a_job_that_is_cancelled_while_it_is_followed(slurm_accounting: Cluster, follow: Follow) -> None:
-    line = follow(slurm_accounting, *LONG)
+    line = follow(slurm_accounting, *LONG, preexec_fn=close(1))  # as `>&-` does
     line.wait_for_step(2)
     slurm_accounting.run("scancel", job_id(line))
     cancelled = time.monotonic()
