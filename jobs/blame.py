@@ -153,12 +153,15 @@ def _from_the_workload_on(error: BaseException) -> TracebackType | None:
     return trace
 
 
-def failure_of_exit(code: int, rank: int, host: str, when: float, log: str, end_of_log: str = "") -> Failure:
+def failure_of_exit(
+    code: int, rank: int, host: str, when: float, log: str, end_of_log: str = "", *, is_done: bool = False
+) -> Failure:
     """The record of a rank that ended without leaving one itself.
 
     Args:
         code: as subprocess has it: the exit status, or minus the signal that killed it.
         end_of_log: the end of the rank's log; only read for SIGABRT.
+        is_done: whether its work was done by then.
     """
     if code == -signal.SIGABRT:
         said = next((line for line in reversed(end_of_log.splitlines()) if _WATCHDOG.search(line)), "")
@@ -174,8 +177,10 @@ def failure_of_exit(code: int, rank: int, host: str, when: float, log: str, end_
             "SIGKILL": " (out of memory, or somebody's kill -9)",
             "SIGTERM": " (somebody's kill, or the scheduler's)",
         }.get(name, "")
-        return Failure(rank, host, when, "killed", f"killed by {name}{hint}", log=log)
-    return Failure(rank, host, when, "exit", f"exited with code {code} before its work was done", log=log)
+        after = " after its work was done" if is_done else ""
+        return Failure(rank, host, when, "killed", f"killed by {name}{hint}{after}", log=log)
+    relation = "after" if is_done else "before"
+    return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done", log=log)
 
 
 def root_cause(

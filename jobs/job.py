@@ -195,8 +195,7 @@ def _run(
             "seconds": round(time.time() - started, 3),
             "result": to_json(result),
         }
-        write_json(RunDirectory(spec.run_dir).result, record)
-        return record
+        return RunDirectory(spec.run_dir).publish(record)
     finally:
         # After a failure the peers may be gone: closing NCCL's communicators would wait for them. The workload may have
         # destroyed the group itself, as scripts do at their end; and the work is done, whatever comes of this.

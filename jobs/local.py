@@ -140,37 +140,44 @@ class Supervisor:
         spec = self.job.spec
         run = RunDirectory(spec.run_dir)
         attempt = run.attempt(0).make()
-        watch = _Watch(spec, attempt)
+        watch = _Watch(spec, run, attempt)
+        problem = None
         try:
             watch.start(self.job)
             watch.until_all_ended()
         except (JobFailed, Interrupted) as error:
-            status = "failed" if isinstance(error, JobFailed) else "interrupted"
-            write_json(
-                run.result,
+            problem = error
+            run.publish(
                 {
-                    "status": status,
+                    "status": "failed" if isinstance(error, JobFailed) else "interrupted",
                     "workload": spec.workload,
                     "attempt": attempt.number,
                     "seconds": round(time.time() - watch.started, 3),
                     "error": str(error),
                     "traceback": getattr(error, "traceback", ""),
                     "failure": watch.blamed.to_json() if watch.blamed else None,
-                },
+                }
             )
-            raise
         finally:
             watch.end()
         record = read_json(run.result)
         assert record is not None
+        if problem is not None and (record["status"] != "done" or isinstance(problem, Interrupted)):
+            raise problem
+        # What is done is done: what came after it is told beside it.
+        warnings = [str(problem)] if problem is not None else watch.after_the_work()
+        if warnings:
+            record["warnings"] = warnings
+            write_json(run.result, record)
         return record
 
 
 class _Watch:
     """The ranks of one job, from the first fork until none is left."""
 
-    def __init__(self, spec: JobSpec, attempt: Attempt) -> None:
+    def __init__(self, spec: JobSpec, run: RunDirectory, attempt: Attempt) -> None:
         self.spec = spec
+        self.result = run.result
         self.attempt = attempt
         self.ranks: list[_Rank] = []
         self.started = time.time()
@@ -306,10 +313,21 @@ class _Watch:
             return failure
         if rank.exit_code is None:
             return None
-        if rank.exit_code == 0 and self.attempt.done(rank.rank).exists():
+        # Its work is done; rank 0's is when the result is there.
+        if self.attempt.done(rank.rank).exists() and (rank.rank != 0 or self.result.exists()):
             return None
         said = self.attempt.end_of_log(rank.rank) if rank.exit_code == -signal.SIGABRT else ""
         return blame.failure_of_exit(rank.exit_code, rank.rank, rank.host, rank.ended, str(rank.log), said)
+
+    def after_the_work(self) -> list[str]:
+        """How ranks died whose work was done: warnings, one a line."""
+        died = [rank for rank in self.ranks if rank.exit_code]
+        return [
+            blame.failure_of_exit(
+                rank.exit_code or 0, rank.rank, rank.host, rank.ended, str(rank.log), is_done=True
+            ).headline()
+            for rank in died
+        ]
 
     def end(self) -> None:
         """Ends every process below this one: ranks, what they started, and what those left behind."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from jobs import blame, slurm, srun
 from jobs.blame import Failure, LastSeen
-from jobs.records import Attempt, RunDirectory, end_of, read_json, write_json
+from jobs.records import Attempt, RunDirectory, end_of, read_json
 from jobs.slurm import JobState
 from jobs.srun import SrunWords
 from workloads.errors import first_few
@@ -110,10 +110,10 @@ class Evidence:
 
     def of_exit(self, code: int, rank: int, when: float) -> Failure:
         """The failure of a rank that has left none itself."""
-        failure = blame.failure_of_exit(code, rank, self.host_of(rank), when, self.logs.get(rank, ""))
-        after = " (its work was done by then)" if rank in self.done else ""
+        log, is_done = self.logs.get(rank, ""), rank in self.done
+        failure = blame.failure_of_exit(code, rank, self.host_of(rank), when, log, is_done=is_done)
         said = f": {self.last_lines[rank]}" if code > 0 and rank in self.last_lines else ""
-        return replace(failure, message=failure.message + after + said)
+        return replace(failure, message=failure.message + said)
 
 
 def outcome(seen: Evidence) -> dict[str, Any]:
@@ -393,23 +393,11 @@ def _last_line(path: Path) -> str:
     return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
 
 
-def conclude(run: RunDirectory, attempt: int, seen: Evidence) -> dict[str, Any]:
-    """Leaves the record in the run directory, unless one is there that says more; gives the one that counts.
-
-    A "done" of this attempt stands, and so does whatever a later attempt has written.
-    """
+def conclude(run: RunDirectory, seen: Evidence) -> dict[str, Any]:
+    """Leaves the record in the run directory, unless one is there that counts more; gives the one that counts."""
     record = outcome(seen)
-    there = None
     with contextlib.suppress(OSError):
-        there = run.recorded()
-    if there is not None:
-        same = there.get("attempt", 0) == attempt
-        says_more = there.get("status") == "done" or (there.get("failure") and not record["failure"])
-        if there.get("attempt", 0) > attempt or (same and says_more):
-            return there
-    if run.last_attempt().number <= attempt:
-        with contextlib.suppress(OSError):
-            write_json(run.result, record)
+        return run.publish(record)
     return record
 
 
@@ -444,7 +432,7 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
             line = "meshrun: preempted; waiting for Slurm to put the job back into the queue"
             print(line, file=sys.stderr, flush=True)
             sleep(_GRACE_AT_MOST_S)
-    record = conclude(run, number, seen)
+    record = conclude(run, seen)
     if record["status"] == "done":
         return f"meshrun: attempt {number}: the work is done, and srun ended with code {status} after it"
     return f"meshrun: attempt {number} failed: {record['error']}"

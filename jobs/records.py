@@ -28,6 +28,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,20 @@ def keep_others_from_writing() -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes beside and renames, so that a reader sees the whole file or none."""
+    with _written_beside(path, text) as beside:
+        beside.replace(path)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, text: str) -> Iterator[Path]:
+    """Inside, the text is whole in a file beside `path`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        yield beside
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk names no file
         raise
@@ -71,7 +79,27 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes beside and renames; see workloads.base.to_json for what may be in `value`."""
-    write_text(path, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, _as_text(value))
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a file that is not there yet, whole or not at all.
+
+    Raises:
+        FileExistsError: it is there; nothing is overwritten, whoever wrote it a moment ago.
+    """
+    with _written_beside(path, text) as beside:
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -81,6 +109,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):  # ValueError: not UTF-8, or not JSON
         return None
     return value if isinstance(value, dict) else None
+
+
+def _weight(record: dict[str, Any] | None) -> tuple[int, bool, bool, bool]:
+    """What orders records of how a run ended; see RunDirectory.publish."""
+    if record is None:
+        return -1, False, False, False
+    is_done = record["status"] == "done"
+    return record.get("attempt", 0), is_done, bool(record.get("failure")), bool(record.get("slurm_state"))
 
 
 @dataclass(frozen=True)
@@ -104,6 +140,7 @@ _OF_A_RESULT: dict[str, Any] = {
     "error": str,
     "traceback": str,
     "failure": (dict, type(None)),
+    "warnings": list,
 }
 """The types of what is looked into."""
 
@@ -214,28 +251,53 @@ class RunDirectory:
         is_ours = submitted.executor in ("slurm", "local") and re.fullmatch("[0-9]{1,18}", submitted.job_id)
         return submitted if is_ours else None
 
-    def recorded(self) -> dict[str, Any] | None:
+    def recorded(self, path: Path | None = None) -> dict[str, Any] | None:
         """What result.json holds, but for what is not as we write it; None where that says nothing of an end."""
-        record = read_json(self.result) or {}
+        record = read_json(path or self.result) or {}
         if not isinstance(record.get("status"), str):
             return None
         return {name: value for name, value in record.items() if isinstance(value, _OF_A_RESULT.get(name, object))}
+
+    def publish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Leaves the record of how the run ended, unless one is there that counts more.
+
+        A later attempt's counts more, then one of work that is done, then one that names a rank, then one with Slurm's
+        word, then the one that was there first. An attempt that has a successor leaves none.
+
+        Returns:
+            The record that counts.
+        """
+        may_write = self.last_attempt().number <= record.get("attempt", 0)
+        while True:
+            there = self.recorded()
+            if there is not None and _weight(there) >= _weight(record):
+                return there
+            if not may_write:
+                return record
+            with contextlib.suppress(FileExistsError):
+                write_new(self.result, _as_text(record))
+                return record
+            # Taken away before it is replaced: what somebody has left since it was read is then found here.
+            taken = self.result.with_name(f".{self.result.name}.{os.getpid()}.{secrets.token_hex(4)}.taken")
+            with contextlib.suppress(FileNotFoundError):
+                self.result.rename(taken)
+                record = max(record, self.recorded(taken) or record, key=_weight)
+                taken.unlink()
 
     def begin(self, attempt: int) -> None:
         """Puts aside what an earlier attempt left at the top, so that what is there is this attempt's.
 
         For rank 0, before anything of this attempt is written there; calling it again changes nothing.
         """
-        if attempt == 0:
-            return
-        earlier = self.attempt(attempt - 1).path
-        earlier.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record = self.recorded()
-        older = record is None or record.get("attempt", 0) < attempt
-        for path, stale in ((self.metrics, True), (self.result, older)):
-            if stale and not (earlier / path.name).exists():
+        author = (self.recorded() or {}).get("attempt", 0)
+        # An attempt may have ended before its rank 0 came here: then the metrics are of one before that.
+        steps_ended = (number for number in range(attempt + 1) if self.attempt(number).heartbeat(0).exists())
+        for path, owner in ((self.metrics, max(steps_ended, default=0)), (self.result, author)):
+            aside = self.attempt(owner).path / path.name
+            if owner < attempt and path.exists() and not aside.exists():
+                aside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
-                    path.rename(earlier / path.name)
+                    path.rename(aside)
 
     def attempt(self, number: int) -> Attempt:
         return Attempt(self.path / f"attempt-{number}", number)

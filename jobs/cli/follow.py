@@ -26,7 +26,7 @@ from jobs.cli.console import Console
 from jobs.cli.progress import Display, Tail
 from jobs.cluster import ClusterConfig
 from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, OutputLost, SubmissionUnknown
-from jobs.records import RunDirectory, Submitted, read_json, write_json
+from jobs.records import RunDirectory, Submitted, read_json
 from jobs.slurm import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
 
@@ -90,8 +90,11 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
         return Interrupted.exit_code
     processes.kill_children(but=before)
     record = run_dir.recorded()
-    if record is None or (record["status"] == "done" and process.returncode != 0):
-        record = _without_result(run_dir, f"with code {process.returncode} ")
+    how = f"with code {process.returncode} "
+    if record is None:
+        record = _without_result(run_dir, how)
+    elif record["status"] == "done" and process.returncode != 0:
+        record["warnings"] = [*record.get("warnings", ()), f"the supervisor ended {how}after the work was done"]
     return report_end(record, console, time.monotonic() - began)
 
 
@@ -128,9 +131,8 @@ def _without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
         "error": f"the supervisor ended {how}and left no result (log: {log})",
         "traceback": _tail(log),
     }
-    if not run_dir.result.exists():
-        with contextlib.suppress(OSError):
-            write_json(run_dir.result, record)
+    with contextlib.suppress(OSError):
+        return run_dir.publish(record)
     return record
 
 
@@ -479,7 +481,7 @@ class _SlurmJob:
                 f" (accounting: {answer.words})" if isinstance(answer, Forgotten) and answer.words else ""
             )
             return {**unknown, "error": error}
-        return outcome.conclude(self.run_dir, attempt, seen)
+        return outcome.conclude(self.run_dir, seen)
 
 
 def _line(job_id: str, answer: slurm.Answer) -> str:
@@ -542,6 +544,8 @@ def report_end(record: dict[str, Any], console: Console, seconds: float | None) 
 def report(record: dict[str, Any], console: Console, seconds: float | None) -> None:
     """The result of a job that is done."""
     console.say("done" if seconds is None else f"done in {seconds:.1f} s")
+    for warning in record.get("warnings", ()):
+        console.say(f"warning: {warning}")
     result = record.get("result")
     if isinstance(result, dict):
         for line in _lines(result):

@@ -77,6 +77,16 @@ def test_a_workload_may_end_as_scripts_do(typed: Submit, tmp_path: Path) -> None
     assert_ended_like_a_script(tmp_path)
 
 
+def test_a_rank_that_dies_when_its_work_is_done_is_a_warning(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *TWO, "at_end=a crash", "rank_0_longer=1")
+    code, out, err = line.finish()
+    assert (code, err) == (0, ""), out
+    warning = f"rank 1 on host0: killed by SIGSEGV after its work was done (log: {line.run_dir}/attempt-0/rank-1.log)"
+    assert f"warning: {warning}\n" in out
+    record = line.result()
+    assert (record["status"], record["warnings"], record["result"]["total"]) == ("done", [warning], 9.0)
+
+
 AWKWARD = '  it\'s "x" $HOME\n* `id` \\n = ü'
 
 

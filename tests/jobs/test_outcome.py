@@ -78,7 +78,10 @@ LATE_CANCEL = srun.read(
         (seen("SIGABRT"), "rank 3 on node1: killed by SIGABRT (log: "),
         (seen("SIGTERM"), "rank 3 on node1: killed by SIGTERM (somebody's kill, or the scheduler's)"),
         (seen("SIGKILL-of-two"), "rank 3 on node1: killed by SIGKILL"),
-        (seen("SIGKILL", done=frozenset({3})), "killed by SIGKILL (out of memory, or somebody's kill -9) (its work"),
+        (
+            seen("SIGKILL", done=frozenset({3})),
+            "killed by SIGKILL (out of memory, or somebody's kill -9) after its work was done",
+        ),
         # A kill comes before the error that somebody makes of the loss; an error before the kills that follow it.
         (seen("SIGKILL", [error(0, message="ValueError: no answer")]), "rank 3 on node1: killed by SIGKILL"),
         (seen("SIGABRT", [error(0)]), "rank 0 on node0: ValueError: mine"),
@@ -241,7 +244,7 @@ def begin(run: RunDirectory, attempt: int, name: str) -> None:
 
 
 def judge(run: RunDirectory, attempt: int = 0, **more: Any) -> dict[str, Any]:
-    return conclude(run, attempt, gather(run, attempt, sleep=lambda _: None, **more))
+    return conclude(run, gather(run, attempt, sleep=lambda _: None, **more))
 
 
 def test_everything_is_read_and_the_record_is_left(run: RunDirectory) -> None:
@@ -359,6 +362,24 @@ def test_a_record_that_names_a_rank_is_not_replaced_by_one_that_names_none(run: 
     judge(run)
     run.attempt(0).srun_log.unlink()
     assert judge(run, state=JobState("CANCELLED"))["error"].startswith("rank 3")
+
+
+def test_metrics_stay_with_the_attempt_that_wrote_them_though_a_later_one_has_died_before_it_began(
+    run: RunDirectory,
+) -> None:
+    run.metrics.write_text("earlier\n")
+    run.attempt(0).heartbeat(0).write_text("1\n")
+    judge(run)
+    run.attempt(1).make()
+    run.begin(2)
+    assert (run.attempt(0).path / "metrics.jsonl").read_text() == "earlier\n"
+    assert read_json(run.attempt(0).path / "result.json")["failure"]["rank"] == 3
+    assert not any((run.attempt(1).path / name).exists() for name in ("metrics.jsonl", "result.json"))
+    # What the attempt itself has written by then stays where it is.
+    run.metrics.write_text("own\n")
+    run.attempt(2).make().heartbeat(0).write_text("1\n")
+    run.begin(2)
+    assert run.metrics.read_text() == "own\n"
 
 
 def test_a_later_attempt_puts_aside_what_an_earlier_one_left(run: RunDirectory) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs import records
 from jobs.errors import RunDirectoryError
 from jobs.records import RunDirectory, default_run_dir, read_json, write_json, write_text
 
@@ -65,6 +68,50 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_checking_writes_nothing(tmp_path: Path) -> None:
     RunDirectory.check(tmp_path / "a" / "b")
     assert [p.name for p in tmp_path.iterdir()] == []
+
+
+DONE = {"status": "done", "attempt": 0}
+FAILED: dict[str, Any] = {"status": "failed", "attempt": 0}
+NAMED = {**FAILED, "failure": {"rank": 1}}
+TIMED_OUT = {**FAILED, "slurm_state": "TIMEOUT"}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize(
+    "order", [(DONE, NAMED), (NAMED, FAILED), (TIMED_OUT, FAILED), (NAMED, TIMED_OUT), ({**FAILED, "attempt": 1}, DONE)]
+)
+def test_the_record_that_counts_more_stays_whichever_comes_first(
+    order: tuple[dict[str, Any], ...], has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "no links on this file system")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    for sequence in (order, order[::-1]):
+        run = RunDirectory(tmp_path / str(len(list(tmp_path.iterdir()))))
+        run.path.mkdir()
+        assert [run.publish(dict(record)) for record in sequence][-1] == order[0]
+        assert read_json(run.result) == order[0]
+        assert [path.name for path in run.path.iterdir()] == ["result.json"]
+
+
+def test_a_record_that_comes_while_another_is_replaced_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.publish(dict(FAILED))
+    read = records.read_json
+
+    def read_and_then_another_finishes(path: Path) -> Any:
+        value = read(path)
+        monkeypatch.setattr(records, "read_json", read)
+        run.publish(dict(DONE))
+        return value
+
+    monkeypatch.setattr(records, "read_json", read_and_then_another_finishes)
+    assert run.publish(dict(NAMED)) == DONE
+    assert read_json(run.result) == DONE
 
 
 def _create(path: Path, barrier: threading.Barrier, results: multiprocessing.SimpleQueue[str]) -> None:
