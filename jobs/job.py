@@ -126,6 +126,7 @@ def _run(
 
     torch.set_num_threads(spec.threads_per_rank)
     choice = devices.choose_device(info)
+    rendezvous.check_socket_variables(info, choice.device.type, env)
     meeting = rendezvous.join(
         info,
         choice.device.type,

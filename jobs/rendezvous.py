@@ -568,21 +568,72 @@ def own_address(info: RankInfo, interface: str | None, peer: str | None) -> str:
 
 def _address_of(interface: str, here: list[Interface], info: RankInfo, is_alone: bool) -> str:
     found = next((known for known in here if known.name == interface), None)
-    if found is not None and found.is_usable and (is_alone or not _is_loopback(found.addresses[0])):
+    fault = _fault_of(found, is_alone)
+    if found is not None and found.addresses and fault is None:
         return found.addresses[0]
-    if found is None:
-        problem = "does not exist"
-    elif not found.is_up:
-        problem = "is down"
-    elif not found.is_running:
-        problem = "has no link"
-    elif not found.addresses:
-        problem = "has no IPv4 address" + _ipv6_note([found])
-    else:
-        problem = f"has the address {found.addresses[0]}, by which no other host can reach it"
+    fault = fault or "has no IPv4 address, only IPv6, which ranks do not meet over"
     raise TopologyError(
-        f"interface '{interface}' of the cluster config {problem} on {info.host} (it has: {', '.join(map(str, here))})"
+        f"interface '{interface}' of the cluster config {fault} on {info.host} (it has: {', '.join(map(str, here))})"
     )
+
+
+def _fault_of(found: Interface | None, is_alone: bool) -> str | None:
+    """Why the ranks of other hosts cannot be talked to through an interface; None where they can."""
+    if found is None:
+        return "does not exist"
+    if not found.is_up:
+        return "is down"
+    if not found.is_running:
+        return "has no link"
+    if not found.addresses:
+        return None if found.has_ipv6 else "has no IPv4 address"
+    if _is_loopback(found.addresses[0]) and not is_alone:
+        return f"has the address {found.addresses[0]}, by which no other host can reach it"
+    return None
+
+
+def check_socket_variables(info: RankInfo, device: str, env: Mapping[str, str]) -> None:
+    """Refuses what a profile or the job's environment says of interfaces, where it cannot work on this host.
+
+    gloo and NCCL would fail in words of their own, which name neither the variable nor the host.
+
+    Args:
+        info: this rank.
+        device: "cpu" or "cuda"; NCCL's variable counts on the latter alone.
+        env: the rank's environment. gloo takes names separated by commas, NCCL beginnings of names, after `=` whole
+            names, after `^` those that it leaves out.
+
+    Raises:
+        TopologyError: names the variable, this host and its interfaces.
+    """
+    here = interfaces()
+    is_alone = info.local_world_size == info.world_size or info.launcher == "local"
+    name, problem = "GLOO_SOCKET_IFNAME", None
+    if here and env.get(name):
+        for wanted in env[name].split(","):
+            found = next((known for known in here if known.name == wanted), None)
+            wrong = _fault_of(found, is_alone)
+            problem = problem or (f"interface '{wanted}' {wrong}" if wrong else None)
+    if problem is None and here and env.get("NCCL_SOCKET_IFNAME") and device == "cuda":
+        name = "NCCL_SOCKET_IFNAME"
+        if not any(_fault_of(known, is_alone) is None for known in _of_nccl(env[name], here)):
+            problem = "it leaves no interface that leads to other hosts"
+    if problem is not None:
+        raise TopologyError(
+            f"{name}={env[name]} in the environment: {problem} on {info.host} (it has: {', '.join(map(str, here))}); "
+            f"unset it, or give another: --env {name}=..."
+        )
+
+
+def _of_nccl(value: str, here: list[Interface]) -> list[Interface]:
+    """The interfaces that NCCL_SOCKET_IFNAME leaves (NCCL's ncclFindInterfaces)."""
+    leaves_out, whole = value.startswith("^"), value.lstrip("^").startswith("=")
+    names = value.lstrip("^=").split(",")
+
+    def is_named(known: Interface) -> bool:
+        return any(known.name == name if whole else known.name.startswith(name) for name in names)
+
+    return [known for known in here if is_named(known) != leaves_out]
 
 
 def _ipv6_note(here: list[Interface]) -> str:

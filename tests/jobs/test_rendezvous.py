@@ -903,6 +903,50 @@ def test_a_host_that_does_not_reach_itself_says_so_to_all(meeting: Meeting, tmp_
     assert came.error == said
 
 
+@pytest.mark.parametrize(
+    ("variable", "says"),
+    [
+        ("GLOO_SOCKET_IFNAME=eth0", None),
+        ("GLOO_SOCKET_IFNAME=eth0,six0", None),
+        ("GLOO_SOCKET_IFNAME=six0", None),
+        ("GLOO_SOCKET_IFNAME=^lo", "interface '^lo' does not exist"),
+        ("GLOO_SOCKET_IFNAME=eth", "interface 'eth' does not exist"),
+        ("GLOO_SOCKET_IFNAME=eth0,eth7", "interface 'eth7' does not exist"),
+        ("GLOO_SOCKET_IFNAME=off0", "interface 'off0' is down"),
+        ("GLOO_SOCKET_IFNAME=lo", "interface 'lo' has the address 127.0.0.1, by which no other host can reach it"),
+        *((f"NCCL_SOCKET_IFNAME={value}", None) for value in ("eth", "=eth0", "^lo,docker", "^=eth0", "no0,six")),
+        *(
+            (f"NCCL_SOCKET_IFNAME={value}", "it leaves no interface that leads to other hosts")
+            for value in ("lo", "=eth", "^eth,six", "off0")
+        ),
+    ],
+)
+def test_a_socket_variable_that_cannot_work_is_named(
+    variable: str, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import rendezvous
+
+    usable = {"is_up": True, "is_running": True, "has_ipv6": False}
+    here = [
+        rendezvous.Interface("lo", ("127.0.0.1",), **usable),
+        rendezvous.Interface("eth0", ("10.1.0.5",), **usable),
+        rendezvous.Interface("off0", ("10.3.0.5",), **{**usable, "is_up": False}),
+        rendezvous.Interface("six0", (), **{**usable, "has_ipv6": True}),
+    ]
+    monkeypatch.setattr(rendezvous, "interfaces", lambda: here)
+    env = dict([variable.split("=", 1)])
+    rendezvous.check_socket_variables(slurm_info(), "cpu", {"NCCL_SOCKET_IFNAME": "none0"})
+    if says is None:
+        rendezvous.check_socket_variables(slurm_info(), "cuda", env)
+        return
+    with pytest.raises(TopologyError) as caught:
+        rendezvous.check_socket_variables(slurm_info(), "cuda", env)
+    assert str(caught.value) == (
+        f"{variable} in the environment: {says} on a (it has: lo 127.0.0.1, eth0 10.1.0.5, off0 down 10.3.0.5, six0); "
+        f"unset it, or give another: --env {variable.partition('=')[0]}=..."
+    )
+
+
 def test_what_the_environment_says_of_sockets_wins_and_is_said_to(caplog: pytest.LogCaptureFixture) -> None:
     from jobs.rendezvous import socket_variables
 
