@@ -176,6 +176,7 @@ def _threads(env: Mapping[str, str]) -> int:
 def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> JobSpec:
     """On rank 0: makes the run directory and prepares the data, and says so, or that it has refused to."""
     try:
+        spec = spec.model_copy(update={"run_dir": board.earlier_run_dir() or spec.run_dir})
         run = RunDirectory(spec.run_dir)
         _refuse_second_run(run, info)
         if info.attempt == 0 or not run.job.exists():
@@ -233,13 +234,22 @@ class _StoreBoard:
         assert info.master_addr is not None
         assert info.master_port is not None
         self._key = f"meshrun/made/{info.identity}"
+        self._run_dir_key = f"meshrun/run-dir/{info.job_id}"
         self._store = dist.TCPStore(
             info.master_addr, info.master_port, is_master=rank_zero_serves, timeout=timedelta(seconds=300),
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
 
     def say(self, word: dict[str, str]) -> None:
+        if "run_dir" in word:
+            self._store.set(self._run_dir_key, word["run_dir"])
         self._store.set(self._key, json.dumps(word))
+
+    def earlier_run_dir(self) -> Path | None:
+        """The run directory of an earlier attempt: torchrun's agent, which starts the ranks again, keeps the store."""
+        if not self._store.check([self._run_dir_key]):
+            return None
+        return Path(self._store.get(self._run_dir_key).decode())
 
     def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
         import torch.distributed as dist
@@ -277,6 +287,9 @@ class _FileBoard:
             else:
                 self._attempt.make()
                 write_json(self._made, word)
+
+    def earlier_run_dir(self) -> None:
+        """The run directory is named by the step, and so the same for each attempt."""
 
     def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
         started, said = time.monotonic(), not waited_for

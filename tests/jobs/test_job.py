@@ -66,11 +66,14 @@ def test_a_built_in_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_ones_own_workload_and_the_default_run_directory(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "mine:ENTRY")
+def test_ones_own_workload_and_the_default_run_directory_of_all_restarts(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "mine:ENTRY", "does=raise once", PET_MAX_RESTARTS="1")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert json.loads((run / "result.json").read_text())["result"]["total"] == 9.0
+    record = json.loads((run / "result.json").read_text())
+    assert (record["result"]["total"], record["attempt"]) == (9.0, 1)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((run / "attempt-0" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.dist
