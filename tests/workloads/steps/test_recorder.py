@@ -40,6 +40,8 @@ def test_lines_and_heartbeat_come_by_themselves_and_from_no_other_thread(tmp_pat
     wait_until(lambda: steps(tmp_path / "m") == [1, 2, 3, 4, 5])
     wait_until((tmp_path / "b").exists)
     assert (tmp_path / "b").read_text() == "5\n"
+    recorder.end_step(6)  # within the same second; nothing comes after it that would have it written
+    wait_until(lambda: (tmp_path / "b").read_text() == "6\n")
     assert writers == {"recorder"}
     assert json.loads((tmp_path / "m").read_text().splitlines()[0]) == {"step": 1, "loss": None}
     recorder.close()
