@@ -1,7 +1,8 @@
 """The first file that a job's process runs. Standard library only, at first.
 
-    python jobs/entry.py SUBMITIT_FOLDER            what submitit pickled there
+    python jobs/entry.py --rank RUN_DIR             one rank of a Slurm job
     python jobs/entry.py --rank RUN_DIR SUPERVISOR  one rank of a local job, where ranks cannot be forked
+    python jobs/entry.py SUBMITIT_FOLDER            a local job's supervisor, which submitit pickled there
     python jobs/entry.py --prepare RUN_DIR PARENT OWNER RESULTS
                                                     a workload's `prepare`, before the job is submitted
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
@@ -48,37 +49,32 @@ def main() -> None:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     pin()
     if sys.argv[1] == "--rank":
-        from jobs.local import spawned_rank
-
-        spawned_rank(Path(sys.argv[2]), int(sys.argv[3]))
+        _rank(Path(sys.argv[2]), *map(int, sys.argv[3:]))
         return
     if sys.argv[1] == "--prepare":
         from jobs.preparing import prepare_here
 
         sys.exit(prepare_here(Path(sys.argv[2]), *map(int, sys.argv[3:])))
     # submitit names its files by this process's id where the executor has no scheduler to name the job.
-    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
-        os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
-        _await_pickle(Path(sys.argv[1]) / f"{os.getpid()}_submitted.pkl")
-        from submitit.core.submission import submitit_main
+    os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
+    _await_pickle(Path(sys.argv[1]) / f"{os.getpid()}_submitted.pkl")
+    from submitit.core.submission import submitit_main
 
-        logging.getLogger("submitit").setLevel(logging.WARNING)  # that a pickle was read is nobody's news
-        submitit_main()
+    logging.getLogger("submitit").setLevel(logging.WARNING)  # that a pickle was read is nobody's news
+    submitit_main()
+
+
+def _rank(run_dir: Path, supervisor: int | None = None) -> None:
+    """Runs one rank of the job that `run_dir` describes, which it does before the job is queued."""
+    if supervisor is not None:
+        from jobs.local import spawned_rank
+
+        spawned_rank(run_dir, supervisor)
         return
+    from jobs.job import Job
     from jobs.processes import as_rank
 
-    as_rank(lambda: _rank_of_slurm(Path(sys.argv[1]) / f"{os.environ['SLURM_JOB_ID']}_submitted.pkl"))
-
-
-def _rank_of_slurm(pickle: Path) -> None:
-    """Runs the pickled job as submitit's own main would, but leaves no pickle of the result.
-
-    Nobody reads them: rank 0 writes result.json, and 8,192 ranks would each make and rename a file at one moment.
-    """
-    _await_pickle(pickle, 60)
-    from submitit.core.utils import DelayedSubmission
-
-    DelayedSubmission.load(pickle).result()
+    as_rank(lambda: Job.described_in(run_dir)())
 
 
 def _ended(*arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""The callable that submitit pickles and every rank runs: environment -> ranks -> mesh -> workload -> result.
+"""The callable that every rank runs: environment -> ranks -> mesh -> workload -> result.
 
 The same call under every launcher: a Slurm step, the local executor's forked ranks, the debug executor, torchrun.
 
@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from jobs import blame, processes, profiling
@@ -41,9 +42,18 @@ SPOKEN_FOR_S = 5.0
 
 @dataclass(frozen=True)
 class Job:
-    """What is pickled: the whole job as data. Calling it makes this process one of the job's ranks."""
+    """The whole job as data. Calling it makes this process one of the job's ranks."""
 
     spec: JobSpec
+
+    @staticmethod
+    def described_in(run_dir: Path) -> Job:
+        """The job of a run directory.
+
+        Raises:
+            OSError: its description is not there.
+        """
+        return Job(JobSpec.model_validate_json(RunDirectory(run_dir).job.read_bytes()))
 
     def __call__(self) -> dict[str, Any] | None:
         return run_rank(self.spec, os.environ)

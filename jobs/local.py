@@ -378,4 +378,4 @@ def spawned_rank(run_dir: Path, supervisor: int) -> None:
     processes.die_with_parent(supervisor)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
-    processes.as_rank(Job(JobSpec.model_validate(read_json(RunDirectory(run_dir).job))))
+    processes.as_rank(Job.described_in(run_dir))

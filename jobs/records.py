@@ -127,7 +127,7 @@ class Submitted:
     job_id: str
     """The scheduler's number; of a local job, its supervisor's process id."""
     submitted: str
-    """When, in UTC: 2026-11-22T08:15:30Z."""
+    """When, in UTC: 2026-11-22T08:15:30Z; empty where the job itself has written this."""
     host: str
     """Where it was submitted from; a local job runs there."""
     process_started: str = ""

@@ -169,12 +169,14 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
 
 def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
     """What srun starts for every rank."""
-    folder = RunDirectory(spec.run_dir).submitit
-    rank = [cluster.python or sys.executable, "-u", str(ENTRY), str(folder)]
+    rank = [cluster.python or sys.executable, "-u", str(ENTRY), "--rank", str(spec.run_dir)]
     if not cluster.command_prefix:
         return rank
     # Slurm's warning (USR2) goes to every process of the step: it would end a prefix that stays above its rank.
     return ["bash", "-c", 'trap "" USR2; exec "$@"', "rank", *cluster.command_prefix, *rank]
+
+
+_SUBMITTED = '{"executor": "slurm", "job_id": "%s", "submitted": "", "host": "%s", "cluster": "%s"}'
 
 
 def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str:
@@ -206,6 +208,13 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "}",
         "trap meshrun_ended EXIT",
         "trap : TERM",
+        "",
+        "# If sbatch's answer was lost, the job is found by this; else it is there, or comes and replaces this.",
+        'if [ ! -e "$MESHRUN_RUN/submission.json" ]; then',
+        f"    printf '{_SUBMITTED}\\n' \\",
+        '        "$SLURM_JOB_ID" "$SLURM_SUBMIT_HOST" "$SLURM_CLUSTER_NAME" >"$MESHRUN_RUN/.submission.json"',
+        '    mv -n "$MESHRUN_RUN/.submission.json" "$MESHRUN_RUN/submission.json"',
+        "fi",
         "set -e",
     ]
     if cluster.setup:

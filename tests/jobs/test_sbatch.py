@@ -94,7 +94,7 @@ def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
     text = sbatch.script(make_spec(tmp_path / "a b"), ClusterConfig(), {})
     assert f'#SBATCH --output="{tmp_path}/a b/slurm.log"' in text
     assert f"MESHRUN_RUN='{tmp_path}/a b'" in text
-    assert f"'{tmp_path}/a b/submitit' \\" in text
+    assert f"--rank '{tmp_path}/a b' \\" in text
 
 
 @pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])
@@ -134,7 +134,7 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
     assert [got[name] for name in ("run", "status", "attempt")] == ["mine"] * 3
     words = (run_dir / "words").read_text().splitlines()
     assert cluster.srun_args[0] in words
-    assert words[-5:] == ["$c", sys.executable, "-u", str(sbatch.ENTRY), f"{run_dir}/submitit"]
+    assert words[-6:] == ["$c", sys.executable, "-u", str(sbatch.ENTRY), "--rank", str(run_dir)]
     assert f"--output={run_dir}/attempt-0/rank-%t.log" in words
 
 
@@ -239,7 +239,7 @@ def test_a_prefix_is_told_to_ignore_the_warning_and_gets_its_words(tmp_path: Pat
     words = sbatch.rank_command(make_spec(tmp_path / "run"), ClusterConfig(command_prefix=prefix))
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("True it's $HOME ")
-    assert done.stdout.split()[-1] == str(tmp_path / "run" / "submitit")
+    assert done.stdout.split()[-1] == str(tmp_path / "run")
 
 
 def test_options_that_can(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if state not in "ZX" and f"{run}/submitit".encode() in words and b"srun" not in words[0]:
+        if state not in "ZX" and words[-3:] == [b"--rank", str(run).encode(), b""] and b"srun" not in words[0]:
             found.add(int(entry.name))
     return found if pids is None else found & pids
 
