@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ SUBMIT_WITHIN_S = 120
 """Seconds that sbatch gets to queue a job; it tries again by itself where the controller is busy."""
 LOST = re.compile(r"timed? ?out|zero bytes|unexpected message|connection (reset|refused|aborted)", re.IGNORECASE)
 """What sbatch says where it lost the controller in the middle: the job may be queued all the same."""
+FIND_AFTER_S = (0.0, 1.0, 4.0)
+"""Seconds before each look into the queue for a job that may be there."""
 
 
 def check_slurm(submission: Submission) -> str:
@@ -160,19 +163,21 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             return executor.submit(job)
         except FailedJobError as error:
             words = " ".join(str(error).split())
-            late = getattr(error.__cause__, "returncode", None) in (124, 137, -9)
-            if late or LOST.search(words):
-                said = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}" if late else words
-                raise SubmissionUnknown(
-                    f"whether the job is queued is not known: {said}; look with `squeue --me`, and cancel it if it is "
-                    f"(run directory: {spec.run_dir})"
-                ) from None
-            raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
-        except (RuntimeError, OSError) as error:
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            raise SubmissionUnknown(
-                f"the submission broke off ({words}); see with squeue whether the job is queued, and cancel it if it is"
-            ) from error
+            if getattr(error.__cause__, "returncode", None) in (124, 137, -9):
+                words = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}"
+            elif not LOST.search(words):
+                raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
+        except (RuntimeError, OSError) as error:  # what it has answered cannot be read, or not be kept
+            words = f"the submission broke off: {type(error).__name__}: {' '.join(str(error).split())}"
+        for seconds in FIND_AFTER_S:
+            time.sleep(seconds)
+            job_id = slurm.find(run.submitit, slurm.environment(os.environ))
+            if job_id:
+                return executor.job_class(folder=run.submitit, job_id=job_id)
+        raise SubmissionUnknown(
+            f"whether the job is queued is not known: {words}; look with `squeue --me`, and cancel it if it is; "
+            f"once it runs, `submit.py wait {shlex.quote(str(spec.run_dir))}` follows it"
+        )
 
 
 def debug_env(spec: JobSpec) -> dict[str, str]:

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 
 from jobs import sbatch
 from jobs.errors import SubmissionError
@@ -152,6 +153,14 @@ def ask_scontrol(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_W
     """What the controller itself knows; the only one that says whether a job is being preempted."""
     said = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
     return said if isinstance(said, NoAnswer) else read_scontrol(said.code, said.out, said.err)
+
+
+def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:
+    """The number of this user's job whose batch script lies in `folder`; empty where Slurm names none."""
+    words = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%o"]
+    said = _run(words, env, within_s)
+    rows = [] if isinstance(said, NoAnswer) or said.code else [row.split("|", 1) for row in said.out.splitlines()]
+    return next((job for job, *script in rows if script and Path(script[0]).parent == folder), "")
 
 
 def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tuple[str, ...]:

@@ -139,17 +139,29 @@ def test_the_logs_directory_is_there_before_the_job_is_queued(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "words", ["Batch job submission failed: Socket timed out on send/recv operation", "Zero Bytes were transmitted"]
+    "words", ["Batch job submission failed: Socket timed out on send/recv operation", "Zero Bytes were transmitted", ""]
 )
 def test_a_controller_that_is_lost_in_the_middle_may_have_queued_the_job(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler(tmp_path, monkeypatch, f'echo "sbatch: error: {words}" >&2; exit 1')
+    scheduler(
+        tmp_path, monkeypatch, f'echo "$1" >{tmp_path}/path; echo "sbatch: error: {words}" >&2; exit {int(words != "")}'
+    )
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/told ] && exit 1\necho "7|/other/run/submitit/.submission_file_1.sh"\n'
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setattr(executor, "FIND_AFTER_S", (0.0, 0.0))
     spec = make_spec(tmp_path / "run")
     RunDirectory.create(spec.run_dir)
-    with pytest.raises(JobFailed, match="whether the job is queued is not known"):
+    with pytest.raises(JobFailed, match=f"not known: .*once it runs, `submit.py wait {spec.run_dir}` follows it"):
         executor.submit(spec, ClusterConfig(), owned=False)
     assert spec.run_dir.is_dir()
+    # It is found by its script, which only it has; a controller that was too busy may be asked again.
+    looks = f"[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; exit 1; }}"
+    squeue.write_text(f'#!/bin/sh\n{looks}\necho "7|/other/run.sh"; echo "42|$(cat {tmp_path}/path)"; echo "8|"\n')
+    assert executor.submit(spec, ClusterConfig(), owned=False).job_id == "42"
 
 
 def test_sbatch_has_a_deadline_also_where_signals_are_held_back(
@@ -157,6 +169,7 @@ def test_sbatch_has_a_deadline_also_where_signals_are_held_back(
 ) -> None:
     scheduler(tmp_path, monkeypatch, "trap : TERM; sleep 30 & wait; sleep 30")
     monkeypatch.setattr(executor, "SUBMIT_WITHIN_S", 0.3)
+    monkeypatch.setattr(executor, "FIND_AFTER_S", ())
     spec = make_spec(tmp_path / "run")
     RunDirectory.create(spec.run_dir)
     with pytest.raises(JobFailed, match=r"sbatch has not answered within 0.3 s"):

@@ -186,6 +186,29 @@ def test_a_job_whose_line_can_print_nothing_is_named_on_stderr(
     assert slurm.job_state(job) == "PENDING"
 
 
+def test_a_job_whose_submission_was_not_answered_runs_and_can_be_followed(
+    slurm: Cluster, follow: Follow, tmp_path: Path
+) -> None:
+    """The controller has queued it, and answers neither that nor where it is."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    sbatch = shutil.which("sbatch", path=slurm.env["PATH"])
+    lost = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+    for name, text in {
+        "sbatch": f'{sbatch} "$@" || exit\ncase "$*" in *test-only*) ;; *) {lost};; esac',
+        "squeue": "exit 1",
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    line = follow(slurm, env={**slurm.env, "PATH": f"{folder}:{slurm.env['PATH']}"})
+    assert code(line) == 1
+    assert "whether the job is queued is not known" in err(line)
+    assert job_id(line)  # the job itself has left it
+    back = come_back(slurm, line)
+    assert back.returncode == 0, back.stderr
+    assert "total: 9" in back.stdout
+
+
 def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, follow: Follow) -> None:
     blocker = occupy(slurm)
     line = follow(slurm)
