@@ -196,7 +196,7 @@ def env_name_mistake(name: str) -> str | None:
         return f"{name} is part of the job; use threads_per_rank (--threads-per-rank)"
     if name in OF_BASH:
         return f"{name} is bash's own: a script cannot set it, or it changes by itself; choose another name"
-    if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_", "SRUN_")):
+    if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_", "SRUN_")) and name != "MESHRUN_DEVICE":
         return f"{name} is the launcher's own; choose another name"
     return None
 

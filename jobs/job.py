@@ -135,7 +135,7 @@ def _run(
     from jobs import devices, mesh, rendezvous
 
     torch.set_num_threads(spec.threads_per_rank)
-    choice = devices.choose_device(info)
+    choice = devices.choose_device(info, env)
     rendezvous.check_socket_variables(info, choice.device.type, env)
     meeting = rendezvous.join(
         info,
@@ -161,11 +161,6 @@ def _run(
         device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
         if placement.rank == 0:
             log.info("%d ranks on %s; %s a rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
-            if choice.device.type == "cpu" and info.launcher == "slurm" and env.get("SLURM_JOB_GPUS"):
-                log.warning(
-                    "Slurm has given this host's ranks GPUs (SLURM_JOB_GPUS=%s), and torch %s sees none: is it a CPU "
-                    "build, or is the driver missing?", env["SLURM_JOB_GPUS"], torch.__version__
-                )  # fmt: skip
             log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, tuple(dict.fromkeys(placement.hosts))))
         context = RunContext(
             rank=placement.rank,

@@ -283,7 +283,7 @@ def clean(env: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in env.items()
-        if name in OF_THE_SITE
+        if name in (*OF_THE_SITE, "MESHRUN_DEVICE")
         or not (
             name.startswith(INHERITED)
             or name in OF_TORCHRUN

@@ -255,11 +255,13 @@ class Cluster:
         """A whole environment for clients, submit.py and jobs: this process's, with this cluster in Slurm's place.
 
         As after a login it has a SHELL, which salloc runs (an interactive step fails without); services run tests
-        without one, and people with one whose language the tests do not write.
+        without one, and people with one whose language the tests do not write. Its GPUs are not real, so ranks take
+        the CPU.
         """
         outer = {name: value for name, value in os.environ.items() if not name.startswith(OF_SLURM)}
         path = os.pathsep.join([str(self.root / "bin"), outer.get("PATH", PATH)])
-        return {**outer, "PATH": path, "SHELL": "/bin/bash", "SLURM_CONF": str(self.root / "slurm.conf")}
+        own = {"SLURM_CONF": str(self.root / "slurm.conf"), "MESHRUN_DEVICE": "cpu"}
+        return {**outer, "PATH": path, "SHELL": "/bin/bash", **own}
 
     def run(self, *words: object, check: bool = True, **options: Any) -> str:
         """A client command's standard output; further options are those of subprocess.run.

@@ -27,6 +27,10 @@ def done(directory: Path, *words: str, env: dict[str, str], code: int = 0) -> di
     return {**line.result(), "stdout": out, "stderr": err}
 
 
+def without_device(cluster: Cluster) -> dict[str, str]:
+    return {name: value for name, value in cluster.env.items() if name != "MESHRUN_DEVICE"}
+
+
 def refused(directory: Path, *words: str, env: dict[str, str]) -> str:
     """The one line that a refusal is; nothing is queued, nothing written."""
     line = submit(directory, "mine:ENTRY", *words, env=env)
@@ -150,10 +154,9 @@ def test_values_and_paths_arrive_exactly(slurm: Cluster, tmp_path: Path) -> None
 def test_what_a_site_says(config: str, slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(f"executor: slurm\n{config}\nsetup: [export FROM_SETUP=yes]\n")
     names = '["SLURM_CPUS_PER_TASK", "FROM_SETUP", "CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS"]'
-    ended = done(tmp_path, "--cluster", "site.yaml", "--gpus-per-node", "2", f"names={names}", env=slurm.env)
-    result = ended["result"]
-    # The GPUs here are fakes, which torch cannot see; a user would want to know that.
-    assert ("Slurm has given this host's ranks GPUs" in ended["stdout"]) == ("none" not in config)
+    # The GPUs here are fakes, which torch cannot see.
+    words = ["--gpus-per-node", "2", *(() if "none" in config else ("--env", "MESHRUN_DEVICE=cpu"))]
+    result = done(tmp_path, "--cluster", "site.yaml", *words, f"names={names}", env=without_device(slurm))["result"]
     assert result["FROM_SETUP"] == "yes"
     assert result["SLURM_CPUS_PER_TASK"] == ("3" if "cpus" in config else None)
     # Every rank sees all of its host's GPUs, and its device is its local rank among them.
@@ -177,6 +180,13 @@ def test_setup_that_fails_ends_the_job(slurm: Cluster, tmp_path: Path) -> None:
     assert result["status"] == "failed"
     assert "/no/such/module" in result["stderr"]
     assert not (tmp_path / "went-on").exists()
+
+
+def test_gpus_that_no_rank_sees_end_the_job_at_once(slurm: Cluster, tmp_path: Path) -> None:
+    result = done(tmp_path, "--gpus-per-node", "2", env=without_device(slurm), code=1)
+    assert "the job failed: rank " in result["stderr"].splitlines()[-1]
+    assert "Slurm gave this job GPUs on node0 (SLURM_STEP_GPUS=0,1), but torch" in result["stderr"].splitlines()[-1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_submitting_from_inside_a_job(slurm: Cluster, tmp_path: Path) -> None:
