@@ -160,7 +160,7 @@ def failure_of_exit(
 
     Args:
         code: as subprocess has it: the exit status, or minus the signal that killed it.
-        end_of_log: the end of the rank's log; only read for SIGABRT.
+        end_of_log: the end of the rank's log; read for SIGABRT and for an exit code other than 0.
         is_done: whether its work was done by then.
     """
     if code == -signal.SIGABRT:
@@ -180,7 +180,17 @@ def failure_of_exit(
         after = " after its work was done" if is_done else ""
         return Failure(rank, host, when, "killed", f"killed by {name}{hint}{after}", log=log)
     relation = "after" if is_done else "before"
-    return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done", log=log)
+    said = f": {line}" if code and (line := error_at_end(end_of_log)) else ""
+    return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done{said}", log=log)
+
+
+_ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such file|not found", re.IGNORECASE)
+
+
+def error_at_end(log: str) -> str:
+    """The last line of a log, if it looks like an error."""
+    line = next((" ".join(line.split())[:300] for line in reversed(log.splitlines()) if line.strip()), "")
+    return line if _ERROR.search(line) else ""
 
 
 def root_cause(

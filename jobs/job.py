@@ -109,10 +109,13 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
             if getattr(error, "is_spoken_for", False):
                 log.error("%s; another rank records it, and the launcher ends this one with that", error)
                 time.sleep(SPOKEN_FOR_S)
-            attempt.make()
             path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
             failure = blame.failure_of(error, info.rank, info.host, failed, str(path) if path.exists() else "")
-            write_json(attempt.failure(info.rank), failure.to_json())
+            try:
+                attempt.make()
+                write_json(attempt.failure(info.rank), failure.to_json())
+            except OSError as unwritten:  # must not take the error's place, in the log the last line counts
+                log.error("its record cannot be written: %s", unwritten)
             log.error(blame.ENDS + "%s", failure.message)
             raise
 

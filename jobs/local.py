@@ -147,17 +147,20 @@ class Supervisor:
             watch.until_all_ended()
         except (JobFailed, Interrupted) as error:
             problem = error
-            run.publish(
-                {
-                    "status": "failed" if isinstance(error, JobFailed) else "interrupted",
-                    "workload": spec.workload,
-                    "attempt": attempt.number,
-                    "seconds": round(time.time() - watch.started, 3),
-                    "error": str(error),
-                    "traceback": getattr(error, "traceback", ""),
-                    "failure": watch.blamed.to_json() if watch.blamed else None,
-                }
-            )
+            failed = {
+                "status": "failed" if isinstance(error, JobFailed) else "interrupted",
+                "workload": spec.workload,
+                "attempt": attempt.number,
+                "seconds": round(time.time() - watch.started, 3),
+                "error": str(error),
+                "traceback": getattr(error, "traceback", ""),
+                "failure": watch.blamed.to_json() if watch.blamed else None,
+            }
+            try:
+                run.publish(failed)
+            except OSError as unwritten:
+                log.error("the result cannot be written: %s", unwritten)
+                raise error from None
         finally:
             watch.end()
         record = read_json(run.result)
@@ -316,7 +319,7 @@ class _Watch:
         # Its work is done; rank 0's is when the result is there.
         if self.attempt.done(rank.rank).exists() and (rank.rank != 0 or self.result.exists()):
             return None
-        said = self.attempt.end_of_log(rank.rank) if rank.exit_code == -signal.SIGABRT else ""
+        said = self.attempt.end_of_log(rank.rank) if rank.exit_code not in (0, -signal.SIGKILL) else ""
         return blame.failure_of_exit(rank.exit_code, rank.rank, rank.host, rank.ended, str(rank.log), said)
 
     def after_the_work(self) -> list[str]:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import os
 import pwd
-import re
 import signal
 import sys
 import time
@@ -72,6 +71,8 @@ class Evidence:
     srun_log: str = ""
     slurm_log: str = ""
     slurm_log_exists: bool = True
+    fault: str = ""
+    """Why the run directory cannot be written to, where it cannot."""
 
     @property
     def says_nothing(self) -> bool:
@@ -246,6 +247,8 @@ def _without_a_rank(seen: Evidence) -> str:
         code = f" with code {seen.status}" if seen.status is not None else ""
         return f"{job}: srun ended{code}: {seen.words.complaint} (log: {seen.srun_log})"
     state = f" ({seen.state.state})" if seen.state else ""
+    if seen.fault and seen.slurm_log_exists:
+        return f"{job} ended{state}, and no rank could say how: {seen.fault} (log: {seen.srun_log})"
     if not seen.logs and not seen.srun_began:
         if not seen.slurm_log_exists:
             return (
@@ -322,20 +325,18 @@ def gather(
         time_min=resources.get("time_min"),
         hosts=hosts,
         logs=logs,
-        last_lines={r: line for r in without_record if _ERROR.search(line := _last_line(there.log(r)))},
+        last_lines={r: line for r in without_record if (line := blame.error_at_end(there.end_of_log(r)))},
         script_says=_last_line(run.slurm_log),
         srun_began=there.srun_log.exists(),
         srun_log=str(there.srun_log),
         slurm_log=str(run.slurm_log),
         slurm_log_exists=run.slurm_log.exists(),
+        fault="" if failures else run.fault(),
     )
     of_interest = {0, *sorted(done)[:8]}
     if len(seen.lost) == len(failures) > 0:  # then the cause is the rank that is behind
         of_interest |= {*(failure.rank for failure in failures), *seen.running, *seen.unnamed[:_UNNAMED]}
     return replace(seen, last_steps={r: last for r in of_interest if (last := there.last_step(r))})
-
-
-_ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such file|not found", re.IGNORECASE)
 
 
 _BY_NAME = 64

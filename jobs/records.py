@@ -106,7 +106,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The file's object, or None where it is not there (yet), not whole, or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):  # ValueError: not UTF-8, or not JSON
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError):  # not UTF-8, or not JSON
         return None
     return value if isinstance(value, dict) else None
 
@@ -306,6 +308,16 @@ class RunDirectory:
         """The newest incarnation; the first one where none has begun."""
         numbers = [int(m[1]) for p in self.path.glob("attempt-*") if (m := re.fullmatch(r"attempt-(\d+)", p.name))]
         return self.attempt(max(numbers, default=0))
+
+    def fault(self) -> str:
+        """Why no file can be written there just now, such as a full disk; nothing where one can."""
+        probe = self.path / f".probe-{os.getpid()}"
+        try:
+            write_text(probe, " " * 8192)  # more than what the end of another file's last block has room for
+            probe.unlink()
+        except OSError as error:
+            return f"{self.path} cannot be written to: {error.strerror or error}"
+        return ""
 
     def paths(self, attempt: int, rank: int = 0) -> RunPaths:
         """What one rank's workload is told of the names on disk."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -630,6 +631,19 @@ def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, caps
     local(tmp_path, os.getpid(), "1")
     assert main(["wait", "run"]) == 1
     assert "the supervisor ended and left no result" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_said_to_be(tmp_path: Path, capsys: Capture) -> None:
+    local(tmp_path, os.getpid(), "1")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert main(["wait", "run"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    says = f"the supervisor ended and left no result; {tmp_path}/run cannot be written to: File too large (log: "
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_an_interrupted_local_job(tmp_path: Path, capsys: Capture) -> None:

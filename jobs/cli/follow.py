@@ -124,11 +124,11 @@ def _end(process: Any) -> None:
 
 def _without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
     """The record of a local job whose supervisor could not leave one."""
-    log = run_dir.last_attempt().supervisor_log
+    log, fault = run_dir.last_attempt().supervisor_log, run_dir.fault()
     record = {
         "status": "failed",
         "workload": (read_json(run_dir.job) or {}).get("workload", ""),
-        "error": f"the supervisor ended {how}and left no result (log: {log})",
+        "error": f"the supervisor ended {how}and left no result{fault and f'; {fault}'} (log: {log})",
         "traceback": _tail(log),
     }
     with contextlib.suppress(OSError):

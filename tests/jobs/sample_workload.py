@@ -84,6 +84,13 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
 OPEN = []
 
 
+def break_records() -> None:
+    """As on a full disk: what a failed rank would write down cannot be written."""
+    folder = Path("run/attempt-0/failures")
+    folder.rmdir()
+    folder.touch()
+
+
 def end_like(what: str, rank: int) -> None:
     """Ends as scripts do: Python's own end, which comes after this, is a part of the work."""
     import torch.distributed as dist
@@ -126,6 +133,9 @@ def act(what: str) -> None:
         raise ValueError("the third layer\nis missing")
     if what == "echo first":
         time.sleep(0.4)
+        raise ValueError("the third layer is missing")
+    if what == "raise unrecorded":
+        break_records()
         raise ValueError("the third layer is missing")
     if what == "sys.exit":
         sys.exit(3)

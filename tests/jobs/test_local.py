@@ -144,6 +144,14 @@ def test_the_rank_that_failed_is_named_and_its_siblings_echo_is_not(
     line.assert_nothing_left()
 
 
+def test_a_failure_that_cannot_be_written_down_is_told_by_the_log(typed: Submit) -> None:
+    line = typed("mine:ENTRY", "does=raise unrecorded", "on_rank=0")
+    code, _, err = line.finish()
+    assert code == 1
+    says = "rank 0 on host0: exited with code 1 before its work was done: ValueError: the third layer is missing (log: "
+    assert says in err.splitlines()[-1]
+
+
 def test_a_failure_with_json_is_one_object(typed: Submit) -> None:
     code, out, err = typed("mine:ENTRY", *TWO, "does=raise", "--json").finish()
     record = json.loads(out)

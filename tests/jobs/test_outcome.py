@@ -194,6 +194,10 @@ LATE_CANCEL = srun.read(
             "job 12: every rank finished its work, and none has left a result (log: /run/rank-0.log)",
         ),
         (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no rank has left a result or said why"),
+        (
+            seen(status=7, fault="/run cannot be written to: No space left on device"),
+            "job 12 ended, and no rank could say how: /run cannot be written to: No space left on device (log:",
+        ),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
 )

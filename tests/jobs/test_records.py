@@ -32,6 +32,13 @@ def test_a_new_directory_is_its_owners_alone(tmp_path: Path) -> None:
     assert [mode(p) for p in (run.path, run.submitit, attempt.path)] == [0o700] * 3
 
 
+def test_what_keeps_files_from_being_written_is_said(tmp_path: Path) -> None:
+    assert RunDirectory(tmp_path).fault() == ""
+    assert list(tmp_path.iterdir()) == []
+    gone = tmp_path / "gone"
+    assert RunDirectory(gone).fault() == f"{gone} cannot be written to: No such file or directory"
+
+
 def test_an_empty_directory_may_be_taken_and_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.mkdir(mode=0o755)
