@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from workloads.errors import first_few
+from jobs.errors import one_line
+from workloads.errors import first_few, in_words
 
 ENDS = "this rank ends: "
 """What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
@@ -132,14 +133,13 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
     if isinstance(error, SystemExit):
         message = f"called sys.exit({error.code!r}) before its work was done"
     else:
-        text = " ".join(str(error).split())
-        message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        message = in_words(error)
     return Failure(
         rank=rank,
         host=host,
         when=when,
         kind=kind_of(error),
-        message=message if len(message) <= 2000 else message[:1997] + "...",
+        message=one_line(message),
         traceback="".join(traceback.format_exception(type(error), error, _from_the_workload_on(error))),
         log=log,
     )

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from workloads.errors import NonFiniteError as NonFiniteError
 from workloads.errors import SupersededError as SupersededError
 from workloads.errors import WorkloadError as WorkloadError
+from workloads.errors import in_words
 from workloads.json_values import to_json as to_json
 from workloads.metric import Metric
 from workloads.metric import Reduced as Reduced
@@ -201,9 +202,8 @@ class WorkloadEntry:
                 line = f"{error.filename}: {error.strerror or error}; give another path"
                 raise WorkloadError(line) from error
             last = traceback.extract_tb(error.__traceback__)[-1]
-            words = " ".join(f"{type(error).__name__}: {error}".split())
             raise WorkloadError(
-                f"workload {self.name}: {name} failed at {last.filename}:{last.lineno}: {words}"
+                f"workload {self.name}: {name} failed at {last.filename}:{last.lineno}: {in_words(error)}"
             ) from error
 
     def mesh_spec(self, config: WorkloadConfig, shape: Shape) -> MeshSpec:

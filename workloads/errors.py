@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 
 
@@ -16,6 +18,29 @@ def first_few(items: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """A message's list of hosts, ranks or the like, cut: `a, b, c and 1,021 more`. A job may have 16,384 of them."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return between.join(items[:most]) + more
+
+
+_STACK = re.compile(
+    r"(?:Original )?Traceback \(most recent call last\):|Exception raised from |C\+\+ CapturedTraceback:"
+)
+
+
+def in_words(error: BaseException) -> str:
+    """An exception's type and message on one line.
+
+    Of a traceback within the message only the error at its end is kept: a DataLoader's worker and a spawned process
+    put theirs there. Of the frames of C++ code, which torch puts there, nothing is.
+    """
+    text = str(error)
+    before, *after = _STACK.split(text, maxsplit=1)
+    last_frame = "".join(after).rpartition("\n  File ")[2].splitlines()[1:]
+    at_end = list(itertools.dropwhile(lambda line: not line.strip() or line.startswith(" "), last_frame))
+    if after and at_end and "File" in after[0]:
+        before = before.rstrip().rstrip(".:") + ":"
+        text = "\n".join([before, *at_end])
+    elif after and before.strip():
+        text = before
+    return ": ".join([type(error).__name__, *filter(None, [" ".join(text.split())])])
 
 
 def spoken_for(error: Exception, speaker: int, rank: int) -> Exception:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from workloads.errors import WorkloadError
+from workloads.errors import WorkloadError, in_words
 
 if TYPE_CHECKING:
     from workloads.base import WorkloadEntry
@@ -133,5 +133,4 @@ def _where(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {' '.join(text.split())}"
+    return f"{type(error).__name__}: {error.msg}" if isinstance(error, SyntaxError) else in_words(error)

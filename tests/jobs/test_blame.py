@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs.blame import Failure, Kind, LastSeen, blame, failure_of, failure_of_exit, kind_of, root_cause
-from jobs.errors import RendezvousError, UnreachableError
+from jobs.errors import LONGEST, RendezvousError, UnreachableError
 
 
 def failure(rank: int, when: float, kind: Kind) -> Failure:
@@ -221,9 +221,39 @@ def test_the_record_of_an_exception() -> None:
     assert Failure(**json.loads(json.dumps(record.to_json()))) == record
 
 
+def test_a_traceback_within_a_message_is_not_in_the_headline() -> None:
+    from torch._utils import ExceptionWrapper
+    from torch.multiprocessing import ProcessRaisedException
+
+    def of_a_worker(error: Exception) -> BaseException:
+        """As a DataLoader raises what its worker raised."""
+        try:
+            raise error
+        except type(error):
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        return caught(wrapped.reraise)
+
+    def words(error: BaseException) -> str:
+        return failure_of(error, 0, "h", 0, "").message
+
+    worker = "Caught {0} in DataLoader worker process 0: {0}: {1}"
+    assert words(of_a_worker(ValueError("bad\nsample"))) == "ValueError: " + worker.format("ValueError", "bad sample")
+    assert words(of_a_worker(KeyError("image"))) == "KeyError: " + worker.format("KeyError", "'image'")
+    spawned = (
+        '-- Process 0 terminated with the following error:\nTraceback (most recent call last):\n  File "x", line 1'
+    )
+    raised = ProcessRaisedException(f"{spawned}, in f\n    1 / 0\n    ~~^~~\nZeroDivisionError: by zero\n", 0, 7)
+    says = "-- Process 0 terminated with the following error: ZeroDivisionError: by zero"
+    assert words(raised) == f"ProcessRaisedException: {says}"
+    frames = "Exception raised from f at x.cpp:3 (most recent call first):\nframe #0: c10::Error"
+    assert words(RuntimeError(f"shape '[3]' is invalid\n{frames}")) == "RuntimeError: shape '[3]' is invalid"
+    odd = "Traceback (most recent call last): nothing"
+    assert words(ValueError(odd)) == f"ValueError: {odd}"
+
+
 def test_messages_are_bounded_and_never_empty() -> None:
     assert failure_of(MemoryError(), 0, "h", 0, "").message == "MemoryError"
-    assert len(failure_of(ValueError("x" * 10_000), 0, "h", 0, "").message) == 2000
+    assert len(failure_of(ValueError("x" * 10_000), 0, "h", 0, "").message) <= LONGEST
     assert failure_of(SystemExit("bye"), 0, "h", 0, "").message == "called sys.exit('bye') before its work was done"
 
 
