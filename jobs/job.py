@@ -193,7 +193,7 @@ def _run(
             return None
         context.paths.refuse_if_superseded()
         record = {
-            "status": "done",
+            **_how(context.stopped_at, context.last_metrics.get("total_steps", spec.settings.get("steps"))),
             "workload": spec.workload,
             "nodes": placement.nodes,
             "gpus_per_node": placement.local_world_size,
@@ -213,6 +213,13 @@ def _run(
                 dist.destroy_process_group()
             except Exception as error:
                 log.warning("the process group could not be destroyed: %s: %s", type(error).__name__, error)
+
+
+def _how(stopped_at: int | None, steps: int | None) -> dict[str, str]:
+    """How the run ended: done, or stopped before its last step because some rank was asked to stop."""
+    if stopped_at is None or stopped_at == steps:
+        return {"status": "done"}
+    return {"status": "stopped", "error": f"by request, after step {stopped_at}" + (f" of {steps}" if steps else "")}
 
 
 def _work(run: Callable[..., Any], config: WorkloadConfig, context: RunContext) -> Any:

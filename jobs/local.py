@@ -31,7 +31,7 @@ from jobs import blame, processes
 from jobs.blame import Failure, LastSeen
 from jobs.errors import Interrupted, JobFailed
 from jobs.job import Job
-from jobs.records import Attempt, RunDirectory, read_json, write_json
+from jobs.records import BY_ITSELF, Attempt, RunDirectory, read_json, write_json
 from jobs.spec import JobSpec
 from jobs.topology import local_env
 from workloads import registry
@@ -165,7 +165,7 @@ class Supervisor:
             watch.end()
         record = read_json(run.result)
         assert record is not None
-        if problem is not None and (record["status"] != "done" or isinstance(problem, Interrupted)):
+        if problem is not None and (record["status"] not in BY_ITSELF or isinstance(problem, Interrupted)):
             raise problem
         # What is done is done: what came after it is told beside it.
         warnings = [str(problem)] if problem is not None else watch.after_the_work()

@@ -24,7 +24,7 @@ from typing import Any
 
 from jobs import blame, slurm, srun
 from jobs.blame import Failure, LastSeen
-from jobs.records import Attempt, RunDirectory, end_of, read_json
+from jobs.records import BY_ITSELF, Attempt, RunDirectory, end_of, read_json
 from jobs.slurm import JobState
 from jobs.srun import SrunWords
 from workloads.errors import first_few
@@ -434,8 +434,8 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
             print(line, file=sys.stderr, flush=True)
             sleep(_GRACE_AT_MOST_S)
     record = conclude(run, seen)
-    if record["status"] == "done":
-        return f"meshrun: attempt {number}: the work is done, and srun ended with code {status} after it"
+    if record["status"] in BY_ITSELF:
+        return f"meshrun: attempt {number}: the work is {record['status']}, and srun ended with code {status} after it"
     return f"meshrun: attempt {number} failed: {record['error']}"
 
 

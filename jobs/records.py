@@ -113,12 +113,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+BY_ITSELF = ("done", "stopped")
+"""How a run ended whose ranks have all returned from their work; it stands, whatever becomes of them afterwards."""
+
+
 def _weight(record: dict[str, Any] | None) -> tuple[int, bool, bool, bool]:
     """What orders records of how a run ended; see RunDirectory.publish."""
     if record is None:
         return -1, False, False, False
-    is_done = record["status"] == "done"
-    return record.get("attempt", 0), is_done, bool(record.get("failure")), bool(record.get("slurm_state"))
+    return (
+        record.get("attempt", 0),
+        record["status"] in BY_ITSELF,
+        bool(record.get("failure")),
+        bool(record.get("slurm_state")),
+    )
 
 
 @dataclass(frozen=True)

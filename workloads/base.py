@@ -323,13 +323,19 @@ class RunContext:
 
         Returns:
             True where, as the step before ended, some rank was asked to stop: every rank gets the same answer, save
-            and return.
+            and return. Unless it was the last step (by the metric "total_steps", or the setting `steps`), the run is
+            recorded as stopped, and not as done.
 
         Raises:
             NonFiniteError: on every rank, when a metric of the step before that is marked `finite` was not on some.
             SupersededError: on rank 0, when a newer incarnation of this job has begun.
         """
         return self._ends.end(metrics, self.stop_requested, self.step_hooks)
+
+    @property
+    def stopped_at(self) -> int | None:
+        """The last step, where its end_step returned True."""
+        return self._ends.stopped_at
 
     @property
     def last_metrics(self) -> dict[str, Any]:

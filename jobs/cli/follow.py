@@ -26,7 +26,7 @@ from jobs.cli.console import Console
 from jobs.cli.progress import Display, Tail
 from jobs.cluster import ClusterConfig
 from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, OutputLost, SubmissionUnknown
-from jobs.records import RunDirectory, Submitted, read_json
+from jobs.records import BY_ITSELF, RunDirectory, Submitted, read_json
 from jobs.slurm import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
 
@@ -93,7 +93,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
     how = f"with code {process.returncode} "
     if record is None:
         record = _without_result(run_dir, how)
-    elif record["status"] == "done" and process.returncode != 0:
+    elif record["status"] in BY_ITSELF and process.returncode != 0:
         record["warnings"] = [*record.get("warnings", ()), f"the supervisor ended {how}after the work was done"]
     return report_end(record, console, time.monotonic() - began)
 
@@ -418,7 +418,7 @@ class _SlurmJob:
     def was_over(self) -> bool:
         """Whether it is over for certain, without asking."""
         record = self.result.read()
-        return record is not None and record.get("status") == "done"
+        return record is not None and record.get("status") in BY_ITSELF
 
     def is_known(self) -> bool:
         """Whether Slurm has been asked, and the job goes on."""
@@ -430,7 +430,7 @@ class _SlurmJob:
         self._ask()
         now = time.monotonic()
         self._result_since = (self._result_since or now) if record is not None else None
-        done = record is not None and record.get("status") == "done"
+        done = record is not None and record.get("status") in BY_ITSELF
         if done and self._result_since is not None and now - self._result_since > RESULT_WITHIN_S:
             return True
         answer, since = self.answer, now - self._since
@@ -454,9 +454,9 @@ class _SlurmJob:
         record, answer = self.result.read(), self.answer
         state = answer if isinstance(answer, JobState) and answer.ended else None
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
-        if record is not None and (record.get("status") == "done" or record.get("failure") or not knows_more):
+        if record is not None and (record.get("status") in BY_ITSELF or record.get("failure") or not knows_more):
             if (
-                record.get("status") == "done"
+                record.get("status") in BY_ITSELF
                 and isinstance(answer, JobState)
                 and not answer.state.startswith("COMPLET")
             ):

@@ -227,7 +227,6 @@ def _debug(spec: JobSpec, console: Console) -> int:
         write_json(result, {"status": "interrupted", "workload": spec.workload, "error": "interrupted by SIGINT"})
         raise
     assert record is not None
-    from jobs.cli.follow import report
+    from jobs.cli.follow import report_end
 
-    report(record, console, time.monotonic() - began)
-    return 0
+    return report_end(record, console, time.monotonic() - began)

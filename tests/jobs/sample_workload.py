@@ -46,6 +46,10 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    def stop(*_: Any) -> None:
+        ctx.stop_requested = True
+
+    signal.signal(signal.SIGUSR1, stop)
     total = torch.zeros(1)
     for step in range(1, config.steps + 1):
         if step == 2 and ctx.rank == config.on_rank and config.does == "return":
@@ -64,7 +68,8 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
             dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
         total += value
         odd = config.does == "other metrics" and ctx.rank == config.on_rank
-        ctx.end_step({"step": step, "loss": mean(float(ctx.rank)), **({"odd": mean(1.0)} if odd else {})})
+        if ctx.end_step({"step": step, "loss": mean(float(ctx.rank)), **({"odd": mean(1.0)} if odd else {})}):
+            break
         if ctx.attempt == 0 or config.pause_again:
             time.sleep(config.pause_seconds)
     time.sleep(config.rank_0_longer if ctx.rank == 0 else 0)

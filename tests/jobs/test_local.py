@@ -77,6 +77,20 @@ def test_a_workload_may_end_as_scripts_do(typed: Submit, tmp_path: Path) -> None
     assert_ended_like_a_script(tmp_path)
 
 
+@pytest.mark.parametrize("steps", [9, 3])
+def test_a_run_that_a_signal_stops_before_its_last_step_is_not_done(typed: Submit, steps: int) -> None:
+    line = typed("mine:ENTRY", *TWO, "does=SIGUSR1", f"steps={steps}", "--json")
+    code, out, err = line.finish()
+    record = json.loads(out)
+    assert line.result().items() <= record.items()
+    if steps == 3:  # what is known of step 2 as step 3 ends, is known too late to stop anything
+        assert (code, record["exit_code"], record["status"], record["result"]["total"]) == (0, 0, "done", 9.0)
+        return
+    assert (code, record["exit_code"], record["status"]) == (1, 1, "stopped")
+    assert err.splitlines()[-1] == "meshrun: error: the job was stopped: by request, after step 3 of 9"
+    assert len(line.metrics()) == 3
+
+
 def test_a_rank_that_dies_when_its_work_is_done_is_a_warning(typed: Submit) -> None:
     line = typed("mine:ENTRY", *TWO, "at_end=a crash", "rank_0_longer=1")
     code, out, err = line.finish()

@@ -114,6 +114,14 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     assert time.monotonic() - before < 5
 
 
+def test_a_run_that_a_signal_stops_is_not_done(slurm: Cluster, follow: Follow) -> None:
+    line = follow(slurm, "does=SIGUSR1", "steps=9")
+    assert code(line) == 1, out(line)
+    assert err(line) == "meshrun: error: the job was stopped: by request, after step 3 of 9\n"
+    assert line.result()["status"] == "stopped"
+    slurm.wait_job_state(job_id(line), "FAILED")  # no job that depends on it starts
+
+
 @pytest.mark.parametrize(
     ("does", "message", "traceback"),
     [

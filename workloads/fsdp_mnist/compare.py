@@ -63,8 +63,9 @@ def compare(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, An
 def _look_on(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]:
     """Ends every step with the one that trains: nobody waits longer than a step, and all stop together."""
     ctx.start_steps()
-    for step in range(1, data.total_steps(config, prepared) + 1):
-        if ctx.end_step({"step": step, **shared_metrics(True, 0.0, 0.0, 0)}):
+    total_steps = data.total_steps(config, prepared)
+    for step in range(1, total_steps + 1):
+        if ctx.end_step({"step": step, **shared_metrics(True, 0.0, 0.0, 0)}) and step < total_steps:
             return {"stopped_at_step": step}
     return {}
 

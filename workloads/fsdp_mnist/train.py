@@ -122,7 +122,7 @@ def train(
                         held_out.samples,
                         held_out_metrics["heldout_loss"],
                     )
-            if ctx.end_step(metrics):
+            if ctx.end_step(metrics) and step < total_steps:
                 return {"stopped_at_step": step}
             if step == total_steps:
                 break

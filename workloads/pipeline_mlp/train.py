@@ -90,7 +90,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         if step == config.steps:
             with ctx.timed("evaluation"):
                 metrics |= evaluate(engine, samples, replica, config.dp, device)
-        if ctx.end_step(metrics):
+        if ctx.end_step(metrics) and step < config.steps:
             return {"stopped_at_step": step}
 
     timing = ctx.timing()

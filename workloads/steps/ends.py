@@ -58,6 +58,8 @@ class StepEnds:
         self._stop = False
         self._wrong: Callable[[], Exception] | None = None
         self._number = 0
+        self.stopped_at: int | None = None
+        """The step whose end has just told the workload to stop."""
 
     def end(self, metrics: Mapping[str, Any], stop_requested: bool, hooks: Sequence[Callable[[int], None]]) -> bool:
         """See RunContext.end_step."""
@@ -76,6 +78,7 @@ class StepEnds:
 
         self._number += 1
         step = plain.get("step", "?")
+        self.stopped_at = (step if isinstance(step, int) else self._number) if stop else None
         self.recorder.end_step(step)
         self._collector.end_step()
         for hook in hooks:

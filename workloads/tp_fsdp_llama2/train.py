@@ -161,7 +161,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             heldout = None
             if config.eval_every and step % config.eval_every == 0:
                 metrics["heldout_loss"] = heldout = evaluate()
-            if ctx.end_step(metrics):
+            if ctx.end_step(metrics) and step < config.steps:
                 return {"stopped_at_step": step}
 
     heldout = evaluate() if heldout is None else heldout
