@@ -13,13 +13,15 @@ SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 _held = False
 _came: int | None = None
+_raised: int | None = None
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    global _came
+    global _came, _raised
     if _held:
         _came = signum
     else:
+        _raised = signum
         raise Interrupted(signum)
 
 
@@ -29,6 +31,8 @@ def raised() -> Iterator[None]:
 
     What this process was started to ignore (under nohup, or in a script's background) it goes on ignoring.
     """
+    global _raised
+    _raised = None
     ours = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
     before = {signum: signal.signal(signum, _interrupt) for signum in ours}
     try:
@@ -36,6 +40,20 @@ def raised() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def unmasked() -> Iterator[None]:
+    """Inside, Interrupted is what comes out, also where its way led through code that makes other exceptions of it.
+
+    An import may report it as the module's SyntaxError, a library as an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _raised is not None:
+            raise Interrupted(_raised) from error
+        raise
 
 
 @contextlib.contextmanager

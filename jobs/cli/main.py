@@ -60,7 +60,8 @@ def _run(argv: Sequence[str], console: Console) -> int:
         except SystemExit:  # argparse, after --help
             console.finish({"status": "help", "exit_code": EXIT_DONE})
             return EXIT_DONE
-        return _dispatch(given, console)
+        with interrupts.unmasked():
+            return _dispatch(given, console)
     except (*USER_ERRORS, OSError, ModuleNotFoundError) as mistake:
         line = one_line(_line(mistake))
         if console.job_started or not line:

@@ -340,6 +340,15 @@ def test_ctrl_c_at_any_moment_is_one_line_at_most(typed: Submit, milliseconds: i
     line.assert_nothing_left()
 
 
+def test_a_signal_that_an_import_makes_another_exception_of_is_an_interruption(typed: Submit, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException as error:\n    raise SyntaxError('source code cannot be read') from error\n"
+    )
+    code, _, err = typed("mine:ENTRY").finish()
+    assert (code, err) == (130, "meshrun: error: interrupted\n")
+
+
 def test_a_killed_line_takes_its_job_along(typed: Submit) -> None:
     line = typed("mine:ENTRY", *TWO, *ENDLESS)
     line.wait_for_step(1)
