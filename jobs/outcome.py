@@ -181,7 +181,7 @@ def _cause(seen: Evidence) -> str:
     state = seen.state.state if seen.state else ""
     if state in ("TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"):
         return state
-    if seen.state is not None and seen.state.preempted and seen.words.cause in ("", "CANCELLED"):
+    if seen.state is not None and seen.state.preempted and seen.words.cause in ("", "CANCELLED", "STEP_ENDED"):
         return "PREEMPTED"
     return seen.words.cause
 
@@ -196,6 +196,10 @@ def _what_slurm_did(seen: Evidence) -> str:
         by = f" by {_user(seen.state.by)}" if seen.state and seen.state.by else ""
         never = seen.state is not None and not seen.words.ends and not seen.logs
         return f"{job} was cancelled{by}" + (" before it started" if never else at)
+    if cause == "STEP_ENDED" and seen.status is None:
+        return f"the batch script of {job} was killed (somebody's kill, or its host's memory was used up){at}"
+    if cause == "STEP_ENDED":
+        return f"srun of {job} was told to end (somebody's kill, or a scancel of the step alone){at}"
     if cause == "PREEMPTED":
         return f"{job} was preempted by Slurm{at}"
     if cause == "NODE_FAIL":
@@ -261,7 +265,9 @@ def _without_a_rank(seen: Evidence) -> str:
         log = seen.logs.get(0, seen.srun_log)
         return f"{job}: every rank finished its work, and none has left a result (log: {log})"
     if seen.status is not None:
-        return f"{job}: srun ended with code {seen.status} and no rank has said why (log: {seen.srun_log})"
+        number = seen.status - 128
+        name = f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number > 0 else ""
+        return f"{job}: srun ended with code {seen.status}{name} and no rank has said why (log: {seen.srun_log})"
     return f"{job} ended{state}, and no rank has left a result or said why (log: {seen.srun_log})"
 
 
@@ -445,6 +451,6 @@ def _may_be_preempted(seen: Evidence) -> bool:
         return False
     cause = seen.words.cause or seen.words.later
     if cause:
-        return cause == "CANCELLED"
+        return cause in ("CANCELLED", "STEP_ENDED")
     first = [end.code for end in seen.words.ends if not end.echo]
     return -signal.SIGTERM in first if seen.words.ends else seen.status == 128 + signal.SIGTERM

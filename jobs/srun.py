@@ -34,7 +34,8 @@ class SrunWords:
     ends: tuple[TaskEnd, ...] = ()
     """In the order in which srun learnt of them."""
     cause: str = ""
-    """What ended all from outside, before any rank had failed: TIMEOUT, PREEMPTED, NODE_FAIL, CANCELLED, or nothing."""
+    """What ended all from outside, before any rank had failed: TIMEOUT, PREEMPTED, NODE_FAIL, CANCELLED, or nothing;
+    STEP_ENDED where srun or the step alone was told to end: Slurm sends a SIGCONT with the end of a job."""
     later: str = ""
     """The same, after some rank had ended: NODE_FAIL, CANCELLED or nothing. That rank may only have lost a peer."""
     lost_hosts: tuple[str, ...] = ()
@@ -78,13 +79,16 @@ def read(text: str) -> SrunWords:
             over = True
         elif match := _CANCELLED.search(line):
             due = _cause_of(match[1])
-            if not over or (due and cause == "CANCELLED"):  # "aborted" may come first, and the reason after it
+            if not over or (
+                due and cause in ("CANCELLED", "STEP_ENDED")
+            ):  # "aborted" may come first, and the reason after it
                 cause = due
             over = True
         elif match := _ABORTED.match(line):
-            if not over:
-                cause = "CANCELLED"
-            elif match[1] == "got SIGCONT" and not cause:  # sent to the whole job, never by srun to its step
+            whole_job = match[1] == "got SIGCONT"  # never sent by srun to its step
+            if not over or (whole_job and cause == "STEP_ENDED"):
+                cause = "CANCELLED" if whole_job else "STEP_ENDED"
+            elif whole_job and not cause:
                 later = later or "CANCELLED"
             over = True
         elif not complaint and not over and _COMPLAINT.search(line):
@@ -94,9 +98,11 @@ def read(text: str) -> SrunWords:
 
 def with_the_reason(words: SrunWords, script_log: str) -> SrunWords:
     """srun knows that Slurm ended the job, and the batch script's own log why."""
-    if "CANCELLED" not in (words.cause, words.later):
-        return words
     due = [match[1] for match in _CANCELLED.finditer(script_log) if match[0].startswith("*** JOB")]
+    if words.cause == "STEP_ENDED" and not due:
+        return words
+    if not {"CANCELLED", "STEP_ENDED"} & {words.cause, words.later}:
+        return words
     why = _cause_of(due[-1] if due else None) or "CANCELLED"
     return replace(words, cause=words.cause and why, later=words.later and why)
 

@@ -141,6 +141,12 @@ LATE_CANCEL = srun.read(
             seen("scancel", [lost(1)], last_steps={0: ("9", 2.0)}),
             "job 12 was cancelled; rank 0 was last",
         ),
+        (
+            seen("batch-script-killed", state="FAILED", status=None, last_steps={0: ("9", 2.0)}),
+            "the batch script of job 12 was killed (somebody's kill, or its host's memory was used up); rank 0 was",
+        ),
+        (seen("step-cancelled", status=137), "srun of job 12 was told to end (somebody's kill, or a scancel of the st"),
+        (seen("step-cancelled", state="CANCELLED"), "job 12 was cancelled"),
         (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
         (seen("node-failure", [lost(0)]), "node1 failed, and job 12 with it"),
         (seen("node-failure-after-an-echo", [lost(0)]), "node1 failed, and job 12 with it"),
@@ -166,6 +172,7 @@ LATE_CANCEL = srun.read(
         ),
         (seen("too-many-nodes", status=1), "with code 1: srun: error: Only allocated 2 nodes asked for 4"),
         (seen(status=0, done=frozenset({0, 1, 3})), "rank 2 on node1: exited with code 0 before its work was done"),
+        (seen(status=137), "job 12: srun ended with code 137 (SIGKILL) and no rank has said why (log: /run/srun.log)"),
         (seen(status=7), "job 12: srun ended with code 7 and no rank has said why (log: /run/srun.log)"),
         (
             replace(seen(state="FAILED", status=None), logs={}, script_says="module: command not found"),
@@ -448,6 +455,7 @@ SHOWN = "JobId=12 JobState=RUNNING Restarts=0 PreemptTime={} NodeList=node[0-1]"
         ("SIGKILL", [], "2026-11-22T11:29:00", False),
         ("scancel", [], "2026-11-22T11:29:00", True),  # srun is not told why
         ("scancel", [], "None", False),
+        ("srun-terminated", [], "2026-11-22T11:29:00", True),
         ("node-failure", [], "2026-11-22T11:29:00", False),
     ],
 )

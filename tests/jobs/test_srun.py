@@ -32,6 +32,9 @@ def recorded(name: str) -> SrunWords:
         ("unknown-option", {}, ""),
         ("too-many-nodes", {}, ""),
         ("scancel", {}, "CANCELLED"),
+        ("batch-script-killed", {}, "STEP_ENDED"),
+        ("step-cancelled", {}, "STEP_ENDED"),
+        ("srun-terminated", {}, "STEP_ENDED"),
         ("time-limit", {}, "CANCELLED"),  # srun is not told why
         ("preemption", {}, "CANCELLED"),
         ("preemption-with-grace", {0: -15, 1: -15}, ""),
@@ -71,7 +74,7 @@ def test_what_slurmstepd_says_of_the_cause(line: str, cause: str) -> None:
     own = "srun: error: n1: task 3: Exited with exit code 1\n"
     assert srun.read(line + "\n").cause == cause
     assert srun.read("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n" + line).cause in (
-        {cause} if cause else {"CANCELLED"}
+        {cause} if cause else {"STEP_ENDED"}
     )
     # After a rank's own end it is only how the others were ended.
     after = srun.read(own + "srun: Terminating StepId=12.0\n" + line)

@@ -7,6 +7,8 @@ notice; each test then looks at one. A job needs two hosts of three, so that Slu
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -318,3 +320,36 @@ def test_a_batch_scripts_own_failure_is_said(slurm: Cluster, tmp_path: Path) -> 
     code, out, err = line.finish(60)
     assert code == 1, out + err
     assert "/no/such/python" in err
+
+
+def test_a_batch_script_that_is_killed_is_no_cancellation(slurm: Cluster, tmp_path: Path) -> None:
+    line = submit(
+        tmp_path,
+        "mine:ENTRY",
+        "--wait",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "1",
+        "steps=100000",
+        "pause_seconds=0.05",
+        env=slurm.env,
+    )
+    line.wait_for_step(2)
+    job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+    script = f"/job{job}/slurm_script".encode()
+    (pid,) = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if _ends_with(p, script)]
+    os.kill(pid, signal.SIGKILL)
+    code, out, err = line.finish(60)
+    assert code == 1, out + err
+    last = err.strip().splitlines()[-1]
+    assert f"the job failed: the batch script of job {job} was killed" in last
+    assert slurm.job_state(job) == "FAILED"
+    assert not ranks(line.run_dir)
+
+
+def _ends_with(cmdline: Path, word: bytes) -> bool:
+    try:
+        return cmdline.read_bytes().rstrip(b"\0").endswith(word)
+    except OSError:  # it has just ended
+        return False
