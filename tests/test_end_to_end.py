@@ -48,6 +48,7 @@ def submit(folder: Path, nodes: int, gpus_per_node: int, **changes: Any) -> dict
         cwd=folder.parent,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("mesh dp ") == 1
     return json.loads(done.stdout)
 
 

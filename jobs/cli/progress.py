@@ -19,6 +19,8 @@ from jobs.records import RunDirectory
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10
 """Lines of rank 0's log that someone sees who comes when the job already runs."""
+LEAST_BAR = 5
+"""Columns of a terminal that are left to the bar itself."""
 NEWEST_EVERY_S = 1.0
 """Looking for a newer attempt lists the run directory, which a shared file system minds."""
 
@@ -131,7 +133,8 @@ class Display:
         for line in self.srun.lines(ended, self.late):
             if _OF_INTEREST.search(line):
                 self.say(line)
-        lines = map(_plain, self._until_rank_0_ends(self.log.lines(ended, self.late)))
+        told = (line for line in self.log.lines(ended, self.late) if not _NOISE.search(line))
+        lines = map(_plain, self._until_rank_0_ends(told))
         for line in deque(lines, LINES_BEFORE) if self.late else lines:
             self.say(line)
         steps = []
@@ -168,12 +171,18 @@ class Display:
             if self.bar is None:
                 from tqdm import tqdm
 
+                # Its clock begins now: the rate is that of the steps from here on.
                 self.bar = tqdm(
-                    total=self.total_steps, unit="step", file=self.console.stream, dynamic_ncols=True, leave=True
+                    total=self.total_steps,
+                    initial=step,
+                    unit="step",
+                    file=self.console.stream,
+                    dynamic_ncols=True,
+                    leave=True,
                 )
             self.bar.n = step
             if last:
-                self.bar.set_postfix_str(printable(_words(metrics)), refresh=False)
+                self._show_beside_the_bar(_watched(metrics))
                 self.bar.refresh()
             return
         now = time.monotonic()
@@ -181,7 +190,15 @@ class Display:
             self.last_line = now
             of = f"/{self.total_steps}" if self.total_steps else ""
             which = f"{metrics['strategy']} " if isinstance(metrics.get("strategy"), str) else ""
-            self.console.say(f"{which}step {step}{of}  {_words(metrics)}")
+            self.console.say(f"{which}step {step}{of}  {'  '.join(_watched(metrics))}")
+
+    def _show_beside_the_bar(self, metrics: list[str]) -> None:
+        """As many of the metrics as there is room for, each whole: tqdm would cut the last in mid-number."""
+        for count in range(len(metrics), -1, -1):
+            self.bar.set_postfix_str("  ".join(metrics[:count]), refresh=False)
+            shape = self.bar.format_dict
+            if len(self.bar.format_meter(**{**shape, "ncols": 0})) + LEAST_BAR <= (shape["ncols"] or 80):
+                return
 
     def close(self) -> None:
         if self.bar is not None:
@@ -198,12 +215,14 @@ def _plain(line: str) -> str:
     return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
 
 
+_NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
+"""Of rank 0's log what means nothing: torch wanted a host's name for a message of its own, and uses the address."""
 _OF_INTEREST = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)
 """Of srun's words while a job starts: why its step has to wait."""
 _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
 
 
-def _words(metrics: dict[str, Any]) -> str:
+def _watched(metrics: dict[str, Any]) -> list[str]:
     """The metrics that people watch, briefly."""
     numbers = {}
     for key, value in metrics.items():
@@ -211,4 +230,4 @@ def _words(metrics: dict[str, Any]) -> str:
             with contextlib.suppress(OverflowError):  # a whole number of 400 digits
                 numbers[key] = float(value)
     shown = [key for key in _SHOWN if key in numbers] or list(numbers)[:5]
-    return "  ".join(f"{key} {numbers[key]:.4g}" for key in shown)
+    return [printable(f"{key} {numbers[key]:{'.0f' if 1000 <= abs(numbers[key]) < 1e9 else '.4g'}}") for key in shown]

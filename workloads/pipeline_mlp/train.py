@@ -268,10 +268,9 @@ def _say(config: Config, ctx: RunContext, samples: data.Samples, schedule: Sched
 
     log.info("data: %s", samples.words)
     log.info(
-        "schedule %s, %d microbatches of %d samples, engine %s, mesh %s, %s",
+        "schedule %s, %d microbatches of %d samples, engine %s, %s",
         *(config.schedule, config.microbatches, config.global_batch_size // (config.dp * config.microbatches)),
         config.engine,
-        " x ".join(f"{n} {s}" for n, s in zip(ctx.mesh.mesh_dim_names or (), ctx.mesh.shape, strict=True)),
         config.precision,
     )
     costs = layer_costs(wide)

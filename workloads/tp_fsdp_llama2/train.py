@@ -96,7 +96,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     parameters = parameter_count(config.model, vocab_size(config))
     if ctx.rank == 0:
         chosen = "" if config.precision else f" (the default on {device.type.upper()})"
-        log.info("mesh %s, %s, %s%s", layout, device.type, computed_in, chosen)
+        log.info("precision %s%s", computed_in, chosen)
         for line in choices(config, ctx.shape):
             log.info("%s", line)
         log.info("model of %s parameters", f"{parameters:,}")
