@@ -46,7 +46,7 @@ def test_a_rank_that_fails_ends_the_job_and_is_named(any_cluster: AnyCluster) ->
     record = followed(any_cluster, "does=raise", code=1)
     failure = record["failure"]
     assert (failure["rank"], failure["message"]) == (1, "ValueError: the third layer is missing")
-    assert "act(config.does)" in failure["traceback"]
+    assert "act(config.does" in failure["traceback"]
     assert f"the job failed: rank 1 on {failure['host']}: ValueError" in record["stderr"].splitlines()[-1]
 
 

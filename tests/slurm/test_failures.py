@@ -236,7 +236,7 @@ def test_a_job_survives_a_daemons_restart(name: str, stories: dict[str, Story]) 
 # --- a rank that dies -------------------------------------------------------------------------------------------------
 
 DEATHS = {
-    "raise": ("ValueError: the third layer is missing", "act(config.does)"),
+    "raise": ("ValueError: the third layer is missing", "act(config.does"),
     "SIGKILL": ("killed by SIGKILL", None),
     "SIGSEGV": ("SIGSEGV", None),
     "sys.exit": ("called sys.exit(3) before its work was done", "sys.exit(3)"),
