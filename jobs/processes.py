@@ -1,6 +1,6 @@
 """Processes of this box: who runs below us, that none outlives us, and how this one waits and leaves.
 
-Linux's ways; elsewhere groups of processes have to do.
+Where it is not Linux, orphans are not adopted and no rank dies with its parent; groups of processes have to do.
 """
 
 from __future__ import annotations
@@ -64,30 +64,24 @@ def adopt_orphans(wanted: bool = True) -> None:
 
 def children() -> set[int]:
     """Direct children of this process that still run."""
+    import psutil
+
     found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, rest = stat.read_text().rpartition(")")
-        except OSError:
-            continue
-        state, parent = rest.split()[:2]
-        if int(parent) == os.getpid() and state not in "ZX":
-            found.add(int(stat.parent.name))
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.add(child.pid)
     return found
 
 
-def started(pid: int) -> str:
-    """When a process started, in the kernel's ticks: what tells it from a later one with the same id.
+def runs(pid: int, argument: str) -> bool:
+    """Whether a process runs that was started with `argument`, which tells it from a later one with the same id."""
+    import psutil
 
-    Returns:
-        Empty where there is no such process, or it has ended and only nobody has asked how.
-    """
     try:
-        _, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except OSError:
-        return ""
-    fields = rest.split()
-    return "" if fields[0] in "ZX" else fields[19]
+        return argument in psutil.Process(pid).cmdline()
+    except psutil.Error:  # there is none, it has ended and only nobody has asked how, or it is another user's
+        return False
 
 
 def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:

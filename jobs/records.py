@@ -140,8 +140,8 @@ class Submitted:
     """When, in UTC: 2026-11-22T08:15:30Z; empty where the job itself has written this."""
     host: str
     """Where it was submitted from; a local job runs there."""
-    process_started: str = ""
-    """Of a local job: what tells its process from a later one with the same id."""
+    process_argument: str = ""
+    """Of a local job: what its supervisor alone was started with, and no later process with the same id."""
 
 
 _OF_A_RESULT: dict[str, Any] = {

@@ -657,7 +657,7 @@ def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> Non
 LATE = {"jobs.devices", "jobs.mesh", "jobs.rendezvous"}
 """Of jobs/, what a rank alone imports."""
 ALSO = ("workloads.base", "workloads.errors", "workloads.meanings", "workloads.registry")
-HEAVY = ("torch", "torchvision", "numpy", "safetensors", "tokenizers", "tqdm")
+HEAVY = ("torch", "torchvision", "numpy", "safetensors", "tokenizers", "tqdm", "psutil")
 
 
 def light_modules() -> list[str]:

@@ -619,22 +619,22 @@ def test_a_local_job_that_is_killed(typed: Callable[..., Line], tmp_path: Path) 
     assert "the supervisor ended and left no result" in err.splitlines()[-1]
 
 
-def local(tmp_path: Path, pid: int, started: str, host: str = "") -> RunDirectory:
+def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirectory:
     run = RunDirectory(tmp_path / "run")
     run.attempt(0).make()
     run.job.write_text(JOB)
-    run.record_submission(Submitted("local", str(pid), "", host or socket.gethostname(), started))
+    run.record_submission(Submitted("local", str(pid), "", host or socket.gethostname(), argument))
     return run
 
 
 def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, capsys: Capture) -> None:
-    local(tmp_path, os.getpid(), "1")
+    local(tmp_path, os.getpid(), "another's")
     assert main(["wait", "run"]) == 1
     assert "the supervisor ended and left no result" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_is_said_to_be(tmp_path: Path, capsys: Capture) -> None:
-    local(tmp_path, os.getpid(), "1")
+    local(tmp_path, os.getpid(), "another's")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
@@ -654,16 +654,28 @@ def test_an_interrupted_local_job(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_local_job_of_another_box_is_known_by_its_result(tmp_path: Path, later: Later, capsys: Capture) -> None:
-    run = local(tmp_path, os.getpid(), processes.started(os.getpid()), host="elsewhere")
+    run = local(tmp_path, os.getpid(), sys.argv[0], host="elsewhere")
     later(1.0, lambda: write_json(run.result, DONE))
     assert main(["wait", "run"]) == 0
     assert "the job runs on elsewhere" in capsys.readouterr().out
 
 
-def test_when_a_process_started() -> None:
+def test_a_job_whose_supervisor_runs_has_not_failed_also_where_there_is_no_proc(
+    tmp_path: Path, later: Later, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    open_text = Path.read_text
+
+    def without_proc(path: Path, *words: Any, **more: Any) -> str:
+        if path.is_relative_to("/proc"):
+            raise FileNotFoundError(path)
+        return open_text(path, *words, **more)
+
+    monkeypatch.setattr(Path, "read_text", without_proc)
     sleeper = subprocess.Popen(["sleep", "600"])
-    assert processes.started(sleeper.pid).isdecimal()
-    sleeper.kill()
-    wait_until(lambda: processes.started(sleeper.pid) == "", "the end, though nobody has asked for it yet")
+    run = local(tmp_path, sleeper.pid, "600")
+    later(2.5, lambda: (write_json(run.result, DONE), sleeper.kill()))
+    assert main(["wait", "run"]) == 0
+    # It has ended, and nobody has asked how.
+    assert not processes.runs(sleeper.pid, "600")
     sleeper.wait()
-    assert processes.started(sleeper.pid) == ""
+    assert not processes.runs(sleeper.pid, "600")

@@ -100,7 +100,8 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
 
 def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: bool) -> tuple[Any, Submitted]:
     process = executor.submit(spec, cluster, owned=owned)._process
-    submitted = Submitted("local", str(process.pid), _now(), socket.gethostname(), processes.started(process.pid))
+    argument = str(run_dir.submitit)  # of the line that executor.render gives
+    submitted = Submitted("local", str(process.pid), _now(), socket.gethostname(), argument)
     run_dir.record_submission(submitted)
     return process, submitted
 
@@ -292,8 +293,7 @@ class _LocalJob:
             display.say(f"the job runs on {submitted.host}; from here its end is seen by its result alone")
 
     def _runs(self) -> bool:
-        pid, started = self.submitted.job_id, self.submitted.process_started
-        return bool(started) and processes.started(int(pid)) == started
+        return processes.runs(int(self.submitted.job_id), self.submitted.process_argument)
 
     def was_over(self) -> bool:
         return self.result.read() is not None and not (self.here and self._runs())
