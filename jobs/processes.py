@@ -142,15 +142,20 @@ def leave_done() -> None:
     They get as long as they write or compute, up to DONE_WITHIN_S: they may be saving. A thread that only waits would
     hold the job's hosts for ever.
     """
+    _end_where_python_cannot()
     threading.Thread(target=_see_off, name="see off", daemon=True).start()
+
+
+def _end_where_python_cannot() -> None:
+    """Ends this process if it does not come here again: Python stops its threads before the last part of its exit."""
+    faulthandler.dump_traceback_later(2 * DONE_IDLE_S, exit=True)
 
 
 def _see_off() -> None:
     activity, idle = _activity(), 0
     for waited in itertools.count(1):  # seconds in which this process could run: a suspended job loses none
-        # Python stops its daemon threads before the last part of its exit: then this ends the process.
-        faulthandler.dump_traceback_later(2 * DONE_IDLE_S, exit=True)
         time.sleep(1)
+        _end_where_python_cannot()
         before, activity = activity, _activity()
         idle = 0 if activity[0] != before[0] or activity[1] - before[1] > 0.05 else idle + 1
         if waited == SAY_AFTER_S:
