@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -43,21 +44,44 @@ def torch_sees_gpus() -> bool:
     return re.search(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None
 
 
-def available_memory_bytes() -> int:
-    """Memory that new processes on this box can have: what is free or reclaimable, within the control group's limit."""
-    limits = [_available_by_kernel()]
-    for folder, limit_file, used_file, reclaimable in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            limit, used = ((Path(folder) / name).read_text().strip() for name in (limit_file, used_file))
-            cached = re.search(rf"^{reclaimable} (\d+)$", (Path(folder) / "memory.stat").read_text(), re.MULTILINE)
-        except OSError:
+def available_memory_bytes(own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that new processes on this box can have: what is free or reclaimable, within the control groups' limits.
+
+    A limit of any group that this process is in counts: a batch system's or a login session's lies far below the root.
+
+    Args:
+        own_groups: the groups that this process is in (cgroups(7)).
+        mounted: where they are mounted.
+    """
+    limits: list[float] = [_available_by_kernel()]
+    try:
+        lines = own_groups.read_text().splitlines()
+    except OSError:
+        lines = []
+    for _, controllers, own in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            root, names = mounted, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = (
+                mounted / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
+        else:
             continue
-        if limit.isdigit():
-            limits.append(max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
-    return min(limits)
+        # In a container that has only its own part mounted, the upper part of the path is not there.
+        group = root / own.lstrip("/")
+        limits += [_available_in(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return int(min(limits))
+
+
+def _available_in(group: Path, limit_file: str, used_file: str, reclaimable: str) -> float:
+    """What a control group leaves; infinite where it sets no limit."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in (limit_file, used_file))
+        cached = re.search(rf"^{reclaimable} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return math.inf
+    return max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)) if limit.isdigit() else math.inf
 
 
 def _available_by_kernel() -> int:

@@ -87,3 +87,38 @@ def test_it_agrees_with_the_installed_torch() -> None:
 
 def test_available_memory_is_a_sensible_number() -> None:
     assert 64 * 2**20 < machine.available_memory_bytes() < 2**50
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("line", "limited", "names"),
+    [
+        ("0::/user.slice/session-3.scope", "user.slice/session-3.scope", V2),
+        ("0::/slurm/job_7/step_0", "slurm/job_7", V2),  # the group above has the limit
+        ("0::/", ".", V2),  # a container that sees its own group as the root
+        ("0::/docker/9f", ".", V2),  # one that does not, and has its own mounted there
+        ("4:cpu,memory:/slurm/job_7/step_0", "memory/slurm/job_7/step_0", V1),
+        ("4:memory:/docker/9f", "memory", V1),
+    ],
+)
+def test_a_limit_of_ones_own_control_group_counts_wherever_it_lies(
+    line: str, limited: str, names: tuple[str, str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup").write_text(f"12:pids:/elsewhere\n{line}\n")
+    unlimited = machine.available_memory_bytes(tmp_path / "cgroup", tmp_path)
+    assert unlimited > 3 * 2**20
+    group = tmp_path / limited
+    group.mkdir(parents=True, exist_ok=True)
+    (group / names[0]).write_text(f"{5 * 2**20}\n")
+    (group / names[1]).write_text(f"{3 * 2**20}\n")
+    (group / "memory.stat").write_text(f"{names[2]} {2**20}\n")
+    assert machine.available_memory_bytes(tmp_path / "cgroup", tmp_path) == 3 * 2**20
+    (group / names[0]).write_text("max\n" if names is V2 else f"{2**63 - 4096}\n")
+    assert machine.available_memory_bytes(tmp_path / "cgroup", tmp_path) > 3 * 2**20
+
+
+def test_where_there_are_no_control_groups_the_kernel_is_asked(tmp_path: Path) -> None:
+    assert machine.available_memory_bytes(tmp_path / "none", tmp_path) > 3 * 2**20
