@@ -321,7 +321,7 @@ class RunDirectory:
         """Why no file can be written there just now, such as a full disk; nothing where one can."""
         probe = self.path / f".probe-{os.getpid()}"
         try:
-            write_text(probe, " " * 8192)  # more than what the end of another file's last block has room for
+            write_text(probe, " " * 2**16)  # about what a submission takes
             probe.unlink()
         except OSError as error:
             return f"{self.path} cannot be written to: {error.strerror or error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import resource
 import subprocess
 import sys
 import textwrap
@@ -362,6 +363,18 @@ def test_a_refused_preparation_leaves_the_place_as_it_was(
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert tree(tmp_path) == before
     assert (tmp_path / "link").is_symlink()
+
+
+def test_a_full_disk_is_said_before_anything_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
+    try:
+        assert main(["tp_fsdp", "--executor", "local", "--run-dir", "run"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    says = f"meshrun: error: {tmp_path}/run cannot be written to: File too large; make room there, or give another"
+    assert capsys.readouterr().err.startswith(says)
+    assert tree(tmp_path) == {}
 
 
 def test_a_link_to_nothing_is_no_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,11 @@ def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: 
     process = executor.submit(spec, cluster, owned=owned)._process
     argument = str(run_dir.submitit)  # of the line that executor.render gives
     submitted = Submitted("local", str(process.pid), _now(), socket.gethostname(), argument)
-    run_dir.record_submission(submitted)
+    try:
+        run_dir.record_submission(submitted)
+    except OSError:
+        _end(process)  # nobody could find it again
+        raise
     return process, submitted
 
 

@@ -21,7 +21,7 @@ from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
-from jobs.errors import Interrupted, JobFailed, SubmissionError
+from jobs.errors import Interrupted, JobFailed, RunDirectoryError, SubmissionError
 from jobs.records import RunDirectory, keep_others_from_writing, write_json
 from jobs.settings import as_words
 from jobs.spec import JobSpec
@@ -54,6 +54,8 @@ def run(given: Options, console: Console) -> int:
     run_dir = RunDirectory.create(spec.run_dir)
     with _emptied_on(BaseException, run_dir, new, console):
         run_dir.describe(spec)
+        if fault := run_dir.fault():
+            raise RunDirectoryError(f"{fault}; make room there, or give another --run-dir")
         prepared = None if plan is None else _prepare(resolved, plan, console)
     if prepared is not None:
         resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
