@@ -122,6 +122,15 @@ USER_ERRORS = (UserError, WorkloadError)
 """What ends in one line and exit 2 when it is raised before the job starts."""
 
 
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal would obey, or could not show."""
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin, with each character that a terminal would obey as its escape: `\\x1b`."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 LONGEST = 1000
 """Characters of a message: a dozen lines of a terminal."""
 
@@ -131,8 +140,7 @@ def one_line(text: str) -> str:
 
     What was given is at its beginning and what to do at its end.
     """
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(" ".join(text.split()))
     if len(text) <= LONGEST:
         return text
     first, last = text[: LONGEST // 3], text[-LONGEST // 2 :]

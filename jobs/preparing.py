@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import blame, processes, sbatch
+from jobs.errors import one_line
 from jobs.records import RunDirectory, read_json
 from jobs.spec import JobSpec
 from workloads import registry
@@ -68,7 +69,7 @@ def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
             f"workload {entry.name}: plan returned a {type(line).__name__}; return one line on what prepare would do, "
             "or None where there is nothing to prepare"
         )
-    return None if line is None else _one_line(line)
+    return None if line is None else one_line(line)
 
 
 # --- on the submitting side -------------------------------------------------------------------------------------------
@@ -277,11 +278,7 @@ class Preparation:
 
     def _last_words(self) -> str:
         lines = [line for line in re.split(r"[\r\n]+", self._tail) if line.strip()]
-        return f" (its last words: {_one_line(lines[-1])[-300:]})" if lines else ""
-
-
-def _one_line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return f" (its last words: {one_line(lines[-1])[-300:]})" if lines else ""
 
 
 # --- in the process of its own ----------------------------------------------------------------------------------------
@@ -326,7 +323,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
         last = traceback.extract_tb(stopped.__traceback__)[-1]
         _say(results, {"stopped": f"{last.filename}:{last.lineno}"})
         return 1
-    _say(results, {"returned": _one_line(line) or None if line is not None else None})
+    _say(results, {"returned": one_line(line) or None if line is not None else None})
     return 0
 
 

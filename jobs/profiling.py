@@ -39,7 +39,7 @@ def from_flags(
             if given:
                 raise CommandLineError(f"{flag} needs --profile, which is missing; add --profile FIRST:LAST")
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", steps)
     first, last = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= first <= last:
         raise CommandLineError(
@@ -52,7 +52,7 @@ def from_flags(
         )
     if ranks is None or ranks == "all":
         chosen = (0,) if ranks is None else tuple(range(world_size))
-    elif re.fullmatch(r"\d+(,\d+)*", ranks):
+    elif re.fullmatch(r"\d{1,9}(,\d{1,9})*", ranks):
         chosen = tuple(sorted({int(rank) for rank in ranks.split(",")}))
     else:
         raise CommandLineError(f"--profile-ranks {ranks}: write ranks separated by commas (0,4), or all")

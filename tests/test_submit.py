@@ -134,6 +134,7 @@ BAD = [
     Bad(["tp_fsdp", "--nodes", "9" * 20], ["--nodes 99", "less than or equal to 65536"]),
     Bad(["tp_fsdp", "--nodes", "65536", "--gpus-per-node", "1024"], ["67,108,864 ranks", "at most 1,048,576"]),
     Bad(["tp_fsdp", "--time", "9" * 20], ["--time 99", "at most ten years"]),
+    Bad(["tp_fsdp", "--time", "5270401"], ["--time 5270401", "at most ten years"]),
     Bad(["tp_fsdp", "--time", "0"], ["--time 0", "longer than zero"]),
     Bad(["tp_fsdp", "--env", "FOO"], ["--env without a '='", "KEY=VALUE"]),
     Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=...", "'A-B' is not a variable's name"]),
@@ -144,6 +145,8 @@ BAD = [
         Bad(["tp_fsdp", "--profile", steps], [f"--profile {steps}: write FIRST:LAST, both included", "10:13"])
         for steps in ("13:10", "0:3", "a:b", "10", "1:2:3", "1:")
     ),
+    Bad(["tp_fsdp", "--profile", "1:" + "9" * 5000], ["--profile 1:99", "write FIRST:LAST", "such as 10:13"]),
+    Bad(["tp_fsdp", "--profile", "1:2", "--profile-ranks", "9" * 5000], ["--profile-ranks 99", "(0,4), or all"]),
     Bad(["tp_fsdp", "--profile", "10:13", "steps=12"], ["--profile 10:13: the run ends after step 12 (steps=12)"]),
     Bad(["tp_fsdp", "--profile-ranks", "0"], ["--profile-ranks", "add --profile FIRST:LAST"]),
     Bad(["tp_fsdp", "--profile-memory"], ["--profile-memory", "add --profile FIRST:LAST"]),

@@ -6,19 +6,10 @@ import contextlib
 import io
 import json
 import os
-import re
 import sys
 from typing import Any, TextIO
 
-from jobs.errors import OutputLost, one_line
-
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that a terminal would obey, or could not show."""
-
-
-def printable(text: str) -> str:
-    """Text of unknown origin, with each character that a terminal would obey as its escape: `\\x1b`."""
-    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+from jobs.errors import OutputLost, one_line, printable
 
 
 class Console:

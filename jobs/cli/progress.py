@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import blame
-from jobs.cli.console import Console, printable
+from jobs.cli.console import Console
+from jobs.errors import printable
 from jobs.records import RunDirectory
 
 PLAIN_LINE_EVERY_S = 5.0
