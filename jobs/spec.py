@@ -127,7 +127,7 @@ def parse_minutes(text: str) -> int:
     Raises:
         ValueError: any other text, or no time at all.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    match = re.fullmatch(r"(?:(\d{1,99})-)?(\d{1,99})(?::(\d{1,99}))?(?::(\d{1,99}))?", text.strip())
     if not match:
         raise ValueError("a time limit is minutes (90), hours:minutes:seconds (12:30:00) or days-hours (2-12)")
     days, first, second, third = match.groups()
