@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import subprocess
@@ -68,7 +69,8 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
             dist.all_reduce(value, group=ctx.mesh.get_group("dp"))
         total += value
         odd = config.does == "other metrics" and ctx.rank == config.on_rank
-        if ctx.end_step({"step": step, "loss": mean(float(ctx.rank)), **({"odd": mean(1.0)} if odd else {})}):
+        loss = math.nan if config.does == "nan" and step == 2 and ctx.rank == config.on_rank else float(ctx.rank)
+        if ctx.end_step({"step": step, "loss": mean(loss, finite=True), **({"odd": mean(1.0)} if odd else {})}):
             break
         if ctx.attempt == 0 or config.pause_again:
             time.sleep(config.pause_seconds)

@@ -166,6 +166,16 @@ def test_a_failure_that_cannot_be_written_down_is_told_by_the_log(typed: Submit)
     assert says in err.splitlines()[-1]
 
 
+def test_a_loss_that_is_not_finite_is_that_ranks_whose_it_is(typed: Submit) -> None:
+    line = typed("mine:ENTRY", *FOUR, "does=nan", "on_rank=2")
+    code, _, err = line.finish()
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "the job failed: rank 2 on host1: NonFiniteError: step 2: loss is nan on rank 2 on host1; " in last
+    assert last.endswith(f"(log: {line.run_dir}/attempt-0/rank-2.log)")
+    assert [path.name for path in (line.run_dir / "attempt-0" / "failures").iterdir()] == ["2.json"]
+
+
 def test_a_failure_with_json_is_one_object(typed: Submit) -> None:
     code, out, err = typed("mine:ENTRY", *TWO, "does=raise", "--json").finish()
     record = json.loads(out)
