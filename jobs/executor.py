@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -70,8 +69,6 @@ def _entry_command(folder: Path) -> list[str]:
 
 SUBMIT_WITHIN_S = 120
 """Seconds that sbatch gets to queue a job; it tries again by itself where the controller is busy."""
-LOST = re.compile(r"timed? ?out|zero bytes|unexpected message|connection (reset|refused|aborted)", re.IGNORECASE)
-"""What sbatch says where it lost the controller in the middle: the job may be queued all the same."""
 FIND_AFTER_S = (0.0, 1.0, 4.0)
 """Seconds before each look into the queue for a job that may be there."""
 
@@ -165,7 +162,8 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             words = " ".join(str(error).split())
             if getattr(error.__cause__, "returncode", None) in (124, 137, -9):
                 words = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}"
-            elif not LOST.search(words):
+            elif not slurm.LOST.search(words):
+                slurm.check_reached(words)
                 raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
         except (RuntimeError, OSError) as error:  # what it has answered cannot be read, or not be kept
             words = f"the submission broke off: {type(error).__name__}: {' '.join(str(error).split())}"

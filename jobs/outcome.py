@@ -432,7 +432,9 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
     run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
     seen = gather(run, number, status=int(status), nodelist=env.get("SLURM_JOB_NODELIST", ""))
     if _may_be_preempted(seen):
-        answer = slurm.ask_scontrol(env.get("SLURM_JOB_ID", seen.job_id), slurm.environment(env), _ASK_WITHIN_S)
+        answer = slurm.ask_scontrol(
+            env.get("SLURM_JOB_ID", seen.job_id), slurm.environment(env), within_s=_ASK_WITHIN_S
+        )
         seen = replace(seen, state=answer if isinstance(answer, JobState) else None)
         if seen.state is not None and seen.state.preempted:
             # A script that ends within the grace time has failed, and Slurm does not start it again.

@@ -241,6 +241,11 @@ class RunDirectory:
     def submitit(self) -> Path:
         return self.path / "submitit"
 
+    @property
+    def script(self) -> str:
+        """The name of the batch script, which no other job has; empty where there is none."""
+        return next((path.name for path in self.submitit.glob(".submission_file_*.sh")), "")
+
     def describe(self, spec: JobSpec) -> None:
         """Writes down what the job is, before it starts."""
         write_json(self.job, spec.model_dump(mode="json"))

@@ -66,7 +66,7 @@ class Forgotten:
     """Slurm answers, and knows no such job: it ended longer ago than Slurm remembers (MinJobAge, often 5 minutes)."""
 
     words: str = ""
-    """Why accounting, which remembers longer, could not help."""
+    """What else is to say: whose its number is now, or why accounting, which remembers longer, could not help."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "SLURM_TIME_FORMAT": "standard"}
 
 
+_LATE = "has not answered within"
+
+
 def _run(words: Sequence[str], env: Mapping[str, str], within_s: float, text: str = "") -> _Said | NoAnswer:
     try:
         done = subprocess.run(
@@ -107,52 +110,62 @@ def _run(words: Sequence[str], env: Mapping[str, str], within_s: float, text: st
             errors="replace",
             timeout=within_s,
         )
-    except subprocess.TimeoutExpired:
-        return NoAnswer(f"{words[0]} has not answered within {within_s:g} s")
+    except subprocess.TimeoutExpired as error:
+        complaint = _words((error.stderr or b"").decode(errors="replace"))
+        return NoAnswer(f"{words[0]} {_LATE} {within_s:g} s{complaint and f' ({complaint})'}")
     except OSError as error:
         return NoAnswer(f"{words[0]}: {error.strerror or error}")
     return _Said(done.returncode, done.stdout, done.stderr)
 
 
-def ask(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> Answer:
+def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float = ANSWER_WITHIN_S) -> Answer:
     """What Slurm knows of a job.
 
     Args:
         job_id: the job.
         env: the environment to ask in; see `environment`.
+        script: the name of its batch script, which no other job has. A number alone may come again: where a controller
+            was set up anew, or its database is older than that.
         within_s: seconds that each of the commands gets.
     """
     squeue = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_COLUMNS}"], env, within_s)
-    queued = squeue if isinstance(squeue, NoAnswer) else read_squeue(squeue.code, squeue.out, squeue.err, job_id)
+    queued = (
+        squeue if isinstance(squeue, NoAnswer) else read_squeue(squeue.code, squeue.out, squeue.err, job_id, script)
+    )
     if isinstance(queued, JobState):
         if queued.state != "CANCELLED":
             return queued
-        accounted = _ask_sacct(job_id, env, within_s)  # squeue does not say by whom
+        accounted = _ask_sacct(job_id, env, script, within_s)  # squeue does not say by whom
         by = accounted.by if isinstance(accounted, JobState) and accounted.state == "CANCELLED" else ""
         return replace(queued, by=by)
-    accounted = _ask_sacct(job_id, env, within_s)
+    accounted = _ask_sacct(job_id, env, script, within_s)
     if isinstance(queued, Forgotten):
-        return accounted if isinstance(accounted, JobState) else Forgotten(accounted.words)
+        # What has the number now may be in accounting without its script, at first.
+        if isinstance(accounted, JobState):
+            return queued if queued.words == STRANGER and not accounted.ended else accounted
+        return Forgotten(queued.words or (accounted.words and f"accounting: {accounted.words}"))
     # The controller does not answer: what accounting calls an end is one; "running" may be long past.
     if isinstance(accounted, JobState) and accounted.state in LASTING:
         return accounted
-    if isinstance(squeue, NoAnswer) and "has not answered" not in squeue.words:  # no squeue here
-        shown = ask_scontrol(job_id, env, within_s)
+    if isinstance(squeue, NoAnswer) and _LATE not in squeue.words:  # no squeue here
+        shown = ask_scontrol(job_id, env, script, within_s)
         if not isinstance(shown, NoAnswer):
             return shown
     return queued
 
 
-def _ask_sacct(job_id: str, env: Mapping[str, str], within_s: float) -> Answer:
+def _ask_sacct(job_id: str, env: Mapping[str, str], script: str, within_s: float) -> Answer:
     words = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}"]
-    said = _run([*words, "--format=JobID,State,NodeList"], env, within_s)
-    return said if isinstance(said, NoAnswer) else read_sacct(said.code, said.out, said.err, job_id)
+    said = _run([*words, "--format=JobID,State,NodeList,SubmitLine"], env, within_s)
+    if isinstance(said, _Said) and "Invalid field" in said.err:  # before 21.08
+        said = _run([*words, "--format=JobID,State,NodeList"], env, within_s)
+    return said if isinstance(said, NoAnswer) else read_sacct(said.code, said.out, said.err, job_id, script)
 
 
-def ask_scontrol(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> Answer:
+def ask_scontrol(job_id: str, env: Mapping[str, str], script: str = "", within_s: float = ANSWER_WITHIN_S) -> Answer:
     """What the controller itself knows; the only one that says whether a job is being preempted."""
     said = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
-    return said if isinstance(said, NoAnswer) else read_scontrol(said.code, said.out, said.err)
+    return said if isinstance(said, NoAnswer) else read_scontrol(said.code, said.out, said.err, script)
 
 
 def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:
@@ -179,7 +192,8 @@ def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tu
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-_COLUMNS = "%i|%T|%S|%N|%r"  # the reason comes last: it is prose
+_COLUMNS = "%i|%T|%S|%N|%r|%o"
+STRANGER = "its number is another job's now"
 
 
 def _words(text: str) -> str:
@@ -192,12 +206,14 @@ def _is_unknown(err: str) -> bool:
     return "invalid job id" in err.lower()
 
 
-def read_squeue(code: int, out: str, err: str, job_id: str) -> Answer:
+def read_squeue(code: int, out: str, err: str, job_id: str, script: str = "") -> Answer:
     """squeue's output, in `_COLUMNS`."""
     for line in out.splitlines():
-        fields = line.strip().split("|", 4)
-        if len(fields) == 5 and fields[0] == job_id:
-            state, start, nodes, reason = fields[1:]
+        fields = line.strip().split("|", 5)
+        if len(fields) == 6 and fields[0] == job_id:
+            state, start, nodes, reason, command = fields[1:]
+            if command and script not in command:
+                return Forgotten(STRANGER)
             waits = state in WAITING
             return JobState(
                 state=state,
@@ -210,11 +226,13 @@ def read_squeue(code: int, out: str, err: str, job_id: str) -> Answer:
     return NoAnswer(_words(err) or f"squeue ended with code {code}")
 
 
-def read_sacct(code: int, out: str, err: str, job_id: str) -> Answer:
+def read_sacct(code: int, out: str, err: str, job_id: str, script: str = "") -> Answer:
     """sacct's output; `CANCELLED by 1000` says who."""
     for line in out.splitlines():
-        fields = line.strip().split("|")
-        if len(fields) == 3 and fields[0] == job_id and fields[1]:
+        fields = line.strip().split("|", 3)
+        if len(fields) >= 3 and fields[0] == job_id and fields[1]:
+            if len(fields) == 4 and fields[3] and script not in fields[3]:
+                return Forgotten(STRANGER)
             state, _, by = fields[1].partition(" by ")
             nodes = "" if fields[2] == "None assigned" else fields[2]
             return JobState(state.strip(), nodes=nodes, by=by.strip(), source="sacct")
@@ -223,11 +241,13 @@ def read_sacct(code: int, out: str, err: str, job_id: str) -> Answer:
     return NoAnswer(_words(err) or f"sacct ended with code {code}")
 
 
-def read_scontrol(code: int, out: str, err: str) -> Answer:
+def read_scontrol(code: int, out: str, err: str, script: str = "") -> Answer:
     """`scontrol --oneliner show job`: KEY=VALUE words; values that hold spaces are of no interest here."""
     found = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", out))
     if "JobState" not in found:
         return Forgotten() if _is_unknown(err) else NoAnswer(_words(err) or f"scontrol ended with code {code}")
+    if script not in out:
+        return Forgotten(STRANGER)
     state, start, restarts = found["JobState"], found.get("StartTime", ""), found.get("Restarts", "")
     return JobState(
         state=state,
@@ -278,9 +298,30 @@ def hint(state: JobState) -> str:
 
 SUBMISSION_WITHIN_S = 60.0
 """Seconds that sbatch gets to say whether it would take a job; a busy controller may take some."""
+LOST = re.compile(
+    r"(socket|connection|operation) timed out|zero bytes|unexpected message|connection (reset|aborted)"
+    r"|\((send|receive|shutdown) failure\)",
+    re.IGNORECASE,
+)
+"""What sbatch says where it lost the controller in the middle: the job may be queued all the same."""
+_UNREACHABLE = re.compile(r"unable to contact|configuration source|\bmunge\b|authentication", re.IGNORECASE)
+"""What it says where it has reached nobody who could refuse a job."""
 UNSURE = ("node configuration is not available", "node not available", "partition not available")
 """`sbatch --test-only` says so of what no host can ever give, but also of hosts that are down, drained or reserved just
 now, and (22.05) of host files; sbatch itself takes the latter, and refuses most of the former."""
+
+
+def check_reached(words: str) -> None:
+    """Tells what sbatch says where there is nobody to ask from what it says of a job.
+
+    Raises:
+        SubmissionError: it has reached nobody who could refuse, or queue, a job.
+    """
+    if _UNREACHABLE.search(words) and not LOST.search(words):
+        raise SubmissionError(
+            f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`, "
+            "or use --executor local"
+        )
 
 
 def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, str]) -> str:
@@ -300,16 +341,16 @@ def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, 
     clean = environment(env)
     said = _run(["sbatch", "--test-only"], clean, SUBMISSION_WITHIN_S, script)
     if isinstance(said, NoAnswer):
-        raise SubmissionError(f"{said.words}; nothing is queued; try again, or ask `sinfo` whether Slurm is up")
-    words = "; ".join(line.strip() for line in (said.err + said.out).splitlines() if line.strip())
+        check_reached(said.words)
+        if _LATE not in said.words:
+            raise SubmissionError(f"{said.words}; nothing is queued")
+        return f"{said.words} whether Slurm would take the job; it is submitted all the same"
+    words = "; ".join(dict.fromkeys(line.strip() for line in (said.err + said.out).splitlines() if line.strip()))
     if said.code == 0:
         return _without_a_number(words)
-    # Where only its programs are installed, there is nobody to contact either.
-    if "Unable to contact" in words or "configuration source" in words:
-        raise SubmissionError(
-            f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`, "
-            "or use --executor local"
-        )
+    check_reached(words)
+    if LOST.search(words):
+        return f"sbatch --test-only says: {words}; the job is submitted all the same"
     if any(unsure in words for unsure in UNSURE):
         total = _hosts_of(str(given.get("partition", "")), clean)
         if total is None or int(given["nodes"]) <= total:

@@ -97,7 +97,7 @@ FAILED = {
 
 
 def _row(state: str, reason: str = "None", start: str = "N/A") -> str:
-    return f"12|{state}|{start}|{'' if state in ('PENDING', 'REQUEUED') else 'n[0-1]'}|{reason}"
+    return f"12|{state}|{start}|{'' if state in ('PENDING', 'REQUEUED') else 'n[0-1]'}|{reason}|/r/s.sh"
 
 
 class Site:
@@ -438,14 +438,50 @@ def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys:
     assert out.index("does not answer") < out.index("step 9/9")
 
 
-def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture) -> None:
+def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "SILENT_S", (0.0, 0.5))
     site.squeue(err=UNREACHABLE)
     assert main(["wait", "run", "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["status"] == "unknown"
+    assert err.count("job 12: no answer of Slurm's for ") >= 3  # before the first answer, and again and again
     assert "Slurm could not be asked for" in err
     assert "job 12 may still run; come back: python submit.py wait run" in err
     assert not site.run.result.exists()
+
+
+def scripted(site: Site) -> str:
+    """Leaves the batch script, as a submission does; its path."""
+    site.run.submitit.mkdir()
+    script = site.run.submitit / ".submission_file_1.sh"
+    script.touch()
+    return str(script)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_job_of_another_that_has_the_number_now(recorded: bool, site: Site, capsys: Capture) -> None:
+    scripted(site)
+    if recorded:
+        write_json(site.run.result, {**FAILED, "failure": None})
+    site.squeue("12|COMPLETED|N/A|n[0-1]|None|(null)")
+    assert main(["wait", "run"]) == 1
+    out, err = capsys.readouterr()
+    assert ("rank 1 on n1: ValueError" if recorded else "says how it ended (its number is another job's now)") in err
+    assert out == ""
+    assert site.run.result.exists() == recorded
+
+
+def test_a_job_whose_number_sbatch_could_not_give(site: Site, capsys: Capture) -> None:
+    site.run.submission.unlink()
+    script = scripted(site)
+    site.squeue(err=UNREACHABLE)
+    assert main(["wait", "run"]) == 2
+    assert "sbatch could not say whether it queued the job, and Slurm names none" in capsys.readouterr().err
+    answer = f'case "$*" in *--me*) echo "13|{script}"; exit;; esac'
+    say(site.env, "squeue", f"13|CANCELLED|N/A||None|{script}", before=answer)
+    assert main(["wait", "run"]) == 1
+    assert "job 13 was cancelled" in capsys.readouterr().err
+    assert read_json(site.run.submission)["job_id"] == "13"
 
 
 def test_a_job_that_ends_while_the_controller_is_away(site: Site, later: Later) -> None:
@@ -455,7 +491,7 @@ def test_a_job_that_ends_while_the_controller_is_away(site: Site, later: Later) 
 
 
 def test_a_slow_controller_does_not_hold_up_the_progress(site: Site, later: Later, capsys: Capture) -> None:
-    say(site.env, "squeue", "12|COMPLETED|x|n0|None", before="exec sleep 20")
+    say(site.env, "squeue", "12|COMPLETED|x|n0|None|/r/s.sh", before="exec sleep 20")
     shown: list[float] = []
     began = time.monotonic()
     later(0.5, lambda: write_json(site.run.result, DONE))

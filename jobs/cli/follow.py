@@ -101,7 +101,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
 def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: bool) -> tuple[Any, Submitted]:
     process = executor.submit(spec, cluster, owned=owned)._process
     argument = str(run_dir.submitit)  # of the line that executor.render gives
-    submitted = Submitted("local", str(process.pid), _now(), socket.gethostname(), argument)
+    submitted = Submitted("local", str(process.pid), now(), socket.gethostname(), argument)
     try:
         run_dir.record_submission(submitted)
     except OSError:
@@ -110,7 +110,7 @@ def _start(spec: JobSpec, cluster: ClusterConfig, run_dir: RunDirectory, owned: 
     return process, submitted
 
 
-def _now() -> str:
+def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
@@ -153,7 +153,7 @@ def submit_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Sub
     # A Ctrl-C is sent to sbatch too, which would end in the middle of its request: it inherits that it is held.
     with interrupts.blocked():
         job = executor.submit(spec, cluster, owned=False)
-    submitted = Submitted("slurm", str(job.job_id), _now(), socket.gethostname())
+    submitted = Submitted("slurm", str(job.job_id), now(), socket.gethostname())
     console.facts["job_id"] = submitted.job_id
     console.job_started = True
     try:
@@ -333,6 +333,8 @@ STAYS_S = 10.0
 UNREACHABLE_S = 600.0
 """Seconds without any answer of Slurm's after which the wait, not the job, is given up."""
 LONG_AGO_S = 30.0
+SILENT_S = (15.0, 60.0)
+"""Seconds without an answer of Slurm's until that is said, and between two times that it is."""
 
 
 class _SlurmJob:
@@ -340,7 +342,7 @@ class _SlurmJob:
 
     def __init__(self, run_dir: RunDirectory, submitted: Submitted, display: Display) -> None:
         self.run_dir, self.job_id, self.display = run_dir, submitted.job_id, display
-        self.env = slurm.environment(os.environ)
+        self.env, self.script = slurm.environment(os.environ), run_dir.script
         self.result = _Result(run_dir)
         self.answer: slurm.Answer | None = None
         self._coming: list[slurm.Answer] = []
@@ -354,6 +356,10 @@ class _SlurmJob:
         self._since = 0.0
         """Since when Slurm has given the same answer."""
         self._result_since: float | None = None
+        self._answered = time.monotonic()
+        """When Slurm last answered; at first, when the wait began."""
+        self._say_at = self._answered + SILENT_S[0]
+        """When it is said (again) that Slurm does not answer."""
         self._shown = ""
         self._shown_start: datetime | None = None
 
@@ -361,6 +367,10 @@ class _SlurmJob:
 
     def _ask(self) -> None:
         """Asks in a thread of its own: a busy controller takes half a minute, and progress is shown meanwhile."""
+        if (now := time.monotonic()) > self._say_at and not isinstance(self.answer, (JobState, Forgotten)):
+            self._say_at = now + SILENT_S[1]
+            given_up = f"the wait is given up after {UNREACHABLE_S / 60:g} min of that"
+            self.display.say(f"job {self.job_id}: no answer of Slurm's for {now - self._answered:.0f} s; {given_up}")
         if self._asking is not None:
             if self._asking.is_alive():
                 return
@@ -385,16 +395,19 @@ class _SlurmJob:
 
     def _ask_now(self) -> None:
         try:
-            self._coming.append(slurm.ask(self.job_id, self.env))
+            self._coming.append(slurm.ask(self.job_id, self.env, self.script))
         except Exception as error:  # whatever is wrong with one question, the job goes on
             self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
         self._heard.set()
 
     def _hear(self, answer: slurm.Answer) -> None:
         self.answer = answer
+        if not isinstance(answer, NoAnswer):
+            self._answered = time.monotonic()
         kind = answer.state if isinstance(answer, JobState) else type(answer).__name__
         if kind != self._kind:
             self._kind, self._since, self._interval = kind, time.monotonic(), ASK_EVERY_S[0]
+            self._say_at = self._since + SILENT_S[1]
         line = _line(self.job_id, answer)
         start = _time_of(answer.start) if isinstance(answer, JobState) else None
         # An estimate changes with every job of others that ends; a quarter of an hour is worth a line.
@@ -482,7 +495,7 @@ class _SlurmJob:
         seen = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
         if seen.says_nothing:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
-                f" (accounting: {answer.words})" if isinstance(answer, Forgotten) and answer.words else ""
+                f" ({answer.words})" if isinstance(answer, Forgotten) and answer.words else ""
             )
             return {**unknown, "error": error}
         return outcome.conclude(self.run_dir, seen)

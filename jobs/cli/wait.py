@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
+from jobs import slurm
 from jobs.cli import follow
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.errors import CommandLineError, did_you_mean
-from jobs.records import RunDirectory, read_json
+from jobs.records import RunDirectory, Submitted, read_json
 
 USE = "write submit.py wait RUN [--json]"
 
@@ -32,13 +35,30 @@ def run(given: Options, console: Console) -> int:
         raise CommandLineError(f"wait takes one run directory, {len(names) or 'none'} were given; {USE}")
     run_dir = find(names[0])
     submitted = run_dir.submitted()
+    if submitted is None and run_dir.script:
+        submitted = _look_for(run_dir)
     if submitted is None:
         executor = (read_json(run_dir.job) or {}).get("executor")
         ended = f"; how it ended is in {run_dir.result}" if run_dir.result.exists() else ""
         if executor == "debug":
             raise CommandLineError(f"{run_dir.path}: ran with --executor debug, in its own command line{ended}")
+        if run_dir.script:
+            raise CommandLineError(
+                f"{run_dir.path}: sbatch could not say whether it queued the job, and Slurm names none with its "
+                f"script{ended}; look again later, or submit it again with another --run-dir"
+            )
         raise CommandLineError(f"{run_dir.path}: has no submission.json: it was not submitted from here{ended}")
     return follow.watch(run_dir, submitted, console, from_the_start=False)
+
+
+def _look_for(run_dir: RunDirectory) -> Submitted | None:
+    """The Slurm job of a run directory whose number sbatch could not give, where Slurm has it by now."""
+    job_id = slurm.find(run_dir.submitit, slurm.environment(os.environ))
+    if not job_id:
+        return None
+    submitted = Submitted("slurm", job_id, follow.now(), socket.gethostname())
+    run_dir.record_submission(submitted)
+    return submitted
 
 
 def find(name: str) -> RunDirectory:

@@ -96,24 +96,56 @@ def test_slurm_is_asked_before_anything_is_written(tmp_path: Path, monkeypatch: 
         executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
 
 
-def test_a_scheduler_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NO_MUNGE = (
+    "sbatch: error: If munged is up, restart with --num-threads=10\n"
+    "sbatch: error: Munge encode failed: Failed to connect to '/run/munge/munge.socket.2': Connection refused\n"
+)
+LOST = "allocation failure: Socket timed out on send/recv operation"
+
+
+def asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> str:
+    """What becomes of the question whether Slurm would take a job, where sbatch does so."""
     scheduler(tmp_path, monkeypatch, "")
-    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(slurm, "SUBMISSION_WITHIN_S", 0.2)
-    with pytest.raises(SubmissionError, match=r"has not answered within 0.2 s; nothing is queued"):
-        executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\n{sbatch}\n")
+    return executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
 
 
 @pytest.mark.parametrize(
-    "words", ["allocation failure: Unable to contact slurm controller", "Could not establish a configuration source"]
+    ("sbatch", "says"),
+    [
+        ("exec sleep 60", "sbatch has not answered within 0.2 s whether Slurm would take the job; it is submitted all"),
+        (f"cat >/dev/null; echo {LOST} >&2; exit 1", f"says: {LOST}; the job is submitted all the same"),
+    ],
+    ids=["late", "lost"],
+)
+def test_a_busy_controller_that_cannot_be_asked_first_may_take_the_job(
+    sbatch: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "SUBMISSION_WITHIN_S", 0.2 if "sleep" in sbatch else 60.0)
+    assert says in asked_first(tmp_path, monkeypatch, sbatch)
+
+
+@pytest.mark.parametrize(
+    ("words", "then"),
+    [
+        ("allocation failure: Unable to contact slurm controller (connect failure)", "cat >/dev/null; exit 1"),
+        ("Could not establish a configuration source", "cat >/dev/null; exit 1"),
+        (NO_MUNGE, "exec sleep 60"),  # which it tries for a minute and a half
+        ("allocation failure: Protocol authentication error", "cat >/dev/null; exit 1"),
+    ],
+    ids=["controller", "configuration", "munge", "authentication"],
 )
 def test_a_slurm_that_is_not_there_has_refused_nothing(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler(tmp_path, monkeypatch, "")
-    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/sh\necho "{words}" >&2; cat >/dev/null; exit 1\n')
+    monkeypatch.setattr(slurm, "SUBMISSION_WITHIN_S", 3.0 if "sleep" in then else 60.0)
     with pytest.raises(SubmissionError, match=r"Slurm does not answer .*nothing is queued; .*--executor local"):
-        executor.check_slurm(render(make_spec(tmp_path / "run"), ClusterConfig()))
+        asked_first(tmp_path, monkeypatch, f'echo "{words}" >&2; {then}')
+    spec = make_spec(tmp_path / "run")
+    RunDirectory.create(spec.run_dir)
+    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/sh\necho "{words}" >&2; exit 1\n')
+    with pytest.raises(SubmissionError, match=r"Slurm does not answer .*nothing is queued"):
+        executor.submit(spec, ClusterConfig(), owned=False)
 
 
 def test_sbatch_gets_a_clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

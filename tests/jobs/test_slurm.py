@@ -22,19 +22,28 @@ DOWN = "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher 
 @pytest.mark.parametrize(
     ("out", "state"),
     [
-        ("12|RUNNING|2026-11-22T11:31:31|node[0-1]|None", JobState("RUNNING", nodes="node[0-1]")),
-        ("12|PENDING|N/A||None", JobState("PENDING")),
-        ("12|PENDING|2026-11-22T11:32:31||Resources", JobState("PENDING", "Resources", start="2026-11-22T11:32:31")),
-        ("12|PENDING|2026-11-22T11:28:25||BeginTime", JobState("PENDING", "BeginTime", start="2026-11-22T11:28:25")),
-        ("12|FAILED|2026-11-22T11:25:46|node[0-1]|NonZeroExitCode", JobState("FAILED", "NonZeroExitCode", "node[0-1]")),
-        ("12|TIMEOUT|2026-11-22T11:31:31|node[0-1]|TimeLimit", JobState("TIMEOUT", "TimeLimit", "node[0-1]")),
-        ("12|COMPLETING|2026-11-22T11:31:31|node0|None", JobState("COMPLETING", nodes="node0")),
-        (f"12|PENDING|N/A||{DOWN}", JobState("PENDING", DOWN)),
+        ("12|RUNNING|2026-11-22T11:31:31|node[0-1]|None|/r/s.sh", JobState("RUNNING", nodes="node[0-1]")),
+        ("12|PENDING|N/A||None|/r/s.sh", JobState("PENDING")),
         (
-            "12|PENDING|N/A||ReqNodeNotAvail, UnavailableNodes:gpu[1-2]",
+            "12|PENDING|2026-11-22T11:32:31||Resources|/r/s.sh",
+            JobState("PENDING", "Resources", start="2026-11-22T11:32:31"),
+        ),
+        (
+            "12|PENDING|2026-11-22T11:28:25||BeginTime|/r/s.sh",
+            JobState("PENDING", "BeginTime", start="2026-11-22T11:28:25"),
+        ),
+        (
+            "12|FAILED|2026-11-22T11:25:46|node[0-1]|NonZeroExitCode|/r/s.sh",
+            JobState("FAILED", "NonZeroExitCode", "node[0-1]"),
+        ),
+        ("12|TIMEOUT|2026-11-22T11:31:31|node[0-1]|TimeLimit|/r/s.sh", JobState("TIMEOUT", "TimeLimit", "node[0-1]")),
+        ("12|COMPLETING|2026-11-22T11:31:31|node0|None|/r/s.sh", JobState("COMPLETING", nodes="node0")),
+        (f"12|PENDING|N/A||{DOWN}|/r/s.sh", JobState("PENDING", DOWN)),
+        (
+            "12|PENDING|N/A||ReqNodeNotAvail, UnavailableNodes:gpu[1-2]|/r/s.sh",
             JobState("PENDING", "ReqNodeNotAvail, UnavailableNodes:gpu[1-2]"),
         ),
-        ("11|RUNNING|x|n1|None\n12|RUNNING|x|n2|None", JobState("RUNNING", nodes="n2")),
+        ("11|RUNNING|x|n1|None|/r/s.sh\n12|RUNNING|x|n2|None|/r/s.sh", JobState("RUNNING", nodes="n2")),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -42,17 +51,61 @@ def test_squeue(out: str, state: JobState) -> None:
     assert read_squeue(0, out + "\n", "", "12") == state
 
 
+SCRIPT = ".submission_file_1.sh"
+OURS, THEIRS = f"/a|b c/submitit/{SCRIPT}", "/runs/submitit/.submission_file_2.sh"
+STRANGER = Forgotten("its number is another job's now")
+
+
+@pytest.mark.parametrize("theirs", [THEIRS, "(null)", "/bin/bash"])
+def test_a_number_that_is_another_jobs_now(theirs: str) -> None:
+    """Slurm gives it again where a controller is set up anew; accounting may still have one of before."""
+    row = "12|RUNNING|x|n1|None|"
+    running = JobState("RUNNING", nodes="n1")
+    assert read_squeue(0, row + OURS, "", "12", SCRIPT) == running
+    assert read_squeue(0, row + theirs, "", "12", SCRIPT) == STRANGER
+    assert read_squeue(0, row, "", "12", SCRIPT) == running  # of a Slurm that does not say
+    failed = "12|FAILED|n1"
+    assert read_sacct(0, f"{failed}|sbatch {OURS}", "", "12", SCRIPT) == JobState("FAILED", nodes="n1", source="sacct")
+    assert read_sacct(0, f"{failed}|sbatch {theirs}", "", "12", SCRIPT) == STRANGER
+    assert isinstance(read_sacct(0, f"{failed}|", "", "12", SCRIPT), JobState)
+    assert isinstance(read_sacct(0, failed, "", "12", SCRIPT), JobState)
+    assert isinstance(read_scontrol(0, SHOWN.replace("/a b/job.sh x=1", OURS), "", SCRIPT), JobState)
+    assert read_scontrol(0, SHOWN.replace("/a b/job.sh x=1", theirs), "", SCRIPT) == STRANGER
+
+
+def test_whoever_has_the_number_now_is_not_taken_for_ours(site: dict[str, str]) -> None:
+    say(site, "squeue", f"12|RUNNING|x|n1|None|{THEIRS}")
+    say(site, "sacct", err=DISABLED, code=1)
+    assert slurm.ask("12", site, SCRIPT) == STRANGER
+    for row in (f"COMPLETED|n1|sbatch {THEIRS}", "PENDING|n1|"):
+        say(site, "sacct", f"12|{row}")
+        assert slurm.ask("12", site, SCRIPT) == STRANGER
+    say(site, "sacct", f"12|TIMEOUT|n1|sbatch {OURS}")  # of an accounting that keeps both
+    assert slurm.ask("12", site, SCRIPT) == JobState("TIMEOUT", nodes="n1", source="sacct")
+    # An end of long ago is none of ours, while the controller is away.
+    say(site, "squeue", err=UNREACHABLE, code=1)
+    say(site, "sacct", f"12|COMPLETED|n1|sbatch {THEIRS}")
+    assert slurm.ask("12", site, SCRIPT) == NoAnswer(UNREACHABLE.strip())
+
+
+def test_an_accounting_that_keeps_no_scripts_is_asked_for_less(site: dict[str, str]) -> None:
+    say(site, "squeue", err=UNKNOWN, code=1)
+    refuses = 'case "$*" in *SubmitLine*) echo "sacct: error: Invalid field requested: x" >&2; exit 1;; esac'
+    say(site, "sacct", "12|FAILED|n1", before=refuses)
+    assert slurm.ask("12", site, SCRIPT) == JobState("FAILED", nodes="n1", source="sacct")
+
+
 @pytest.mark.parametrize(
     ("code", "out", "err", "answer"),
     [
         (1, "", UNKNOWN, Forgotten()),
         (0, "", "", Forgotten()),
-        (0, "13|RUNNING|x|n1|None\n", "", Forgotten()),
+        (0, "13|RUNNING|x|n1|None|/r/s.sh\n", "", Forgotten()),
         (1, "", UNREACHABLE, NoAnswer(UNREACHABLE.strip())),
         (1, "", "", NoAnswer("squeue ended with code 1")),
         (1, "", "squeue: error: a\nsqueue: fatal: b\n", NoAnswer("squeue: error: a squeue: fatal: b")),
         # A warning beside an answer is no reason not to take it.
-        (0, "12|RUNNING|x|n1|None\n", "squeue: warning: x\n", JobState("RUNNING", nodes="n1")),
+        (0, "12|RUNNING|x|n1|None|/r/s.sh\n", "squeue: warning: x\n", JobState("RUNNING", nodes="n1")),
     ],
 )
 def test_squeue_that_knows_nothing(code: int, out: str, err: str, answer: slurm.Answer) -> None:
@@ -140,14 +193,14 @@ def asked(site: dict[str, str]) -> list[str]:
 
 
 def test_squeue_comes_first(site: dict[str, str]) -> None:
-    say(site, "squeue", "12|RUNNING|x|n1|None")
+    say(site, "squeue", "12|RUNNING|x|n1|None|/r/s.sh")
     say(site, "sacct", "12|FAILED|n1")
     assert slurm.ask("12", site) == JobState("RUNNING", nodes="n1")
     assert asked(site) == ["squeue"]
 
 
 def test_accounting_knows_who_cancelled(site: dict[str, str]) -> None:
-    say(site, "squeue", "12|CANCELLED|x|n1|None")
+    say(site, "squeue", "12|CANCELLED|x|n1|None|/r/s.sh")
     say(site, "sacct", "12|CANCELLED by 7|n1")
     assert slurm.ask("12", site) == JobState("CANCELLED", nodes="n1", by="7")
     say(site, "sacct", err=DISABLED, code=1)
@@ -159,7 +212,7 @@ def test_what_squeue_has_forgotten_accounting_may_know(site: dict[str, str]) -> 
     say(site, "sacct", "12|COMPLETED|n1")
     assert slurm.ask("12", site) == JobState("COMPLETED", nodes="n1", source="sacct")
     say(site, "sacct", err=DISABLED, code=1)
-    assert slurm.ask("12", site) == Forgotten(DISABLED.strip())
+    assert slurm.ask("12", site) == Forgotten(f"accounting: {DISABLED.strip()}")
 
 
 def test_while_the_controller_is_down_accounting_is_believed_in_ends_only(site: dict[str, str]) -> None:
