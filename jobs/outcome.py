@@ -137,7 +137,8 @@ def outcome(seen: Evidence) -> dict[str, Any]:
         "workload": seen.workload,
         "attempt": seen.attempt,
         "job_id": seen.job_id,
-        "slurm_state": seen.state.state if seen.state else None,
+        # While the script is still there Slurm calls the job RUNNING or COMPLETING, which is no word on its end.
+        "slurm_state": seen.state.state if seen.state and seen.state.ended else None,
         "error": error,
         "traceback": failure.traceback if failure else "",
         "failure": failure.to_json() if failure else None,

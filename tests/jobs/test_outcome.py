@@ -369,6 +369,14 @@ def test_nothing_is_written_for_an_attempt_that_has_a_successor(run: RunDirector
     assert not run.result.exists()
 
 
+def test_slurms_word_on_the_end_replaces_a_record_without_it(run: RunDirectory) -> None:
+    """The batch script has asked before Slurm knew by whom it was cancelled."""
+    begin(run, 0, "scancel")
+    assert judge(run, status=143, state=JobState("COMPLETING"))["slurm_state"] is None
+    assert "was cancelled by root; " in judge(run, state=JobState("CANCELLED", by="0"))["error"] + "; "
+    assert read_json(run.result)["slurm_state"] == "CANCELLED"
+
+
 def test_a_record_that_names_a_rank_is_not_replaced_by_one_that_names_none(run: RunDirectory) -> None:
     judge(run)
     run.attempt(0).srun_log.unlink()
