@@ -709,8 +709,11 @@ def test_a_job_whose_supervisor_runs_has_not_failed_also_where_there_is_no_proc(
     monkeypatch.setattr(Path, "read_text", without_proc)
     sleeper = subprocess.Popen(["sleep", "600"])
     run = local(tmp_path, sleeper.pid, "600")
-    later(2.5, lambda: (write_json(run.result, DONE), sleeper.kill()))
+    monkeypatch.setattr(follow, "LINGERS_S", 0.1)
+    later(1.5, lambda: write_json(run.result, DONE))
+    later(3.0, sleeper.kill)
     assert main(["wait", "run"]) == 0
+    assert "the work is over; threads or exit hooks of a rank still run" in capsys.readouterr().out
     # It has ended, and nobody has asked how.
     assert not processes.runs(sleeper.pid, "600")
     sleeper.wait()

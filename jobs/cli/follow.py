@@ -66,15 +66,18 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
     began = time.monotonic()
     # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
     processes.adopt_orphans()
-    display = Display(run_dir, console, total_steps)
-    before = processes.children()
+    display, result = Display(run_dir, console, total_steps), _Result(run_dir)
+    before: set[int] = set()
     process = None
     try:
         with interrupts.held():
             process, _ = _start(spec, cluster, run_dir, owned=True)
             console.job_started = True
+            before = processes.children() - {process.pid}
         while process.poll() is None:
             display.update()
+            if result.lingers():
+                display.say(LINGERS)
             time.sleep(POLL_S)
         display.update(ended=True)
         display.close()
@@ -255,6 +258,11 @@ def _total_steps(run_dir: RunDirectory) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+LINGERS_S = 6.0
+"""A rank whose work is done has said by then in its log what keeps it (jobs/processes.py)."""
+LINGERS = "the work is over; threads or exit hooks of a rank still run: see the logs of the ranks"
+
+
 class _Result:
     """result.json, read when it changes."""
 
@@ -265,6 +273,15 @@ class _Result:
         self.since = 0.0
         """When the file was written, in seconds since the epoch."""
         self.changes = 0
+        self._is_told = False
+
+    def lingers(self) -> bool:
+        """True once: where the job goes on although its work has been over for LINGERS_S."""
+        record = self.read()
+        if self._is_told or record is None or record["status"] not in BY_ITSELF:
+            return False
+        self._is_told = time.time() - self.since > LINGERS_S
+        return self._is_told
 
     def read(self) -> dict[str, Any] | None:
         """The newest attempt's record; one of an earlier attempt is not the end."""
@@ -289,7 +306,7 @@ class _LocalJob:
     """A local job that nobody waited for: a process of this box, or of another one."""
 
     def __init__(self, run_dir: RunDirectory, submitted: Submitted, display: Display) -> None:
-        self.run_dir, self.submitted = run_dir, submitted
+        self.run_dir, self.submitted, self.display = run_dir, submitted, display
         self.result = _Result(run_dir)
         self.gone_since: float | None = None
         self.here = submitted.host == socket.gethostname()
@@ -309,6 +326,8 @@ class _LocalJob:
         if not self.here:
             return self.result.read() is not None
         if self._runs():
+            if self.result.lingers():
+                self.display.say(LINGERS)
             return False
         self.gone_since = self.gone_since or time.monotonic()
         return self.result.read() is not None or time.monotonic() - self.gone_since > 1.0
@@ -472,15 +491,14 @@ class _SlurmJob:
         state = answer if isinstance(answer, JobState) and answer.ended else None
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
         if record is not None and (record.get("status") in BY_ITSELF or record.get("failure") or not knows_more):
-            if (
-                record.get("status") in BY_ITSELF
-                and isinstance(answer, JobState)
-                and not answer.state.startswith("COMPLET")
-            ):
+            # A job whose run was stopped fails, so that none that depends on it starts.
+            expected = {"done": ("COMPLETED", "COMPLETING"), "stopped": ("FAILED", "COMPLETING")}
+            states = expected.get(record["status"])
+            if states and isinstance(answer, JobState) and answer.state not in states:
                 says = f"says {answer.state} ({answer.reason or 'no reason'})"
                 if not answer.ended:
                     says = f"still says {answer.state}: a rank's threads or exit hooks may run on for a while"
-                self.display.say(f"its work is done; Slurm {says}")
+                self.display.say(f"its work is {record['status']}; Slurm {says}")
             return record
         workload = (read_json(self.run_dir.job) or {}).get("workload", "")
         unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}

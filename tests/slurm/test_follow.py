@@ -126,6 +126,7 @@ def test_a_run_that_a_signal_stops_is_not_done(slurm: Cluster, follow: Follow) -
     assert code(line) == 1, out(line)
     assert err(line) == "meshrun: error: the job was stopped: by request, after step 3 of 9\n"
     assert line.result()["status"] == "stopped"
+    assert "its work is" not in out(line)
     slurm.wait_job_state(job_id(line), "FAILED")  # no job that depends on it starts
 
 
