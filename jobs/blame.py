@@ -164,9 +164,10 @@ def failure_of_exit(
         is_done: whether its work was done by then.
     """
     if code == -signal.SIGABRT:
-        said = next((line for line in reversed(end_of_log.splitlines()) if _WATCHDOG.search(line)), "")
-        if _is_of_a_peer(said):
-            words = " ".join(said[said.lower().rindex("watchdog") :].split())
+        lines = end_of_log.splitlines()
+        last = max((place for place, line in enumerate(lines) if _WATCHDOG.search(line)), default=len(lines))
+        if _is_of_a_peer("\n".join(lines[last : last + 4])):  # NCCL says why on the lines after its error's name
+            words = " ".join(lines[last][lines[last].lower().rindex("watchdog") :].split())
             return Failure(rank, host, when, "lost_peer", f"aborted by NCCL: {words}"[:2000], log=log)
     if code < 0:
         try:

@@ -295,6 +295,15 @@ Fatal Python error: Aborted
             "aborted by NCCL: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)",
         ),
         (WATCHDOG.format("NCCL error: remote process exited or there was a network error"), "lost_peer", "aborted by"),
+        (
+            WATCHDOG.format(
+                "NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.3\n"
+                "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
+                "Last error:\nError while creating shared memory segment /dev/shm/nccl-1: No space left on device"
+            ),
+            "killed",
+            "killed by SIGABRT",
+        ),
         (WATCHDOG.format("CUDA error: an illegal memory access was encountered"), "killed", "killed by SIGABRT"),
         ("terminate called after throwing an instance of 'std::bad_alloc'", "killed", "killed by SIGABRT"),
         ("", "killed", "killed by SIGABRT"),
