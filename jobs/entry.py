@@ -74,7 +74,12 @@ def _rank(run_dir: Path, supervisor: int | None = None) -> None:
     from jobs.job import Job
     from jobs.processes import as_rank
 
-    as_rank(lambda: Job.described_in(run_dir)())
+    def run() -> None:
+        job = Job.described_in(run_dir)
+        os.environ.update(job.spec.rank_env)  # the batch script exports it, and a container's image may have its own
+        job()
+
+    as_rank(run)
 
 
 def _ended(*arguments: str) -> None:

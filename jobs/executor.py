@@ -34,15 +34,9 @@ class Submission:
     """Variables that every rank gets."""
 
 
-def rank_env(spec: JobSpec) -> dict[str, str]:
-    """Variables of every rank: the user's, and the thread counts that libraries read when they are imported."""
-    threads = {name: str(spec.threads_per_rank) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return {"RES_OPTIONS": sbatch.RESOLVER, **spec.env, **threads, "OPENBLAS_NUM_THREADS": "1"}
-
-
 def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
     """The submission of a job: pure, so that `--dry-run` prints exactly what would happen."""
-    env = rank_env(spec)
+    env = spec.rank_env
     if spec.executor == "slurm":
         return Submission(slurm_parameters(spec, cluster), sbatch.script(spec, cluster, env), env)
     if spec.executor == "debug":

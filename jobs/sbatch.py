@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.records import RunDirectory
-from jobs.spec import JobSpec
+from jobs.spec import RESOLVER, JobSpec
 
 if TYPE_CHECKING:
     from jobs.cluster import ClusterConfig
@@ -147,16 +147,22 @@ def _warning(time_min: int | None) -> str | None:
     return None if time_min is not None and time_min * 60 < 2 * WARNING_S + 60 else f"USR2@{WARNING_S}"
 
 
-RESOLVER = "timeout:1 attempts:1"
-"""RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
+_IN_AN_IMAGE, _KEPT = ("--container-image=", "--container-name="), "--container-env="
+"""Options of srun's that pyxis adds."""
 
 
 def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, str | bool]) -> list[str]:
     """srun's own arguments, but for its logs, which depend on the attempt; the last of two that differ counts."""
     # Without ALL, a job that was submitted with --export=NONE finds no bash. srun itself looks names up in peace.
     resolver = "" if "RES_OPTIONS" in spec.env else f",RES_OPTIONS={RESOLVER}"
+    site = cluster.srun_args
+    if any(word.startswith(_IN_AN_IMAGE) for word in site):
+        # Else the image's variables win over these. Of several such options the last one alone may count.
+        kept = [name for word in site if word.startswith(_KEPT) for name in word.removeprefix(_KEPT).split(",")]
+        names = ",".join(dict.fromkeys([*kept, *sorted(spec.rank_env)]))
+        site = [*(word for word in site if not word.startswith(_KEPT)), _KEPT + names]
     arguments = [
-        *cluster.srun_args,
+        *site,
         f"--distribution={given['distribution']}",
         "--kill-on-bad-exit=1",  # else the others run to their time-out when one rank dies
         "--wait=0",  # else a site's WaitTime ends the ranks that still work once the first has returned

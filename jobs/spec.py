@@ -13,6 +13,8 @@ from workloads.errors import first_few
 
 ExecutorName = Literal["slurm", "local", "debug"]
 
+RESOLVER = "timeout:1 attempts:1"
+"""RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
 MOST_NODES, MOST_GPUS, MOST_RANKS = 2**16, 2**10, 2**20
 """Of a job; of a host; of a job. Slurm itself has at most 65,533 hosts."""
 MOST_MINUTES = 10 * 366 * 24 * 60
@@ -97,6 +99,12 @@ class JobSpec(StrictModel):
     def name(self) -> str:
         """The workload's name, short and without its package."""
         return re.sub(r"[^\w.-]", "-", self.workload.partition(":")[0].rpartition(".")[2])
+
+    @property
+    def rank_env(self) -> dict[str, str]:
+        """Variables of every rank: the user's, and the thread counts that libraries read when they are imported."""
+        threads = {name: str(self.threads_per_rank) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return {"RES_OPTIONS": RESOLVER, **self.env, **threads, "OPENBLAS_NUM_THREADS": "1"}
 
     @field_validator("run_dir")
     @classmethod

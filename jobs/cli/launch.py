@@ -214,7 +214,7 @@ def _debug(spec: JobSpec, console: Console) -> int:
     from jobs.job import Job
 
     began = time.monotonic()
-    os.environ.update(executor.rank_env(spec))
+    os.environ.update(spec.rank_env)
     os.environ.update(executor.debug_env(spec))
     interrupts.as_python_does()
     result = RunDirectory(spec.run_dir).result

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 
 from jobs.errors import Interrupted, JobFailed
-from jobs.executor import rank_env
 from jobs.records import RunDirectory
 from jobs.spec import JobSpec, ResourceSpec
 from tests.jobs.submitting import ROOT, Line, assert_ended_like_a_script, wait_until
@@ -480,7 +479,6 @@ _SUPERVISE = """
 import sys, threading, time
 sys.path.insert(0, {root!r})
 from jobs import local
-from jobs.executor import rank_env
 from jobs.errors import JobFailed
 from jobs.job import Job
 from jobs.records import RunDirectory, write_json
@@ -513,7 +511,7 @@ def supervise(directory: Path, before: str, **settings: object) -> tuple[str, st
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=directory,
-        env={**os.environ, **rank_env(spec)},
+        env={**os.environ, **spec.rank_env},
         capture_output=True,
         text=True,
         timeout=60,

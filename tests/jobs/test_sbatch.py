@@ -11,7 +11,6 @@ import pytest
 
 from jobs import sbatch
 from jobs.cluster import ClusterConfig, find_cluster, json_schema, load_cluster, shipped_configs
-from jobs.executor import rank_env
 from jobs.spec import JobSpec, ResourceSpec
 from tests.jobs.test_executor import make_spec
 
@@ -39,7 +38,7 @@ def pinned(text: str, run_dir: Path) -> str:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_script_of_each_shipped_config_is_the_golden_one(name: str, tmp_path: Path) -> None:
     spec, cluster = shipped_spec(name, tmp_path / "run")
-    text = pinned(sbatch.script(spec, cluster, rank_env(spec)), tmp_path / "run")
+    text = pinned(sbatch.script(spec, cluster, spec.rank_env), tmp_path / "run")
     assert text == (GOLDEN / f"{name}.sbatch").read_text()
 
 
@@ -68,8 +67,30 @@ def everything(run_dir: Path) -> tuple[JobSpec, ClusterConfig]:
 
 def test_a_full_script_is_the_golden_one(tmp_path: Path) -> None:
     spec, cluster = everything(tmp_path / "run")
-    text = pinned(sbatch.script(spec, cluster, rank_env(spec)), tmp_path / "run")
+    text = pinned(sbatch.script(spec, cluster, spec.rank_env), tmp_path / "run")
     assert text == (GOLDEN / "everything.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    ("site", "named"),
+    [
+        (["--mpi=none"], None),
+        (["--container-image=a.sqsh"], []),
+        (["--container-name=x", "--container-env=PATH,B_SECOND", "--label"], ["PATH", "B_SECOND"]),
+    ],
+    ids=["no image", "image", "named by the site"],
+)
+def test_pyxis_keeps_the_ranks_variables(site: list[str], named: list[str] | None, tmp_path: Path) -> None:
+    """Which an image's own would win over otherwise, in silence."""
+    spec = make_spec(tmp_path / "run", env={"A_FIRST": "1", "B_SECOND": "2"})
+    cluster = ClusterConfig(srun_args=site)
+    words = sbatch.srun_arguments(spec, cluster, sbatch.options(spec, cluster))
+    kept = [word for word in words if "container-env" in word]
+    if named is None:
+        assert kept == []
+    else:
+        assert kept == ["--container-env=" + ",".join(dict.fromkeys([*named, *sorted(spec.rank_env)]))]
+        assert set(site) - set(words) <= {"--container-env=PATH,B_SECOND"}
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, "everything"])

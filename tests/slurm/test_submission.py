@@ -166,12 +166,14 @@ def test_what_a_site_says(config: str, slurm: Cluster, tmp_path: Path) -> None:
 def test_a_prefix_and_another_python(slurm: Cluster, tmp_path: Path) -> None:
     """As in a container site: each rank's Python is started by something else."""
     wrapper = tmp_path / "in image"
-    wrapper.write_text('#!/bin/sh\nexport IMAGE="$1"; shift; exec "$@"\n')
+    wrapper.write_text('#!/bin/sh\nexport IMAGE="$1" GREETING=its OMP_NUM_THREADS=7; shift; exec "$@"\n')
     wrapper.chmod(0o755)
     prefix = json.dumps([str(wrapper), "a b.sif"])
     (tmp_path / "site.yaml").write_text(f"executor: slurm\ncommand_prefix: {prefix}\npython: {sys.executable}\n")
-    result = done(tmp_path, "--cluster", "site.yaml", 'names=["IMAGE"]', env=slurm.env)["result"]
-    assert result["IMAGE"] == "a b.sif"
+    words = ["--env", "GREETING=mine", 'names=["IMAGE", "GREETING", "OMP_NUM_THREADS"]']
+    result = done(tmp_path, "--cluster", "site.yaml", *words, env=slurm.env)["result"]
+    # What the job says of its ranks' environment wins over what an image does.
+    assert [result[name] for name in ("IMAGE", "GREETING", "OMP_NUM_THREADS")] == ["a b.sif", "mine", "1"]
 
 
 def test_setup_that_fails_ends_the_job(slurm: Cluster, tmp_path: Path) -> None:
