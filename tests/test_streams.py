@@ -98,3 +98,18 @@ def test_nothing_reaches_a_terminal_that_it_would_obey(capsys: pytest.CaptureFix
     console.say(evil)
     console.complain(evil)
     assert capsys.readouterr() == (shown, shown)
+
+
+def test_a_pipe_that_does_not_block_is_waited_for_all_the_same(tmp_path: Path) -> None:
+    """As another program leaves it that shares it, such as ssh or node; a pipe holds 64 KiB."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    words = ["tp_fsdp", "--executor", "slurm", "--nodes", "512", "--gpus-per-node", "8", "tp=8", "--dry-run", "--json"]
+    line = [sys.executable, SUBMIT, *words, "global_batch_size=512"]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    with os.fdopen(reader) as output:
+        first = output.read(1)  # by now it has begun to write, which takes longer than the rest of this line
+        record = json.loads(first + output.read())
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, len(record["mesh"]["ranks"])) == (0, 4096), err

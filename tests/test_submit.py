@@ -21,6 +21,7 @@ from jobs.cli.main import main
 from jobs.cluster import ClusterConfig
 from jobs.errors import LONGEST
 from jobs.settings import describe
+from tests.jobs.test_executor import scheduler
 from workloads import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -444,6 +445,24 @@ def test_with_json_help_and_a_crash_are_one_object_too(
     out, err = capsys.readouterr()
     assert json.loads(out) == {"status": "crashed", "exit_code": 1, "error": "KeyError: 'a\\nbug'"}
     assert err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["the answer", "the place for it"])
+def test_with_json_a_job_that_may_be_queued_is_one_object_too(
+    lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = "echo Socket timed out on send/recv operation >&2; exit 1" if lost else "echo Submitted batch job 42"
+    # A directory in the place of the file's: it cannot be written.
+    scheduler(tmp_path, monkeypatch, f'[ "$1" = --test-only ] && exit; mkdir {tmp_path}/run/submission.json; {says}')
+    monkeypatch.setattr("jobs.executor.FIND_AFTER_S", ())
+    assert main(["tp_fsdp", "--executor", "slurm", "--run-dir", "run", "--json"]) == 1
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["status"], record["exit_code"], record["run_dir"]) == ("unknown", 1, str(tmp_path / "run"))
+    assert record.get("job_id") == (None if lost else "42")
+    assert err.endswith(f"meshrun: error: {record['error']}\n")
+    says = "whether the job is queued is not known" if lost else "job 42 is queued, and cannot be followed"
+    assert record["error"].startswith(says)
 
 
 _SIGNALLED = """

@@ -25,6 +25,8 @@ class Console:
             if isinstance(stream, io.TextIOWrapper):
                 # A terminal that cannot show a character must not end a job.
                 stream.reconfigure(errors="backslashreplace")
+                with contextlib.suppress(OSError):
+                    os.set_blocking(stream.fileno(), True)  # a pipe that does not would be taken for one without reader
         self.as_json = as_json
         self.job_started = False
         """From then on an error is the job's, not the user's."""
