@@ -73,7 +73,7 @@ def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
 
 OF_A_RANK = (
     *("torch", "torchvision", "triton", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock"),
-    *("typing_extensions", "pydantic", "pydantic_core", "yaml", "submitit", "cloudpickle", "safetensors", "tqdm"),
+    *("typing_extensions", "pydantic", "pydantic_core", "yaml", "safetensors", "tqdm"),
 )
 """Installed modules that a rank imports, beside Python's own."""
 

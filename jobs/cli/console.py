@@ -50,12 +50,16 @@ class Console:
 
     def complain(self, text: str) -> None:
         """A line on stderr; the command goes on also where nobody can read it."""
-        self.pass_on(printable(text) + "\n")
+        with contextlib.suppress(OutputLost):
+            self.pass_on(printable(text) + "\n")
 
     def pass_on(self, text: str) -> None:
-        """Text on stderr, as it is."""
-        with contextlib.suppress(OutputLost):
-            self._write(text, sys.stderr)
+        """Text on stderr, as it is.
+
+        Raises:
+            OutputLost: it cannot be written.
+        """
+        self._write(text, sys.stderr)
 
     def error(self, text: str) -> None:
         self.complain(f"meshrun: error: {one_line(text)}")
