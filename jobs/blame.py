@@ -191,6 +191,7 @@ _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such f
 def error_at_end(log: str) -> str:
     """The last line of a log, if it looks like an error."""
     line = next((" ".join(line.split())[:300] for line in reversed(log.splitlines()) if line.strip()), "")
+    line = re.sub(r"^\[rank\d+\]: ", "", line)  # torch's, once there is a process group
     return line if _ERROR.search(line) else ""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs.blame import Failure, Kind, LastSeen, blame, failure_of, failure_of_exit, kind_of, root_cause
+from jobs.blame import Failure, Kind, LastSeen, blame, error_at_end, failure_of, failure_of_exit, kind_of, root_cause
 from jobs.errors import LONGEST, RendezvousError, UnreachableError
 
 
@@ -249,6 +249,20 @@ def test_a_traceback_within_a_message_is_not_in_the_headline() -> None:
     assert words(RuntimeError(f"shape '[3]' is invalid\n{frames}")) == "RuntimeError: shape '[3]' is invalid"
     odd = "Traceback (most recent call last): nothing"
     assert words(ValueError(odd)) == f"ValueError: {odd}"
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("Traceback\n  File x\nValueError: mine\n", "ValueError: mine"),
+        ("[rank3]: Traceback\n[rank3]: ValueError: mine\n\n", "ValueError: mine"),
+        ("torch.cuda.OutOfMemoryError: CUDA out of memory\n", "torch.cuda.OutOfMemoryError: CUDA out of memory"),
+        ("step 3, error 0.5\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_error_that_a_log_ends_with(log: str, line: str) -> None:
+    assert error_at_end(log) == line
 
 
 def test_messages_are_bounded_and_never_empty() -> None:
