@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import blame, processes, sbatch
-from jobs.errors import one_line
+from jobs.errors import OutputLost, one_line
 from jobs.records import RunDirectory, read_json
 from jobs.spec import JobSpec
 from workloads import registry
@@ -182,7 +182,7 @@ class Preparation:
         self._end_rest()
         processes.adopt_orphans(False)
         if self._tail and not self._tail.endswith("\n"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OutputLost):
                 self._show("\n")
         self._selector.close()
         for end in (self._owner, self._results):
