@@ -26,9 +26,10 @@ from tests.slurm.harness import Cluster, why_not_here
 settings.register_profile("shared_box", deadline=None, print_blob=True)
 settings.load_profile("shared_box")
 
-# Under nohup, or in a script's background, SIGINT is ignored, and what the tests start would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# In a script's background SIGINT is ignored, under nohup SIGHUP is, and what the tests start would inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 LAUNCHERS = ("SLURM_", "SBATCH_", "MESHRUN_", "SUBMITIT_", "TORCHELASTIC_", "SRUN_")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
