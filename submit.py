@@ -22,9 +22,12 @@ def main() -> int:
         import workloads  # noqa: F401
     finally:
         sys.path.remove(here)
+    from jobs.cli import interrupts
     from jobs.cli.main import main as run
 
-    return run(sys.argv[1:])
+    code = run(sys.argv[1:])
+    interrupts.ignore()  # all is said; what Python still does must not change how it ends
+    return code
 
 
 def _leave() -> None:

@@ -81,12 +81,23 @@ def test_a_reader_that_has_read_enough_hears_no_complaint(words: list[str], tmp_
     assert (done.returncode, done.stderr) == (130, "")
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["nonsense", "--json"]], ids=" ".join)
-def test_where_stderr_is_full_the_exit_code_and_the_object_remain(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "code"), [(["nonsense"], 2), (["nonsense", "--json"], 2), (["list", "--json"], 0)], ids=str
+)
+def test_where_stderr_is_full_the_exit_code_and_the_object_remain(words: list[str], code: int, tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = submit(tmp_path, *words, stderr=full)
-    assert done.returncode == 2
-    assert done.stdout == "" if "--json" not in words else json.loads(done.stdout)["status"] == "refused"
+    assert done.returncode == code
+    assert done.stdout == "" if "--json" not in words else "interrupted" not in json.loads(done.stdout).values()
+
+
+def test_ctrl_c_when_all_is_said_changes_nothing(tmp_path: Path) -> None:
+    line = (
+        "import atexit, os, signal, sys, submit; atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.argv[1:] = ['list', '--json']; sys.exit(submit.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, list(json.loads(done.stdout))) == (0, ["workloads"])
 
 
 def test_nothing_reaches_a_terminal_that_it_would_obey(capsys: pytest.CaptureFixture[str]) -> None:

@@ -603,6 +603,21 @@ def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later
         assert json.loads(out) == expected
 
 
+def test_of_a_job_that_has_ended_nobody_says_that_it_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    write_json(site.run.result, FAILED)
+    site.state("FAILED", "NonZeroExitCode")
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["wait", "run"]) == 130
+    err = capsys.readouterr().err
+    assert err == (
+        "meshrun: stdout cannot be written (No space left on device); job 12 has ended; how: "
+        "python submit.py wait run\n"
+    )
+
+
 # --- a local job ------------------------------------------------------------------------------------------------------
 
 

@@ -44,9 +44,12 @@ class Console:
         """A line for people.
 
         Raises:
-            OutputLost: it cannot be written.
+            OutputLost: it cannot be written; not where stdout is kept for the one object, which is what counts there.
         """
-        self._write(printable(text) + "\n", self.stream)
+        if self.as_json:
+            self.complain(text)
+        else:
+            self._write(printable(text) + "\n", self.stream)
 
     def complain(self, text: str) -> None:
         """A line on stderr; the command goes on also where nobody can read it."""

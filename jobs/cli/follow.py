@@ -196,18 +196,23 @@ def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
     return EXIT_DONE
 
 
-def detached(run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException) -> int:
-    """Says how to come back to a job that is left to itself.
+def detached(
+    run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException, has_ended: bool = False
+) -> int:
+    """Says how to come back to a job that is left to itself, or that has ended and whose end could not be told.
 
     Returns:
         The exit code of an interruption.
     """
     interrupts.ignore()
     job = f"{'job' if submitted.executor == 'slurm' else 'process'} {submitted.job_id}"
-    line = f"{why}; detached; {job} goes on; come back: {come_back(run_dir)}; end it: {_ends(submitted)}"
-    console.complain(f"meshrun: {line}")
+    if has_ended:
+        console.complain(f"meshrun: {why}; {job} has ended; how: {come_back(run_dir)}")
+    else:
+        line = f"{why}; detached; {job} goes on; come back: {come_back(run_dir)}; end it: {_ends(submitted)}"
+        console.complain(f"meshrun: {line}")
     with contextlib.suppress(OutputLost):
-        console.finish({"status": "detached", "exit_code": Interrupted.exit_code})
+        console.finish({"status": "interrupted" if has_ended else "detached", "exit_code": Interrupted.exit_code})
     return Interrupted.exit_code
 
 
@@ -225,7 +230,7 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
     """
     began = time.monotonic()
     console.facts |= {"run_dir": str(run_dir.path), "job_id": submitted.job_id}
-    display = None
+    display = job = None
     try:
         display = Display(run_dir, console, _total_steps(run_dir), from_the_start)
         job = (_SlurmJob if submitted.executor == "slurm" else _LocalJob)(run_dir, submitted, display)
@@ -247,7 +252,7 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
     except Interrupted as interruption:
         if display is not None:
             display.close()
-        return detached(run_dir, submitted, console, interruption)
+        return detached(run_dir, submitted, console, interruption, job is not None and job.has_ended())
     seconds = time.monotonic() - began if from_the_start else record.get("seconds")
     return report_end(record, console, seconds)
 
@@ -321,6 +326,9 @@ class _LocalJob:
 
     def is_known(self) -> bool:
         return True
+
+    def has_ended(self) -> bool:
+        return self.result.read() is not None if not self.here else not self._runs()
 
     def is_over(self) -> bool:
         if not self.here:
@@ -459,6 +467,12 @@ class _SlurmJob:
     def is_known(self) -> bool:
         """Whether Slurm has been asked, and the job goes on."""
         return isinstance(self.answer, NoAnswer) or (isinstance(self.answer, JobState) and not self.answer.ended)
+
+    def has_ended(self) -> bool:
+        """Whether it has, as far as is known by now."""
+        if isinstance(self.answer, JobState):
+            return self.answer.state in slurm.LASTING
+        return self.result.read() is not None
 
     def is_over(self) -> bool:
         """Asks Slurm, when it is time to, and weighs its answer against what is on disk."""
