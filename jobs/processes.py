@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -139,8 +139,8 @@ def as_rank(work: Callable[[], T]) -> T:
 def leave_done() -> None:
     """Ends this process, whose work is done, if its threads and exit hooks do not let it end by itself.
 
-    They get as long as they write or compute, up to DONE_WITHIN_S: they may be saving. A thread that only waits would
-    hold the job's hosts for ever.
+    They get as long as they, or programs that they run, write or compute, up to DONE_WITHIN_S: they may be saving. A
+    thread that only waits would hold the job's hosts for ever.
     """
     _end_where_python_cannot()
     threading.Thread(target=_see_off, name="see off", daemon=True).start()
@@ -174,12 +174,26 @@ def _what_runs() -> str:
     return f"threads {first_few(names)} (start them with daemon=True or join them)" if names else "its exit hooks"
 
 
-def _activity() -> tuple[str, float]:
-    """What this process has written, as the kernel counts it, and the seconds that it has computed."""
-    written = ""
+def _activity() -> tuple[int, float]:
+    """What this process and those below it, such as a copying program's, have written, and the seconds they computed.
+
+    As the kernel counts it. A sum over other processes than before is another sum, which is activity too.
+    """
+    written, ticks = 0, 0
+    for pid in _family(os.getpid()):
+        with contextlib.suppress(OSError, ValueError):  # it has just ended, or may not be looked at
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+            written += int(Path(f"/proc/{pid}/io").read_text().partition("wchar:")[2].partition("\n")[0])
+    return written, ticks / os.sysconf("SC_CLK_TCK") or time.process_time()
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and those below it; psutil would look at every process of the host for that."""
+    yield pid
     with contextlib.suppress(OSError):
-        written = Path("/proc/self/io").read_text().partition("wchar:")[2].partition("\n")[0]
-    return written, time.process_time()
+        for below in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in below.read_text().split():
+                yield from _family(int(child))
 
 
 def leave(code: int) -> NoReturn:

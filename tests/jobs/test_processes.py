@@ -8,12 +8,13 @@ import sys
 from tests.jobs.submitting import ROOT
 
 DONE = """
-import logging, os, threading, time
+import logging, os, subprocess, threading, time
 from jobs import processes
 logging.basicConfig()
 processes.DONE_IDLE_S, processes.DONE_WITHIN_S, processes.SAY_AFTER_S = 2, {within}, 1
 
 def save():
+    subprocess.run(["sh", "-c", "sh -c 'for i in $(seq {copies}); do printf .; sleep 0.1; done'; true"])
     for _ in range({writes}):
         os.write(1, b".")
         time.sleep(0.05)
@@ -33,11 +34,12 @@ processes.as_rank(lambda: None)
 def test_a_rank_that_is_done_ends_when_nothing_of_it_works_any_more() -> None:
     cases = {
         "saves": {"writes": 80},
+        "copies": {"copies": 40},
         "waits": {"stays": True},
         "never ends": {"writes": 10_000, "within": 4},
         "is taken apart for ever": {"hangs": 600},
     }
-    default = {"writes": 0, "stays": False, "within": 600, "hangs": 0}
+    default = {"writes": 0, "copies": 0, "stays": False, "within": 600, "hangs": 0}
     running = {
         name: subprocess.Popen(
             [sys.executable, "-c", DONE.format(**{**default, **case})],
@@ -49,10 +51,11 @@ def test_a_rank_that_is_done_ends_when_nothing_of_it_works_any_more() -> None:
         for name, case in cases.items()
     }
     ended = {name: (*process.communicate(timeout=60), process.returncode) for name, process in running.items()}
-    out, err, code = ended["saves"]
-    assert (len(out), code) == (80, 0), err
-    assert "the work is done, but this rank still runs: threads saver" in err
-    assert "is ended" not in err.replace("it is ended", "")
+    for name, written in (("saves", 80), ("copies", 40)):
+        out, err, code = ended[name]
+        assert (len(out), code) == (written, 0), err
+        assert "the work is done, but this rank still runs: threads saver" in err
+        assert "is ended" not in err.replace("it is ended", "")
     for name in ("waits", "never ends"):
         out, err, code = ended[name]
         assert code == 0, err
