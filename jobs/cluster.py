@@ -170,11 +170,11 @@ class ClusterConfig(StrictModel):
             if mistake:
                 raise ValueError(mistake)
         for name, given in value.items():
-            mistake = env_value_mistake(given) if isinstance(given, str) else None
+            mistake = env_value_mistake(str(name), given) if isinstance(given, str) else None
             if mistake:
                 raise ValueError(f"for {name}: {mistake}")
             if given is None or isinstance(given, (bool, list, dict)):
-                raise ValueError(f"the value of {name} is no text; write it in quotes")
+                raise ValueError(f"the value of {name} is not text; write it in quotes")
         # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
         return {
             str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
@@ -210,8 +210,10 @@ OF_BASH = (
 """Variables that do not reach a rank as a script exports them."""
 
 
-def env_value_mistake(value: str) -> str | None:
-    """Why `value` cannot be that of an environment variable of a job; None where it can."""
+def env_value_mistake(name: str, value: str) -> str | None:
+    """Why `value` cannot be that of a job's environment variable `name`; None where it can."""
+    if name == "MESHRUN_DEVICE" and value not in ("", "cpu"):
+        return "the only value is cpu; otherwise leave it out"
     if "\0" in value:
         return "its value holds a NUL, which no environment can"
     if "\r\n" in value:

@@ -373,7 +373,12 @@ def _become_rank(supervisor: int, env: dict[str, str], path: Path, owner_fd: int
 
 
 def _without_launcher(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if not name.startswith(("SUBMITIT_", "MESHRUN_"))}
+    """`env` without what the launcher of a surrounding job says; MESHRUN_DEVICE is the user's."""
+    return {
+        name: value
+        for name, value in env.items()
+        if name == "MESHRUN_DEVICE" or not name.startswith(("SUBMITIT_", "MESHRUN_"))
+    }
 
 
 def spawned_rank(run_dir: Path, supervisor: int) -> None:

@@ -254,6 +254,7 @@ BAD = [
     Bad(["list", "--nodes", "3"], ["list takes no --nodes"]),
     Bad(["tp_fsdp", "model=160m", "model.preset=1b"], ["model", "both given"]),
     Bad(["tp_fsdp", "--env", "MESHRUN_X=1"], ["MESHRUN_X", "launcher's own"]),
+    Bad(["tp_fsdp", "--env", "MESHRUN_DEVICE=cuda"], ["MESHRUN_DEVICE", "the only value is cpu"]),
     Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=2"], ["OMP_NUM_THREADS", "--threads-per-rank"]),
     Bad(["tp_fsdp", "--executor", "slurm"], ["sbatch", "not found on PATH", "--executor local"]),
     # paths that cannot be looked at
@@ -281,7 +282,8 @@ BAD = [
     Bad(["tp_fsdp", "--gres", "gpu:2"], ["unknown flag --gres", "--gpus-per-node"]),
     Bad(["tp_fsdp", "--wait", "--no-wait"], ["--no-wait comes after another --wait", "keep one"]),
     site("max_nodes: 1\nnodes: 2", says=["nodes: 2", "at most 1 (max_nodes)"]),
-    site("env: {BAR: true}", says=["c.yaml:2", "the value of BAR is no text", "in quotes"]),
+    site("env: {MESHRUN_DEVICE: cuda}", says=["c.yaml:2", "for MESHRUN_DEVICE: the only value is cpu"]),
+    site("env: {BAR: true}", says=["c.yaml:2", "the value of BAR is not text", "in quotes"]),
     site("setup: module load cuda", says=["c.yaml:2", "setup=...", "write a list"]),
     site("sbatch: {comment: true}", says=["c.yaml:2", "comment=VALUE"]),
     slurm("--env", "UID=5", says=["--env UID=...", "bash's own"]),

@@ -89,13 +89,16 @@ def resolve(given: Options) -> Resolved:
     )
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
+    env = {**cluster.env, **_env(given)}
     on_gpus = cluster.gpu_request != "none"
+    kept_off = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
+    gpus_here = 0 if kept_off else machine.gpu_count(os.environ)
     if which in ("local", "debug"):
-        on_gpus = machine.gpu_count(os.environ) >= resources.shape.world_size
+        on_gpus = gpus_here >= resources.shape.world_size
     rank_bytes = _rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
     if which in ("local", "debug"):
-        announcements.append(_fit_this_box(workload, rank_bytes, resources))
-        if given.profile_memory and machine.gpu_count(os.environ) < resources.shape.world_size:
+        announcements.append(_fit_this_box(workload, rank_bytes, resources, gpus_here, kept_off))
+        if given.profile_memory and not on_gpus:
             raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this box's CPU; leave it out")
     if on_gpus or which == "slurm":
         announcements += _fit_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
@@ -116,7 +119,7 @@ def resolve(given: Options) -> Resolved:
         cluster=str(cluster_path),
         run_dir=run_dir,
         import_path=import_path,
-        env={**cluster.env, **_env(given)},
+        env=env,
         threads_per_rank=flags.threads_per_rank or cluster.threads_per_rank,
         rendezvous_timeout_s=cluster.rendezvous_timeout_s,
         collective_timeout_s=cluster.collective_timeout_s,
@@ -320,7 +323,7 @@ def _env(given: Options) -> dict[str, str]:
             raise CommandLineError(f"--env {name}=...: {mistake}")
         if name in env:
             raise CommandLineError(f"--env {name} is given twice; keep one")
-        if mistake := env_value_mistake(value):
+        if mistake := env_value_mistake(name, value):
             raise CommandLineError(f"--env {name}: {mistake}")
         env[name] = value
     return env
@@ -354,8 +357,9 @@ def _fit_rank(
         name, limit = "mem_gb_per_gpu", (resources.mem_gb_per_gpu or math.inf) * 2**30
     if rank_bytes is None or rank_bytes <= limit:
         return []
+    gigabytes = f"{rank_bytes / 1e9:,.{0 if rank_bytes >= 1e10 else 2}f}"
     line = (
-        f"{workload} needs an estimated {rank_bytes / 1e9:,.0f} GB per rank, and {name} in {_shown(cluster)} is "
+        f"{workload} needs an estimated {gigabytes} GB per rank, and {name} in {_shown(cluster)} is "
         f"{getattr(resources, name):g}"
     )
     if rank_bytes > 1.5 * limit:
@@ -363,14 +367,13 @@ def _fit_rank(
     return [f"warning: {line}; it may run out of memory"]
 
 
-def _fit_this_box(workload: str, rank_bytes: int | None, resources: ResourceSpec) -> str:
+def _fit_this_box(workload: str, rank_bytes: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
     """Says which devices the ranks will use; refuses a job whose ranks cannot fit this box's memory together."""
     world_size = resources.shape.world_size
-    gpus = machine.gpu_count(os.environ)
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     if gpus >= world_size:
         return f"{ranks} on this box, one GPU each ({gpus} visible), nccl"
-    why = "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
+    why = kept_off or "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
     each = RANK_AT_LEAST_BYTES if rank_bytes is None else rank_bytes
     available = machine.available_memory_bytes()
     if each * world_size > available:

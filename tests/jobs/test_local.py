@@ -36,7 +36,8 @@ ENDLESS = ("steps=100000", "pause_seconds=0.05")
 
 
 def test_two_hosts_of_two(typed: Submit, tmp_path: Path) -> None:
-    line = typed("mine:ENTRY", *FOUR, "names=[OMP_NUM_THREADS,MESHRUN_NODENAME,SUBMITIT_EXECUTOR]", umask=0)
+    names = "names=[OMP_NUM_THREADS,MESHRUN_NODENAME,MESHRUN_DEVICE,SUBMITIT_EXECUTOR]"
+    line = typed("mine:ENTRY", *FOUR, "--env", "MESHRUN_DEVICE=cpu", names, umask=0)
     code, out, err = line.finish()
     assert (code, err) == (0, ""), out
     record = line.result()
@@ -49,10 +50,12 @@ def test_two_hosts_of_two(typed: Submit, tmp_path: Path) -> None:
         "cwd": str(tmp_path),
         "OMP_NUM_THREADS": "1",
         "MESHRUN_NODENAME": "host0",
+        "MESHRUN_DEVICE": "cpu",
         "SUBMITIT_EXECUTOR": None,
     }
     assert [(row["step"], row["loss"]) for row in line.metrics()] == [(1, 1.5), (2, 1.5), (3, 1.5)]
-    for words in ("executor local", "4 ranks on this box's CPU over gloo", "host1  2: dp2", "step 1/3", "step 3/3"):
+    on_cpu = ("this box's CPU over gloo (MESHRUN_DEVICE=cpu)", "ranks on CPU over gloo: MESHRUN_DEVICE=cpu")
+    for words in ("executor local", *on_cpu, "host1  2: dp2", "step 1/3", "step 3/3"):
         assert words in out
     assert "total: 30" in out
     assert "\r" not in out

@@ -46,6 +46,8 @@ def resolve(data: DataConfig) -> list[Path]:
     for path in sorted(found):
         if path.is_dir():
             raise WorkloadError(f"data.path={path} is a directory: give its files, such as '{path}/*.txt'")
+        if not path.is_file():  # opening a named pipe would wait for its writer
+            raise WorkloadError(f"data.path={path} is not a regular file: give one")
         try:
             with path.open("rb") as file:
                 first = file.read(1)

@@ -76,6 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"path": "*.nothing"}}, "data.path=*.nothing matches no file", "glob"),
     ({"data": {"path": ["text.txt", "nothing.txt"]}}, "data.path=nothing.txt matches no file", "existing file"),
     ({"data": {"path": "directory"}}, "data.path=directory is a directory", "directory/*.txt"),
+    ({"data": {"path": "/dev/zero"}}, "data.path=/dev/zero is not a regular file", "give one"),
     ({"data": {"path": "empty.txt"}}, "empty.txt is empty", "leave it out"),
     ({"data": {"path": "short.txt"}}, "9 bytes", "give more data"),
     ({"data": {"path": "text.txt"}, "global_batch_size": 2000}, "global_batch_size=2000", "lower one of them"),
