@@ -175,8 +175,8 @@ def failure_of_exit(
         except ValueError:
             name = f"signal {-code}"
         hint = {
-            "SIGKILL": " (out of memory, or somebody's kill -9)",
-            "SIGTERM": " (somebody's kill, or the scheduler's)",
+            "SIGKILL": " (out of memory, or someone's kill -9)",
+            "SIGTERM": " (someone's kill, or the scheduler's)",
         }.get(name, "")
         after = " after its work was done" if is_done else ""
         return Failure(rank, host, when, "killed", f"killed by {name}{hint}{after}", log=log)
@@ -253,8 +253,8 @@ def _apart(others: Mapping[int, Failure], seen: Mapping[int, LastSeen], rank: in
     them = f"rank {other.rank}" if len(rest) == 1 else f"{len(rest)} others"
     return replace(
         one,
-        message=f"waited{_at(one)} ({seen[rank]}), and {them}{_at(other)} ({seen[other.rank]}); did a rank leave out a "
-        f"collective, or call one more? {one.message}"[:2000],
+        message=f"waited{_at(one)} ({seen[rank]}), and {them}{_at(other)} ({seen[other.rank]}); did a rank skip a "
+        f"collective, or call an extra one? {one.message}"[:2000],
     )
 
 

@@ -215,7 +215,7 @@ def env_value_mistake(name: str, value: str) -> str | None:
     if name == "MESHRUN_DEVICE" and value not in ("", "cpu"):
         return "the only value is cpu; otherwise leave it out"
     if "\0" in value:
-        return "its value holds a NUL, which no environment can"
+        return "its value holds a NUL byte"
     if "\r\n" in value:
         return "its value holds a carriage return before a line break, and sbatch refuses such scripts; use \\n alone"
     try:

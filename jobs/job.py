@@ -163,7 +163,7 @@ def _run(
         mesh_spec = entry.mesh_spec(config, shape)
         device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
         if placement.rank == 0:
-            log.info("%d ranks on %s; %s a rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
+            log.info("%d ranks on %s; %s per rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
             log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, tuple(dict.fromkeys(placement.hosts))))
         context = RunContext(
             rank=placement.rank,

@@ -1,4 +1,4 @@
-"""The local executor: N emulated hosts on this box, started, watched, ended and blamed as srun would.
+"""The local executor: N emulated hosts on this machine, started, watched, ended and blamed as srun would.
 
 submitit pickles the job and starts one process for it, the supervisor, which imports torch once (and does nothing
 else with it) and forks the ranks: 8 ranks are there in the time that one import takes. Where forking is not safe, each

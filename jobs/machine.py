@@ -1,4 +1,4 @@
-"""What this box has, as far as can be told without importing torch: GPUs, memory, and which torch is installed."""
+"""What this machine has, as far as can be told without importing torch: GPUs, memory, and which torch is installed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def torch_sees_gpus() -> bool:
 
 
 def available_memory_bytes(own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that new processes on this box can have: what is free or reclaimable, within the control groups' limits.
+    """Memory that new processes here can have: what is free or reclaimable, within the control groups' limits.
 
     A limit of any group that this process is in counts: a batch system's or a login session's lies far below the root.
 

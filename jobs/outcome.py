@@ -24,7 +24,7 @@ from typing import Any
 
 from jobs import blame, slurm, srun
 from jobs.blame import Failure, LastSeen
-from jobs.records import BY_ITSELF, Attempt, RunDirectory, end_of, read_json
+from jobs.records import BY_ITSELF, Attempt, RunDirectory, end_of, open_regular, read_json
 from jobs.slurm import JobState
 from jobs.srun import SrunWords
 from workloads.errors import first_few
@@ -198,9 +198,9 @@ def _what_slurm_did(seen: Evidence) -> str:
         never = seen.state is not None and not seen.words.ends and not seen.logs
         return f"{job} was cancelled{by}" + (" before it started" if never else at)
     if cause == "STEP_ENDED" and seen.status is None:
-        return f"the batch script of {job} was killed (somebody's kill, or its host's memory was used up){at}"
+        return f"the batch script of {job} was killed (someone's kill, or its host's memory was used up){at}"
     if cause == "STEP_ENDED":
-        return f"srun of {job} was told to end (somebody's kill, or a scancel of the step alone){at}"
+        return f"srun of {job} was told to end (someone's kill, or a scancel of the step alone){at}"
     if cause == "PREEMPTED":
         return f"{job} was preempted by Slurm{at}"
     if cause == "NODE_FAIL":
@@ -239,7 +239,7 @@ def _silence(seen: Evidence) -> Failure | None:
             return seen.of_exit(0, unnamed[0], seen.now)
         one = min(unnamed[:_UNNAMED], key=lambda rank: (seen.last_of(rank).number, rank))
         others = first_few([f"rank {rank}" for rank in unnamed if rank != one]) or "ranks that gave up on it"
-        how = f"ended without a word ({seen.last_of(one)}); {seen.srun_log} does not say how, nor of {others}"
+        how = f"ended and gave no reason ({seen.last_of(one)}); {seen.srun_log} does not say how, nor of {others}"
         return replace(seen.of_exit(0, one, seen.now), message=how)
     ranks = (*(failure.rank for failure in seen.lost), *seen.running, *seen.done)
     return blame.root_cause(seen.lost, {rank: seen.last_of(rank) for rank in ranks}, seen.running, seen.done)
@@ -268,7 +268,7 @@ def _without_a_rank(seen: Evidence) -> str:
     if seen.status is not None:
         number = seen.status - 128
         name = f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number > 0 else ""
-        return f"{job}: srun ended with code {seen.status}{name} and no rank has said why (log: {seen.srun_log})"
+        return f"{job}: srun ended with code {seen.status}{name} and no rank has given a reason (log: {seen.srun_log})"
     return f"{job} ended{state}, and no rank has left a result or said why (log: {seen.srun_log})"
 
 
@@ -390,7 +390,7 @@ def _failure(attempt: Attempt, rank: int, logs: Mapping[int, str]) -> Failure | 
 def _text(path: Path) -> str:
     """A log's text; of a very long one, its beginning."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(_AT_MOST_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""

@@ -1,4 +1,4 @@
-"""Processes of this box: who runs below us, that none outlives us, and how this one waits and leaves.
+"""Processes of this machine: who runs below us, that none outlives us, and how this one waits and leaves.
 
 Where it is not Linux, orphans are not adopted and no rank dies with its parent; groups of processes have to do.
 """

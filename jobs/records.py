@@ -3,7 +3,7 @@
 runs/20261122-081530-tp_fsdp-3f9c/
     job.json            the job as resolved: workload, every setting, shape, environment
     settings.yaml       the workload's settings alone; `--config` takes it
-    submission.json     which job of the scheduler's, or process of this box, it became
+    submission.json     which job of the scheduler's, or process of this machine, it became
     metrics.jsonl       one line a step, from rank 0
     result.json         how the whole run ended
     data/ export/ checkpoints/
@@ -23,15 +23,17 @@ runs/20261122-081530-tp_fsdp-3f9c/
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jobs.errors import RunDirectoryError
 from jobs.settings import dump_yaml
@@ -102,10 +104,24 @@ def write_new(path: Path, text: str) -> None:
                 file.write(text)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read, and does not wait where it is a pipe.
+
+    Raises:
+        OSError: FileNotFoundError if it is not a regular file, for then there is no file of ours.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The file's object, or None where it is not there (yet), not whole, or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
     except (ValueError, RecursionError):  # not UTF-8, or not JSON
@@ -391,7 +407,8 @@ class Attempt:
         """The last step that a rank ended, and how many seconds ago; None where it has ended none."""
         path = self.heartbeat(rank)
         try:
-            return path.read_text().strip(), max(0.0, time.time() - path.stat().st_mtime)
+            with open_regular(path) as file:
+                return file.read(100).decode(errors="replace").strip(), max(0.0, time.time() - path.stat().st_mtime)
         except OSError:
             return None
 
@@ -417,7 +434,7 @@ class Attempt:
 def end_of(path: Path, size: int) -> str:
     """The last `size` bytes of a log; empty where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, path.stat().st_size - size))
             return file.read().decode("utf-8", errors="replace")
     except OSError:

@@ -571,7 +571,7 @@ def _address_of(interface: str, here: list[Interface], info: RankInfo, is_alone:
     fault = _fault_of(found, is_alone)
     if found is not None and found.addresses and fault is None:
         return found.addresses[0]
-    fault = fault or "has no IPv4 address, only IPv6, which ranks do not meet over"
+    fault = fault or "has no IPv4 address, only IPv6, and ranks meet over IPv4"
     raise TopologyError(
         f"interface '{interface}' of the cluster config {fault} on {info.host} (it has: {', '.join(map(str, here))})"
     )
@@ -637,7 +637,7 @@ def _of_nccl(value: str, here: list[Interface]) -> list[Interface]:
 
 
 def _ipv6_note(here: list[Interface]) -> str:
-    return ", only IPv6, which ranks do not meet over" if any(known.has_ipv6 for known in here) else ""
+    return ", only IPv6, and ranks meet over IPv4" if any(known.has_ipv6 for known in here) else ""
 
 
 def _is_loopback(address: str) -> bool:

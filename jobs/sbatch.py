@@ -262,7 +262,7 @@ def path_mistake(path: Path) -> str | None:
     """Why a run directory cannot be named to Slurm or to submitit's local executor; None where it can."""
     # In the names of logs both replace what follows %; Slurm takes a backslash for what switches that off.
     bad = [c for c in str(path) if c in "%\\" or not c.isprintable()]
-    return f"holds {bad[0]!r}, which the names of logs cannot have; give another directory" if bad else None
+    return f"holds {bad[0]!r}, which is not allowed in the names of log files; give another directory" if bad else None
 
 
 INHERITED = (

@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "a tag (!name) has no use here", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, "YAML tags (!name) are not supported", event.start_mark)
         self._depth += 1
         if self._depth > MOST_LEVELS:
             raise yaml.composer.ComposerError(None, None, TOO_DEEP, event.start_mark)
@@ -122,7 +122,7 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
         if any(node is outer for outer in within):
             raise error(f"{source}:{line}: an alias (*name) makes a value part of itself; write it out")
         if len(within) >= MOST_LEVELS:
-            raise error(f"{source}:{line}: {TOO_DEEP}; mend that line")
+            raise error(f"{source}:{line}: {TOO_DEEP}; fix that line")
         if next(values) > MOST_VALUES:
             raise error(f"{source}:{line}: more than {MOST_VALUES:,} values, with what aliases stand for; give fewer")
         within.append(node)
@@ -165,7 +165,7 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
         line = mark.line + 1 if mark else 1
         # An unquoted password that begins with * is an alias for YAML, and is not shown.
         problem = re.sub(" alias '.*", " alias (*name)", str(mistake.problem or mistake.context))
-        raise error(f"{source}:{line}: not valid YAML: {problem}; mend that line, or quote what is text") from None
+        raise error(f"{source}:{line}: not valid YAML: {problem}; fix that line, or quote what is text") from None
     except (yaml.YAMLError, ValueError) as mistake:
         raise error(f"{source}: not valid YAML: {' '.join(str(mistake).split())}") from None
     finally:

@@ -193,7 +193,7 @@ def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tu
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 _COLUMNS = "%i|%T|%S|%N|%r|%o"
-STRANGER = "its number is another job's now"
+STRANGER = "Slurm has given its number to another job"
 
 
 def _words(text: str) -> str:

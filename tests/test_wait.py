@@ -46,7 +46,7 @@ BAD = [
     Bad(["wait", "run"], ["has no submission.json"], {"run/job.json": JOB, "run/submission.json": "[1"}),
     Bad(
         ["wait", "run"],
-        ["ran with --executor debug, in its own command line; how it ended is in", "result.json"],
+        ["ran with --executor debug, in its own command line"],
         {"run/job.json": DEBUG, "run/result.json": "{}"},
     ),
     Bad(["wait", "run", "--nodes", "2"], ["--nodes means nothing to wait"], RUN),
@@ -405,15 +405,18 @@ def test_a_run_directory_may_hold_anything(
     if which == "result":
         write_json(site.run.result, {**FAILED, "failure": failure.to_json()})
     path = attempt.failure(1) if "/" in which else getattr(site.run, which)
-    for content in _otherwise(path):
-        path.write_bytes(content)
+    contents: list[bytes | Callable[[], None]] = [*_otherwise(path)]
+    contents += [path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
+    for content in contents:
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        content() if callable(content) else path.write_bytes(content)
         if which == "metrics":
             progress.Display(site.run, follow.Console(as_json=True), None).update(ended=True)
         if which != "result":
             site.run.result.unlink(missing_ok=True)
         code = main(["wait", "run", "--json"])
         record = json.loads(capsys.readouterr().out)
-        assert record["status"] != "crashed", (content[:100], record)
+        assert record["status"] != "crashed", (content, record)
         assert code == record["exit_code"]
 
 
@@ -444,7 +447,7 @@ def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture, monke
     assert main(["wait", "run", "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["status"] == "unknown"
-    assert err.count("job 12: no answer of Slurm's for ") >= 3  # before the first answer, and again and again
+    assert err.count("job 12: no answer from Slurm for ") >= 3  # before the first answer, and again and again
     assert "Slurm could not be asked for" in err
     assert "job 12 may still run; come back: python submit.py wait run" in err
     assert not site.run.result.exists()
@@ -466,7 +469,9 @@ def test_the_job_of_another_that_has_the_number_now(recorded: bool, site: Site, 
     site.squeue("12|COMPLETED|N/A|n[0-1]|None|(null)")
     assert main(["wait", "run"]) == 1
     out, err = capsys.readouterr()
-    assert ("rank 1 on n1: ValueError" if recorded else "says how it ended (its number is another job's now)") in err
+    assert (
+        "rank 1 on n1: ValueError" if recorded else "says how it ended (Slurm has given its number to another job)"
+    ) in err
     assert out == ""
     assert site.run.result.exists() == recorded
 

@@ -87,7 +87,11 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console, *, wait: bool, 
             _end(process)
             processes.kill_children(but=before)
         display.close()
-        console.error(f"{interruption}; the job was ended, no process of it is left")
+        if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # between its last step and what is told of its end
+            outcome = f"the job has ended; how: {come_back(run_dir)}"
+        else:
+            outcome = "the job was ended, no process of it is left"
+        console.error(f"{interruption}; {outcome}")
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
         return Interrupted.exit_code
@@ -308,7 +312,7 @@ class _Result:
 
 
 class _LocalJob:
-    """A local job that nobody waited for: a process of this box, or of another one."""
+    """A local job that nobody waited for: a process of this machine, or of another one."""
 
     def __init__(self, run_dir: RunDirectory, submitted: Submitted, display: Display) -> None:
         self.run_dir, self.submitted, self.display = run_dir, submitted, display
@@ -397,7 +401,7 @@ class _SlurmJob:
         if (now := time.monotonic()) > self._say_at and not isinstance(self.answer, (JobState, Forgotten)):
             self._say_at = now + SILENT_S[1]
             given_up = f"the wait is given up after {UNREACHABLE_S / 60:g} min of that"
-            self.display.say(f"job {self.job_id}: no answer of Slurm's for {now - self._answered:.0f} s; {given_up}")
+            self.display.say(f"job {self.job_id}: no answer from Slurm for {now - self._answered:.0f} s; {given_up}")
         if self._asking is not None:
             if self._asking.is_alive():
                 return
@@ -585,7 +589,7 @@ def report_end(record: dict[str, Any], console: Console, seconds: float | None) 
     elif isinstance(failure.get("log"), str) and (tail := _tail(Path(failure["log"]))):
         console.complain(f"the end of its log:\n{tail}")
     told = {"failed": "the job failed: ", "unknown": ""}.get(record["status"], f"the job was {record['status']}: ")
-    console.error(told + record.get("error", "nothing says why"))
+    console.error(told + record.get("error", "no reason is known"))
     console.finish({**record, "exit_code": EXIT_FAILED})
     return EXIT_FAILED
 

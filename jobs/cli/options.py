@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="submit.py",
         usage=USAGE,
         epilog=EPILOG,
-        description="Runs a workload on a Slurm cluster or on this box: one line, one job, one rank a GPU.",
+        description="Runs a workload on a Slurm cluster or on this machine: one line, one job, one rank per GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -15,7 +15,7 @@ from typing import Any
 from jobs import blame
 from jobs.cli.console import Console
 from jobs.errors import printable
-from jobs.records import RunDirectory
+from jobs.records import RunDirectory, open_regular
 
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10
@@ -61,7 +61,7 @@ class Tail:
 
     def _read(self, late: bool) -> bytes:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_ino != self.inode:  # another file by this name: an earlier attempt's was put aside
                     self.inode, self.position, self.rest = stat.st_ino, 0, b""

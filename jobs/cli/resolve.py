@@ -99,7 +99,7 @@ def resolve(given: Options) -> Resolved:
     if which in ("local", "debug"):
         announcements.append(_fit_this_box(workload, rank_bytes, resources, gpus_here, kept_off))
         if given.profile_memory and not on_gpus:
-            raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this box's CPU; leave it out")
+            raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this machine's CPU; leave it out")
     if on_gpus or which == "slurm":
         announcements += _fit_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
     if profile is not None:
@@ -368,21 +368,21 @@ def _fit_rank(
 
 
 def _fit_this_box(workload: str, rank_bytes: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
-    """Says which devices the ranks will use; refuses a job whose ranks cannot fit this box's memory together."""
+    """Says which devices the ranks will use; refuses a job whose ranks cannot fit this machine's memory together."""
     world_size = resources.shape.world_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     if gpus >= world_size:
-        return f"{ranks} on this box, one GPU each ({gpus} visible), nccl"
+        return f"{ranks} on this machine, one GPU each ({gpus} visible), nccl"
     why = kept_off or "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
     each = RANK_AT_LEAST_BYTES if rank_bytes is None else rank_bytes
     available = machine.available_memory_bytes()
     if each * world_size > available:
         raise ResourceError(
-            f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this box "
+            f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this machine "
             f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
             "fewer ranks, or a cluster"
         )
-    return f"{ranks} on this box's CPU over gloo ({why})"
+    return f"{ranks} on this machine's CPU over gloo ({why})"
 
 
 def _gib(size: float) -> str:

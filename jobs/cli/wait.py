@@ -38,16 +38,17 @@ def run(given: Options, console: Console) -> int:
     if submitted is None and run_dir.script:
         submitted = _look_for(run_dir)
     if submitted is None:
+        if (record := run_dir.recorded()) is not None:
+            return follow.report_end(record, console, record.get("seconds"))
         executor = (read_json(run_dir.job) or {}).get("executor")
-        ended = f"; how it ended is in {run_dir.result}" if run_dir.result.exists() else ""
         if executor == "debug":
-            raise CommandLineError(f"{run_dir.path}: ran with --executor debug, in its own command line{ended}")
+            raise CommandLineError(f"{run_dir.path}: ran with --executor debug, in its own command line")
         if run_dir.script:
             raise CommandLineError(
                 f"{run_dir.path}: sbatch could not say whether it queued the job, and Slurm names none with its "
-                f"script{ended}; look again later, or submit it again with another --run-dir"
+                "script; look again later, or submit it again with another --run-dir"
             )
-        raise CommandLineError(f"{run_dir.path}: has no submission.json: it was not submitted from here{ended}")
+        raise CommandLineError(f"{run_dir.path}: has no submission.json: it was not submitted from here")
     return follow.watch(run_dir, submitted, console, from_the_start=False)
 
 

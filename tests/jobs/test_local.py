@@ -54,7 +54,7 @@ def test_two_hosts_of_two(typed: Submit, tmp_path: Path) -> None:
         "SUBMITIT_EXECUTOR": None,
     }
     assert [(row["step"], row["loss"]) for row in line.metrics()] == [(1, 1.5), (2, 1.5), (3, 1.5)]
-    on_cpu = ("this box's CPU over gloo (MESHRUN_DEVICE=cpu)", "ranks on CPU over gloo: MESHRUN_DEVICE=cpu")
+    on_cpu = ("this machine's CPU over gloo (MESHRUN_DEVICE=cpu)", "ranks on CPU over gloo: MESHRUN_DEVICE=cpu")
     for words in ("executor local", *on_cpu, "host1  2: dp2", "step 1/3", "step 3/3"):
         assert words in out
     assert "total: 30" in out

@@ -1,4 +1,4 @@
-"""What this box has, told without torch."""
+"""What this machine has, told without torch."""
 
 from __future__ import annotations
 

@@ -73,14 +73,14 @@ LATE_CANCEL = srun.read(
         # Nothing on disk: srun's word has to do.
         (seen("raise"), "rank 3 on node1: exited with code 1 before its work was done (log: /run/rank-3.log)"),
         (seen("sys-exit"), "rank 3 on node1: exited with code 3 before"),
-        (seen("SIGKILL"), "rank 3 on node1: killed by SIGKILL (out of memory, or somebody's kill -9) (log: "),
+        (seen("SIGKILL"), "rank 3 on node1: killed by SIGKILL (out of memory, or someone's kill -9) (log: "),
         (seen("SIGSEGV", [lost(0), lost(2)]), "rank 3 on node1: killed by SIGSEGV (log: "),
         (seen("SIGABRT"), "rank 3 on node1: killed by SIGABRT (log: "),
-        (seen("SIGTERM"), "rank 3 on node1: killed by SIGTERM (somebody's kill, or the scheduler's)"),
+        (seen("SIGTERM"), "rank 3 on node1: killed by SIGTERM (someone's kill, or the scheduler's)"),
         (seen("SIGKILL-of-two"), "rank 3 on node1: killed by SIGKILL"),
         (
             seen("SIGKILL", done=frozenset({3})),
-            "killed by SIGKILL (out of memory, or somebody's kill -9) after its work was done",
+            "killed by SIGKILL (out of memory, or someone's kill -9) after its work was done",
         ),
         # A kill comes before the error that somebody makes of the loss; an error before the kills that follow it.
         (seen("SIGKILL", [error(0, message="ValueError: no answer")]), "rank 3 on node1: killed by SIGKILL"),
@@ -109,13 +109,13 @@ LATE_CANCEL = srun.read(
         ),
         (
             seen(failures=[lost(0), lost(1), lost(2)], last_steps={3: ("5", 41.0)}),
-            "rank 3 on node1: ended without a word (last in step 5, 41 s ago); /run/srun.log does not say how, nor of "
-            "ranks that gave up on it",
+            "rank 3 on node1: ended and gave no reason (last in step 5, 41 s ago); /run/srun.log does not say how, "
+            "nor of ranks that gave up on it",
         ),
         (
             seen("os-exit-0", [lost(0)], last_steps={1: ("7", 1.0), 2: ("6", 2.0), 3: ("7", 1.0)}),
-            "rank 2 on node1: ended without a word (last in step 6, 2 s ago); /run/srun.log does not say how, nor of "
-            "rank 1, rank 3 (log: /run/rank-2.log)",
+            "rank 2 on node1: ended and gave no reason (last in step 6, 2 s ago); /run/srun.log does not say how, "
+            "nor of rank 1, rank 3 (log: /run/rank-2.log)",
         ),
         # Nobody failed by himself.
         (
@@ -143,9 +143,9 @@ LATE_CANCEL = srun.read(
         ),
         (
             seen("batch-script-killed", state="FAILED", status=None, last_steps={0: ("9", 2.0)}),
-            "the batch script of job 12 was killed (somebody's kill, or its host's memory was used up); rank 0 was",
+            "the batch script of job 12 was killed (someone's kill, or its host's memory was used up); rank 0 was",
         ),
-        (seen("step-cancelled", status=137), "srun of job 12 was told to end (somebody's kill, or a scancel of the st"),
+        (seen("step-cancelled", status=137), "srun of job 12 was told to end (someone's kill, or a scancel of the st"),
         (seen("step-cancelled", state="CANCELLED"), "job 12 was cancelled"),
         (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
         (seen("node-failure", [lost(0)]), "node1 failed, and job 12 with it"),
@@ -172,8 +172,11 @@ LATE_CANCEL = srun.read(
         ),
         (seen("too-many-nodes", status=1), "with code 1: srun: error: Only allocated 2 nodes asked for 4"),
         (seen(status=0, done=frozenset({0, 1, 3})), "rank 2 on node1: exited with code 0 before its work was done"),
-        (seen(status=137), "job 12: srun ended with code 137 (SIGKILL) and no rank has said why (log: /run/srun.log)"),
-        (seen(status=7), "job 12: srun ended with code 7 and no rank has said why (log: /run/srun.log)"),
+        (
+            seen(status=137),
+            "job 12: srun ended with code 137 (SIGKILL) and no rank has given a reason (log: /run/srun.log)",
+        ),
+        (seen(status=7), "job 12: srun ended with code 7 and no rank has given a reason (log: /run/srun.log)"),
         (
             replace(seen(state="FAILED", status=None), logs={}, script_says="module: command not found"),
             "job 12 ended (FAILED) before any rank was started; its last words: module: command not found (log: ",
@@ -182,7 +185,10 @@ LATE_CANCEL = srun.read(
             replace(seen(status=127), logs={}, script_says="module: command not found"),
             "job 12 ended before any rank was started; its last words: module: command not found (log: ",
         ),
-        (replace(seen(status=127), logs={}, srun_began=True), "srun ended with code 127 and no rank has said why"),
+        (
+            replace(seen(status=127), logs={}, srun_began=True),
+            "srun ended with code 127 and no rank has given a reason",
+        ),
         (
             replace(seen(state="FAILED", status=None), logs={}, script_says="/bin/false"),
             "job 12 ended (FAILED) before any rank was started; its last words: /bin/false (log: ",
@@ -318,7 +324,8 @@ def test_thousands_of_ranks_are_not_thousands_of_questions(run: RunDirectory, tm
         write_json(there.failure(rank), lost(rank).to_json())
     code = "import pathlib, sys\nfrom jobs import outcome\nfrom jobs.records import RunDirectory\n"
     code += "asked = []\nwatched = ('open', 'os.listdir', 'os.scandir')\n"
-    code += "sys.addaudithook(lambda event, args: asked.append(event) if event in watched else None)\n"
+    code += "is_path = lambda event, args: event in watched and type(args[0]) is not int\n"
+    code += "sys.addaudithook(lambda event, args: asked.append(event) if is_path(event, args) else None)\n"
     code += "stat = pathlib.Path.stat\n"
     code += "pathlib.Path.stat = lambda path, **more: asked.append('stat') or stat(path, **more)\n"
     code += f"seen = outcome.gather(RunDirectory(pathlib.Path({str(run.path)!r})), 0, status=1)\n"

@@ -869,7 +869,7 @@ def test_an_interface_that_cannot_be_used_is_said_to_be_so() -> None:
     assert "off0 down 10.1.0.5" in has
     assert "cut0 without a link 10.2.0.5" in has
     assert "lo 127.0.0.1" in has
-    ipv6 = ", only IPv6, which ranks do not meet over"
+    ipv6 = ", only IPv6, and ranks meet over IPv4"
     assert [answer.partition(" (it has: ")[0] for answer in answers] == [
         "interface 'off0' of the cluster config is down on a",
         "interface 'cut0' of the cluster config has no link on a",

@@ -53,7 +53,7 @@ def test_squeue(out: str, state: JobState) -> None:
 
 SCRIPT = ".submission_file_1.sh"
 OURS, THEIRS = f"/a|b c/submitit/{SCRIPT}", "/runs/submitit/.submission_file_2.sh"
-STRANGER = Forgotten("its number is another job's now")
+STRANGER = Forgotten("Slurm has given its number to another job")
 
 
 @pytest.mark.parametrize("theirs", [THEIRS, "(null)", "/bin/bash"])

@@ -111,14 +111,14 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     assert (record["status"], record["exit_code"], record["job_id"]) == ("done", 0, job_id(line))
     assert record["result"]["total"] == 12
     assert "step 4/4" not in again.stderr
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 60
     # Its number may be another job's some day.
     (line.run_dir / "result.json").unlink()
     path = line.run_dir / "submission.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": occupy(slurm)}))
     again = come_back(slurm, line)
     assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr.endswith("says how it ended (its number is another job's now)\n")
+    assert again.stderr.endswith("says how it ended (Slurm has given its number to another job)\n")
 
 
 def test_a_run_that_a_signal_stops_is_not_done(slurm: Cluster, follow: Follow) -> None:

@@ -1,4 +1,4 @@
-"""Starts a world of gloo ranks on this box, runs one function on all of them, and ends it whatever happens.
+"""Starts a world of gloo ranks on this machine, runs one function on all of them, and ends it whatever happens.
 
 Ranks come from a fork server that has imported torch and the workload once, so eight of them start in about a second.
 """

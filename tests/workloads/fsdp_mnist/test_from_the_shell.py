@@ -1,4 +1,4 @@
-"""fsdp_mnist as it is typed: `submit.py fsdp_mnist`, on this box."""
+"""fsdp_mnist as it is typed: `submit.py fsdp_mnist`, on this machine."""
 
 from __future__ import annotations
 
