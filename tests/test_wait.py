@@ -689,17 +689,37 @@ def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, caps
     assert "the supervisor ended and left no result" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_is_said_to_be(tmp_path: Path, capsys: Capture) -> None:
-    local(tmp_path, os.getpid(), "another's")
+@pytest.fixture
+def disk_is_full() -> Iterator[None]:
+    """No file can become longer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        assert main(["wait", "run"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    says = f"the supervisor ended and left no result; {tmp_path}/run cannot be written to: File too large (log: "
-    assert says in capsys.readouterr().err
-    assert not (tmp_path / "run" / "result.json").exists()
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def failed_run(tmp_path: Path) -> RunDirectory:
+    """A local job whose supervisor has ended and could still write to its log."""
+    run = local(tmp_path, os.getpid(), "another's")
+    run.attempt(0).supervisor_log.write_text("Traceback\njobs.errors.JobFailed: rank 1 on host0: ValueError: mine\n")
+    return run
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_full_disk_does_not_hide_the_failure(
+    has_log: bool, failed_run: RunDirectory, capsys: Capture, disk_is_full: None
+) -> None:
+    log = failed_run.attempt(0).supervisor_log
+    if not has_log:
+        log.unlink()
+    assert main(["wait", "run"]) == 1
+    failure = (
+        "rank 1 on host0: ValueError: mine" if has_log else f"the supervisor ended and left no result (log: {log})"
+    )
+    says = f"the job failed: {failure}; {failed_run.path} cannot be written to: File too large\n"
+    assert capsys.readouterr().err.endswith(says)
+    assert not failed_run.result.exists()
 
 
 def test_an_interrupted_local_job(tmp_path: Path, capsys: Capture) -> None:

@@ -25,7 +25,7 @@ from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.progress import Display, Tail
 from jobs.cluster import ClusterConfig
-from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, OutputLost, SubmissionUnknown
+from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, JobFailed, OutputLost, SubmissionUnknown
 from jobs.records import BY_ITSELF, RunDirectory, Submitted, read_json
 from jobs.slurm import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
@@ -135,12 +135,17 @@ def _end(process: Any) -> None:
 
 
 def _without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
-    """The record of a local job whose supervisor could not leave one."""
+    """The record of a local job whose supervisor could not leave one.
+
+    Its log may still end with the failure: a line more finds room on a disk that has none for another file.
+    """
     log, fault = run_dir.last_attempt().supervisor_log, run_dir.fault()
+    headline = _tail(log, lines=1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
+    error = headline or f"the supervisor ended {how}and left no result (log: {log})"
     record = {
         "status": "failed",
         "workload": (read_json(run_dir.job) or {}).get("workload", ""),
-        "error": f"the supervisor ended {how}and left no result{fault and f'; {fault}'} (log: {log})",
+        "error": f"{error}{fault and f'; {fault}'}",
         "traceback": _tail(log),
     }
     with contextlib.suppress(OSError):
