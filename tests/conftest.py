@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,20 +50,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests that use a cluster; first of all hooks, because -m looks at marks.
-
-    The files with the most tests of several processes go first, so that no worker is left with a long one at the end.
-    """
-    heavy: Counter[Path] = Counter()
+    """Marks the tests that use a cluster; first of all hooks, because -m looks at marks."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if ANY in fixtures:
             item.add_marker("real_cluster")
         if ANY in fixtures or any(name in fixtures for name in HARNESS):
             item.add_marker("slurm")
-        if item.get_closest_marker("slurm") or item.get_closest_marker("dist"):
-            heavy[item.path] += 1
-    items.sort(key=lambda item: (-heavy[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True)
