@@ -36,7 +36,7 @@ def run_world(
     sizes: tuple[int, ...],
     names: tuple[str, ...] = ("dp", "tp"),
     run_dir: Path | None = None,
-    deadline_seconds: float = 120,
+    deadline_seconds: float = 280,
     device: str = "cpu",
 ) -> list[Any]:
     """Calls `function(ctx, *args)` on every rank of a mesh and returns what each returned, by rank.

@@ -17,7 +17,7 @@ from tests.workloads.tp_fsdp_llama2.reference import (
 from tests.workloads.worlds import run_world
 from workloads.tp_fsdp_llama2.config import Config
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 STEPS = 50
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)]
@@ -55,7 +55,7 @@ def test_fp64_with_accumulation_clipping_and_checkpointing_is_the_reference_to_1
     sizes: tuple[int, int], tmp_path: Path
 ) -> None:
     config = make_config("fp64", microbatch_size=4 // sizes[0], activation_checkpointing="full")
-    run_world(train, config, sizes=sizes, run_dir=tmp_path)
+    run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=600)
     expected = reference("fp64", 2)
     assert min(expected.grad_norms) > GRAD_CLIP, "clipping is not active in every step"
     differences = largest_differences(read_trajectory(tmp_path), expected)
@@ -65,7 +65,7 @@ def test_fp64_with_accumulation_clipping_and_checkpointing_is_the_reference_to_1
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda s: f"dp{s[0]}-tp{s[1]}")
 def test_fp32_is_the_reference_to_1e_5(sizes: tuple[int, int], tmp_path: Path) -> None:
-    run_world(train, make_config("fp32"), sizes=sizes, run_dir=tmp_path)
+    run_world(train, make_config("fp32"), sizes=sizes, run_dir=tmp_path, deadline_seconds=600)
     differences = largest_differences(read_trajectory(tmp_path), reference("fp32", 1))
     print(sizes, differences)
     assert max(differences.values()) <= 1e-5, differences
