@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -201,14 +202,19 @@ def leave(code: int) -> NoReturn:
 
     Python would then take every module apart, which takes a process that has loaded torch a third of a second.
     """
-    with contextlib.suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        for thing in gc.get_objects():
-            if issubclass(type(thing), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)):
-                with contextlib.suppress(OSError, ValueError):
-                    thing.flush()
+    for step in (threading._shutdown, atexit._run_exitfuncs, _write_open_files):  # type: ignore[attr-defined]
+        try:
+            step()
+        except BaseException:  # must not keep the others from saving
+            traceback.print_exc()
     os._exit(code)
+
+
+def _write_open_files() -> None:
+    for thing in gc.get_objects():
+        if issubclass(type(thing), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)):
+            with contextlib.suppress(OSError, ValueError):
+                thing.flush()
 
 
 def allow_open_files(world_size: int, host: str) -> None:

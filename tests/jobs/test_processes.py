@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.jobs.submitting import ROOT
 
@@ -65,3 +67,30 @@ def test_a_rank_that_is_done_ends_when_nothing_of_it_works_any_more() -> None:
     out, err, code = ended["is taken apart for ever"]
     assert code == 1
     assert "in __del__" in err
+
+
+def test_one_hook_that_fails_keeps_a_forked_rank_from_no_other(tmp_path: Path) -> None:
+    code = """
+import atexit, os, pathlib, sys, threading
+from jobs import processes
+rank = os.fork()
+if rank:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))
+threading._register_atexit(lambda: 1 / 0)  # as a thread pool does whose own hook fails
+atexit.register(pathlib.Path("hook").touch)
+left_open = open("left_open", "w")
+left_open.write("all of it")
+processes.leave(7)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 7
+    assert "ZeroDivisionError" in ended.stderr
+    assert (tmp_path / "hook").exists()
+    assert (tmp_path / "left_open").read_text() == "all of it"
