@@ -210,7 +210,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         f"        {shlex.join([sys.executable, str(ENTRY)])} \\",
         '            --ended "$MESHRUN_RUN" "${SLURM_RESTART_COUNT:-0}" "$status"',
         "    fi",
-        '    if grep -qs \'"status": "stopped"\' "$MESHRUN_RUN/result.json"; then',
+        '    if grep -qs \'^  "status": "stopped"\' "$MESHRUN_RUN/result.json"; then',
         "        status=1",
         "    fi",
         '    exit "$status"',

@@ -11,6 +11,7 @@ import pytest
 
 from jobs import sbatch
 from jobs.cluster import ClusterConfig, find_cluster, json_schema, load_cluster, shipped_configs
+from jobs.records import write_json
 from jobs.spec import JobSpec, ResourceSpec
 from tests.jobs.test_executor import make_spec
 
@@ -309,3 +310,11 @@ def test_the_json_schema_is_current() -> None:
 @pytest.mark.parametrize("name", ["local", *SHIPPED])
 def test_each_shipped_config_names_the_schema(name: str) -> None:
     assert find_cluster(name).read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+@pytest.mark.parametrize(("status", "nested", "code"), [("stopped", "done", 0), ("done", "stopped", 1)])
+def test_the_script_tells_a_stopped_run_by_its_own_status(status: str, nested: str, code: int, tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"status": status, "result": {"status": nested, "of": [{"status": nested}]}})
+    line = next(line for line in (GOLDEN / "slurm.sbatch").read_text().splitlines() if "grep" in line)
+    test = line.partition("if ")[2].partition("; then")[0]
+    assert subprocess.run(["bash", "-c", test], env={**os.environ, "MESHRUN_RUN": str(tmp_path)}).returncode == code
