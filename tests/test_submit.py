@@ -598,6 +598,9 @@ def test_a_job_that_may_not_fit_is_warned_of_once_and_one_that_fits_is_not(
     assert capsys.readouterr().out.count("gpu_memory_gb in ") == 1
     assert main([*line, "8"]) == 0
     assert "gpu_memory_gb in " not in capsys.readouterr().out
+    # Nor one whose ranks are told to take the CPU.
+    assert main([*line, "1", "--env", "MESHRUN_DEVICE=cpu"]) == 0
+    assert "gpu_memory_gb in " not in capsys.readouterr().out
 
 
 def test_a_dry_run_of_2048_hosts_is_a_screenful(capsys: pytest.CaptureFixture[str]) -> None:

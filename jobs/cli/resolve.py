@@ -90,14 +90,14 @@ def resolve(given: Options) -> Resolved:
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
     env = {**cluster.env, **_env(given)}
-    on_gpus = cluster.gpu_request != "none"
     kept_off = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
+    on_gpus = cluster.gpu_request != "none" and not kept_off
     gpus_here = 0 if kept_off else machine.gpu_count(os.environ)
     if which in ("local", "debug"):
         on_gpus = gpus_here >= resources.shape.world_size
     rank_bytes = _rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
     if which in ("local", "debug"):
-        announcements.append(_fit_this_box(workload, rank_bytes, resources, gpus_here, kept_off))
+        announcements.append(_fit_this_machine(workload, rank_bytes, resources, gpus_here, kept_off))
         if given.profile_memory and not on_gpus:
             raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this machine's CPU; leave it out")
     if on_gpus or which == "slurm":
@@ -367,7 +367,7 @@ def _fit_rank(
     return [f"warning: {line}; it may run out of memory"]
 
 
-def _fit_this_box(workload: str, rank_bytes: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
+def _fit_this_machine(workload: str, rank_bytes: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
     """Says which devices the ranks will use; refuses a job whose ranks cannot fit this machine's memory together."""
     world_size = resources.shape.world_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
