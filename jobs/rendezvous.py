@@ -606,6 +606,8 @@ def check_socket_variables(info: RankInfo, device: str, env: Mapping[str, str]) 
     Raises:
         TopologyError: names the variable, this host and its interfaces.
     """
+    if not (env.get("GLOO_SOCKET_IFNAME") or env.get("NCCL_SOCKET_IFNAME")):
+        return
     here = interfaces()
     is_alone = info.local_world_size == info.world_size or info.launcher == "local"
     name, problem = "GLOO_SOCKET_IFNAME", None
