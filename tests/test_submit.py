@@ -192,6 +192,8 @@ BAD = [
     Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml: is not UTF-8"], {"e.yaml": b"\xff\xfe"}),
     Bad(["tp_fsdp", "--config", "."], ["Is a directory"]),
     # shapes
+    # what is proposed works: 3 does not divide the 8 heads
+    Bad(tp_fsdp("tp=4", "global_batch_size=6", gpus_per_node=6), ["tp=4 does not divide gpus_per_node=6", "use tp=2"]),
     Bad(tp_fsdp("tp=3", gpus_per_node=4), ["tp=3 does not divide gpus_per_node=4", "tp="]),
     Bad(tp_fsdp("tp=4", gpus_per_node=2), ["tp=4 does not divide gpus_per_node=2"]),
     Bad(

@@ -26,9 +26,10 @@ def mesh(config: Config, shape: Shape) -> MeshSpec:
     """
     tp = config.tp or _smallest_tp_that_fits(config, shape)
     if shape.gpus_per_node % tp:
+        smaller = [t for t in _possible_tp(config, shape) if t < tp]
         raise WorkloadError(
             f"tp={tp} does not divide gpus_per_node={shape.gpus_per_node}: a tensor-parallel group must lie within "
-            f"a host; use tp={largest_divisor(shape.gpus_per_node, tp)}"
+            f"a host; use tp={max(smaller, default=1)}"
         )
     dp = shape.world_size // tp
     replicas = config.dp_replicate or _replicas(config, shape, tp)
@@ -85,12 +86,17 @@ _ALWAYS_SHARDED_OVER = 64
 
 
 def _smallest_tp_that_fits(config: Config, shape: Shape) -> int:
-    possible = [tp for tp in divisors(shape.gpus_per_node) if _can_split(config, tp, shape.world_size // tp)] or [1]
+    possible = _possible_tp(config, shape) or [1]
     for tp in possible:
         dp = shape.world_size // tp
         if _fits(shape, _rank_bytes(config, dp, dp, tp, config.precision or "bf16")):
             return tp
     return possible[-1]
+
+
+def _possible_tp(config: Config, shape: Shape) -> list[int]:
+    """The numbers of ranks of a host that can share a sample's computation, smallest first."""
+    return [tp for tp in divisors(shape.gpus_per_node) if _can_split(config, tp, shape.world_size // tp)]
 
 
 def _can_split(config: Config, tp: int, dp: int) -> bool:
