@@ -64,15 +64,13 @@ def adopt_orphans(wanted: bool = True) -> None:
 
 
 def children() -> set[int]:
-    """Direct children of this process that still run."""
+    """Direct children of this process, also those that have ended and were not waited for.
+
+    An ended one counts: what it had started is ours by then, and may not have been seen yet in the same look.
+    """
     import psutil
 
-    found = set()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE:
-                found.add(child.pid)
-    return found
+    return {child.pid for child in psutil.Process().children()}
 
 
 def runs(pid: int, argument: str) -> bool:

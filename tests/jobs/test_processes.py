@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from jobs import processes
 from tests.jobs.submitting import ROOT
 
 DONE = """
@@ -94,3 +97,15 @@ processes.leave(7)
     assert "ZeroDivisionError" in ended.stderr
     assert (tmp_path / "hook").exists()
     assert (tmp_path / "left_open").read_text() == "all of it"
+
+
+def test_none_is_left_only_when_the_ended_have_been_waited_for() -> None:
+    before = processes.children()
+    ended = os.spawnlp(os.P_NOWAIT, "true", "true")
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+    # What it had started may have become this process's child after the look had passed it.
+    assert processes.children() - before == {ended}
+    processes.kill_children(but=before)
+    assert processes.children() == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(ended, os.WNOHANG)
