@@ -148,7 +148,8 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
 def _from_the_workload_on(error: BaseException) -> TracebackType | None:
     """The traceback without its first frames where they are only the launcher's."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__") == "jobs.job":
+    ours = "jobs.rank.run"
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__") == ours:
         trace = trace.tb_next
     return trace
 

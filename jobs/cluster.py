@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from jobs import sbatch
 from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
+from jobs.slurm import options
 from jobs.spec import MOST_GPUS, MOST_NODES, ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 from workloads.meanings import meanings
@@ -104,7 +104,7 @@ class ClusterConfig(StrictModel):
     @classmethod
     def _sbatch(cls, value: dict[str, str | int | bool | None]) -> dict[str, str | int | bool | None]:
         for name, given in value.items():
-            mistake = sbatch.option_mistake(name, given)
+            mistake = options.option_mistake(name, given)
             if mistake:
                 raise ValueError(f"'{name}': {mistake}")
         return value
@@ -121,7 +121,7 @@ class ClusterConfig(StrictModel):
     @classmethod
     def _srun_args(cls, value: list[str]) -> list[str]:
         for word in value:
-            if mistake := sbatch.srun_mistake(word):
+            if mistake := options.srun_mistake(word):
                 raise ValueError(f"'{word}': {mistake}")
         return value
 

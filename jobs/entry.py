@@ -45,7 +45,7 @@ def main() -> None:
         _ended(*sys.argv[2:])
         return
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        # Slurm's warning before the time limit kills whoever has no handler; jobs/job.py sets the real one.
+        # Slurm's warning before the time limit kills whoever has no handler; jobs/rank/run.py sets the real one.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     pin()
     if sys.argv[1] == "--rank":
@@ -67,7 +67,7 @@ def main() -> None:
 def _rank(run_dir: Path, supervisor: int | None = None) -> None:
     """Runs one rank of the job that `run_dir` describes, which it does before the job is queued."""
     if supervisor is not None:
-        from jobs.local import spawned_rank
+        from jobs.agent.supervisor import spawned_rank
 
         spawned_rank(run_dir, supervisor)
         return
@@ -86,7 +86,7 @@ def _ended(*arguments: str) -> None:
     """Says who failed; whatever becomes of that, the script goes on to its own exit code."""
     try:
         pin()
-        from jobs.outcome import ended
+        from jobs.runs.outcome import ended
 
         print(ended(*arguments), file=sys.stderr, flush=True)
     except BaseException as error:

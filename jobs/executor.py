@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import sbatch, slurm
+from jobs import processes
 from jobs.cluster import ClusterConfig
 from jobs.errors import SubmissionError, SubmissionUnknown
-from jobs.records import RunDirectory
+from jobs.run_dir import RunDirectory
+from jobs.slurm import environment, query, script
 from jobs.spec import JobSpec
 
 
@@ -38,7 +39,7 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
     """The submission of a job: pure, so that `--dry-run` prints exactly what would happen."""
     env = spec.rank_env
     if spec.executor == "slurm":
-        return Submission(slurm_parameters(spec, cluster), sbatch.script(spec, cluster, env), env)
+        return Submission(slurm_parameters(spec, cluster), script.script(spec, cluster, env), env)
     if spec.executor == "debug":
         return Submission({}, "one rank in this process", env)
     folder = RunDirectory(spec.run_dir).submitit
@@ -48,8 +49,8 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
 
 def slurm_parameters(spec: JobSpec, cluster: ClusterConfig) -> dict[str, Any]:
     """What the script asks of sbatch and of srun."""
-    given = sbatch.options(spec, cluster)
-    return {"sbatch": given, "srun": sbatch.srun_arguments(spec, cluster, given), "setup": cluster.setup}
+    given = script.options(spec, cluster)
+    return {"sbatch": given, "srun": script.srun_arguments(spec, cluster, given), "setup": cluster.setup}
 
 
 def _time(spec: JobSpec) -> dict[str, int]:
@@ -58,7 +59,7 @@ def _time(spec: JobSpec) -> dict[str, int]:
 
 def _entry_command(folder: Path) -> list[str]:
     """What starts the supervisor of a local job."""
-    return [sys.executable, "-u", str(sbatch.ENTRY), str(folder)]
+    return [sys.executable, "-u", str(processes.ENTRY), str(folder)]
 
 
 SUBMIT_WITHIN_S = 120
@@ -82,14 +83,14 @@ def check_slurm(submission: Submission) -> str:
             f"--executor slurm: {' and '.join(missing)} not found on PATH; submit from a login node, "
             "or use --executor local"
         )
-    return slurm.would_queue(submission.text, submission.parameters["sbatch"], os.environ)
+    return query.would_queue(submission.text, submission.parameters["sbatch"], os.environ)
 
 
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
     """Inside, this process's environment is what a job may be submitted from; submitit's sbatch inherits it."""
     before = dict(os.environ)
-    kept = sbatch.clean(before)
+    kept = environment.clean(before)
     for name in set(before) - set(kept):
         del os.environ[name]
     try:
@@ -120,7 +121,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
     run = RunDirectory(spec.run_dir)
     job = Job(spec)
     if spec.executor == "local":
-        from jobs.local import LocalExecutor, Supervisor
+        from jobs.agent.supervisor import LocalExecutor, Supervisor
 
         command = _entry_command(run.submitit)
         local = LocalExecutor(run.submitit, command, run.attempt(0).supervisor_log, owned, submission.env)
@@ -156,14 +157,14 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             words = " ".join(str(error).split())
             if getattr(error.__cause__, "returncode", None) in (124, 137, -9):
                 words = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}"
-            elif not slurm.LOST.search(words):
-                slurm.check_reached(words)
+            elif not query.LOST.search(words):
+                query.check_reached(words)
                 raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
         except (RuntimeError, OSError) as error:  # what it has answered cannot be read, or not be kept
             words = f"the submission broke off: {type(error).__name__}: {' '.join(str(error).split())}"
         for seconds in FIND_AFTER_S:
             time.sleep(seconds)
-            job_id = slurm.find(run.submitit, slurm.environment(os.environ))
+            job_id = query.find(run.submitit, environment.for_queries(os.environ))
             if job_id:
                 return executor.job_class(folder=run.submitit, job_id=job_id)
         raise SubmissionUnknown(
@@ -174,6 +175,6 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
 
 def debug_env(spec: JobSpec) -> dict[str, str]:
     """The variables of the one rank that the debug executor runs in this process."""
-    from jobs.topology import local_env
+    from jobs.rank.identity import local_env
 
     return local_env(0, 1, 1, f"debug-{os.getpid()}")

@@ -25,9 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs import blame, processes, sbatch
+from jobs import blame, processes
 from jobs.errors import OutputLost, one_line
-from jobs.records import RunDirectory, read_json
+from jobs.run_dir import RunDirectory, read_json
 from jobs.spec import JobSpec
 from workloads import registry
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
@@ -103,7 +103,7 @@ class Preparation:
         owner, self._owner = os.pipe()  # the write end closes when this process ends, however it ends
         self._results, results = os.pipe()
         run_dir, parent = str(spec.run_dir), str(os.getpid())
-        command = [sys.executable, "-u", str(sbatch.ENTRY), "--prepare", run_dir, parent, str(owner), str(results)]
+        command = [sys.executable, "-u", str(processes.ENTRY), "--prepare", run_dir, parent, str(owner), str(results)]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), spec.threads_per_rank)
         try:
             # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.

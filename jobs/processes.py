@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ENTRY = Path(__file__).with_name("entry.py")
+"""The first file that every process of a job runs."""
 LEAVE_WITHIN_S = 5
 """Seconds that a failed rank gets to end by itself."""
 SAY_AFTER_S = 5

@@ -15,7 +15,7 @@ import pytest
 
 from jobs.cli.console import Console
 from jobs.cli.progress import Display
-from jobs.records import RunDirectory
+from jobs.run_dir import RunDirectory
 
 STEPS = [
     {"step": n, "loss": 5.587, "grad_norm": 3.548 / n, "lr": 0.0005733, "tokens_per_second": 11550} for n in (1, 2, 3)

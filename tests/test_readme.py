@@ -74,7 +74,7 @@ def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
 
 
 def test_the_table_of_the_run_directory_names_what_records_names(tmp_path: Path) -> None:
-    from jobs.records import RunDirectory
+    from jobs.run_dir import RunDirectory
 
     run = RunDirectory(tmp_path)
     first = (run.submission, run.result, run.metrics, run.settings, run.job)

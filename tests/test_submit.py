@@ -695,7 +695,7 @@ def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> Non
 
 # --- light imports ----------------------------------------------------------------------------------------------------
 
-LATE = {"jobs.devices", "jobs.mesh", "jobs.rendezvous"}
+LATE = {"jobs.rank.devices", "jobs.rank.mesh", "jobs.rank.rendezvous"}
 """Of jobs/, what a rank alone imports."""
 ALSO = ("workloads.base", "workloads.errors", "workloads.meanings", "workloads.registry")
 HEAVY = ("torch", "torchvision", "numpy", "safetensors", "tokenizers", "tqdm", "psutil")

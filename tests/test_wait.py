@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from jobs import outcome, processes
+from jobs import processes
 from jobs.blame import Failure
 from jobs.cli import follow, progress
 from jobs.cli.main import main
-from jobs.records import RunDirectory, Submitted, read_json, write_json
+from jobs.run_dir import RunDirectory, Submitted, read_json, write_json
+from jobs.runs import outcome
+from tests.jobs.slurm.test_query import DISABLED, UNKNOWN, UNREACHABLE, say
 from tests.jobs.submitting import ROOT, SUBMIT, Line, wait_until
-from tests.jobs.test_slurm import DISABLED, UNKNOWN, UNREACHABLE, say
 from tests.test_submit import Bad, check_refusal, name, tree
 
 Capture = pytest.CaptureFixture[str]

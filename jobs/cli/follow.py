@@ -20,14 +20,16 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs import executor, outcome, processes, slurm
+from jobs import executor, processes
 from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.progress import Display, Tail
 from jobs.cluster import ClusterConfig
 from jobs.errors import EXIT_DONE, EXIT_FAILED, Interrupted, JobFailed, OutputLost, SubmissionUnknown
-from jobs.records import BY_ITSELF, RunDirectory, Submitted, read_json
-from jobs.slurm import Forgotten, JobState, NoAnswer
+from jobs.run_dir import BY_ITSELF, RunDirectory, Submitted, read_json
+from jobs.runs import outcome
+from jobs.slurm import environment, query
+from jobs.slurm.query import Forgotten, JobState, NoAnswer
 from jobs.spec import JobSpec
 
 POLL_S = 0.1
@@ -359,7 +361,7 @@ class _LocalJob:
 
 
 ASK_EVERY_S = (1.0, 10.0)
-"""Slurm is asked this often at first and this often in the end; at once when result.json or slurm.log has changed."""
+"""Slurm is asked this often at first and this often in the end; at once when result.json or query.log has changed."""
 RESULT_WITHIN_S = 10.0
 """Seconds that a shared file system may take to show here what another host has written."""
 RECORD_WITHIN_S = 2.0
@@ -378,16 +380,16 @@ class _SlurmJob:
 
     def __init__(self, run_dir: RunDirectory, submitted: Submitted, display: Display) -> None:
         self.run_dir, self.job_id, self.display = run_dir, submitted.job_id, display
-        self.env, self.script = slurm.environment(os.environ), run_dir.script
+        self.env, self.script = environment.for_queries(os.environ), run_dir.script
         self.result = _Result(run_dir)
-        self.answer: slurm.Answer | None = None
-        self._coming: list[slurm.Answer] = []
+        self.answer: query.Answer | None = None
+        self._coming: list[query.Answer] = []
         self._asking: threading.Thread | None = None
         self._heard = threading.Event()
         self._ask_at = 0.0
         self._interval = ASK_EVERY_S[0]
         self._changes = (0, 0)
-        """Of result.json, and the size of slurm.log, where a requeue is announced: it may not be queued for long."""
+        """Of result.json, and the size of query.log, where a requeue is announced: it may not be queued for long."""
         self._kind = ""
         self._since = 0.0
         """Since when Slurm has given the same answer."""
@@ -431,12 +433,12 @@ class _SlurmJob:
 
     def _ask_now(self) -> None:
         try:
-            self._coming.append(slurm.ask(self.job_id, self.env, self.script))
+            self._coming.append(query.ask(self.job_id, self.env, self.script))
         except Exception as error:  # whatever is wrong with one question, the job goes on
             self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
         self._heard.set()
 
-    def _hear(self, answer: slurm.Answer) -> None:
+    def _hear(self, answer: query.Answer) -> None:
         self.answer = answer
         if not isinstance(answer, NoAnswer):
             self._answered = time.monotonic()
@@ -452,7 +454,7 @@ class _SlurmJob:
             self._shown, self._shown_start = line, start
             held = isinstance(answer, JobState) and re.search("held", answer.reason, re.IGNORECASE)
             self.display.say(line + ("" if held else _expected(start)))
-            advice = slurm.hint(answer) if isinstance(answer, JobState) else ""
+            advice = query.hint(answer) if isinstance(answer, JobState) else ""
             if advice:
                 self.display.say(f"  {advice}")
 
@@ -480,7 +482,7 @@ class _SlurmJob:
     def has_ended(self) -> bool:
         """Whether it has, as far as is known by now."""
         if isinstance(self.answer, JobState):
-            return self.answer.state in slurm.LASTING
+            return self.answer.state in query.LASTING
         return self.result.read() is not None
 
     def is_over(self) -> bool:
@@ -532,7 +534,7 @@ class _SlurmJob:
             )
             return {**unknown, "error": error}
         attempt = self.run_dir.last_attempt().number
-        down = slurm.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
+        down = query.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
         seen = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
         if seen.says_nothing:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
@@ -542,7 +544,7 @@ class _SlurmJob:
         return outcome.conclude(self.run_dir, seen)
 
 
-def _line(job_id: str, answer: slurm.Answer) -> str:
+def _line(job_id: str, answer: query.Answer) -> str:
     """What is said of an answer, when it is another than before."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):

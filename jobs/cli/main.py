@@ -99,11 +99,11 @@ def _dispatch(given: options.Options, console: Console) -> int:
         raise CommandLineError(f"which workload? {known}; see submit.py --help")
     first = given.words[0]
     if first == "list":
-        from jobs.cli.list import run
+        from jobs.cli.verbs.list import run
 
         return run(given, console)
     if first == "wait":
-        from jobs.cli.wait import run as wait
+        from jobs.cli.verbs.wait import run as wait
 
         return wait(given, console)
     if first in options.VERBS:
@@ -114,6 +114,6 @@ def _dispatch(given: options.Options, console: Console) -> int:
             raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
         close = did_you_mean(first, (*registry.BUILT_IN, *options.VERBS))
         raise CommandLineError(f"'{first}': no such workload{close}; {known}")
-    from jobs.cli.launch import run as launch
+    from jobs.cli.verbs.launch import run as launch
 
     return launch(given, console)

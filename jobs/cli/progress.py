@@ -15,7 +15,7 @@ from typing import Any
 from jobs import blame
 from jobs.cli.console import Console
 from jobs.errors import printable
-from jobs.records import RunDirectory, open_regular
+from jobs.run_dir import RunDirectory, open_regular
 
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10

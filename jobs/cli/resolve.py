@@ -13,11 +13,14 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from jobs import machine, profiling, sbatch, settings
+from jobs import machine, settings
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, ResourceError, RunDirectoryError, did_you_mean
-from jobs.records import RunDirectory, default_run_dir
+from jobs.rank import profiling
+from jobs.run_dir import RunDirectory, default_run_dir
+from jobs.slurm import environment, script
+from jobs.slurm.options import ALONE, option_mistake
 from jobs.spec import MOST_GPUS, MOST_NODES, MOST_RANKS, JobSpec, ResourceSpec, parse_minutes, parse_ports
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
@@ -109,7 +112,7 @@ def resolve(given: Options) -> Resolved:
         announcements += _only_for_slurm(cluster)
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     RunDirectory.check(run_dir)
-    if which != "debug" and (mistake := sbatch.path_mistake(run_dir)):
+    if which != "debug" and (mistake := script.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
     spec = JobSpec(
         workload=workload,
@@ -184,10 +187,14 @@ def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]
     found, said = {}, []
     for name, value in sorted(env.items()):
         if not name.startswith("SBATCH_"):
-            if name.startswith(("SLURM_", "SRUN_")) and "SLURM_JOB_ID" not in env and name not in sbatch.OF_THE_SITE:
+            if (
+                name.startswith(("SLURM_", "SRUN_"))
+                and "SLURM_JOB_ID" not in env
+                and name not in environment.OF_THE_SITE
+            ):
                 said.append(f"{name}={value} in your environment is not used; --sbatch and srun_args say what is meant")
             continue
-        option = sbatch.FROM_ENVIRONMENT.get(name)
+        option = environment.FROM_ENVIRONMENT.get(name)
         if option is None:
             said.append(f"{name}={value} in your environment is not used; if it is meant, use --sbatch")
         else:
@@ -216,16 +223,16 @@ def _sbatch_options(
     for name, text in found.items():
         if name in ("partition", "account", "qos", "time"):
             continue
-        if wrong := sbatch.option_mistake(name, text):
+        if wrong := option_mistake(name, text):
             raise CommandLineError(f"{name} '{text}' in the environment (SBATCH_{name.upper()}): {wrong}")
         options[name] = text
     seen: set[str] = set()
     for word in given.sbatch:
         name, equals, text = word.partition("=")
         # As in YAML: true is the bare flag, false is without it. Elsewhere they are words: comment=true.
-        words: dict[str, str | bool] = {"true": True, "false": False} if name in sbatch.ALONE else {}
+        words: dict[str, str | bool] = {"true": True, "false": False} if name in ALONE else {}
         meant = words.get(text, text) if equals else True
-        if mistake := sbatch.option_mistake(name, meant):
+        if mistake := option_mistake(name, meant):
             raise CommandLineError(f"--sbatch {word!r}: {mistake}")
         if name in seen:
             raise CommandLineError(f"--sbatch {name} is given twice; keep one")

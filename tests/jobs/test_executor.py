@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import executor, slurm
+from jobs import executor
 from jobs.cluster import ClusterConfig
 from jobs.errors import JobFailed, SubmissionError
 from jobs.executor import render
-from jobs.records import RunDirectory
-from jobs.sbatch import ENTRY
+from jobs.processes import ENTRY
+from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec, ResourceSpec
 
 
@@ -121,7 +121,7 @@ def asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) ->
 def test_a_busy_controller_that_cannot_be_asked_first_may_take_the_job(
     sbatch: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "SUBMISSION_WITHIN_S", 0.2 if "sleep" in sbatch else 60.0)
+    monkeypatch.setattr("jobs.slurm.query.SUBMISSION_WITHIN_S", 0.2 if "sleep" in sbatch else 60.0)
     assert says in asked_first(tmp_path, monkeypatch, sbatch)
 
 
@@ -138,7 +138,7 @@ def test_a_busy_controller_that_cannot_be_asked_first_may_take_the_job(
 def test_a_slurm_that_is_not_there_has_refused_nothing(
     words: str, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "SUBMISSION_WITHIN_S", 3.0 if "sleep" in then else 60.0)
+    monkeypatch.setattr("jobs.slurm.query.SUBMISSION_WITHIN_S", 3.0 if "sleep" in then else 60.0)
     with pytest.raises(SubmissionError, match=r"Slurm does not answer .*nothing is queued; .*--executor local"):
         asked_first(tmp_path, monkeypatch, f'echo "{words}" >&2; {then}')
     spec = make_spec(tmp_path / "run")

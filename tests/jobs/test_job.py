@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.by_hand import _FileBoard, _follow, _prepare, spec_by_hand
 from jobs.errors import CommandLineError, RendezvousError, RunDirectoryError, SettingsError, TopologyError
-from jobs.job import run_rank
-from jobs.records import RunDirectory
+from jobs.rank.direct import _FileBoard, _follow, _prepare, spec_by_hand
+from jobs.rank.identity import RankInfo, local_env
+from jobs.rank.run import run_rank
+from jobs.run_dir import RunDirectory
 from jobs.spec import ProfileSpec
-from jobs.topology import RankInfo, local_env
+from tests.jobs.rank.test_identity import RANKS
 from tests.jobs.submitting import ROOT, assert_ended_like_a_script
-from tests.jobs.test_topology import RANKS
 from workloads.base import WorkloadError
 
 ENV = {
@@ -138,14 +138,14 @@ def limited(directory: Path, limits: str, world_size: int = 1) -> subprocess.Com
     code = """
 import resource, sys
 from pathlib import Path
-from jobs import job
+from jobs.rank import run
 from jobs.spec import JobSpec, ResourceSpec
-from jobs.topology import local_env
-job._run = lambda *_: print(*resource.getrlimit(resource.RLIMIT_NOFILE))
-nodes, run = int(sys.argv[1]), Path(sys.argv[2])
+from jobs.rank.identity import local_env
+run._run = lambda *_: print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+nodes, run_dir = int(sys.argv[1]), Path(sys.argv[2])
 spec = JobSpec(workload="x", settings={}, resources=ResourceSpec(nodes=nodes, gpus_per_node=1), executor="local",
-               cluster="none", run_dir=run)
-job.run_rank(spec, local_env(0, nodes, 1, "7"))
+               cluster="none", run_dir=run_dir)
+run.run_rank(spec, local_env(0, nodes, 1, "7"))
 """
     return subprocess.run(
         ["bash", "-c", f'{limits}; exec "$@"', "-", sys.executable, "-c", code, str(world_size), str(directory / "r")],
@@ -236,7 +236,7 @@ def in_a_step(directory: Path, *words: str, **env: str) -> subprocess.CompletedP
 import os, sys
 from jobs import processes
 processes.ancestry = lambda: ()
-from jobs.by_hand import main
+from jobs.rank.direct import main
 sys.exit(main(sys.argv[1:], os.environ))
 """
     return subprocess.run(
@@ -289,9 +289,9 @@ def test_in_an_allocations_shell_the_line_to_run_is_the_line_that_was_given(tmp_
 def test_the_others_wait_for_rank_0s_word_and_say_what_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("jobs.by_hand.SAY_AFTER_S", 0.1)
+    monkeypatch.setattr("jobs.rank.direct.SAY_AFTER_S", 0.1)
     spec = spec_by_hand(["tp_fsdp"], step(1), {})
-    monkeypatch.setattr("jobs.by_hand.PREPARE_AT_MOST", timedelta(seconds=0.5))
+    monkeypatch.setattr("jobs.rank.direct.PREPARE_AT_MOST", timedelta(seconds=0.5))
     with pytest.raises(RendezvousError, match=r"rank 1 on node0 has waited 0.5 s for rank 0 to make .*slurm-77.3-"):
         _follow(spec, step(1), _FileBoard(spec.run_dir, step(1)))
     assert capsys.readouterr().err == ""  # rank 0's host mate: one a host is enough
@@ -333,7 +333,7 @@ def test_what_rank_0_refuses_the_others_refuse(tmp_path: Path) -> None:
 def test_a_refusal_stays_for_who_comes_late_and_goes_with_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.by_hand.READ_WITHIN_S", 0.1)
+    monkeypatch.setattr("jobs.rank.direct.READ_WITHIN_S", 0.1)
     boards = [_FileBoard(tmp_path / "run", step(rank)) for rank in (0, 1)]
     boards[0].say({"refused": "no"})
     boards[0].refusal_is_read()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from jobs import preparing, processes
-from jobs.records import RunDirectory
+from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec, ResourceSpec
 from tests.jobs.submitting import ROOT, Line, wait_until
 from workloads import registry

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs import blame, outcome
+from jobs import blame
 from jobs.blame import Failure, LastSeen
 from jobs.cli import follow
 from jobs.errors import TopologyError
-from jobs.slurm import JobState
-from jobs.srun import SrunWords, read
-from jobs.topology import Seat, mesh_table, number_by_host
+from jobs.rank.numbering import Seat, mesh_table, number_by_host
+from jobs.runs import outcome
+from jobs.slurm.query import JobState
+from jobs.slurm.srun import SrunWords, read
 from workloads.base import MeshSpec
 from workloads.errors import first_few
 
@@ -42,7 +43,7 @@ def all_ranks_of_a_host_share_a_gpu() -> str:
 
 
 def no_rank_but_rank_0_came() -> str:
-    from jobs.rendezvous import _named  # late: it imports torch
+    from jobs.rank.rendezvous import _named  # late: it imports torch
 
     return _named(list(range(1, WORLD)), tuple(seat.host for seat in SEATS))
 

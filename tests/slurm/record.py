@@ -1,9 +1,9 @@
-"""Records what processes of a real Slurm see of themselves, for tests of jobs/topology.py that need no Slurm.
+"""Records what processes of a real Slurm see of themselves, for tests of jobs/rank/identity.py that need no Slurm.
 
     python -m tests.slurm.record [KIND ...]
 
 makes clusters of its own (tests/slurm/harness.py), runs a probe in every kind of step, and of shell that is none, and
-writes one file a kind to tests/jobs/recorded/. In a file, each process has
+writes one file a kind to tests/jobs/rank/recorded/. In a file, each process has
 
     env         its SLURM_* and SLURMD_* variables (`shared` has what all have alike), and torchrun's;
     ancestry    what jobs.processes.ancestry() said there: ids, and names without their folders;
@@ -30,7 +30,7 @@ from typing import Any
 from jobs.processes import ancestry
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDED = ROOT / "tests" / "jobs" / "recorded"
+RECORDED = ROOT / "tests" / "jobs" / "rank" / "recorded"
 
 TORCHRUN = [
     "RANK",

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import AnyCluster
+from tests.jobs.slurm.test_script import AWKWARD
 from tests.jobs.submitting import SUBMIT, submit, wait_until
-from tests.jobs.test_sbatch import AWKWARD
 
 DEADLINE_S = 1500
 """A real cluster's queue may take its time; each of these jobs runs for seconds."""

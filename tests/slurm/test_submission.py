@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import running
+from tests.jobs.slurm.test_script import AWKWARD, SHIPPED
 from tests.jobs.submitting import SUBMIT, submit
-from tests.jobs.test_sbatch import AWKWARD, SHIPPED
 from tests.slurm.harness import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]

@@ -140,7 +140,7 @@ def make_context(
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from jobs.rendezvous import cpu_group
+    from jobs.rank.rendezvous import cpu_group
     from workloads.base import RunContext, RunPaths
 
     torch.set_num_threads(1)

@@ -1,0 +1,270 @@
+"""The callable that every rank runs: environment -> ranks -> mesh -> workload -> result.
+
+The same call under every launcher: a Slurm step, the local executor's forked ranks, the debug executor, torchrun.
+
+    torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
+
+runs a workload with no submission at all, as does srun in an allocation (jobs/rank/direct.py).
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from jobs import blame, processes
+from jobs.errors import TopologyError
+from jobs.rank import profiling
+from jobs.rank.identity import RankInfo
+from jobs.rank.numbering import Placement, mesh_table
+from jobs.run_dir import Attempt, RunDirectory, write_json
+from jobs.spec import JobSpec
+from workloads import registry
+from workloads.base import RunContext, Shape, WorkloadConfig, to_json
+from workloads.errors import spoken_for
+
+log = logging.getLogger(__name__)
+
+SPOKEN_FOR_S = 5.0
+"""Seconds that a rank whose failure another rank records waits to be ended; then it leaves a record of its own, too."""
+
+
+@dataclass
+class _Clock:
+    """Rank 0's clock, by which failures on different hosts are ordered; this host's own until the ranks have met."""
+
+    ahead_s: float = 0.0
+    """Seconds by which this host's is ahead."""
+
+    def now(self) -> float:
+        return time.time() - self.ahead_s
+
+
+def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
+    """Runs this process's part of the job.
+
+    Args:
+        spec: the job.
+        env: the variables that say which rank this is; passed in, so that nothing below reads a global for it.
+
+    Returns:
+        What goes into result.json, on rank 0; None elsewhere.
+
+    Raises:
+        BaseException: whatever ended the rank, after leaving a record of it in the run directory.
+    """
+    info = RankInfo.from_env(env, processes.ancestry())
+    attempt = RunDirectory(spec.run_dir).attempt(info.attempt)
+    _configure_logging(f"rank {info.rank}/{info.world_size} {info.host}")
+    faulthandler.enable()
+    if info.launcher == "slurm":
+        # In place of submitit's handlers: scancel's SIGTERM ends the rank at once instead of after KillWait, and the
+        # warning before the time limit does not end a run that may still finish in time.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if info.rank == 0:
+            _log_warnings()
+        else:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    clock = _Clock()
+    with contextlib.ExitStack() as at_end:  # the failure's record comes first
+        try:
+            processes.allow_open_files(info.world_size, info.host)
+            if info.rank == 0:
+                attempt.make()  # the others write there when they have met rank 0, or have failed
+                RunDirectory(spec.run_dir).begin(info.attempt)
+            return _run(spec, info, attempt, env, clock, at_end)
+        except BaseException as error:
+            failed = clock.now()
+            if getattr(error, "is_spoken_for", False):
+                log.error("%s; another rank records it, and the launcher ends this one with that", error)
+                time.sleep(SPOKEN_FOR_S)
+            path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
+            failure = blame.failure_of(error, info.rank, info.host, failed, str(path) if path.exists() else "")
+            try:
+                attempt.make()
+                write_json(attempt.failure(info.rank), failure.to_json())
+            except OSError as unwritten:  # must not take the error's place, in the log the last line counts
+                log.error("its record cannot be written: %s", unwritten)
+            log.error(blame.ENDS + "%s", failure.message)
+            raise
+
+
+def _run(
+    spec: JobSpec,
+    info: RankInfo,
+    attempt: Attempt,
+    env: Mapping[str, str],
+    clock: _Clock,
+    at_end: contextlib.ExitStack,
+) -> dict[str, Any] | None:
+    started = time.time()
+    entry = registry.load(spec.workload, spec.import_path)
+    config = entry.config.model_validate(spec.settings)
+
+    import torch
+    import torch.distributed as dist
+
+    from jobs.rank import devices, mesh, network, rendezvous
+
+    torch.set_num_threads(spec.threads_per_rank)
+    choice = devices.choose_device(info, env)
+    network.check_socket_variables(info, choice.device.type, env)
+    meeting = rendezvous.join(
+        info,
+        choice.device.type,
+        attempt.rendezvous,
+        spec.rendezvous_timeout_s,
+        spec.interface,
+        spec.rendezvous_ports,
+        choice.gpu,
+    )
+    clock.ahead_s = meeting.ahead_s
+    os.environ.update(network.socket_variables(info, meeting.address, spec.interface, os.environ))
+    placement = meeting.placement
+    _check_shape(spec, placement)
+    _configure_logging(f"rank {placement.rank}/{placement.world_size} node {placement.node_rank}")
+    log.info("local rank %d on %s; the scheduler's number is %d", placement.local_rank, info.host, info.rank)
+    if choice.device.type == "cuda":
+        torch.cuda.set_device(choice.device)
+    cpu_group = rendezvous.init_process_group(meeting, choice.device, choice.backend, spec.collective_timeout_s)
+    try:
+        shape = Shape(placement.nodes, placement.local_world_size, spec.resources.gpu_memory_gb)
+        mesh_spec = entry.mesh_spec(config, shape)
+        device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
+        if placement.rank == 0:
+            log.info("%d ranks on %s; %s per rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
+            log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, tuple(dict.fromkeys(placement.hosts))))
+        context = RunContext(
+            rank=placement.rank,
+            world_size=placement.world_size,
+            local_rank=placement.local_rank,
+            local_world_size=placement.local_world_size,
+            node_rank=placement.node_rank,
+            hosts=placement.hosts,
+            device=choice.device,
+            mesh=device_mesh,
+            paths=RunDirectory(spec.run_dir).paths(info.attempt, info.rank),
+            gpu_memory_gb=shape.gpu_memory_gb,
+            attempt=info.attempt,
+            cpu_group=cpu_group,
+        )
+        run = entry.hook("run")
+        assert run is not None
+        if spec.profile is not None and placement.rank in spec.profile.ranks:
+            at_end.callback(profiling.attach(spec.profile, context, attempt).close)
+        with contextlib.closing(context):
+            result = _work(run, config, context)
+            context.settle()
+
+        attempt.done(info.rank).write_bytes(b"")  # one call, where touch would be two
+        meeting.finish(spec.collective_timeout_s)
+        if placement.rank != 0:
+            return None
+        context.paths.refuse_if_superseded()
+        record = {
+            **_how(context.stopped_at, context.last_metrics.get("total_steps", spec.settings.get("steps"))),
+            "workload": spec.workload,
+            "nodes": placement.nodes,
+            "gpus_per_node": placement.local_world_size,
+            "mesh": dict(zip(mesh_spec.names, mesh_spec.sizes, strict=True)),
+            "device": choice.why,
+            "torch": torch.__version__,
+            "attempt": info.attempt,
+            "seconds": round(time.time() - started, 3),
+            "result": to_json(result),
+        }
+        return RunDirectory(spec.run_dir).publish(record)
+    finally:
+        # After a failure the peers may be gone: closing NCCL's communicators would wait for them. The workload may have
+        # destroyed the group itself, as scripts do at their end; and the work is done, whatever comes of this.
+        if sys.exc_info()[0] is None and dist.is_initialized():
+            try:
+                dist.destroy_process_group()
+            except Exception as error:
+                log.warning("the process group could not be destroyed: %s: %s", type(error).__name__, error)
+
+
+def _how(stopped_at: int | None, steps: int | None) -> dict[str, str]:
+    """How the run ended: done, or stopped before its last step because some rank was asked to stop."""
+    if stopped_at is None or stopped_at == steps:
+        return {"status": "done"}
+    return {"status": "stopped", "error": f"by request, after step {stopped_at}" + (f" of {steps}" if steps else "")}
+
+
+def _work(run: Callable[..., Any], config: WorkloadConfig, context: RunContext) -> Any:
+    """Calls the workload. A process that it forked and that leaves its function ends here, since it is no rank."""
+    rank = os.getpid()
+    code: Any = 0
+    try:
+        result = run(config, context)
+        if os.getpid() == rank:
+            return result
+    except BaseException as error:
+        if os.getpid() == rank:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+    processes.leave(code if isinstance(code, int) else int(code is not None))
+
+
+def _check_shape(spec: JobSpec, placement: Placement) -> None:
+    """Raises where an option that slipped by has changed how many ranks there are, or hosts."""
+    asked, found = spec.resources.shape, Shape(placement.nodes, placement.local_world_size)
+    if asked != found:
+        error = TopologyError(
+            f"the job is for {asked} ranks (hosts x ranks on each), and {found} were started; look for options of "
+            "sbatch or srun that say how many tasks there are"
+        )
+        raise spoken_for(error, 0, placement.rank)
+
+
+def _log_warnings() -> None:
+    """Logs Slurm's warning before the time limit, which comes as SIGUSR2 to every process of the step.
+
+    A handler would not reach the children of this process: exec gives the signal back its default, death. So it stays
+    ignored, as children inherit it, and blocked, as every thread from now on does; one thread takes it. A handler that
+    the workload may set is called in the main thread, as if there were no such thread.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+    def take() -> None:
+        while True:
+            signal.sigwait([signal.SIGUSR2])
+            log.warning("Slurm says that the time limit is near; the run goes on until it is done or ended")
+            _thread.interrupt_main(signal.SIGUSR2)
+
+    threading.Thread(target=take, name="Slurm's warnings", daemon=True).start()
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _configure_logging(who: str) -> None:
+    """One handler a process, on stderr, which the launcher sends to the rank's log."""
+    formatter = logging.Formatter(f"%(asctime)s [{who}] %(levelname)s: %(message)s", "%H:%M:%S")
+    root = logging.getLogger()
+    ours = [handler for handler in root.handlers if getattr(handler, "meshrun", False)]
+    if ours:
+        ours[0].setFormatter(formatter)
+        return
+    handler = logging.StreamHandler()
+    handler.meshrun = True  # type: ignore[attr-defined]
+    handler.setFormatter(formatter)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)

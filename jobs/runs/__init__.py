@@ -1,0 +1,1 @@
+"""Runs that exist: where they are, how they stand, how they ended."""

@@ -1,0 +1,1 @@
+"""All that knows Slurm's words. No torch, no printing."""

@@ -1,0 +1,187 @@
+"""A Slurm job as the batch script that a person would have written. Pure text; jobs/executor.py hands it in.
+
+Options, in order: what the job is, then what the user or the site added. Everything that came from a flag or a file is
+quoted for whoever reads it: sbatch reads the #SBATCH lines, bash the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.processes import ENTRY
+from jobs.run_dir import RunDirectory
+from jobs.spec import RESOLVER, JobSpec
+
+if TYPE_CHECKING:
+    from jobs.cluster import ClusterConfig
+
+WARNING_S = 90
+"""Seconds before the time limit at which Slurm sends the ranks USR2, unless --sbatch signal=USR2@N says otherwise."""
+
+
+def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
+    """sbatch's options by their long names, in the order of the script; True is a bare flag."""
+    resources, count = spec.resources, str(spec.resources.gpus_per_node)
+    asked = f"{cluster.gpu_type}:{count}" if cluster.gpu_type else count
+    gpus = {"gpus-per-node": asked} if cluster.gpu_request == "gpus-per-node" else {"gres": f"gpu:{asked}"}
+    wanted: dict[str, Any] = {
+        "job-name": spec.job_name or spec.name,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "time": resources.time_min,
+        "nodes": resources.nodes,
+        "ntasks-per-node": count,
+        **(gpus if cluster.gpu_request != "none" else {}),
+        "cpus-per-task": resources.cpus_per_gpu,
+        "mem": None
+        if resources.mem_gb_per_gpu is None
+        else f"{math.ceil(resources.mem_gb_per_gpu * resources.gpus_per_node * 1024)}M",
+        # A TP group of consecutive ranks lies within a host, whatever the site's default is.
+        "distribution": "block",
+        "export": "ALL",
+        "requeue": True,
+        "signal": _warning(resources.time_min),
+    }
+    extra = dict(spec.sbatch)
+    if extra.get("requeue") is False:  # a site may requeue by default
+        extra["no-requeue"] = True
+    if "gres" in extra and "gres" in wanted:  # GPUs, and something else beside them
+        extra["gres"] = f"{wanted['gres']},{extra['gres']}"
+    wanted |= extra
+    # Logs come last: they are nobody's to change.
+    wanted |= {"open-mode": "append", "output": str(RunDirectory(spec.run_dir).slurm_log)}
+    return {
+        name: value if value is True else str(value)
+        for name, value in wanted.items()
+        if value is not None and value is not False
+    }
+
+
+def _warning(time_min: int | None) -> str | None:
+    """None under a short limit: Slurm may warn a minute early, and who is still being started cannot take it."""
+    return None if time_min is not None and time_min * 60 < 2 * WARNING_S + 60 else f"USR2@{WARNING_S}"
+
+
+_IN_AN_IMAGE, _KEPT = ("--container-image=", "--container-name="), "--container-env="
+"""Options of srun's that pyxis adds."""
+
+
+def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, str | bool]) -> list[str]:
+    """srun's own arguments, but for its logs, which depend on the attempt; the last of two that differ counts."""
+    # Without ALL, a job that was submitted with --export=NONE finds no bash. srun itself looks names up in peace.
+    resolver = "" if "RES_OPTIONS" in spec.env else f",RES_OPTIONS={RESOLVER}"
+    site = cluster.srun_args
+    if any(word.startswith(_IN_AN_IMAGE) for word in site):
+        # Else the image's variables win over these. Of several such options the last one alone may count.
+        kept = [name for word in site if word.startswith(_KEPT) for name in word.removeprefix(_KEPT).split(",")]
+        names = ",".join(dict.fromkeys([*kept, *sorted(spec.rank_env)]))
+        site = [*(word for word in site if not word.startswith(_KEPT)), _KEPT + names]
+    arguments = [
+        *site,
+        f"--distribution={given['distribution']}",
+        "--kill-on-bad-exit=1",  # else the others run to their time-out when one rank dies
+        "--wait=0",  # else a site's WaitTime ends the ranks that still work once the first has returned
+        f"--export=ALL{resolver}",
+    ]
+    if "cpus-per-task" in given:
+        arguments.append(f"--cpus-per-task={given['cpus-per-task']}")  # not inherited since Slurm 22.05
+    return arguments
+
+
+def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
+    """What srun starts for every rank."""
+    rank = [cluster.python or sys.executable, "-u", str(ENTRY), "--rank", str(spec.run_dir)]
+    if not cluster.command_prefix:
+        return rank
+    # Slurm's warning (USR2) goes to every process of the step: it would end a prefix that stays above its rank.
+    return ["bash", "-c", 'trap "" USR2; exec "$@"', "rank", *cluster.command_prefix, *rank]
+
+
+_SUBMITTED = '{"executor": "slurm", "job_id": "%s", "submitted": "", "host": "%s", "cluster": "%s"}'
+
+
+def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str:
+    """The whole batch script.
+
+    Its own variables have names that no user's variable can have (`jobs.cluster.env_name_mistake`).
+
+    Args:
+        spec: the job.
+        cluster: its cluster.
+        env: variables of every rank.
+    """
+    given = options(spec, cluster)
+    exported = {name: value for name, value in env.items() if name != "RES_OPTIONS" or name in spec.env}
+    lines = ["#!/bin/bash"]
+    for name, value in given.items():
+        lines.append(f"#SBATCH --{name}" + ("" if value is True else f"={_quoted(str(value))}"))
+    lines += [
+        "",
+        "# However it ends: who failed, and why, in a line here and in result.json. A SIGTERM is for the ranks first.",
+        f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))}",
+        "meshrun_ended() {",
+        "    local status=$?",
+        '    if [ "$status" -ne 0 ] || [ ! -e "$MESHRUN_RUN/result.json" ]; then',
+        f"        {shlex.join([sys.executable, str(ENTRY)])} \\",
+        '            --ended "$MESHRUN_RUN" "${SLURM_RESTART_COUNT:-0}" "$status"',
+        "    fi",
+        '    if grep -qs \'^  "status": "stopped"\' "$MESHRUN_RUN/result.json"; then',
+        "        status=1",
+        "    fi",
+        '    exit "$status"',
+        "}",
+        "trap meshrun_ended EXIT",
+        "trap : TERM",
+        "",
+        "# If sbatch's answer was lost, the job is found by this; else it is there, or comes and replaces this.",
+        'if [ ! -e "$MESHRUN_RUN/submission.json" ]; then',
+        f"    printf '{_SUBMITTED}\\n' \\",
+        '        "$SLURM_JOB_ID" "$SLURM_SUBMIT_HOST" "$SLURM_CLUSTER_NAME" >"$MESHRUN_RUN/.submission.json"',
+        '    mv -n "$MESHRUN_RUN/.submission.json" "$MESHRUN_RUN/submission.json"',
+        "fi",
+        "set -e",
+    ]
+    if cluster.setup:
+        failed = "trap 'echo \"meshrun: set-up failed with code $?: $BASH_COMMAND\" >&2' ERR"
+        lines += ["", "# The site's set-up; a line that fails ends the job.", failed, *cluster.setup, "trap - ERR"]
+    lines += ["", "# Every rank's environment."]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
+    if "cpus-per-task" in given:
+        lines.append(f"export SRUN_CPUS_PER_TASK={given['cpus-per-task']}")
+    lines += [
+        "",
+        "# One rank a GPU; one that fails ends all. A requeue starts the script again, as the next attempt.",
+        "export SUBMITIT_EXECUTOR=slurm",
+        'MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-${SLURM_RESTART_COUNT:-0}"',
+        'mkdir -p "$MESHRUN_ATTEMPT"',
+        _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
+        '    --open-mode=append --output="$MESHRUN_ATTEMPT/rank-%t.log" \\',
+        f"    {shlex.join(rank_command(spec, cluster))} \\",
+        '    2>>"$MESHRUN_ATTEMPT/srun.log"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    return words[0] + " \\\n" + "".join(f"    {shlex.quote(word)} \\\n" for word in words[1:])[:-1]
+
+
+def _quoted(value: str) -> str:
+    """For sbatch, which knows double quotes and in them the backslash, and expands nothing."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def path_mistake(path: Path) -> str | None:
+    """Why a run directory cannot be named to Slurm or to submitit's local executor; None where it can."""
+    # In the names of logs both replace what follows %; Slurm takes a backslash for what switches that off.
+    bad = [c for c in str(path) if c in "%\\" or not c.isprintable()]
+    return f"holds {bad[0]!r}, which is not allowed in the names of log files; give another directory" if bad else None

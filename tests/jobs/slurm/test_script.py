@@ -1,0 +1,321 @@
+"""The batch script is pinned, what is added to it is checked, and nothing in it is read otherwise than it was given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import processes
+from jobs.cluster import ClusterConfig, find_cluster, json_schema, load_cluster, shipped_configs
+from jobs.run_dir import write_json
+from jobs.slurm import environment, options, script
+from jobs.spec import JobSpec, ResourceSpec
+from tests.jobs.test_executor import make_spec
+
+GOLDEN = Path(__file__).parent / "golden"
+SHIPPED = sorted(path.stem for path in shipped_configs().glob("*.yaml") if path.stem != "local")
+
+
+def shipped_spec(name: str, run_dir: Path, **changes: object) -> tuple[JobSpec, ClusterConfig]:
+    """The job that `submit.py tp_fsdp --cluster NAME` means."""
+    cluster = load_cluster(find_cluster(name))
+    from jobs.cli.options import parse
+    from jobs.cli.resolve import resolve
+
+    words = ["tp_fsdp", "--cluster", name, "--run-dir", str(run_dir)]
+    return resolve(parse(words)).spec.model_copy(update=changes), cluster
+
+
+def pinned(text: str, run_dir: Path) -> str:
+    places = ((str(run_dir), "{RUN_DIR}"), (sys.executable, "{PYTHON}"), (str(processes.ENTRY), "{ENTRY}"))
+    for there, placeholder in places:
+        text = text.replace(there, placeholder)
+    return text
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_script_of_each_shipped_config_is_the_golden_one(name: str, tmp_path: Path) -> None:
+    spec, cluster = shipped_spec(name, tmp_path / "run")
+    text = pinned(script.script(spec, cluster, spec.rank_env), tmp_path / "run")
+    assert text == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def everything(run_dir: Path) -> tuple[JobSpec, ClusterConfig]:
+    resources = ResourceSpec(
+        nodes=2,
+        gpus_per_node=4,
+        time_min=90,
+        partition="gpu",
+        account="my-project",
+        qos="normal",
+        cpus_per_gpu=8,
+        mem_gb_per_gpu=62.5,
+    )
+    spec = make_spec(
+        run_dir,
+        resources=resources,
+        env={"NCCL_DEBUG": "WARN", "GREETING": "it's $HOME"},
+        job_name='the "best" one',
+        sbatch={"mail-user": "me@site", "exclusive": True, "distribution": "plane=2", "requeue": False, "hold": False},
+    )
+    return spec, ClusterConfig(
+        setup=["module load cuda"], gpu_request="gres", gpu_type="h100", srun_args=["--mpi=none", "--label"]
+    )
+
+
+def test_a_full_script_is_the_golden_one(tmp_path: Path) -> None:
+    spec, cluster = everything(tmp_path / "run")
+    text = pinned(script.script(spec, cluster, spec.rank_env), tmp_path / "run")
+    assert text == (GOLDEN / "everything.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    ("site", "named"),
+    [
+        (["--mpi=none"], None),
+        (["--container-image=a.sqsh"], []),
+        (["--container-name=x", "--container-env=PATH,B_SECOND", "--label"], ["PATH", "B_SECOND"]),
+    ],
+    ids=["no image", "image", "named by the site"],
+)
+def test_pyxis_keeps_the_ranks_variables(site: list[str], named: list[str] | None, tmp_path: Path) -> None:
+    """Which an image's own would win over otherwise, in silence."""
+    spec = make_spec(tmp_path / "run", env={"A_FIRST": "1", "B_SECOND": "2"})
+    cluster = ClusterConfig(srun_args=site)
+    words = script.srun_arguments(spec, cluster, script.options(spec, cluster))
+    kept = [word for word in words if "container-env" in word]
+    if named is None:
+        assert kept == []
+    else:
+        assert kept == ["--container-env=" + ",".join(dict.fromkeys([*named, *sorted(spec.rank_env)]))]
+        assert set(site) - set(words) <= {"--container-env=PATH,B_SECOND"}
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "everything"])
+def test_bash_takes_every_golden_script(name: str) -> None:
+    done = subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sbatch")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_job_that_does_not_say_leaves_out_what_the_site_decides(tmp_path: Path) -> None:
+    text = script.script(make_spec(tmp_path / "run"), ClusterConfig(), {})
+    for flag in ("time", "partition", "account", "qos", "mem", "cpus-per-task"):
+        assert f"--{flag}" not in text
+
+
+def test_a_cluster_of_cpus_is_asked_for_no_gpus(tmp_path: Path) -> None:
+    given = script.options(make_spec(tmp_path / "run"), ClusterConfig(gpu_request="none"))
+    assert not {"gres", "gpus-per-node"} & set(given)
+    assert given["ntasks-per-node"] == "4"
+
+
+def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
+    text = script.script(make_spec(tmp_path / "a b"), ClusterConfig(), {})
+    assert f'#SBATCH --output="{tmp_path}/a b/slurm.log"' in text
+    assert f"MESHRUN_RUN='{tmp_path}/a b'" in text
+    assert f"--rank '{tmp_path}/a b' \\" in text
+
+
+@pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])
+def test_a_run_directory_that_slurm_would_rewrite_is_refused(name: str, tmp_path: Path) -> None:
+    assert "which is not allowed in the names of log files" in (script.path_mistake(tmp_path / name) or "")
+
+
+AWKWARD = {
+    "SPACES": "  two  spaces  ",
+    "QUOTES": 'it\'s "quoted"',
+    "DOLLAR": "$HOME ${PATH} $(id) `id`",
+    "LINES": "one\ntwo\n#SBATCH --nodes=9\n",
+    "BACKSLASH": "a\\nb\\",
+    "GLOB": "* ? [a]",
+    "EMPTY": "",
+    "DASH": "--nodes=9",
+    "OTHER": "ü ; & | > < # !",
+}
+
+
+def test_any_value_survives_the_shell(tmp_path: Path) -> None:
+    """The script itself, with an srun that only says what it was started with."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nenv -0 > "$run_dir/env"; printf "%s\\n" "$@" > "$run_dir/words"\n')
+    (tmp_path / "srun").chmod(0o755)
+    run_dir = tmp_path / "r; $HOME 'x\" y"
+    run_dir.mkdir()
+    cluster = ClusterConfig(srun_args=["--comment=a b; $HOME `id` \"x'"], command_prefix=["a b", "$c"])
+    text = script.script(make_spec(run_dir), cluster, AWKWARD)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "run_dir": str(run_dir)}
+    (run_dir / "result.json").touch()
+    # The same names as the script would like for itself.
+    env |= {"run": "mine", "status": "mine", "attempt": "mine"}
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    got = dict(item.split("=", 1) for item in (run_dir / "env").read_text().split("\0") if item)
+    assert {name: got[name] for name in AWKWARD} == AWKWARD
+    assert [got[name] for name in ("run", "status", "attempt")] == ["mine"] * 3
+    words = (run_dir / "words").read_text().splitlines()
+    assert cluster.srun_args[0] in words
+    assert words[-6:] == ["$c", sys.executable, "-u", str(processes.ENTRY), "--rank", str(run_dir)]
+    assert f"--output={run_dir}/attempt-0/rank-%t.log" in words
+
+
+def test_the_steps_exit_code_is_the_scripts(tmp_path: Path) -> None:
+    """And whatever ends it, somebody is asked who failed: here a Python that only says what it was asked."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for setup, code in ((["true"], 7), (["(exit 3)", "touch went-on"], 3)):
+        text = script.script(make_spec(tmp_path / "run"), ClusterConfig(setup=setup), {})
+        text = text.replace(f"{sys.executable} {processes.ENTRY}", "echo asked")
+        done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env, cwd=tmp_path)
+        assert done.returncode == code
+        assert done.stdout == f"asked --ended {tmp_path}/run 0 {code}\n"
+    assert not (tmp_path / "went-on").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("nodes", "3", "use --nodes and --gpus-per-node"),
+        ("arr", "0-1", "sbatch would read it as --array"),
+        ("ntasks-per-nod", "3", "sbatch would read it as --ntasks-per-node"),
+        ("signa", "USR1@3", "sbatch would read it as --signal"),
+        ("clusters", "other", "a login node of that cluster"),
+        ("gpus-per-task", "1", "use --gpus-per-node"),
+        ("tasks-per-node", "1", "use --gpus-per-node"),
+        ("tasks-per-nod", "1", "sbatch would read it as --tasks-per-node"),
+        ("gpus-per-socket", "9", "use --gpus-per-node"),
+        ("time-min", "3-00", "use --time"),
+        ("time", "10", "use --time"),
+        ("output", "x", "--run-dir"),
+        ("array", "0-3", "one line a job"),
+        ("gres", "gpu:4", "GPUs are part of the job"),
+        ("signal", "USR1@60", "ranks listen to USR2 only"),
+        ("signal", "B:USR2@60", "ranks listen to USR2 only"),
+        ("distribution", "diagonal", "must start with block"),
+        ("--nice", "3", "without its dashes"),
+        ("-p", "gpu", "without its dashes"),
+        ("Nice", "3", "without its dashes"),
+        ("nice\n#SBATCH --x", "3", "without its dashes"),
+        ("comment", "a\nb", "line break"),
+        ("comment", "a\0b", "line break"),
+    ],
+)
+def test_options_that_cannot_be_added(name: str, value: str, words: str) -> None:
+    assert words in (options.option_mistake(name, value) or "nothing")
+
+
+SRUN_ARGUMENTS_THAT_CANNOT = [
+    *("-n1", "-ln1", "-vvN2", "-K0", "-lK0", "--ntask=1", "--tasks-per-node=1", "--tasks-per=1", "--exp=NONE"),
+    *("--kill", "-Q", "-lQ", "--quiet", "hostname", "-", "--", "-o x"),
+]
+SRUN_ARGUMENTS_THAT_CAN = [
+    *("--mpi=none", "--cpu-bind=none", "--label", "-l", "-lv", "-wnode1", "-lxnode0", "--container-image=a b"),
+]
+
+
+@pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CANNOT)
+def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
+    assert options.srun_mistake(word)
+
+
+def test_what_cannot_be_given_at_all_is_to_be_left_out() -> None:
+    assert options.option_mistake("wrap", "x") == "sbatch's --wrap is part of the job; leave it out"
+    assert options.srun_mistake("--qui") == "srun's --quiet is part of the job; leave it out"
+
+
+@pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CAN)
+def test_arguments_of_srun_that_can(word: str) -> None:
+    assert options.srun_mistake(word) is None
+
+
+def test_what_a_site_adds_to_srun_does_not_undo_what_the_job_needs(tmp_path: Path) -> None:
+    spec, cluster = make_spec(tmp_path / "run"), ClusterConfig(srun_args=["--label"])
+    words = script.srun_arguments(spec, cluster, script.options(spec, cluster))
+    assert words[:2] == ["--label", "--distribution=block"]
+
+
+def test_true_and_false_are_flags_only_where_an_option_can_stand_alone(tmp_path: Path) -> None:
+    """A bare --comment would take the script's next option for its text."""
+    from jobs.cli.options import parse
+    from jobs.cli.resolve import resolve
+
+    added = [f"--sbatch={word}" for word in ("comment=true", "exclusive=true", "hold=false", "requeue=false")]
+    spec = resolve(parse(["tp_fsdp", "--cluster", "slurm", "--run-dir", str(tmp_path / "run"), *added])).spec
+    assert spec.sbatch == {"comment": "true", "exclusive": True, "hold": False, "requeue": False}
+
+
+@pytest.mark.parametrize(("minutes", "warned"), [(None, True), (4, True), (3, False), (1, False)])
+def test_no_warning_comes_while_ranks_are_being_started(minutes: int | None, warned: bool, tmp_path: Path) -> None:
+    """Slurm may send it a minute early."""
+    spec = make_spec(tmp_path / "run", resources=ResourceSpec(time_min=minutes))
+    assert ("signal" in script.options(spec, ClusterConfig())) == warned
+    spec = make_spec(tmp_path / "run", resources=ResourceSpec(time_min=minutes), sbatch={"signal": "USR2@20"})
+    assert script.options(spec, ClusterConfig())["signal"] == "USR2@20"
+
+
+def test_a_prefix_is_told_to_ignore_the_warning_and_gets_its_words(tmp_path: Path) -> None:
+    report = "import signal; print(signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN, *sys.argv[1:])"
+    prefix = [sys.executable, "-c", f"import sys; {report}", "it's", "$HOME"]
+    words = script.rank_command(make_spec(tmp_path / "run"), ClusterConfig(command_prefix=prefix))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("True it's $HOME ")
+    assert done.stdout.split()[-1] == str(tmp_path / "run")
+
+
+def test_options_that_can(tmp_path: Path) -> None:
+    for name, value in {"mail-user": "me@site", "exclusive": True, "nice": "3", "gres": "craynetwork:1"}.items():
+        assert options.option_mistake(name, value) is None
+    spec = make_spec(tmp_path / "run", sbatch={"gres": "nic:1", "signal": "USR2@300", "mem": "0"})
+    given = script.options(spec, ClusterConfig(gpu_request="gres"))
+    assert (given["gres"], given["signal"], given["mem"]) == ("gpu:4,nic:1", "USR2@300", "0")
+
+
+def test_srun_gets_the_distribution_that_sbatch_gets(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run", sbatch={"distribution": "cyclic"})
+    cluster = ClusterConfig()
+    assert "--distribution=cyclic" in script.srun_arguments(spec, cluster, script.options(spec, cluster))
+
+
+def test_the_environment_of_a_surrounding_job_is_left_behind() -> None:
+    inside = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_GPUS_PER_NODE": "4",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SBATCH_DISTRIBUTION": "cyclic",
+        "SRUN_CPUS_PER_TASK": "2",
+        "SLURMD_NODENAME": "node1",
+        "PMIX_RANK": "0",
+        "MESHRUN_PROCID": "0",
+        "SUBMITIT_EXECUTOR": "local",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": "3",
+        "MASTER_ADDR": "node0",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    stays = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "x", "RANKING": "1", "HOME": "/home/me"}
+    assert environment.clean({**inside, **stays}) == stays
+    # What somebody set on a login node is theirs.
+    theirs = {"CUDA_VISIBLE_DEVICES": "1", "NCCL_SOCKET_IFNAME": "ib0"}
+    assert environment.clean(theirs) == theirs
+
+
+def test_the_json_schema_is_current() -> None:
+    shipped = (shipped_configs() / "schema.json").read_text()
+    assert shipped == json_schema(), "run: python -m jobs.cluster > cluster_configs/schema.json"
+
+
+@pytest.mark.parametrize("name", ["local", *SHIPPED])
+def test_each_shipped_config_names_the_schema(name: str) -> None:
+    assert find_cluster(name).read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+@pytest.mark.parametrize(("status", "nested", "code"), [("stopped", "done", 0), ("done", "stopped", 1)])
+def test_the_script_tells_a_stopped_run_by_its_own_status(status: str, nested: str, code: int, tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"status": status, "result": {"status": nested, "of": [{"status": nested}]}})
+    line = next(line for line in (GOLDEN / "slurm.sbatch").read_text().splitlines() if "grep" in line)
+    test = line.partition("if ")[2].partition("; then")[0]
+    assert subprocess.run(["bash", "-c", test], env={**os.environ, "MESHRUN_RUN": str(tmp_path)}).returncode == code
