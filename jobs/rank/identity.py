@@ -69,6 +69,8 @@ class RankInfo:
     network_peer: str | None = None
     """An address on the cluster's own network, as the scheduler uses it: the way there leads to the other hosts too.
     Never a loopback one."""
+    noun: str = "rank"
+    """What it is called in what people read: "rank", or "agent" where one a host meets for its ranks."""
 
     @property
     def identity(self) -> str:

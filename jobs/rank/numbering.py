@@ -43,11 +43,15 @@ class Placement:
     """The host of every rank."""
 
 
-def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
+def number_by_host(seats: Sequence[Seat], noun: str = "rank") -> list[Seat]:
     """The seats in host-major order: the position in the list is the rank from there on.
 
     Hosts come in the order of their lowest scheduler rank, ranks within a host by local rank; so scheduler rank 0
     stays rank 0 wherever its host is in the scheduler's list.
+
+    Args:
+        seats: everyone's.
+        noun: what sits there, for what is refused: "rank" or "agent".
 
     Raises:
         TopologyError: hosts hold unequal numbers of ranks (with the table of who sits where), devices differ, or ranks
@@ -59,16 +63,16 @@ def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
     counts = Counter(seat.host for seat in seats)
     if len(set(counts.values())) > 1:
         raise TopologyError(
-            "hosts hold unequal numbers of ranks, and a mesh needs equal ones; ask for --nodes and --gpus-per-node "
-            "with one task a GPU. " + seat_table(seats)
+            f"hosts hold unequal numbers of {noun}s, and a mesh needs equal ones; ask for --nodes and --gpus-per-node "
+            f"with one task per {'GPU' if noun == 'rank' else 'host'}. " + seat_table(seats, noun)
         )
     devices = Counter(seat.device for seat in seats)
     if len(devices) > 1:
         raise TopologyError(
-            "some ranks have a GPU and others do not: "
+            f"some {noun}s have a GPU and others do not: "
             + first_few(
                 [
-                    f"rank {s.rank} on {s.host}: {s.device}"
+                    f"{noun} {s.rank} on {s.host}: {s.device}"
                     for s in sorted(seats, key=lambda s: (devices[s.device], s.rank))
                 ]
             )
@@ -113,7 +117,7 @@ def place(seats: Sequence[Seat], scheduler_rank: int) -> Placement:
     )
 
 
-def seat_table(seats: Sequence[Seat]) -> str:
+def seat_table(seats: Sequence[Seat], noun: str = "rank") -> str:
     """Who sits where, on one line: `node0: ranks 0 1 2; node1: rank 3`; of many hosts the odd ones."""
     by_host: dict[str, list[int]] = {}
     for seat in sorted(seats, key=lambda seat: seat.rank):
@@ -124,7 +128,7 @@ def seat_table(seats: Sequence[Seat]) -> str:
         hosts.sort(key=lambda host: alike[len(by_host[host])])
     return first_few(
         [
-            f"{host}: {'rank' if len(by_host[host]) == 1 else 'ranks'} {first_few([*map(str, by_host[host])], 16, ' ')}"
+            f"{host}: {noun}{'s' * (len(by_host[host]) > 1)} {first_few([*map(str, by_host[host])], 16, ' ')}"
             for host in hosts
         ],
         between="; ",

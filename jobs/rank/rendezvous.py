@@ -50,7 +50,6 @@ OWNER = "meshrun/owner"
 """The store's key that says whose it is: identity and nonce. Without the job's prefix, so that others find it too."""
 
 _DOUBLED = "doubled"
-_ONE_EACH = "start every rank once (srun, torchrun or submit.py; no mpirun in a rank)"
 
 
 @dataclass
@@ -64,6 +63,8 @@ class Rendezvous:
     """This host's own, on the network of rank 0's store."""
     ahead_s: float = 0.0
     """Seconds by which this host's clock is ahead of rank 0's, to within the time that rank 0's answer took."""
+    noun: str = "rank"
+    """What those who met are called."""
 
     def finish(self, timeout_s: float) -> None:
         """Holds rank 0, whose process is the store, until every rank has come here.
@@ -80,8 +81,8 @@ class Rendezvous:
                 waiting = {rank for rank in waiting if not self.store.check([f"finished/{rank}"])}
                 if waiting and time.monotonic() > deadline:
                     raise RendezvousError(
-                        f"rank 0 is done, and after {timeout_s:g} s these are not: "
-                        + _named(sorted(waiting), self.placement.hosts)
+                        f"{self.noun} 0 is done, and after {timeout_s:g} s these are not: "
+                        + _named(sorted(waiting), self.placement.hosts, self.noun)
                     )
                 if waiting:
                     time.sleep(0.01)
@@ -96,7 +97,9 @@ def join(
     ports: tuple[int, int] | None = None,
     gpu: str = "",
 ) -> Rendezvous:
-    """Meets the job's other ranks.
+    """Meets the job's other ranks, or where `info.noun` says so its other agents.
+
+    Agents and ranks of one job may meet in one store: neither sees the other's keys.
 
     Args:
         info: who this rank is, as its launcher says.
@@ -126,29 +129,27 @@ def join(
             own_address(info, interface, None)  # before meeting, so that the host with the broken one is named
         raw, address_of_rank_0 = _find_store(info, announcement, deadline, timeout_s)
         address = own_address(info, interface, address_of_rank_0)
-    store = dist.PrefixStore(f"meshrun/{info.identity}", raw)
+    store = dist.PrefixStore(f"meshrun/{info.noun}/{info.identity}", raw)
     seat = Seat(info.rank, info.host, info.local_rank, device, gpu)
     try:
         if info.rank == 0:
-            _claim_seat(store, seat)
+            _claim_seat(info, store, seat)
             answer = _seat_everyone(info, store, deadline, timeout_s, lambda: _is_superseded(raw, announcement))
             store.set("table", _packed({**answer, "now": time.time()}))
             if "error" in answer:
                 _linger(store, answer["present"])
         else:
             seconds = max(1.0, deadline - time.monotonic()) + GRACE_S
-            answer = _beside(lambda: _take_seat(store, seat, seconds)).result(seconds + 2)
+            answer = _beside(lambda: _take_seat(info, store, seat, seconds)).result(seconds + 2)
     except (dist.DistStoreError, futures.TimeoutError) as error:
-        raise RendezvousError(
-            f"rank 0{_on_host(info)} has not answered {timeout_s + GRACE_S:g} s after the start"
-        ) from error
+        raise RendezvousError(f"{_first(info)} has not answered {timeout_s + GRACE_S:g} s after the start") from error
     except dist.DistNetworkError as error:
-        raise RendezvousError(f"rank 0{_on_host(info)} went away during rendezvous") from error
+        raise RendezvousError(f"{_first(info)} went away during rendezvous") from error
     if "error" in answer:
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         # Who meets in vain stays a victim until it ends; hosts that cannot make a mesh are a failure like any other.
         raise spoken_for(kind(answer["error"]), 0, info.rank) if kind is TopologyError else kind(answer["error"])
-    return Rendezvous(place(_seats(answer), info.rank), store, address, answer.get("ahead_s", 0.0))
+    return Rendezvous(place(_seats(answer), info.rank), store, address, answer.get("ahead_s", 0.0), info.noun)
 
 
 def _launchers_store(info: RankInfo, address: str, port: int, timeout_s: float) -> dist.Store:
@@ -212,7 +213,7 @@ def _serve(
             )
         except dist.DistError as error:
             raise RendezvousError(
-                f"rank 0 listens on {address}:{port} and cannot reach it from {info.host} itself; "
+                f"{info.noun} 0 listens on {address}:{port} and cannot reach it from {info.host} itself; "
                 "is its loopback interface down, or does a firewall forbid it?"
             ) from error
     except MeshrunError as error:
@@ -251,11 +252,11 @@ def listen(info: RankInfo, address: str, ports: tuple[int, int] | None) -> socke
             listener.close()
             if error.errno != errno.EADDRINUSE or ports is None:
                 raise RendezvousError(
-                    f"rank 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
+                    f"{info.noun} 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
                     + (f"; rendezvous_ports of the cluster config is {first}-{last}" if ports else "")
                 ) from error
     raise RendezvousError(
-        f"rank 0 on {info.host} finds every port of rendezvous_ports {first}-{last} taken on {address}; "
+        f"{info.noun} 0 on {info.host} finds every port of rendezvous_ports {first}-{last} taken on {address}; "
         "widen the range in the cluster config, or leave it out where no firewall asks for one"
     )
 
@@ -297,21 +298,20 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
                 store.set_timeout(timedelta(seconds=timeout_s))
                 return store, said["address"]
             except (OSError, RendezvousError, dist.DistError) as error:
-                known, problem = problem, _problem(error)
+                known, problem = problem, _problem(error, info.noun)
                 # Where something answers to the connection alone, it may be rank 0 that hangs: that is not this rank's.
                 kind = RendezvousError if isinstance(error, dist.DistError) else UnreachableError
             if problem != known:
-                log.warning("%s; asking again until the deadline", _announced(said, problem))
+                log.warning("%s; asking again until the deadline", _announced(said, problem, info.noun))
             # Ever less often: with each refusal torch's client writes a page into the log.
             asking, ask_at, retry_pause = None, time.monotonic() + retry_pause, min(retry_pause * 2, 5.0)
     if said is None:
         raise RendezvousError(
-            f"missing: rank 0{_on_host(info)}, which has not announced itself within {timeout_s:g} s "
+            f"missing: {_first(info)}, which has not announced itself within {timeout_s:g} s "
             f"(in {announcement}{others}); is it still starting, and does it see the same file system?"
         )
-    raise kind(
-        f"{_announced(said, problem or 'where something listens that does not answer')}; asked for {timeout_s:g} s"
-    )
+    problem = problem or "where something listens that does not answer"
+    raise kind(f"{_announced(said, problem, info.noun)}; asked for {timeout_s:g} s")
 
 
 def _read(announcement: Path) -> dict[str, Any] | None:
@@ -350,25 +350,25 @@ def _connect(said: dict[str, Any], seconds: float) -> dist.Store:
     return store
 
 
-def _problem(error: Exception) -> str:
+def _problem(error: Exception, noun: str) -> str:
     if isinstance(error, RendezvousError):
         return str(error)
     if isinstance(error, dist.DistError):
         return "where something listens that is no store"
     words = getattr(error, "strerror", None) or str(error)
     return (
-        f"and it cannot be reached from here ({words}): rank 0 is gone, or a firewall lies between "
+        f"and it cannot be reached from here ({words}): {noun} 0 is gone, or a firewall lies between "
         "(interface and rendezvous_ports of the cluster config choose another way)"
     )
 
 
-def _announced(said: dict[str, Any], problem: str) -> str:
-    return f"rank 0 announced {said['address']}:{said['port']} on {said['host']}, {problem}"
+def _announced(said: dict[str, Any], problem: str, noun: str) -> str:
+    return f"{noun} 0 announced {said['address']}:{said['port']} on {said['host']}, {problem}"
 
 
-def _take_seat(store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
+def _take_seat(info: RankInfo, store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
     """Reports the seat; rank 0's answer."""
-    _claim_seat(store, seat)
+    _claim_seat(info, store, seat)
     store.wait(["table"], timedelta(seconds=seconds))
     heard = time.time()
     answer = _unpacked(store.get("table"))
@@ -377,7 +377,7 @@ def _take_seat(store: dist.Store, seat: Seat, seconds: float) -> dict[str, Any]:
     return answer
 
 
-def _claim_seat(store: dist.Store, seat: Seat) -> None:
+def _claim_seat(info: RankInfo, store: dist.Store, seat: Seat) -> None:
     """Reports the seat.
 
     Raises:
@@ -388,7 +388,8 @@ def _claim_seat(store: dist.Store, seat: Seat) -> None:
         return
     key = f"seat/{seat.rank}"
     first = f" on {json.loads(store.get(key))['host']}" if store.check([key]) else ""
-    problem = f"two processes are rank {seat.rank}, the first{first}, the second on {seat.host}; {_ONE_EACH}"
+    which = f"{info.noun} {seat.rank}, the first{first}, the second on {seat.host}"
+    problem = f"two processes are {which}; {_one_each(info.noun)}"
     store.set(_DOUBLED, problem)
     raise RendezvousError(problem)
 
@@ -402,9 +403,13 @@ def _is_superseded(store: dist.Store, announcement: Path) -> bool:
     return said["identity"] == identity and said.get("nonce", nonce) != nonce
 
 
-def _on_host(info: RankInfo) -> str:
-    """` on HOST` of rank 0, where the scheduler tells."""
-    return f" on {info.expected_hosts[0]}" if info.expected_hosts else ""
+def _first(info: RankInfo) -> str:
+    """Rank 0, with its host where the scheduler tells."""
+    return f"{info.noun} 0" + (f" on {info.expected_hosts[0]}" if info.expected_hosts else "")
+
+
+def _one_each(noun: str) -> str:
+    return f"start every {noun} once, with submit.py, srun or torchrun, and without mpirun"
 
 
 def _seat_everyone(
@@ -424,7 +429,7 @@ def _seat_everyone(
         elif time.monotonic() > look_at:
             look_at = time.monotonic() + 1
             if is_superseded():
-                doubled = f"two processes are rank 0, one on {info.host}; {_ONE_EACH}"
+                doubled = f"two processes are {info.noun} 0, one on {info.host}; {_one_each(info.noun)}"
     present = [rank for rank in range(info.world_size) if rank not in set(missing)]
     if doubled:
         return {"kind": "rendezvous", "present": len(present), "error": doubled}
@@ -433,11 +438,11 @@ def _seat_everyone(
         return {
             "kind": "rendezvous",
             "present": len(present),
-            "error": f"{len(present)} of {info.world_size} ranks came within {timeout_s:g} s; missing: "
-            f"{_named(missing, info.expected_hosts)}; present: {seat_table(seats)}",
+            "error": f"{len(present)} of {info.world_size} {info.noun}s came within {timeout_s:g} s; missing: "
+            f"{_named(missing, info.expected_hosts, info.noun)}; present: {seat_table(seats, info.noun)}",
         }
     try:
-        return _table(number_by_host(seats))
+        return _table(number_by_host(seats, info.noun))
     except TopologyError as error:
         return {"kind": "topology", "present": len(present), "error": str(error)}
 
@@ -472,8 +477,8 @@ def _linger(store: dist.Store, present: int, at_most_s: float = 3.0) -> None:
         time.sleep(0.02)
 
 
-def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
-    return first_few([f"rank {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
+def _named(ranks: list[int], hosts: tuple[str, ...], noun: str) -> str:
+    return first_few([f"{noun} {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
 
 
 def init_process_group(

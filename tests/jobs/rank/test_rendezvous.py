@@ -232,7 +232,7 @@ def test_two_processes_that_are_the_same_rank_are_refused_on_all(meeting: Meetin
     assert {c.kind for c in came} == {"RendezvousError"}
     assert {c.error for c in came} == {
         "two processes are rank 1, the first on a, the second on b; "
-        "start every rank once (srun, torchrun or submit.py; no mpirun in a rank)"
+        "start every rank once, with submit.py, srun or torchrun, and without mpirun"
     }
     assert all(c.seconds < 20 for c in came)
 
@@ -254,6 +254,32 @@ def test_where_the_scheduler_does_not_say_who_should_be_where_those_who_came_are
     assert {c.error for c in came} == {
         "3 of 4 ranks came within 6 s; missing: rank 3; present: a: ranks 0 2; b: rank 1"
     }
+
+
+def test_a_missing_agent_is_named_as_one(meeting: Meeting, tmp_path: Path) -> None:
+    infos = [info(r, ["a", "b", "c"], noun="agent") for r in (0, 2)]
+    came = meeting.results(meeting.come(infos, tmp_path / "r.json", timeout_s=4))
+    assert {c.error for c in came} == {
+        "2 of 3 agents came within 4 s; missing: agent 1 on b; present: a: agent 0; c: agent 2"
+    }
+
+
+def _joins_an_agents_store(end: Connection, me: RankInfo, announcement: Path) -> None:
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    _rank(end, me, announcement, 30, 1.0, 0, None)
+
+
+def test_agents_and_ranks_of_one_job_meet_in_one_store(meeting: Meeting, tmp_path: Path) -> None:
+    """The agents' numbers, and what they have in the store, are not taken for the ranks'."""
+    (port,) = meeting.results([meeting.start(_store, "")])
+    infos = [
+        info(r, ["a", "b"], noun=noun, master_addr="127.0.0.1", master_port=port)
+        for noun in ("agent", "rank")
+        for r in range(2)
+    ]
+    came = meeting.results([meeting.start(_joins_an_agents_store, me, tmp_path / "none.json") for me in infos])
+    assert [c.error for c in came] == [""] * 4
+    assert [c.total for c in came] == [2.0] * 4
 
 
 def test_two_jobs_at_once_do_not_mix(meeting: Meeting, tmp_path: Path) -> None:
