@@ -52,7 +52,7 @@ def main() -> None:
         _rank(Path(sys.argv[2]), *map(int, sys.argv[3:]))
         return
     if sys.argv[1] == "--prepare":
-        from jobs.preparing import prepare_here
+        from jobs.prepare import prepare_here
 
         sys.exit(prepare_here(Path(sys.argv[2]), *map(int, sys.argv[3:])))
     # submitit names its files by this process's id where the executor has no scheduler to name the job.

@@ -28,6 +28,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -158,6 +159,12 @@ class Submitted:
     """Where it was submitted from; a local job runs there."""
     process_argument: str = ""
     """Of a local job: what its supervisor alone was started with, and no later process with the same id."""
+
+    @staticmethod
+    def now(executor: str, job_id: str, process_argument: str = "") -> Submitted:
+        """What was submitted just now, from this host."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return Submitted(executor, job_id, when, socket.gethostname(), process_argument)
 
 
 _OF_A_RESULT: dict[str, Any] = {

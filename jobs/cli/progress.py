@@ -9,13 +9,13 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from jobs import blame
 from jobs.cli.console import Console
 from jobs.errors import printable
-from jobs.run_dir import RunDirectory, open_regular
+from jobs.run_dir import RunDirectory, read_json
+from jobs.runs.tail import Tail
 
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10
@@ -26,72 +26,19 @@ NEWEST_EVERY_S = 1.0
 """Looking for a newer attempt lists the run directory, which a shared file system minds."""
 
 
-LATE_BYTES = 64 * 1024
-"""So much of a file's end someone sees who comes late; a log of days may not fit into memory."""
-AT_ONCE_BYTES = 4 * 1024 * 1024
-
-
-class Tail:
-    """The whole lines that were added to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.inode = 0
-        self.position = 0
-        self.rest = b""
-
-    def lines(self, ended: bool = False, late: bool = False) -> Iterator[str]:
-        """At most AT_ONCE_BYTES of them, unless `ended`.
-
-        Args:
-            ended: nothing will be added; what has no newline is a line too.
-            late: of a file that has not been looked at, only the end is of interest.
-        """
-        while new := self._read(late):
-            *whole, self.rest = (self.rest + new).split(b"\n")
-            if len(self.rest) > AT_ONCE_BYTES:  # no line of anybody's
-                whole, self.rest = [*whole, self.rest], b""
-            for line in whole:
-                yield line.decode("utf-8", errors="replace")
-            if not ended:
-                return
-        if ended and self.rest:
-            line, self.rest = self.rest, b""
-            yield line.decode("utf-8", errors="replace")
-
-    def _read(self, late: bool) -> bytes:
-        try:
-            with open_regular(self.path) as file:
-                stat = os.fstat(file.fileno())
-                if stat.st_ino != self.inode:  # another file by this name: an earlier attempt's was put aside
-                    self.inode, self.position, self.rest = stat.st_ino, 0, b""
-                    if late and stat.st_size > LATE_BYTES:
-                        file.seek(stat.st_size - LATE_BYTES)
-                        self.position = stat.st_size - LATE_BYTES + len(file.readline(LATE_BYTES))
-                file.seek(self.position)
-                new = file.read(AT_ONCE_BYTES)
-        except OSError:
-            return b""
-        self.position += len(new)
-        return new
-
-
 class Display:
     """The progress of one job, attempt after attempt.
 
     Args:
         run_dir: where it leaves its traces.
         console: where they are shown.
-        total_steps: the last step, where that is known.
         from_the_start: else only the last lines of what was there before are shown.
     """
 
-    def __init__(
-        self, run_dir: RunDirectory, console: Console, total_steps: int | None, from_the_start: bool = True
-    ) -> None:
+    def __init__(self, run_dir: RunDirectory, console: Console, from_the_start: bool = True) -> None:
         self.run_dir = run_dir
         self.console = console
-        self.total_steps = total_steps
+        self.total_steps = _total_steps(run_dir)
         self.bar: Any = None
         # A terminal of no width (a bare pty) shows no bar.
         self.on_terminal = (
@@ -205,6 +152,13 @@ class Display:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _total_steps(run_dir: RunDirectory) -> int | None:
+    """The last step, where the job's settings name it."""
+    settings = (read_json(run_dir.job) or {}).get("settings")
+    steps = settings.get("steps") if isinstance(settings, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 _STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")

@@ -1,7 +1,7 @@
 """What Slurm says of a job: whether it would take it; then squeue while it knows it, sacct, scontrol as a third.
 
 The JSON that Slurm's commands can print changes between its versions, so a few columns are asked for instead. Parsing
-is pure. Every question is a load on a controller that thousands share: `jobs/cli/follow.py` asks once a second at
+is pure. Every question is a load on a controller that thousands share: `jobs/runs/slurm_job.py` asks once a second at
 first and every ten seconds later on; the run directory, which costs nobody anything, is looked at more often.
 """
 

@@ -8,10 +8,9 @@ import pytest
 
 from jobs import blame
 from jobs.blame import Failure, LastSeen
-from jobs.cli import follow
 from jobs.errors import TopologyError
 from jobs.rank.numbering import Seat, mesh_table, number_by_host
-from jobs.runs import outcome
+from jobs.runs import outcome, slurm_job
 from jobs.slurm.query import JobState
 from jobs.slurm.srun import SrunWords, read
 from workloads.base import MeshSpec
@@ -70,7 +69,7 @@ def every_rank_was_killed() -> str:
 
 
 def it_runs_on_hosts_of_no_pattern() -> str:
-    return follow._line("7", JobState("RUNNING", nodes=",".join(HOSTS)))
+    return slurm_job.line_of("7", JobState("RUNNING", nodes=",".join(HOSTS)))
 
 
 MESSAGES: dict[Callable[[], str], str] = {

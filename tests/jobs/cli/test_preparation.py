@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from jobs import preparing, processes
+from jobs import processes
+from jobs.cli import preparation
 from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec, ResourceSpec
 from tests.jobs.submitting import ROOT, Line, wait_until
@@ -257,7 +258,7 @@ def test_its_time_begins_when_it_is_called(prepared: Type, tmp_path: Path) -> No
 
 def test_a_process_that_never_comes_to_it_is_ended_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "return", SLOW_TO_START.format(600))
-    monkeypatch.setattr(preparing, "START_S", 3.0)
+    monkeypatch.setattr(preparation, "START_S", 3.0)
     with pytest.raises(WorkloadError, match=r"has not come to calling it within 3 s, and was killed.*; is this"):
         outcome(tmp_path, monkeypatch, "sleeps")
 
@@ -274,12 +275,12 @@ def entry(**given: Any) -> WorkloadEntry:
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), "60", True, None])
 def test_a_deadline_is_a_number_of_seconds(timeout_s: Any) -> None:
     with pytest.raises(WorkloadError, match=r"prepare_timeout_s=.*: must be a number of seconds above 0"):
-        preparing.plan(entry(prepare="mine:prepare", prepare_timeout_s=timeout_s), WorkloadConfig())
+        preparation.plan(entry(prepare="mine:prepare", prepare_timeout_s=timeout_s), WorkloadConfig())
 
 
 def test_a_long_silence_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "time.sleep(1)\nreturn 'done'", ", plan=lambda config: 'sleeps'")
-    monkeypatch.setattr(preparing, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(preparation, "SAY_AFTER_S", 0.1)
     answer, shown = outcome(tmp_path, monkeypatch, "sleeps")
     assert answer == "done"
     assert shown == ["meshrun: waiting for workload mine: prepare (sleeps), at most 3600 s\n"]
@@ -302,11 +303,11 @@ def outcome(directory: Path, monkeypatch: pytest.MonkeyPatch, plan: str) -> tupl
     sys.modules.pop("mine", None)
     shown: list[str] = []
     before = processes.children()
-    preparation = preparing.Preparation(registry.load("mine:ENTRY", spec.import_path), spec, plan, shown.append)
+    started = preparation.Preparation(registry.load("mine:ENTRY", spec.import_path), spec, plan, shown.append)
     try:
-        answer = preparation.outcome()
+        answer = started.outcome()
     finally:
-        preparation.end()
+        started.end()
         del sys.modules["mine"]
         assert processes.children() == before
     return answer, shown
@@ -405,17 +406,17 @@ def test_a_plan_that_is_none_is_refused_by_a_dry_run_too(prepared: Type) -> None
     check_refused(prepared("1 / 0", "--dry-run", more=", plan=lambda config: 5"), "plan returned a int; return one")
     for bad, says in ((lambda config: 1 / 0, "plan failed at "), ("json:plam", "plan='json:plam' cannot be found")):
         with pytest.raises(WorkloadError, match=f"workload mine: {says}"):
-            preparing.plan(entry(prepare="mine:prepare", plan=bad), WorkloadConfig())
+            preparation.plan(entry(prepare="mine:prepare", plan=bad), WorkloadConfig())
 
 
 def test_without_prepare_there_is_no_plan() -> None:
-    assert preparing.plan(entry(plan="mine:plan"), WorkloadConfig()) is None
+    assert preparation.plan(entry(plan="mine:plan"), WorkloadConfig()) is None
 
 
 def test_the_language_model_prepares_only_where_there_is_a_tokenizer() -> None:
     tp_fsdp = registry.load("tp_fsdp")
     config = tp_fsdp.config()
-    assert preparing.plan(tp_fsdp, config) is None
+    assert preparation.plan(tp_fsdp, config) is None
     text = {"path": ("a.txt", "b.txt"), "tokenizer": "t.json"}
     config = tp_fsdp.config.model_validate({"data": text})
-    assert preparing.plan(tp_fsdp, config) == "tokenizes a.txt, b.txt with t.json"
+    assert preparation.plan(tp_fsdp, config) == "tokenizes a.txt, b.txt with t.json"

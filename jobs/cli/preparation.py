@@ -1,8 +1,8 @@
-"""A workload's `prepare` in a process of its own, with a deadline: it can neither hang nor crash who submits.
+"""A workload's `prepare`, started in a process of its own (jobs/prepare.py), with a deadline.
 
-A preparation may import torch, download and tokenise; the line that submits stays light and answers to Ctrl-C. The
-process reads its job from the run directory, as a rank does. What it prints comes through one pipe and is shown, what
-it comes to through another: a user's words are never read as an answer.
+It can neither hang nor crash who submits. A preparation may import torch, download and tokenize; the line that submits
+stays light and answers to Ctrl-C. What the process prints comes through one pipe and is shown, what it comes to through
+another: a user's words are never read as an answer.
 """
 
 from __future__ import annotations
@@ -10,26 +10,20 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-import logging
 import math
 import os
 import re
-import select
 import selectors
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jobs import blame, processes
 from jobs.errors import OutputLost, one_line
-from jobs.run_dir import RunDirectory, read_json
 from jobs.spec import JobSpec
-from workloads import registry
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 POLL_S = 0.05
@@ -70,9 +64,6 @@ def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
             "or None where there is nothing to prepare"
         )
     return None if line is None else one_line(line)
-
-
-# --- on the submitting side -------------------------------------------------------------------------------------------
 
 
 class Preparation:
@@ -279,79 +270,3 @@ class Preparation:
     def _last_words(self) -> str:
         lines = [line for line in re.split(r"[\r\n]+", self._tail) if line.strip()]
         return f" (its last words: {one_line(lines[-1])[-300:]})" if lines else ""
-
-
-# --- in the process of its own ----------------------------------------------------------------------------------------
-
-
-def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
-    """Prepares the job of a run directory, and answers.
-
-    Args:
-        run_dir: the job's.
-        parent: who started this process.
-        owner: the read end of a pipe that the parent holds open.
-        results: where the answer goes.
-
-    Returns:
-        The exit code.
-    """
-    this = os.getpid()
-    logging.basicConfig(format="meshrun: %(levelname)s: %(message)s", level=logging.WARNING)
-    os.set_inheritable(results, False)
-    _end_with(owner, results)
-    processes.die_with_parent(parent)
-    # Under nohup and in a script's background SIGINT is ignored, and that is inherited; here it means the end.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
-        entry = registry.load(spec.workload, spec.import_path)
-        config = entry.config.model_validate(spec.settings)
-        _say(results, {"called": True})  # from here on it is prepare's time
-        line = entry.call("prepare", config, RunDirectory(run_dir).data)
-        if line is not None and not isinstance(line, str):
-            raise WorkloadError(
-                f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line on what "
-                "was prepared"
-            )
-        if os.getpid() != this:  # a child that was forked in prepare and not ended there: not its answer
-            os._exit(0)
-    except WorkloadError as error:
-        _say(results, {"refused": str(error)})
-        return 1
-    except KeyboardInterrupt as stopped:
-        last = traceback.extract_tb(stopped.__traceback__)[-1]
-        _say(results, {"stopped": f"{last.filename}:{last.lineno}"})
-        return 1
-    _say(results, {"returned": one_line(line) or None if line is not None else None})
-    return 0
-
-
-def _say(results: int, answer: dict[str, Any]) -> None:
-    """All of it, ended by a line break; json has none inside."""
-    data = json.dumps(answer).encode() + b"\n"
-    while data:
-        data = data[os.write(results, data) :]
-
-
-def _end_with(owner: int, results: int) -> None:
-    """Leaves a process behind that ends this one's group when the owner is gone.
-
-    The kernel would end this process alone (`die_with_parent`), and only on Linux. No thread, which forking in a
-    user's `prepare` would make unsafe; and no child of this process, for which a user's `os.wait` would wait.
-    """
-    group = os.getpid()
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        os.close(owner)
-        return
-    if os.fork() == 0:
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
-        os.close(results)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        select.select([owner], [], [])
-        os.killpg(group, signal.SIGKILL)
-    os._exit(0)

@@ -32,7 +32,8 @@ def on_a_terminal(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with os.fdopen(follower, "w") as terminal:
         console = Console(as_json=False)
         console.stream = terminal
-        display = Display(run, console, total_steps=3)
+        run.job.write_text('{"settings": {"steps": 3}}')
+        display = Display(run, console)
         for step in STEPS:
             with run.metrics.open("a") as file:
                 file.write(json.dumps(step) + "\n")
@@ -70,5 +71,5 @@ def test_what_torch_says_of_host_names_is_left_in_the_log(tmp_path: Path, capsys
     attempt = run.attempt(0).make()
     noise = "[W1127 02:39:58.0 socket.cpp:474] [c10d] The hostname of the client socket cannot be retrieved. err=-3"
     attempt.log(0).write_text(f"before\n{noise}\nafter\n")
-    Display(run, Console(as_json=False), total_steps=None).update(ended=True)
+    Display(run, Console(as_json=False)).update(ended=True)
     assert capsys.readouterr().out == "before\nafter\n"

@@ -1,16 +1,11 @@
-"""`submit.py wait RUN`: which lines are refused, and what is made of each answer of Slurm's."""
+"""A job of Slurm's that is followed: what is made of each answer of Slurm's."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,73 +13,25 @@ from typing import Any
 
 import pytest
 
-from jobs import processes
 from jobs.blame import Failure
-from jobs.cli import follow, progress
+from jobs.cli.console import Console
 from jobs.cli.main import main
+from jobs.cli.progress import Display
+from jobs.cli.watch import watch
 from jobs.run_dir import RunDirectory, Submitted, read_json, write_json
-from jobs.runs import outcome
+from jobs.runs import outcome, slurm_job
 from tests.jobs.slurm.test_query import DISABLED, UNKNOWN, UNREACHABLE, say
-from tests.jobs.submitting import ROOT, SUBMIT, Line, wait_until
-from tests.test_submit import Bad, check_refusal, name, tree
+from tests.jobs.submitting import wait_until
 
 Capture = pytest.CaptureFixture[str]
+Later = Callable[[float, Callable[[], Any]], None]
 JOB = json.dumps({"workload": "mine", "settings": {"steps": 9}, "resources": {"nodes": 2, "gpus_per_node": 1}})
-DEBUG = json.dumps({"workload": "mine", "executor": "debug"})
-RUN = {"run/job.json": JOB, "run/submission.json": "{}"}
-BAD = [
-    Bad(["wait"], ["wait takes one run directory, none were given", "submit.py wait RUN"]),
-    Bad(["wait", "a", "b"], ["wait takes one run directory, 2 were given"]),
-    Bad(["wait", "run", "steps=3"], ["wait takes one run directory, 2 were given"], RUN),
-    Bad(["wait", ""], ["wait ''", "empty"]),
-    Bad(["wait", "gone"], ["wait gone: no such run directory, here or below ./runs"]),
-    Bad(["wait", "20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
-    Bad(["wait", "runs/20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
-    Bad(["wait", "runs"], ["wait runs: is not a run directory", "no job.json"], {"runs/a/job.json": JOB}),
-    Bad(["wait", "file"], ["wait file: is not a run directory"], {"file": "x"}),
-    Bad(["wait", "r" * 300], ["r" * 300, "too long"]),
-    Bad(["wait", "run"], ["run: has no submission.json: it was not submitted from here"], {"run/job.json": JOB}),
-    Bad(["wait", "run"], ["has no submission.json"], {"run/job.json": JOB, "run/submission.json": "[1"}),
-    Bad(
-        ["wait", "run"],
-        ["ran with --executor debug, in its own command line"],
-        {"run/job.json": DEBUG, "run/result.json": "{}"},
-    ),
-    Bad(["wait", "run", "--nodes", "2"], ["--nodes means nothing to wait"], RUN),
-    Bad(["wait", "run", "--wait"], ["--wait means nothing to wait"], RUN),
-    Bad(["wait", "run", "--no-wait"], ["--no-wait means nothing to wait"], RUN),
-    Bad(["wait", "run", "--dry-run"], ["--dry-run means nothing to wait"], RUN),
-    Bad(["wait", "run", "--run-dir", "x"], ["--run-dir means nothing to wait"], RUN),
-    Bad(["wiat", "run"], ["'wiat'", "did you mean 'wait'?"]),
-]
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
-
-@pytest.mark.parametrize("bad", BAD, ids=name)
-def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, capsys: Capture) -> None:
-    bad.prepare(tmp_path)
-    before = tree(tmp_path)
-    code = main(bad.line)
-    out, err = capsys.readouterr()
-    check_refusal(bad, code, out, err, before, tmp_path)
-
-
-def test_without_torch(tmp_path: Path) -> None:
-    BAD[4].prepare(tmp_path)
-    code = "import sys\nfor name in ('torch', 'numpy', 'tqdm'): sys.modules[name] = None\n"
-    code += (
-        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['wait', 'gone']\nimport submit; sys.exit(submit.main())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "no such run directory" in done.stderr
-
-
-# --- a job of Slurm's -------------------------------------------------------------------------------------------------
 
 DONE = {"status": "done", "workload": "mine", "attempt": 0, "seconds": 5.0, "result": {"total": 3}}
 FAILED = {
@@ -146,29 +93,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     for tool in ("cat", "sleep", "head", "wc", "sed"):
         (tools / tool).symlink_to(shutil.which(tool) or "")
     monkeypatch.setenv("PATH", f"{tmp_path}:{tools}")
-    monkeypatch.setattr(follow, "ASK_EVERY_S", (0.1, 0.3))
+    monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (0.1, 0.3))
     for constant, seconds in (("RESULT_WITHIN_S", 1.5), ("RECORD_WITHIN_S", 0.3), ("STAYS_S", 3.0)):
-        monkeypatch.setattr(follow, constant, seconds)
-    monkeypatch.setattr(follow, "UNREACHABLE_S", 2.0)
-    monkeypatch.setattr(follow, "SHARED_POLL_S", 0.1)
+        monkeypatch.setattr(slurm_job, constant, seconds)
+    monkeypatch.setattr(slurm_job, "UNREACHABLE_S", 2.0)
+    monkeypatch.setattr(slurm_job, "POLL_S", 0.1)
     return Site(tmp_path)
-
-
-@pytest.fixture
-def later() -> Iterator[Callable[[float, Callable[[], Any]], None]]:
-    timers: list[threading.Timer] = []
-
-    def call(seconds: float, what: Callable[[], Any]) -> None:
-        timers.append(threading.Timer(seconds, what))
-        timers[-1].start()
-
-    yield call
-    for timer in timers:
-        timer.cancel()
-        timer.join()
-
-
-Later = Callable[[float, Callable[[], Any]], None]
 
 
 def test_a_result_that_is_there_is_told_without_asking(site: Site, capsys: Capture) -> None:
@@ -221,7 +151,7 @@ def test_the_queue_is_shown_when_it_changes(site: Site) -> None:
     site.states(("PENDING", "Priority"), ("PENDING", "Priority"), *estimates, ("RUNNING",), ("RUNNING",))
     said: list[str] = []
 
-    class Shown(follow.Console):
+    class Shown(Console):
         """The job goes on when it is seen to run."""
 
         def say(self, text: str = "") -> None:
@@ -234,7 +164,7 @@ def test_the_queue_is_shown_when_it_changes(site: Site) -> None:
 
     submitted = site.run.submitted()
     assert submitted is not None
-    assert follow.watch(site.run, submitted, Shown(as_json=False), from_the_start=True) == 0
+    assert watch(site.run, submitted, Shown(as_json=False), from_the_start=True) == 0
     assert [line.partition(" in ")[0] for line in said if "total" not in line] == [
         "job 12: PENDING (Priority)",
         "job 12: PENDING (Resources), expected to start 2026-11-22 11:32",
@@ -269,7 +199,7 @@ def test_of_a_job_that_is_done_and_whose_ranks_stay_both_are_told(site: Site, la
 def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
     site: Site, later: Later, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "ASK_EVERY_S", (30.0, 60.0))
+    monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (30.0, 60.0))
     site.state("RUNNING")
     later(1.0, lambda: (site.state("FAILED"), write_json(site.run.result, FAILED)))
     before = time.monotonic()
@@ -311,7 +241,7 @@ def test_a_host_that_took_the_job_with_it_is_named(
     site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that ran the batch script and srun leaves no word of either."""
-    monkeypatch.setattr(follow, "STAYS_S", 0.5)
+    monkeypatch.setattr(slurm_job, "STAYS_S", 0.5)
     site.state("NODE_FAIL")
     say(site.env, "sinfo", "n0")
     assert main(["wait", "run"]) == 1
@@ -394,9 +324,9 @@ def _otherwise(path: Path) -> Iterator[bytes]:
 def test_a_run_directory_may_hold_anything(
     which: str, site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for constant in ("RESULT_WITHIN_S", "RECORD_WITHIN_S", "STAYS_S", "UNREACHABLE_S", "SHARED_POLL_S"):
-        monkeypatch.setattr(follow, constant, 0.001)
-    monkeypatch.setattr(follow, "ASK_EVERY_S", (0.0, 0.0))
+    for constant in ("RESULT_WITHIN_S", "RECORD_WITHIN_S", "STAYS_S", "UNREACHABLE_S", "POLL_S"):
+        monkeypatch.setattr(slurm_job, constant, 0.001)
+    monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (0.0, 0.0))
     monkeypatch.setattr(outcome, "RECORD_WITHIN_S", 0.0)
     site.state("FAILED", "NonZeroExitCode")
     attempt = site.run.attempt(0).make()
@@ -412,7 +342,7 @@ def test_a_run_directory_may_hold_anything(
         path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         content() if callable(content) else path.write_bytes(content)
         if which == "metrics":
-            progress.Display(site.run, follow.Console(as_json=True), None).update(ended=True)
+            Display(site.run, Console(as_json=True)).update(ended=True)
         if which != "result":
             site.run.result.unlink(missing_ok=True)
         code = main(["wait", "run", "--json"])
@@ -443,7 +373,7 @@ def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys:
 
 
 def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "SILENT_S", (0.0, 0.5))
+    monkeypatch.setattr(slurm_job, "SILENT_S", (0.0, 0.5))
     site.squeue(err=UNREACHABLE)
     assert main(["wait", "run", "--json"]) == 1
     out, err = capsys.readouterr()
@@ -502,11 +432,11 @@ def test_a_slow_controller_does_not_hold_up_the_progress(site: Site, later: Late
     began = time.monotonic()
     later(0.5, lambda: write_json(site.run.result, DONE))
     later(0.5, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
-    assert follow.watch(site.run, Submitted("slurm", "12", "", ""), _Console(shown)) == 0
+    assert watch(site.run, Submitted("slurm", "12", "", ""), _Console(shown)) == 0
     assert shown[0] - began < 10
 
 
-class _Console(follow.Console):
+class _Console(Console):
     """Notes when the first step was shown."""
 
     def __init__(self, shown: list[float]) -> None:
@@ -523,11 +453,11 @@ def test_a_job_in_the_queue_is_not_looked_for_on_disk(
 ) -> None:
     """It has nothing there, and a thousand lines that wait for theirs would ask the file system for nothing else."""
     looked: list[bool] = []
-    monkeypatch.setattr(follow.Display, "update", lambda display, ended=False: looked.append(ended))
+    monkeypatch.setattr(Display, "update", lambda display, ended=False: looked.append(ended))
     site.state("PENDING", "Priority")
     in_the_queue: list[int] = []
     later(1.5, lambda: (site.wait_for_answer(), in_the_queue.append(len(looked)), site.state("CANCELLED")))
-    assert follow.watch(site.run, Submitted("slurm", "12", "", ""), follow.Console(as_json=False)) == 1
+    assert watch(site.run, Submitted("slurm", "12", "", ""), Console(as_json=False)) == 1
     assert in_the_queue[0] <= 3  # until Slurm has answered
     assert looked[-1]
 
@@ -536,40 +466,15 @@ def test_a_running_job_is_looked_at_once_a_second_and_left_at_once(
     site: Site, later: Later, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[bool] = []
-    monkeypatch.setattr(follow, "SHARED_POLL_S", 20.0)
-    monkeypatch.setattr(follow, "ASK_EVERY_S", (1.0, 1.0))
-    monkeypatch.setattr(follow.Display, "update", lambda display, ended=False: looked.append(ended))
+    monkeypatch.setattr(slurm_job, "POLL_S", 20.0)
+    monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (1.0, 1.0))
+    monkeypatch.setattr(Display, "update", lambda display, ended=False: looked.append(ended))
     site.state("RUNNING")
     later(1.5, lambda: os.kill(os.getpid(), signal.SIGINT))
     before = time.monotonic()
     assert main(["wait", "run"]) == 130
     assert time.monotonic() - before < 10
     assert len(looked) <= 3
-
-
-def test_of_a_long_log_only_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = tmp_path / "log"
-    line = "x" * 999
-    log.write_text(f"{line}\n" * 20_000 + "the end\n")
-    tail = progress.Tail(log)
-    late = list(tail.lines(late=True))
-    assert late[-1] == "the end"
-    assert set(late[:-1]) == {line}  # none is half of one
-    assert len(late) < 100
-    with log.open("a") as file:
-        file.write("more\nand")
-    assert list(tail.lines()) == ["more"]
-    assert list(tail.lines(ended=True)) == ["and"]
-    assert list(tail.lines(ended=True)) == []
-    # From the start it is all read, a part at a time.
-    tail = progress.Tail(log)
-    parts = [list(tail.lines()) for _ in range(3)]
-    assert 4000 < len(parts[0]) < 4300
-    rest = list(tail.lines(ended=True))
-    assert [*parts[0], *parts[1], *parts[2], *rest] == [line] * 20_000 + ["the end", "more", "and"]
-    assert follow._tail(log).splitlines()[-3:] == ["the end", "more", "and"]
-    assert len(follow._tail(log).splitlines()) == 30
-    assert follow._tail(tmp_path / "none") == ""
 
 
 def test_a_late_comer_sees_the_last_lines_and_the_last_step(site: Site, later: Later, capsys: Capture) -> None:
@@ -622,140 +527,3 @@ def test_of_a_job_that_has_ended_nobody_says_that_it_goes_on(
         "meshrun: stdout cannot be written (No space left on device); job 12 has ended; how: "
         "python submit.py wait run\n"
     )
-
-
-# --- a local job ------------------------------------------------------------------------------------------------------
-
-
-def wait_line(directory: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "submit.py"), "wait", "run", *words],
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.dist
-def test_a_local_job_that_nobody_waited_for(typed: Callable[..., Line], tmp_path: Path) -> None:
-    line = typed("mine:ENTRY", "--gpus-per-node", "2", "steps=150", "pause_seconds=0.05", "--no-wait")
-    code, out, _ = line.finish()
-    assert code == 0
-    assert f"follow it: python {SUBMIT} wait run" in out
-    line.wait_for_step(2)
-    leaves = wait_line(tmp_path)
-    assert leaves.stdout is not None
-    assert leaves.stdout.readline()  # it is following
-    leaves.send_signal(signal.SIGINT)
-    _, err = leaves.communicate(timeout=60)
-    pid = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
-    assert leaves.returncode == 130
-    assert err == (
-        f"meshrun: interrupted by SIGINT; detached; process {pid} goes on; come back: python {SUBMIT} wait run; "
-        f"end it: kill {pid}\n"
-    )
-    back = wait_line(tmp_path)
-    out, err = back.communicate(timeout=120)
-    assert (back.returncode, err) == (0, "")
-    assert "step 150/150" in out
-    assert "total: 450" in out
-
-
-@pytest.mark.dist
-def test_a_local_job_that_is_killed(typed: Callable[..., Line], tmp_path: Path) -> None:
-    line = typed("mine:ENTRY", "steps=100000", "pause_seconds=0.05", "--no-wait")
-    line.finish()
-    line.wait_for_step(1)
-    back = wait_line(tmp_path)
-    assert back.stdout is not None
-    assert back.stdout.readline()
-    os.kill(int(json.loads((line.run_dir / "submission.json").read_text())["job_id"]), signal.SIGKILL)
-    _, err = back.communicate(timeout=60)
-    assert back.returncode == 1
-    assert "the supervisor ended and left no result" in err.splitlines()[-1]
-
-
-def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirectory:
-    run = RunDirectory(tmp_path / "run")
-    run.attempt(0).make()
-    run.job.write_text(JOB)
-    run.record_submission(Submitted("local", str(pid), "", host or socket.gethostname(), argument))
-    return run
-
-
-def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, capsys: Capture) -> None:
-    local(tmp_path, os.getpid(), "another's")
-    assert main(["wait", "run"]) == 1
-    assert "the supervisor ended and left no result" in capsys.readouterr().err
-
-
-@pytest.fixture
-def disk_is_full() -> Iterator[None]:
-    """No file can become longer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def failed_run(tmp_path: Path) -> RunDirectory:
-    """A local job whose supervisor has ended and could still write to its log."""
-    run = local(tmp_path, os.getpid(), "another's")
-    run.attempt(0).supervisor_log.write_text("Traceback\njobs.errors.JobFailed: rank 1 on host0: ValueError: mine\n")
-    return run
-
-
-@pytest.mark.parametrize("has_log", [True, False])
-def test_a_full_disk_does_not_hide_the_failure(
-    has_log: bool, failed_run: RunDirectory, capsys: Capture, disk_is_full: None
-) -> None:
-    log = failed_run.attempt(0).supervisor_log
-    if not has_log:
-        log.unlink()
-    assert main(["wait", "run"]) == 1
-    failure = (
-        "rank 1 on host0: ValueError: mine" if has_log else f"the supervisor ended and left no result (log: {log})"
-    )
-    says = f"the job failed: {failure}; {failed_run.path} cannot be written to: File too large\n"
-    assert capsys.readouterr().err.endswith(says)
-    assert not failed_run.result.exists()
-
-
-def test_an_interrupted_local_job(tmp_path: Path, capsys: Capture) -> None:
-    run = local(tmp_path, 1, "")
-    write_json(run.result, {"status": "interrupted", "workload": "mine", "attempt": 0, "error": "by SIGTERM"})
-    assert main(["wait", "run"]) == 1
-    assert capsys.readouterr().err == "meshrun: error: the job was interrupted: by SIGTERM\n"
-
-
-def test_a_local_job_of_another_box_is_known_by_its_result(tmp_path: Path, later: Later, capsys: Capture) -> None:
-    run = local(tmp_path, os.getpid(), sys.argv[0], host="elsewhere")
-    later(1.0, lambda: write_json(run.result, DONE))
-    assert main(["wait", "run"]) == 0
-    assert "the job runs on elsewhere" in capsys.readouterr().out
-
-
-def test_a_job_whose_supervisor_runs_has_not_failed_also_where_there_is_no_proc(
-    tmp_path: Path, later: Later, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    open_text = Path.read_text
-
-    def without_proc(path: Path, *words: Any, **more: Any) -> str:
-        if path.is_relative_to("/proc"):
-            raise FileNotFoundError(path)
-        return open_text(path, *words, **more)
-
-    monkeypatch.setattr(Path, "read_text", without_proc)
-    sleeper = subprocess.Popen(["sleep", "600"])
-    run = local(tmp_path, sleeper.pid, "600")
-    monkeypatch.setattr(follow, "LINGERS_S", 0.1)
-    later(1.5, lambda: write_json(run.result, DONE))
-    later(3.0, sleeper.kill)
-    assert main(["wait", "run"]) == 0
-    assert "the work is over; threads or exit hooks of a rank still run" in capsys.readouterr().out
-    # It has ended, and nobody has asked how.
-    assert not processes.runs(sleeper.pid, "600")
-    sleeper.wait()
-    assert not processes.runs(sleeper.pid, "600")

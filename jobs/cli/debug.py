@@ -1,0 +1,45 @@
+"""One rank in this very process: a debugger, a breakpoint and a profiler see it as any other program."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+
+from jobs import blame, executor
+from jobs.cli import interrupts
+from jobs.cli.console import Console
+from jobs.cli.report import report_end
+from jobs.errors import JobFailed
+from jobs.job import Job
+from jobs.run_dir import RunDirectory, write_json
+from jobs.spec import JobSpec
+
+
+def run(spec: JobSpec, console: Console) -> int:
+    """Runs the one rank.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        JobFailed: it failed; its traceback has been shown.
+    """
+    began = time.monotonic()
+    os.environ.update(spec.rank_env)
+    os.environ.update(executor.debug_env(spec))
+    interrupts.as_python_does()
+    result = RunDirectory(spec.run_dir).result
+    try:
+        record = Job(spec)()
+    except (Exception, SystemExit) as error:  # sys.exit(0) in the middle of the work is no success
+        console.complain(traceback.format_exc().rstrip())
+        message = f"rank 0 on {socket.gethostname()}: {blame.failure_of(error, 0, '', 0, '').message}"
+        write_json(result, {"status": "failed", "workload": spec.workload, "error": message})
+        raise JobFailed(message) from None
+    except KeyboardInterrupt:
+        write_json(result, {"status": "interrupted", "workload": spec.workload, "error": "interrupted by SIGINT"})
+        raise
+    assert record is not None
+    return report_end(record, console, time.monotonic() - began)

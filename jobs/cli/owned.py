@@ -1,0 +1,68 @@
+"""A local job that belongs to this command line: started, shown, and ended with it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from jobs import processes
+from jobs.cli import interrupts
+from jobs.cli.console import Console
+from jobs.cli.progress import Display
+from jobs.cli.report import report_end
+from jobs.cli.start import end, start_local
+from jobs.cluster import ClusterConfig
+from jobs.errors import Interrupted, OutputLost
+from jobs.run_dir import BY_ITSELF, RunDirectory
+from jobs.runs.find import come_back
+from jobs.runs.local_job import POLL_S, without_result
+from jobs.runs.result import LINGERS, Result
+from jobs.spec import JobSpec
+
+
+def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
+    """Starts a local job and sees it to its end; an interruption ends it.
+
+    Returns:
+        The exit code.
+    """
+    run_dir = RunDirectory(spec.run_dir)
+    began = time.monotonic()
+    # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
+    processes.adopt_orphans()
+    display, result = Display(run_dir, console), Result(run_dir)
+    before: set[int] = set()
+    process = None
+    try:
+        with interrupts.held():
+            process, _ = start_local(spec, cluster, console, owned=True)
+            before = processes.children() - {process.pid}
+        while process.poll() is None:
+            display.update()
+            if result.lingers():
+                display.say(LINGERS)
+            time.sleep(POLL_S)
+        display.update(ended=True)
+        display.close()
+    except Interrupted as interruption:
+        interrupts.ignore()
+        if process is not None:
+            end(process)
+            processes.kill_children(but=before)
+        display.close()
+        if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # between its last step and what is told of its end
+            outcome = f"the job has ended; how: {come_back(run_dir)}"
+        else:
+            outcome = "the job was ended, no process of it is left"
+        console.error(f"{interruption}; {outcome}")
+        with contextlib.suppress(OutputLost):
+            console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
+        return Interrupted.exit_code
+    processes.kill_children(but=before)
+    record = run_dir.recorded()
+    how = f"with code {process.returncode} "
+    if record is None:
+        record = without_result(run_dir, how)
+    elif record["status"] in BY_ITSELF and process.returncode != 0:
+        record["warnings"] = [*record.get("warnings", ()), f"the supervisor ended {how}after the work was done"]
+    return report_end(record, console, time.monotonic() - began)

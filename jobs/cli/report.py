@@ -1,0 +1,33 @@
+"""Prints how a job ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.cli.console import Console
+from jobs.errors import EXIT_DONE, EXIT_FAILED
+from jobs.runs import report
+
+
+def report_end(record: dict[str, Any], console: Console, seconds: float | None) -> int:
+    """Prints what the job came to.
+
+    Args:
+        record: what result.json holds.
+        console: where it is shown.
+        seconds: how long it took; None if nobody knows.
+
+    Returns:
+        The exit code.
+    """
+    if record["status"] == "done":
+        for line in report.done(record, seconds):
+            console.say(line)
+        code = EXIT_DONE
+    else:
+        if details := report.details(record):
+            console.complain(details)
+        console.error(report.headline(record))
+        code = EXIT_FAILED
+    console.finish({**record, "exit_code": code})
+    return code

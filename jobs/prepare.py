@@ -1,0 +1,96 @@
+"""The process in which a workload's `prepare` runs, before the job is submitted (jobs/cli/preparation.py starts it).
+
+It reads its job from the run directory, as a rank does, and answers through a pipe, in JSON lines: `called`, then one
+of `returned`, `refused` and `stopped`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import traceback
+from pathlib import Path
+from typing import Any
+
+from jobs import processes
+from jobs.errors import one_line
+from jobs.run_dir import RunDirectory, read_json
+from jobs.spec import JobSpec
+from workloads import registry
+from workloads.base import WorkloadError
+
+
+def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
+    """Prepares the job of a run directory, and answers.
+
+    Args:
+        run_dir: the job's.
+        parent: who started this process.
+        owner: the read end of a pipe that the parent holds open.
+        results: where the answer goes.
+
+    Returns:
+        The exit code.
+    """
+    this = os.getpid()
+    logging.basicConfig(format="meshrun: %(levelname)s: %(message)s", level=logging.WARNING)
+    os.set_inheritable(results, False)
+    _end_with(owner, results)
+    processes.die_with_parent(parent)
+    # Under nohup and in a script's background SIGINT is ignored, and that is inherited; here it means the end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
+        entry = registry.load(spec.workload, spec.import_path)
+        config = entry.config.model_validate(spec.settings)
+        _say(results, {"called": True})  # from here on it is prepare's time
+        line = entry.call("prepare", config, RunDirectory(run_dir).data)
+        if line is not None and not isinstance(line, str):
+            raise WorkloadError(
+                f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line on what "
+                "was prepared"
+            )
+        if os.getpid() != this:  # a child that was forked in prepare and not ended there: not its answer
+            os._exit(0)
+    except WorkloadError as error:
+        _say(results, {"refused": str(error)})
+        return 1
+    except KeyboardInterrupt as stopped:
+        last = traceback.extract_tb(stopped.__traceback__)[-1]
+        _say(results, {"stopped": f"{last.filename}:{last.lineno}"})
+        return 1
+    _say(results, {"returned": one_line(line) or None if line is not None else None})
+    return 0
+
+
+def _say(results: int, answer: dict[str, Any]) -> None:
+    """All of it, ended by a line break; json has none inside."""
+    data = json.dumps(answer).encode() + b"\n"
+    while data:
+        data = data[os.write(results, data) :]
+
+
+def _end_with(owner: int, results: int) -> None:
+    """Leaves a process behind that ends this one's group when the owner is gone.
+
+    The kernel would end this process alone (`die_with_parent`), and only on Linux. No thread, which forking in a
+    user's `prepare` would make unsafe; and no child of this process, for which a user's `os.wait` would wait.
+    """
+    group = os.getpid()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os.close(owner)
+        return
+    if os.fork() == 0:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        os.close(results)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        select.select([owner], [], [])
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)

@@ -1,0 +1,70 @@
+"""Finds a run again: its directory by a path or a name, and which job it became."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from jobs.errors import CommandLineError, did_you_mean
+from jobs.run_dir import RunDirectory, Submitted, read_json
+from jobs.slurm import environment, query
+
+
+def find(name: str) -> RunDirectory:
+    """The run directory of that path, or of that name below ./runs.
+
+    Raises:
+        CommandLineError: there is none, with a close match; or it is something else.
+    """
+    runs = Path.cwd() / "runs"
+    if not name.strip():
+        raise CommandLineError("'': is no run directory (an unset shell variable?); give the path of one")
+    for path in (Path(name).expanduser(), runs / name):
+        try:
+            if path.exists():
+                break
+        except OSError as error:  # too long a name
+            raise CommandLineError(f"'{name}': {error.strerror}; give the path of a run directory") from None
+    else:
+        names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+        close = did_you_mean(Path(name).name, names)
+        raise CommandLineError(f"'{name}': no such run directory, here or below ./runs{close}; give the path of one")
+    run_dir = RunDirectory(path.absolute())
+    if not run_dir.job.is_file():
+        raise CommandLineError(f"'{name}': is not a run directory: it has no job.json; give the path of one")
+    return run_dir
+
+
+def submission(run_dir: RunDirectory) -> Submitted | None:
+    """Which job a run became; where sbatch's answer was lost, Slurm is asked, and its number is written down."""
+    submitted = run_dir.submitted()
+    if submitted is None and run_dir.script:
+        job_id = query.find(run_dir.submitit, environment.for_queries(os.environ))
+        if job_id:
+            submitted = Submitted.now("slurm", job_id)
+            run_dir.record_submission(submitted)
+    return submitted
+
+
+def why_not_submitted(run_dir: RunDirectory) -> str:
+    """Why a run directory without a submission and without a result cannot be followed."""
+    if (read_json(run_dir.job) or {}).get("executor") == "debug":
+        return f"{run_dir.path}: ran with --executor debug, in its own command line"
+    if run_dir.script:
+        return (
+            f"{run_dir.path}: sbatch could not say whether it queued the job, and Slurm names none with its script; "
+            "look again later, or submit it again with another --run-dir"
+        )
+    return f"{run_dir.path}: has no submission.json: it was not submitted from here"
+
+
+def come_back(run_dir: RunDirectory) -> str:
+    """The line that follows a run again, spelled as this command line was, so that it can be pasted."""
+    path = run_dir.path
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    program = sys.argv[0] if sys.argv and Path(sys.argv[0]).name in ("submit.py", "meshrun") else "submit.py"
+    typed = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return shlex.join([*typed, "wait", str(path)])

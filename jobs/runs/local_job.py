@@ -1,0 +1,86 @@
+"""A local job that goes on by itself: a process of this machine, or of another one."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from typing import Any
+
+from jobs import processes
+from jobs.errors import JobFailed
+from jobs.run_dir import RunDirectory, Submitted, read_json
+from jobs.runs.result import LINGERS, Result
+from jobs.runs.tail import last_lines
+
+POLL_S = 0.1
+ELSEWHERE_POLL_S = 1.0
+"""The same, of a job of another machine: its run directory lies on a file system that many hosts share."""
+RESULT_WITHIN_S = 1.0
+"""Seconds that the result may come after the supervisor's end."""
+
+
+class LocalJob:
+    """A tracker (jobs/runs/tracker.py) of a supervisor's process."""
+
+    waits = False
+
+    def __init__(self, run_dir: RunDirectory, submitted: Submitted) -> None:
+        self.run_dir, self.submitted = run_dir, submitted
+        self.result = Result(run_dir)
+        self.gone_since: float | None = None
+        self.here = submitted.host == socket.gethostname()
+        self._news: list[str] = []
+        if not self.here and not self.was_over():
+            self._news.append(f"the job runs on {submitted.host}; from here its end is seen by its result alone")
+
+    def _runs(self) -> bool:
+        return processes.runs(int(self.submitted.job_id), self.submitted.process_argument)
+
+    def was_over(self) -> bool:
+        return self.result.read() is not None and not (self.here and self._runs())
+
+    def is_known(self) -> bool:
+        return True
+
+    def has_ended(self) -> bool:
+        return self.result.read() is not None if not self.here else not self._runs()
+
+    def is_over(self) -> bool:
+        if not self.here:
+            return self.result.read() is not None
+        if self._runs():
+            if self.result.lingers():
+                self._news.append(LINGERS)
+            return False
+        self.gone_since = self.gone_since or time.monotonic()
+        return self.result.read() is not None or time.monotonic() - self.gone_since > RESULT_WITHIN_S
+
+    def news(self) -> list[str]:
+        news, self._news = self._news, []
+        return news
+
+    def pause(self) -> None:
+        time.sleep(POLL_S if self.here else ELSEWHERE_POLL_S)
+
+    def record(self) -> dict[str, Any]:
+        return self.result.read() or without_result(self.run_dir)
+
+
+def without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
+    """The record of a local job whose supervisor could not leave one.
+
+    Its log may still end with the failure: a line more finds room on a disk that has none for another file.
+    """
+    log, fault = run_dir.last_attempt().supervisor_log, run_dir.fault()
+    headline = last_lines(log, 1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
+    error = headline or f"the supervisor ended {how}and left no result (log: {log})"
+    record = {
+        "status": "failed",
+        "workload": (read_json(run_dir.job) or {}).get("workload", ""),
+        "error": f"{error}{fault and f'; {fault}'}",
+        "traceback": last_lines(log),
+    }
+    with contextlib.suppress(OSError):
+        return run_dir.publish(record)
+    return record

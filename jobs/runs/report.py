@@ -1,0 +1,58 @@
+"""The words on how a run ended: result.json's record -> lines for people. Pure, but for a failed rank's log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.runs.tail import last_lines
+
+
+def done(record: Mapping[str, Any], seconds: float | None) -> Iterator[str]:
+    """The lines on a job that is done.
+
+    Args:
+        record: what result.json holds.
+        seconds: how long it took; None if nobody knows.
+    """
+    yield "done" if seconds is None else f"done in {seconds:.1f} s"
+    for warning in record.get("warnings", ()):
+        yield f"warning: {warning}"
+    result = record.get("result")
+    if isinstance(result, Mapping):
+        yield from ("  " + line for line in _lines(result))
+
+
+def _lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """A result for people: a line a value, and below its name what has lines of its own."""
+    for key, value in result.items():
+        if isinstance(value, Mapping) and (
+            len(str(value)) > 100 or any(isinstance(item, (Mapping, list)) for item in value.values())
+        ):
+            yield f"{key}:"
+            yield from ("  " + line for line in _lines(value))
+            continue
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if "\n" in shown:
+            yield f"{key}:"
+            yield from ("  " + line for line in shown.split("\n"))
+        else:
+            yield f"{key}: {shown}"
+
+
+def details(record: Mapping[str, Any]) -> str:
+    """What is known of a failure beyond its line: the traceback, or the end of the rank's log; may be empty."""
+    failure = record.get("failure") or {}
+    if record.get("traceback"):
+        return str(record["traceback"]).rstrip()
+    if isinstance(failure.get("log"), str) and (tail := last_lines(Path(failure["log"]))):
+        return f"the end of its log:\n{tail}"
+    return ""
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """The line on a job that is not done."""
+    status = record["status"]
+    what = {"failed": "the job failed: ", "unknown": ""}.get(status, f"the job was {status}: ")
+    return what + record.get("error", "no reason is known")

@@ -1,0 +1,52 @@
+"""result.json of a run that may still go on."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from jobs.run_dir import BY_ITSELF, RunDirectory
+
+LINGERS_S = 6.0
+"""A rank whose work is done has said by then in its log what keeps it (jobs/processes.py)."""
+LINGERS = "the work is over; threads or exit hooks of a rank still run: see the logs of the ranks"
+
+
+class Result:
+    """result.json, read when it changes."""
+
+    def __init__(self, run_dir: RunDirectory) -> None:
+        self.run_dir = run_dir
+        self._seen: tuple[int, int] | None = None
+        self._record: dict[str, Any] | None = None
+        self.since = 0.0
+        """When the file was written, in seconds since the epoch."""
+        self.changes = 0
+        self._is_told = False
+
+    def lingers(self) -> bool:
+        """True once: where the job goes on although its work has been over for LINGERS_S."""
+        record = self.read()
+        if self._is_told or record is None or record["status"] not in BY_ITSELF:
+            return False
+        self._is_told = time.time() - self.since > LINGERS_S
+        return self._is_told
+
+    def read(self) -> dict[str, Any] | None:
+        """The newest attempt's record; one of an earlier attempt is not the end."""
+        try:
+            stat = self.run_dir.result.stat()
+            seen = (stat.st_ino, stat.st_mtime_ns)
+        except OSError:
+            self._seen = self._record = None
+            return None
+        if seen != self._seen:
+            self._record = None
+            with contextlib.suppress(OSError):  # it has just been replaced
+                self._record = self.run_dir.recorded()
+            self._seen = seen
+            self.since, self.changes = stat.st_mtime, self.changes + 1
+        if self._record is not None and self._record.get("attempt", 0) < self.run_dir.last_attempt().number:
+            return None
+        return self._record

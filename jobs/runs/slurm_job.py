@@ -1,0 +1,232 @@
+"""A job of Slurm's: what Slurm says of it, weighed against what it leaves in its run directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from jobs.run_dir import BY_ITSELF, RunDirectory, Submitted, read_json
+from jobs.runs import outcome
+from jobs.runs.find import come_back
+from jobs.runs.result import Result
+from jobs.slurm import environment, query
+from jobs.slurm.query import Forgotten, JobState, NoAnswer
+
+POLL_S = 1.0
+"""The run directory lies on a file system that many hosts share."""
+ASK_EVERY_S = (1.0, 10.0)
+"""Slurm is asked this often at first and this often in the end; at once when result.json or query.log has changed."""
+RESULT_WITHIN_S = 10.0
+"""Seconds that a shared file system may take to show here what another host has written."""
+RECORD_WITHIN_S = 2.0
+"""The same, of a failure's record: where it does not come, the rest of the run directory tells as much."""
+STAYS_S = 10.0
+"""Seconds after which a state that may be followed by a restart is taken for the end."""
+UNREACHABLE_S = 600.0
+"""Seconds without any answer of Slurm's after which the wait, not the job, is given up."""
+LONG_AGO_S = 30.0
+SILENT_S = (15.0, 60.0)
+"""Seconds without an answer of Slurm's until that is said, and between two times that it is."""
+
+
+class SlurmJob:
+    """A tracker (jobs/runs/tracker.py) of a job of Slurm's."""
+
+    def __init__(self, run_dir: RunDirectory, submitted: Submitted) -> None:
+        self.run_dir, self.job_id = run_dir, submitted.job_id
+        self.env, self.script = environment.for_queries(os.environ), run_dir.script
+        self.result = Result(run_dir)
+        self._news: list[str] = []
+        self.answer: query.Answer | None = None
+        self._coming: list[query.Answer] = []
+        self._asking: threading.Thread | None = None
+        self._heard = threading.Event()
+        self._ask_at = 0.0
+        self._interval = ASK_EVERY_S[0]
+        self._changes = (0, 0)
+        """Of result.json, and the size of query.log, where a requeue is announced: it may not be queued for long."""
+        self._kind = ""
+        self._since = 0.0
+        """Since when Slurm has given the same answer."""
+        self._result_since: float | None = None
+        self._answered = time.monotonic()
+        """When Slurm last answered; at first, when the wait began."""
+        self._say_at = self._answered + SILENT_S[0]
+        """When it is said (again) that Slurm does not answer."""
+        self._shown = ""
+        self._shown_start: datetime | None = None
+
+    # What Slurm says.
+
+    def _ask(self) -> None:
+        """Asks in a thread of its own: a busy controller takes half a minute, and progress is shown meanwhile."""
+        if (now := time.monotonic()) > self._say_at and not isinstance(self.answer, (JobState, Forgotten)):
+            self._say_at = now + SILENT_S[1]
+            given_up = f"the wait is given up after {UNREACHABLE_S / 60:g} min of that"
+            self._news.append(f"job {self.job_id}: no answer from Slurm for {now - self._answered:.0f} s; {given_up}")
+        if self._asking is not None:
+            if self._asking.is_alive():
+                return
+            self._asking = None
+            self._hear(self._coming.pop())
+        changes = (self.result.changes, self._log_size())
+        if changes != self._changes:
+            self._changes, self._ask_at, self._interval = changes, 0.0, ASK_EVERY_S[0]
+        now = time.monotonic()
+        if now < self._ask_at:
+            return
+        self._ask_at = now + self._interval
+        self._interval = min(self._interval * 1.3, ASK_EVERY_S[1])
+        self._asking = threading.Thread(target=self._ask_now, daemon=True)
+        self._asking.start()
+
+    def _log_size(self) -> int:
+        try:
+            return self.run_dir.slurm_log.stat().st_size
+        except OSError:
+            return 0
+
+    def _ask_now(self) -> None:
+        try:
+            self._coming.append(query.ask(self.job_id, self.env, self.script))
+        except Exception as error:  # whatever is wrong with one question, the job goes on
+            self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
+        self._heard.set()
+
+    def _hear(self, answer: query.Answer) -> None:
+        self.answer = answer
+        if not isinstance(answer, NoAnswer):
+            self._answered = time.monotonic()
+        kind = answer.state if isinstance(answer, JobState) else type(answer).__name__
+        if kind != self._kind:
+            self._kind, self._since, self._interval = kind, time.monotonic(), ASK_EVERY_S[0]
+            self._say_at = self._since + SILENT_S[1]
+        line = line_of(self.job_id, answer)
+        start = _time_of(answer.start) if isinstance(answer, JobState) else None
+        # An estimate changes with every job of others that ends; a quarter of an hour is worth a line.
+        moved = start and (not self._shown_start or abs(start - self._shown_start) > timedelta(minutes=15))
+        if line and (line != self._shown or moved):
+            self._shown, self._shown_start = line, start
+            held = isinstance(answer, JobState) and re.search("held", answer.reason, re.IGNORECASE)
+            self._news.append(line + ("" if held else _expected(start)))
+            advice = query.hint(answer) if isinstance(answer, JobState) else ""
+            if advice:
+                self._news.append(f"  {advice}")
+
+    def news(self) -> list[str]:
+        news, self._news = self._news, []
+        return news
+
+    @property
+    def waits(self) -> bool:
+        return isinstance(self.answer, JobState) and self.answer.waits
+
+    def pause(self) -> None:
+        """Until it is time to look again, or Slurm has answered."""
+        self._heard.wait(POLL_S)
+        self._heard.clear()
+
+    # Whether that is the end.
+
+    def was_over(self) -> bool:
+        record = self.result.read()
+        return record is not None and record.get("status") in BY_ITSELF
+
+    def is_known(self) -> bool:
+        return isinstance(self.answer, NoAnswer) or (isinstance(self.answer, JobState) and not self.answer.ended)
+
+    def has_ended(self) -> bool:
+        if isinstance(self.answer, JobState):
+            return self.answer.state in query.LASTING
+        return self.result.read() is not None
+
+    def is_over(self) -> bool:
+        """Asks Slurm, when it is time to, and weighs its answer against what is on disk."""
+        record = self.result.read()
+        self._ask()
+        now = time.monotonic()
+        self._result_since = (self._result_since or now) if record is not None else None
+        done = record is not None and record.get("status") in BY_ITSELF
+        if done and self._result_since is not None and now - self._result_since > RESULT_WITHIN_S:
+            return True
+        answer, since = self.answer, now - self._since
+        if isinstance(answer, JobState):
+            if answer.state == "COMPLETING":
+                return done or (record is not None and since > STAYS_S)
+            if answer.ended:
+                within = RESULT_WITHIN_S if answer.state == "COMPLETED" else RECORD_WITHIN_S
+                return since > STAYS_S if answer.may_return else record is not None or since > within
+            # Accounting may never hear of an end; the controller, which has forgotten the job, is the one to believe.
+            return answer.source == "sacct" and since > 60
+        if isinstance(answer, Forgotten):
+            return record is not None or since > RECORD_WITHIN_S
+        if isinstance(answer, NoAnswer):
+            old = record is not None and time.time() - self.result.since > LONG_AGO_S
+            return done or (old and since > RECORD_WITHIN_S) or since > UNREACHABLE_S
+        return False
+
+    def record(self) -> dict[str, Any]:
+        record, answer = self.result.read(), self.answer
+        state = answer if isinstance(answer, JobState) and answer.ended else None
+        knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
+        if record is not None and (record.get("status") in BY_ITSELF or record.get("failure") or not knows_more):
+            # A job whose run was stopped fails, so that none that depends on it starts.
+            expected = {"done": ("COMPLETED", "COMPLETING"), "stopped": ("FAILED", "COMPLETING")}
+            states = expected.get(record["status"])
+            if states and isinstance(answer, JobState) and answer.state not in states:
+                says = f"says {answer.state} ({answer.reason or 'no reason'})"
+                if not answer.ended:
+                    says = f"still says {answer.state}: a rank's threads or exit hooks may run on for a while"
+                self._news.append(f"its work is {record['status']}; Slurm {says}")
+            return record
+        workload = (read_json(self.run_dir.job) or {}).get("workload", "")
+        unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
+        if isinstance(answer, NoAnswer):
+            error = (
+                f"Slurm could not be asked for {UNREACHABLE_S / 60:g} min ({answer.words}); job {self.job_id} may "
+                f"still run; come back: {come_back(self.run_dir)}"
+            )
+            return {**unknown, "error": error}
+        attempt = self.run_dir.last_attempt().number
+        down = query.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
+        seen = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
+        if seen.says_nothing:
+            error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
+                f" ({answer.words})" if isinstance(answer, Forgotten) and answer.words else ""
+            )
+            return {**unknown, "error": error}
+        return outcome.conclude(self.run_dir, seen)
+
+
+def line_of(job_id: str, answer: query.Answer) -> str:
+    """What is said of an answer, when it is another than before."""
+    job = f"job {job_id}"
+    if isinstance(answer, NoAnswer):
+        return f"{job}: Slurm does not answer ({answer.words}); it is asked again, and the run directory watched"
+    if isinstance(answer, Forgotten):
+        return ""
+    if answer.ended or answer.state == "COMPLETING":
+        return f"{job}: {answer.state}"
+    # Slurm writes hosts in short where their names have a pattern; 1,024 that have none would fill a page.
+    where = f" on {answer.nodes[:200]}{' ...' if answer.nodes[200:] else ''}" if answer.nodes else ""
+    why = f" ({answer.reason})" if answer.reason else ""
+    return f"{job}: {answer.state}{where}{why}"
+
+
+def _time_of(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+def _expected(start: datetime | None) -> str:
+    """Where jobs have no time limit Slurm reckons with a year; that is no estimate."""
+    if start is None or start - datetime.now() > timedelta(days=90):
+        return ""
+    return f", expected to start {start:%Y-%m-%d %H:%M}"
