@@ -13,7 +13,7 @@ import contextlib
 import importlib
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -31,6 +31,7 @@ from workloads.metric import largest as largest
 from workloads.metric import mean as mean
 from workloads.metric import per_second as per_second
 from workloads.metric import total as total
+from workloads.steps.board import Slot
 from workloads.steps.clock import StepClock
 from workloads.steps.ends import StepEnds
 from workloads.steps.recorder import Recorder
@@ -284,18 +285,20 @@ class RunContext:
     """As the cluster config says, in 10^9 bytes; ranks on a CPU have it, too."""
     attempt: int = 0
     """0 for the first incarnation, one more after each requeue."""
-    stop_requested: bool = False
-    """Set on any rank (from a signal handler, say), it makes end_step return True on all."""
+    slot: Slot | None = None
+    """Where this rank's agent sees how far it is, and asks it to stop. None: no agent watches."""
     cpu_group: ProcessGroup | None = None
     """All ranks, on gloo, for tensors on the CPU and for Python objects. None: that is the default group."""
     step_hooks: list[Callable[[int], None]] = field(default_factory=list)
     """Called at the end of every step, in order, with its number."""
 
     def __post_init__(self) -> None:
+        self._stop_requested = False
+        self._slot = self.slot or Slot.unwatched()
         self._clock = StepClock(self.device)
         lines = self.paths.metrics if self.rank == 0 else None
         recorder = Recorder(lines, self.paths.heartbeat, self.world_size, self.paths.refuse_if_superseded)
-        self._ends = StepEnds(self.rank, self.hosts, self.device, self.cpu_group, self._clock, recorder)
+        self._ends = StepEnds(self.rank, self.hosts, self.device, self.cpu_group, self._clock, recorder, self._slot)
 
     @property
     def host(self) -> str:
@@ -333,6 +336,18 @@ class RunContext:
         return self._ends.end(metrics, self.stop_requested, self.step_hooks)
 
     @property
+    def stop_requested(self) -> bool:
+        """Set on any rank (from a signal handler, say) or asked for by its agent, it makes end_step return True on all.
+
+        An agent's request is there also if this rank's main thread sat in a collective, where no handler runs.
+        """
+        return self._stop_requested or self._slot.stop_requested
+
+    @stop_requested.setter
+    def stop_requested(self, value: bool) -> None:
+        self._stop_requested = value
+
+    @property
     def stopped_at(self) -> int | None:
         """The last step, where its end_step returned True."""
         return self._ends.stopped_at
@@ -350,15 +365,30 @@ class RunContext:
         self._ends.last_metrics()
         self._clock.start()
 
-    def timed(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time.
+    def phase(self, name: str) -> None:
+        """`ctx.phase("forward")` says what this rank does from here on, in case it hangs or dies there.
+
+        It costs a third of a microsecond. Names are those of `workloads.steps.board.PHASES`, or your own, up to 16
+        bytes long; end_step and `timed` set theirs by themselves.
+        """
+        self._slot.enter(name)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time, and is a phase of its own.
 
         It becomes `evaluation_seconds` in that step's line, and in `timing()`. "checkpoint" first waits for what the
         last step came to, on all ranks, and raises as end_step does: nothing that is not finite is saved.
         """
         if name == "checkpoint":
             self._ends.check()
-        return self._clock.timed(name)
+        before = self._slot.phase
+        self._slot.enter(name)
+        try:
+            with self._clock.timed(name):
+                yield
+        finally:
+            self._slot.enter(before)
 
     def timing(self) -> dict[str, float | None]:
         """What a result says of time, from all steps so far; waits for the last one.
@@ -379,6 +409,7 @@ class RunContext:
             NonFiniteError, SupersededError: as end_step.
         """
         self._ends.settle()
+        self._slot.enter("ended")
 
     def close(self) -> None:
         """Writes what this rank knows, and ends its thread; waits for no other rank, so that it may follow an error."""

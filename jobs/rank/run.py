@@ -34,6 +34,7 @@ from jobs.spec import JobSpec
 from workloads import registry
 from workloads.base import RunContext, Shape, WorkloadConfig, to_json
 from workloads.errors import spoken_for
+from workloads.steps.board import Slot
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ def _run(
             gpu_memory_gb=shape.gpu_memory_gb,
             attempt=info.attempt,
             cpu_group=cpu_group,
+            slot=Slot.from_env(env),
         )
         run = entry.hook("run")
         assert run is not None

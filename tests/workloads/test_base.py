@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from workloads.base import (
     to_json,
     total,
 )
+from workloads.steps.board import Board
 
 
 class Config(WorkloadConfig):
@@ -172,3 +175,46 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_host(tmp_path: Path) -> N
     assert said[0].startswith("step 7: loss is inf on rank 3 on ")
     assert said[0].endswith("; went on after [7]")
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def stop_as_an_agent_asks(ctx: RunContext) -> list[int]:
+    board = Board.create(1)
+    stopped: list[int] = []
+    with contextlib.closing(replace(ctx, slot=board.slot(0))) as watched:
+        for step in (1, 2, 3):
+            if step == 2 and ctx.rank == 1:
+                board.request_stop()
+            stopped += [step] if watched.end_step({"step": step}) else []
+        watched.settle()
+    return stopped
+
+
+@pytest.mark.dist
+def test_an_agents_request_to_stop_reaches_the_ranks_of_all_hosts() -> None:
+    assert run_world(stop_as_an_agent_asks, sizes=(2, 1)) == [[3], [3]]
+
+
+def test_phases_are_left_as_they_were_entered(tmp_path: Path) -> None:
+    names = ("", "metrics.jsonl", "data", "export", "checkpoints", "attempt-0", "beat")
+    paths = RunPaths(*(tmp_path / name for name in names))
+    slot = Board.create(1).slot(0)
+    ctx = RunContext(0, 1, 0, 1, 0, ("node0",), device=None, mesh=None, paths=paths, slot=slot)  # type: ignore[arg-type]
+    ctx.phase("optimizer")
+    with ctx.timed("evaluation"):
+        assert slot.read().phase == "evaluation"
+        with contextlib.suppress(ValueError), ctx.timed("checkpoint"):
+            assert slot.read().phase == "checkpoint"
+            raise ValueError("an error does not keep the phase")
+        assert slot.read().phase == "evaluation"
+    assert slot.read().phase == "optimizer"
+    seen: list[str] = []
+    ctx.end_step({"step": 4, "loss": mean(1.0)})
+    ctx.step_hooks.append(lambda step: seen.append(f"{slot.read().step} {slot.read().phase}"))
+    ctx.end_step({"loss": mean(1.0)})  # a step without a number is counted
+    assert seen == ["2 training"]
+    assert not ctx.stop_requested
+    ctx.stop_requested = True
+    assert ctx.stop_requested
+    ctx.settle()
+    assert slot.read().phase == "ended"
+    ctx.close()

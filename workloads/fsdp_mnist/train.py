@@ -86,16 +86,20 @@ def train(
     ctx.start_steps()
     for epoch in itertools.count(1):
         lr = schedule.get_last_lr()[0]
+        ctx.phase("data")
         for images_BCHW, labels_B in batches.epoch(epoch):
             step += 1
             images_BCHW = images_BCHW.to(device, dtype, non_blocking=True)  # from pinned memory
             labels_B = labels_B.to(device, non_blocking=True)
             optimizer.zero_grad()
+            ctx.phase("forward")
             with autocast(config, device):
                 logits_BK = model(images_BCHW)
             # The mean over this rank's samples; FSDP2 and DDP average the gradients over the ranks as they reduce them.
             loss = F.cross_entropy(logits_BK.to(dtype), labels_B)
+            ctx.phase("backward")
             loss.backward()
+            ctx.phase("optimizer")
             optimizer.step()
 
             right = (logits_BK.argmax(1) == labels_B).double().mean()
@@ -126,10 +130,12 @@ def train(
                 return {"stopped_at_step": step}
             if step == total_steps:
                 break
+            ctx.phase("data")
         if step == total_steps:
             break
         schedule.step()
 
+    ctx.phase("finishing")
     timing = ctx.timing()
     median_seconds = timing["step_seconds"]
     memory = measure(model, optimizer, device, alone)

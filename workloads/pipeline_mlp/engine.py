@@ -91,6 +91,7 @@ class Engine:
         loss: (last stage's output, targets) of one microbatch -> a scalar, the mean over its samples.
         example: one microbatch of the first stage's input, on this rank's device. Its shape and dtype matter only on
             the rank with the first stage: along the pipeline each stage, given zeros once, announces what it gives.
+        phase: told "forward" and "backward" as training turns to them, waiting for their input included.
 
     Raises:
         WorkloadError: a stage cannot take what the one before gives, or gives what cannot be handed on; or the first
@@ -106,8 +107,10 @@ class Engine:
         group: dist.ProcessGroup,
         loss: Loss,
         example: Tensor,
+        phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.rank = dist.get_rank(group)
+        self.phase = phase
         self.schedule, self.group, self.device = schedule, group, example.device
         stages = schedule.stages_on(self.rank)
         if dist.get_world_size(group) != schedule.ranks or len(stages) != len(modules):
@@ -303,6 +306,8 @@ class _Execution:
         while at < len(actions):
             action = actions[at]
             if action.kind in COMPUTE:
+                if self._training:
+                    self._engine.phase(action.kind.partition("_")[0])
                 getattr(self, f"_{action.kind}")(action.stage, action.microbatch)
                 at += 1
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class TorchEngine:
         group: dist.ProcessGroup,
         loss: Loss,
         example: Tensor,
+        phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         problem = torch_refusal(schedule.name, schedule.ranks, schedule.microbatches)
         if problem:
@@ -58,6 +59,8 @@ class TorchEngine:
             _TimedStage(module, stage, schedule.stages, example.device, group=group)
             for stage, module in zip(schedule.stages_on(self.rank), modules, strict=True)
         ]
+        for stage in self._stages:
+            stage.phase = phase
         last = self._stages[-1]
 
         def timed_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -92,6 +95,7 @@ class TorchEngine:
 class _TimedStage(PipelineStage):
     """Notes when its microbatches are computed, and how many are held."""
 
+    phase: Callable[[str], None] = staticmethod(lambda name: None)
     _events: list[Event] | None = None
 
     def begin(self, events: list[Event] | None, zero: float, rank: int) -> None:
@@ -99,6 +103,7 @@ class _TimedStage(PipelineStage):
         self._held = self.peak = 0
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.phase("forward")
         began = self._now()
         cause: BaseException | None = None
         try:
@@ -122,6 +127,7 @@ class _TimedStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> Any:
+        self.phase("backward")
         began = self._now()
         try:
             return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
@@ -130,6 +136,7 @@ class _TimedStage(PipelineStage):
             self._note("backward" if full_backward else "backward_input", bwd_chunk_id, began)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.phase("backward")
         began = self._now()
         try:
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)

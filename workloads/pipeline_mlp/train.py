@@ -58,20 +58,21 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
 
     rows = config.global_batch_size // (config.dp * config.microbatches)
     example = torch.empty(rows, wide[0], dtype=dtype, device=device)
-    engine = Engine(list(modules), schedule, pipeline, samples.loss, example)
-    trainer = (
-        TorchEngine(list(modules), schedule, pipeline, samples.loss, example) if config.engine == "torch" else engine
-    )
+    parts = (list(modules), schedule, pipeline, samples.loss, example, ctx.phase)
+    engine = Engine(*parts)
+    trainer = TorchEngine(*parts) if config.engine == "torch" else engine
     if ctx.rank == 0:
         _say(config, ctx, samples, schedule, wide)
 
     measured: list[Step] = []
     ctx.start_steps()
     for step in range(1, config.steps + 1):
+        ctx.phase("data")
         x_BD, y_B = next(batches)
         optimizer.zero_grad()
         record = config.timeline and step > config.steps - MEASURED_STEPS
         done = trainer.step(x_BD, y_B, record=record)
+        ctx.phase("optimizer")
         average_gradients(modules, replicas)
         optimizer.step()
         if record:
@@ -93,6 +94,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         if ctx.end_step(metrics) and step < config.steps:
             return {"stopped_at_step": step}
 
+    ctx.phase("finishing")
     timing = ctx.timing()
     median_seconds = timing["step_seconds"]
     result: dict[str, Any] = {

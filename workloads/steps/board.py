@@ -31,6 +31,7 @@ PHASES = (
     "evaluation",
     "checkpoint",
     "end_step",
+    "finishing",
     "ended",
     "other",
 )
@@ -141,6 +142,11 @@ class Slot:
             return None
         slot.reset()
         return slot
+
+    @classmethod
+    def unwatched(cls) -> Slot:
+        """A slot that nobody else sees, where no agent gave one."""
+        return cls(memoryview(bytearray(8 * _SLOT)).cast("q"), memoryview(bytes(8)).cast("q"))
 
     def reset(self) -> None:
         """Starts anew: no step has ended, and the phase is "starting"."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workloads.errors import NonFiniteError, WorkloadError, first_few, spoken_for
 from workloads.metric import Metric, PerSecond, Reduced
+from workloads.steps.board import Slot
 from workloads.steps.clock import StepClock, StepTime
 from workloads.steps.garbage import StepCollector
 from workloads.steps.recorder import Recorder
@@ -46,10 +47,17 @@ class StepEnds:
     """
 
     def __init__(
-        self, rank: int, hosts: Sequence[str], device: Any, cpu_group: Any, clock: StepClock, recorder: Recorder
+        self,
+        rank: int,
+        hosts: Sequence[str],
+        device: Any,
+        cpu_group: Any,
+        clock: StepClock,
+        recorder: Recorder,
+        slot: Slot,
     ) -> None:
         self.rank, self.hosts, self.device, self.cpu_group = rank, hosts, device, cpu_group
-        self.clock, self.recorder = clock, recorder
+        self.clock, self.recorder, self.slot = clock, recorder, slot
         recorder.before_writing = self._read_if_there  # a long step's line needn't wait for the next one's end
         self._reading = threading.Lock()
         self._collector = StepCollector()
@@ -65,6 +73,7 @@ class StepEnds:
         """See RunContext.end_step."""
         from workloads.steps.reduction import reduce
 
+        self.slot.enter("end_step")
         self.check()
         stop, self._stop = self._stop, False
 
@@ -78,11 +87,13 @@ class StepEnds:
 
         self._number += 1
         step = plain.get("step", "?")
-        self.stopped_at = (step if isinstance(step, int) else self._number) if stop else None
+        number = step if isinstance(step, int) else self._number
+        self.stopped_at = number if stop else None
+        self.slot.end_step(number)
         self.recorder.end_step(step)
         self._collector.end_step()
         for hook in hooks:
-            hook(step if isinstance(step, int) else self._number)
+            hook(number)
         self._pending = _Step(plain, reduced, names, reduction, self.clock.end_step())
         return stop
 

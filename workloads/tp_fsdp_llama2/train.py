@@ -134,15 +134,20 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     ) as batches:
         ctx.start_steps()
         for step in range(1, config.steps + 1):
+            ctx.phase("data")
             lr = schedule.get_last_lr()[0]
             loss = torch.zeros((), dtype=torch.float64, device=device)
             for index, tokens in enumerate(islice(batches, accumulation)):
+                ctx.phase("forward")
                 if last_pass_only:
                     _sync_gradients(model, index == accumulation - 1)
                 # The mean over this coordinate's tokens of the step; FSDP2 takes the mean over dp as it reduces.
                 pass_loss = model(tokens[:, :-1], tokens[:, 1:]) / (tokens_per_step // dp)
+                ctx.phase("backward")
                 pass_loss.backward()
                 loss += pass_loss.detach()
+                ctx.phase("data")
+            ctx.phase("optimizer")
             norm, local_norm = clip_by_global_norm_(model.parameters(), config.grad_clip, mesh)
             optimizer.step()
             schedule.step()
@@ -164,6 +169,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             if ctx.end_step(metrics) and step < config.steps:
                 return {"stopped_at_step": step}
 
+    ctx.phase("finishing")
     heldout = evaluate() if heldout is None else heldout
     timing = ctx.timing()
     median_seconds = timing["step_seconds"]
