@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from jobs.errors import ClusterConfigError, did_you_mean
 from jobs.settings import build, read_yaml
 from jobs.slurm import options
-from jobs.spec import MOST_GPUS, MOST_NODES, ExecutorName, parse_minutes, parse_ports
+from jobs.spec import MOST_GPUS, MOST_NODES, CpuBinding, ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 from workloads.meanings import meanings
 
@@ -77,6 +77,8 @@ class ClusterConfig(StrictModel):
     """Ports that rank 0 may listen on, such as 29500-29599; none = whichever is free."""
     threads_per_rank: int = Field(default=1, ge=1, le=10**4)
     """CPU threads of each rank's tensor operations."""
+    cpu_binding: CpuBinding = "auto"
+    """Whether the CPUs of a host are divided among its ranks, near each one's GPU (auto), or shared (none)."""
     rendezvous_timeout_s: float = Field(default=300, gt=0, le=10**7)
     """Seconds in which all ranks must have found each other."""
     collective_timeout_s: float = Field(default=600, gt=0, le=10**7)

@@ -12,6 +12,7 @@ from workloads.base import Shape, StrictModel
 from workloads.errors import first_few
 
 ExecutorName = Literal["slurm", "local", "debug"]
+CpuBinding = Literal["auto", "none"]
 
 RESOLVER = "timeout:1 attempts:1"
 """RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
@@ -81,6 +82,8 @@ class JobSpec(StrictModel):
     """Environment variables for every rank."""
     threads_per_rank: int = Field(default=1, ge=1)
     """CPU threads of a rank's tensor operations. Part of the job, since it changes the last bits of results."""
+    cpu_binding: CpuBinding = "auto"
+    """Whether an agent divides its host's CPUs among its ranks (`jobs.agent.binding`)."""
     rendezvous_timeout_s: float = Field(default=300, gt=0)
     """Seconds in which all ranks must have found each other."""
     collective_timeout_s: float = Field(default=600, gt=0)

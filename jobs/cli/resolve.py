@@ -124,6 +124,7 @@ def resolve(given: Options) -> Resolved:
         import_path=import_path,
         env=env,
         threads_per_rank=flags.threads_per_rank or cluster.threads_per_rank,
+        cpu_binding=cluster.cpu_binding,
         rendezvous_timeout_s=cluster.rendezvous_timeout_s,
         collective_timeout_s=cluster.collective_timeout_s,
         interface=cluster.interface,
