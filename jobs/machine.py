@@ -54,24 +54,37 @@ def available_memory_bytes(own_groups: Path = Path("/proc/self/cgroup"), mounted
         mounted: where they are mounted.
     """
     limits: list[float] = [_available_by_kernel()]
+    for root, group, version in memory_groups(own_groups, mounted):
+        names = (
+            ("memory.max", "memory.current", "inactive_file")
+            if version == 2
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        )
+        # In a container that has only its own part mounted, the upper part of the path is not there.
+        limits += [_available_in(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return int(min(limits))
+
+
+def memory_groups(
+    own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> list[tuple[Path, Path, int]]:
+    """The control groups that may count this process's memory: the root of each one's tree, its folder, and 1 or 2.
+
+    Args:
+        own_groups: the groups that this process is in (cgroups(7)).
+        mounted: where they are mounted.
+    """
     try:
         lines = own_groups.read_text().splitlines()
     except OSError:
-        lines = []
+        return []
+    found = []
     for _, controllers, own in (line.split(":", 2) for line in lines):
         if controllers == "":
-            root, names = mounted, ("memory.max", "memory.current", "inactive_file")
+            found.append((mounted, mounted / own.lstrip("/"), 2))
         elif "memory" in controllers.split(","):
-            root, names = (
-                mounted / "memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
-        else:
-            continue
-        # In a container that has only its own part mounted, the upper part of the path is not there.
-        group = root / own.lstrip("/")
-        limits += [_available_in(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(root)]
-    return int(min(limits))
+            found.append((mounted / "memory", mounted / "memory" / own.lstrip("/"), 1))
+    return found
 
 
 def _available_in(group: Path, limit_file: str, used_file: str, reclaimable: str) -> float:
