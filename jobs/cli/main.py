@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
 
-from jobs.cli import interrupts, options
+from jobs.cli import commands, interrupts, options
 from jobs.cli.console import Console
 from jobs.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_USER_ERROR,
     USER_ERRORS,
-    CommandLineError,
     Interrupted,
     JobFailed,
     OutputLost,
     SubmissionUnknown,
-    did_you_mean,
     one_line,
 )
-from workloads import registry
 
 
 def main(argv: Sequence[str]) -> int:
@@ -94,26 +92,6 @@ def _line(mistake: Exception) -> str:
 
 
 def _dispatch(given: options.Options, console: Console) -> int:
-    known = f"known: {', '.join(registry.BUILT_IN)}; your own: package.module:ENTRY"
-    if not given.words:
-        raise CommandLineError(f"which workload? {known}; see submit.py --help")
-    first = given.words[0]
-    if first == "list":
-        from jobs.cli.verbs.list import run
-
-        return run(given, console)
-    if first == "wait":
-        from jobs.cli.verbs.wait import run as wait
-
-        return wait(given, console)
-    if first in options.VERBS:
-        raise CommandLineError(f"'{first}' is a reserved word, and this version does nothing for it yet; see --help")
-    if ":" not in first and first not in registry.BUILT_IN:
-        if "=" in first:
-            key = first.partition("=")[0]
-            raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
-        close = did_you_mean(first, (*registry.BUILT_IN, *options.VERBS))
-        raise CommandLineError(f"'{first}': no such workload{close}; {known}")
-    from jobs.cli.verbs.launch import run as launch
-
-    return launch(given, console)
+    verb = commands.choose(given.words, given.flags())
+    code: int = importlib.import_module(verb.module).run(given, console)
+    return code

@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from jobs.cli import commands
 from jobs.errors import CommandLineError, did_you_mean
-
-VERBS = (
-    *("list", "plan", "status", "logs", "explain", "cancel", "resume"),
-    *("resubmit", "report", "compare", "doctor", "wait", "clean"),
-)
-"""Words that are never a workload's name. Those that do nothing yet say so."""
 
 SLURMS_SHORT = {
     **{"-N": "--nodes", "-p": "--partition", "-A": "--account", "-q": "--qos", "-t": "--time", "-J": "--job-name"},
@@ -24,23 +19,7 @@ SLURMS_LONG = (
     *("--mail-", "--exclusive", "--constraint", "--reservation", "--dependency", "--begin", "--comment", "--nodelist"),
     *("--exclude", "--mem", "--signal", "--hold", "--requeue", "--no-requeue", "--nice", "--licenses", "--export"),
 )
-"""What hands that are used to sbatch type; the answer says how it is said here."""
-
-USAGE = """\
-submit.py WORKLOAD [options] [key=value ...]
-       submit.py list [WORKLOAD]
-       submit.py wait RUN"""
-
-EPILOG = """\
-examples:
-  submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200 model.dim=512
-  submit.py tp_fsdp --executor local --dry-run
-  submit.py list tp_fsdp          the workload's settings: type, default, meaning
-  submit.py my_package.my_module:ENTRY --gpus-per-node 2
-  submit.py wait runs/NAME        follows a job that runs, or says how it ended
-
-exit codes: 0 done, 1 the job failed, 2 your mistake, 130 interrupted
-"""
+"""What people who know sbatch type; the refusal says what to write here."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +27,7 @@ class Options:
     """The command line, split but not yet validated: numbers are still text."""
 
     words: list[str] = field(default_factory=list)
-    """The workload or verb, then what follows it."""
+    """The verb or the workload, then what follows it."""
     nodes: str | None = None
     gpus_per_node: str | None = None
     cluster: str | None = None
@@ -68,7 +47,13 @@ class Options:
     profile_memory: bool = False
     dry_run: bool = False
     wait: bool | None = None
-    as_json: bool = False
+    json: bool = False
+
+    def flags(self) -> list[str]:
+        """The names of the flags that were given: `--nodes`, `--no-wait`."""
+        given = [name for name, value in vars(self).items() if name != "words" and value not in (None, [], False)]
+        switched_off = ["--no-wait"] if self.wait is False else []
+        return [f"--{name.replace('_', '-')}" for name in given] + switched_off
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,69 +82,28 @@ class _Once(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
+    verbs = (commands.LAUNCH, *commands.VERBS)
+    width = max(len(f"{verb.name} {verb.usage}") for verb in commands.VERBS)
     parser = _Parser(
         prog="submit.py",
-        usage=USAGE,
-        epilog=EPILOG,
-        description="Runs a workload on a Slurm cluster or on this machine: one line, one job, one rank per GPU.",
+        usage="\n       ".join(map(commands.line_of, verbs)),
+        epilog=commands.EPILOG,
+        description=commands.DESCRIPTION
+        + f"\n\nWORKLOAD is {commands.LAUNCH.meaning}.\n\nverbs:\n"
+        + "\n".join(f"  {f'{verb.name} {verb.usage}':<{width}}  {verb.meaning}" for verb in commands.VERBS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="WORKLOAD [key=value ...]",
-        help="a built-in (see list) or package.module:ENTRY, and its settings",
-    )
-
-    def one(flag: str, metavar: str, text: str) -> None:
-        parser.add_argument(flag, metavar=metavar, action=_Once, help=text)
-
-    def switch(flag: str, text: str, **more: Any) -> None:
-        parser.add_argument(flag, help=text, **({"action": "store_true"} | more))
-
-    one("--nodes", "N", "hosts (default: the cluster config's)")
-    one("--gpus-per-node", "G", "GPUs, and so ranks, on each host (default: the cluster config's)")
-    one("--cluster", "NAME|PATH", "cluster_configs/NAME.yaml here, then the shipped one; or a path")
-    one(
-        "--executor",
-        "auto|slurm|local|debug",
-        "auto = slurm where sbatch is on PATH, else local; debug = one rank in this very process",
-    )
-    one("--config", "FILE", "settings as YAML; key=value on the line wins over it, it wins over the defaults")
-    one("--time", "TIME", "time limit: minutes (90), 12:30:00 or 2-12")
-    one("--partition", "NAME", "Slurm partition")
-    one("--account", "NAME", "Slurm account")
-    one("--qos", "NAME", "Slurm quality of service")
-    one("--job-name", "NAME", "the job's name in Slurm's queue (default: the workload's)")
-    switch(
-        "--sbatch",
-        "any other option of sbatch by its long name, such as mail-user=me@site or exclusive; may be repeated",
-        metavar="KEY[=VALUE]",
-        action="append",
-        default=[],
-    )
-    one("--threads-per-rank", "T", "CPU threads of each rank's tensor operations (default: the cluster config's)")
-    switch(
-        "--env",
-        "environment variable for every rank; may be repeated",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-    )
-    one("--run-dir", "DIR", "default: runs/<utc time>-<workload>-<short id>; never a non-empty one")
-    one("--profile", "FIRST:LAST", "profile these steps, both included, counted from 1: trace and top operators")
-    one("--profile-ranks", "R,R|all", "the ranks that are profiled (default: 0)")
-    switch("--profile-memory", "also a snapshot of CUDA's memory over those steps")
-    switch("--dry-run", "print the resolved job, the mesh and the exact submission; run and write nothing")
-    switch(
-        "--wait",
-        "follow the job to its end, however long it queues (default: local jobs only). Ctrl-C ends a local job, and "
-        "leaves a Slurm job running; `submit.py wait RUN` comes back to it",
-        action=_OnceOrNot,
-        default=None,
-    )
-    switch("--json", "one JSON object on stdout, everything else on stderr", dest="as_json")
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    kinds: dict[str, dict[str, Any]] = {
+        "once": {"action": _Once},
+        "repeated": {"action": "append", "default": []},
+        "switch": {"action": "store_true"},
+        "yes or no": {"action": _OnceOrNot, "default": None},
+    }
+    for flag in commands.flags():
+        value = {"metavar": flag.value} if flag.value else {}
+        parser.add_argument(flag.name, help=flag.meaning, **{**kinds[flag.kind], **value})
     return parser
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.errors import CommandLineError
 from workloads import registry
 
 
@@ -18,18 +17,7 @@ def run(given: Options, console: Console) -> int:
     Returns:
         The exit code, 0.
     """
-    other = [
-        name
-        for name, value in vars(given).items()
-        if name not in ("words", "as_json") and value not in (None, [], False)
-    ]
-    if other:
-        raise CommandLineError(
-            f"list takes no --{other[0].replace('_', '-')}; write submit.py list [WORKLOAD] [--json]"
-        )
     names = given.words[1:]
-    if len(names) > 1:
-        raise CommandLineError(f"list takes one workload, {len(names)} were given")
     if not names:
         summaries = {name: built_in.summary for name, built_in in registry.BUILT_IN.items()}
         width = max(map(len, summaries))

@@ -9,8 +9,6 @@ from jobs.cli.watch import watch
 from jobs.errors import CommandLineError
 from jobs.runs.find import find, submission, why_not_submitted
 
-USE = "write submit.py wait RUN [--json]"
-
 
 def run(given: Options, console: Console) -> int:
     """Follows the job of a run directory to its end.
@@ -21,15 +19,7 @@ def run(given: Options, console: Console) -> int:
     Raises:
         CommandLineError: there is no such run, or nothing to wait for.
     """
-    for name, value in vars(given).items():
-        if name not in ("words", "as_json") and value not in (None, [], False):
-            raise CommandLineError(f"--{name.replace('_', '-')} means nothing to wait; {USE}")
-    if given.wait is False:
-        raise CommandLineError(f"--no-wait means nothing to wait; {USE}")
-    names = given.words[1:]
-    if len(names) != 1:
-        raise CommandLineError(f"wait takes one run directory, {len(names) or 'none'} were given; {USE}")
-    run_dir = find(names[0])
+    run_dir = find(given.words[1])
     submitted = submission(run_dir)
     if submitted is None:
         record = run_dir.recorded()

@@ -17,9 +17,9 @@ JOB = json.dumps({"workload": "mine", "settings": {"steps": 9}, "resources": {"n
 DEBUG = json.dumps({"workload": "mine", "executor": "debug"})
 RUN = {"run/job.json": JOB, "run/submission.json": "{}"}
 BAD = [
-    Bad(["wait"], ["wait takes one run directory, none were given", "submit.py wait RUN"]),
-    Bad(["wait", "a", "b"], ["wait takes one run directory, 2 were given"]),
-    Bad(["wait", "run", "steps=3"], ["wait takes one run directory, 2 were given"], RUN),
+    Bad(["wait"], ["wait takes one word after it and got none; write submit.py wait RUN"]),
+    Bad(["wait", "a", "b"], ["wait takes one word after it and got 2"]),
+    Bad(["wait", "run", "steps=3"], ["wait takes one word after it and got 2"], RUN),
     Bad(["wait", ""], ["'': is no run directory (an unset shell variable?)"]),
     Bad(["wait", "gone"], ["'gone': no such run directory, here or below ./runs"]),
     Bad(["wait", "20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
@@ -34,11 +34,11 @@ BAD = [
         ["ran with --executor debug, in its own command line"],
         {"run/job.json": DEBUG, "run/result.json": "{}"},
     ),
-    Bad(["wait", "run", "--nodes", "2"], ["--nodes means nothing to wait"], RUN),
-    Bad(["wait", "run", "--wait"], ["--wait means nothing to wait"], RUN),
-    Bad(["wait", "run", "--no-wait"], ["--no-wait means nothing to wait"], RUN),
-    Bad(["wait", "run", "--dry-run"], ["--dry-run means nothing to wait"], RUN),
-    Bad(["wait", "run", "--run-dir", "x"], ["--run-dir means nothing to wait"], RUN),
+    Bad(["wait", "run", "--nodes", "2"], ["--nodes: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),
+    Bad(["wait", "run", "--wait"], ["--wait: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),
+    Bad(["wait", "run", "--no-wait"], ["--no-wait: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),
+    Bad(["wait", "run", "--dry-run"], ["--dry-run: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),
+    Bad(["wait", "run", "--run-dir", "x"], ["--run-dir: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),
     Bad(["wiat", "run"], ["'wiat'", "did you mean 'wait'?"]),
 ]
 

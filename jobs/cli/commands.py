@@ -1,0 +1,169 @@
+"""The one table of verbs: how each is written, which file runs it, which flags it takes. --help is made from it.
+
+A new verb is one row here and one file in jobs/cli/verbs, which has `run(given: Options, console: Console) -> int`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from jobs.errors import CommandLineError, did_you_mean
+from workloads import registry
+
+
+class Flag(NamedTuple):
+    name: str
+    value: str
+    """What stands for the value in --help; empty for a switch."""
+    meaning: str
+    kind: Literal["once", "repeated", "switch", "yes or no"] = "once"
+
+
+class Verb(NamedTuple):
+    name: str
+    module: str
+    usage: str
+    """What follows the verb's name on the line."""
+    meaning: str
+    flags: tuple[Flag, ...]
+    least: int = 0
+    """The fewest words that follow the name."""
+    most: int | None = None
+    """The most; None if there is no limit."""
+
+
+JSON = Flag("--json", "", "one JSON object on stdout, everything else on stderr", "switch")
+_LAUNCH = (
+    Flag("--nodes", "N", "hosts (default: the cluster config's)"),
+    Flag("--gpus-per-node", "G", "GPUs, and so ranks, per host (default: the cluster config's)"),
+    Flag("--cluster", "NAME|PATH", "cluster_configs/NAME.yaml here, then the shipped one; or a path"),
+    Flag(
+        "--executor",
+        "auto|slurm|local|debug",
+        "auto = slurm where sbatch is on PATH, else local; debug = one rank in this very process",
+    ),
+    Flag("--config", "FILE", "settings as YAML; key=value on the command line wins over the file"),
+    Flag("--time", "TIME", "time limit: minutes (90), 12:30:00 or 2-12"),
+    Flag("--partition", "NAME", "Slurm partition"),
+    Flag("--account", "NAME", "Slurm account"),
+    Flag("--qos", "NAME", "Slurm quality of service"),
+    Flag("--job-name", "NAME", "the job's name in Slurm's queue (default: the workload's)"),
+    Flag(
+        "--sbatch",
+        "KEY[=VALUE]",
+        "any other option of sbatch by its long name, such as mail-user=me@site or exclusive; may be repeated",
+        "repeated",
+    ),
+    Flag("--threads-per-rank", "T", "CPU threads per rank for tensor operations (default: the cluster config's)"),
+    Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
+    Flag("--run-dir", "DIR", "a new or empty run directory (default: runs/<utc time>-<workload>-<short id>)"),
+    Flag("--profile", "FIRST:LAST", "profile these steps, both included, counted from 1: trace and top operators"),
+    Flag("--profile-ranks", "R,R|all", "the ranks to profile (default: 0)"),
+    Flag("--profile-memory", "", "also take a snapshot of CUDA memory over those steps", "switch"),
+    Flag("--dry-run", "", "print the resolved job, the mesh and the exact submission; run and write nothing", "switch"),
+    Flag(
+        "--wait",
+        "",
+        "follow the job to its end, however long it queues (default: local jobs only). Ctrl-C ends a local job, and "
+        "leaves a Slurm job running; `submit.py wait RUN` comes back to it",
+        "yes or no",
+    ),
+)
+
+LAUNCH = Verb(
+    "WORKLOAD",
+    "jobs.cli.verbs.launch",
+    "[options] [key=value ...]",
+    "a built-in (see list) or package.module:ENTRY, and its settings",
+    (*_LAUNCH, JSON),
+)
+"""What a line without a verb does."""
+VERBS = (
+    Verb(
+        "list",
+        "jobs.cli.verbs.list",
+        "[WORKLOAD]",
+        "lists the workloads, or a workload's settings: type, default, meaning",
+        (JSON,),
+        most=1,
+    ),
+    Verb(
+        "wait",
+        "jobs.cli.verbs.wait",
+        "RUN",
+        "follows the job of a run directory (its path, or its name in ./runs), or says how it ended",
+        (JSON,),
+        least=1,
+        most=1,
+    ),
+)
+RESERVED = (
+    *("plan", "status", "logs", "explain", "cancel", "resume", "resubmit", "report", "compare", "doctor", "clean"),
+)
+"""Words that will be verbs; no workload is called so."""
+
+DESCRIPTION = "Runs a workload on a Slurm cluster or on this machine: one line, one job, one rank per GPU."
+EPILOG = """\
+examples:
+  submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200 model.dim=512
+  submit.py tp_fsdp --executor local --dry-run
+  submit.py my_package.my_module:ENTRY --gpus-per-node 2
+  submit.py wait runs/NAME
+
+exit codes: 0 done, 1 the job failed, 2 your mistake, 130 interrupted
+"""
+
+
+def flags() -> list[Flag]:
+    """Every flag of every verb, once."""
+    return list(dict.fromkeys(flag for verb in (LAUNCH, *VERBS) for flag in verb.flags))
+
+
+def line_of(verb: Verb) -> str:
+    """How a verb is written, without its flags: `submit.py wait RUN`."""
+    return f"submit.py {verb.name} {verb.usage}"
+
+
+def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
+    """The verb that a command line means.
+
+    Args:
+        words: the words of the line that are no flags.
+        given_flags: the names of its flags.
+
+    Raises:
+        CommandLineError: there is no such verb or workload, or it does not take these flags, or so many words.
+    """
+    known = f"known: {', '.join(registry.BUILT_IN)}; your own: package.module:ENTRY"
+    if not words:
+        raise CommandLineError(f"which workload? {known}; see submit.py --help")
+    first = words[0]
+    by_name = {verb.name: verb for verb in VERBS}
+    if first in by_name:
+        _check(by_name[first], words[1:], given_flags)
+        return by_name[first]
+    if first in RESERVED:
+        raise CommandLineError(f"'{first}' is reserved, and this version has no such verb; see submit.py --help")
+    if ":" not in first and first not in registry.BUILT_IN:
+        if "=" in first:
+            key = first.partition("=")[0]
+            raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
+        close = did_you_mean(first, (*registry.BUILT_IN, *by_name))
+        raise CommandLineError(f"'{first}': no such workload or verb{close}; {known}")
+    _check(LAUNCH, words, given_flags)
+    return LAUNCH
+
+
+def _check(verb: Verb, words: Sequence[str], given_flags: Sequence[str]) -> None:
+    """Refuses the flags of other verbs, and too many or too few words."""
+    for name in given_flags:
+        takers = [v for v in (LAUNCH, *VERBS) if name.replace("--no-", "--", 1) in [flag.name for flag in v.flags]]
+        if verb not in takers:
+            theirs = " and ".join(f"submit.py {taker.name}" for taker in takers)
+            raise CommandLineError(f"{name}: is a flag of {theirs}, not of submit.py {verb.name}; leave it out")
+    if len(words) < verb.least or (verb.most is not None and len(words) > verb.most):
+        takes = "one word" if verb.least else "at most one word"
+        raise CommandLineError(
+            f"{verb.name} takes {takes} after it and got {len(words) or 'none'}; write {line_of(verb)}"
+        )
