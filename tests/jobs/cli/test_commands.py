@@ -1,0 +1,50 @@
+"""The table of verbs: a verb is one row and one file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+
+import pytest
+
+from jobs.cli import commands
+from jobs.cli.main import main
+
+
+@pytest.mark.parametrize("verb", [commands.LAUNCH, *commands.VERBS], ids=lambda verb: verb.name)
+def test_every_verb_has_its_file(verb: commands.Verb) -> None:
+    assert callable(importlib.import_module(verb.module).run)
+
+
+def test_a_row_and_a_file_are_a_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = types.ModuleType("greet")
+    module.run = lambda given, console: console.say(f"hello {given.words[1]}, {given.nodes}") or 7  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "greet", module)
+    nodes = commands.LAUNCH.flags[0]
+    greet = commands.Verb("greet", "greet", "WHOM", "greets somebody", (nodes, commands.JSON), least=1, most=1)
+    monkeypatch.setattr(commands, "VERBS", (*commands.VERBS, greet))
+    assert main(["--nodes=x", "greet", "you"]) == 7
+    assert capsys.readouterr().out == "hello you, x\n"
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "submit.py greet WHOM\n" in shown
+    assert shown.count("--nodes N ") == 1
+    for line, refusal in (
+        ("greet you --qos a", "--qos: is a flag of submit.py WORKLOAD, not of submit.py greet; leave it out"),
+        (
+            "list --nodes 2",
+            "--nodes: is a flag of submit.py WORKLOAD and submit.py greet, not of submit.py list; leave",
+        ),
+        ("greet", "greet takes one word after it and got none; write submit.py greet WHOM"),
+        ("greeet you", "'greeet': no such workload or verb (did you mean 'greet'?)"),
+    ):
+        assert main(line.split()) == 2
+        assert capsys.readouterr().err.startswith(f"meshrun: error: {refusal}")
+
+
+def test_help_shows_every_verb_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for words in (*(verb.meaning for verb in commands.VERBS), *(flag.name for flag in commands.flags())):
+        assert words in shown
