@@ -4,7 +4,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
     job.json            the job as resolved: workload, every setting, shape, environment
     settings.yaml       the workload's settings alone; `--config` takes it
     submission.json     which job of the scheduler's, or process of this machine, it became
-    metrics.jsonl       one line a step, from rank 0
+    metrics.jsonl       a link to the newest attempt's
     result.json         how the whole run ended
     data/ export/ checkpoints/
     slurm.log           Slurm's own words, and what the site's set-up printed
@@ -17,7 +17,8 @@ runs/20261122-081530-tp_fsdp-3f9c/
         profile/rank-0.json.gz  with --profile: a rank's trace; rank-0.txt its operators; rank-0-memory.pickle
         supervisor.log      the local executor's own words
         srun.log            srun's own words
-        metrics.jsonl result.json   an earlier attempt's, moved here when the next one began
+        metrics.jsonl       one line per step, from rank 0
+        result.json         an earlier attempt's, moved here when the next one began
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def _written_beside(path: Path, text: str) -> Iterator[Path]:
     """Inside, the text is whole in a file beside `path`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    beside = _beside(path)
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -78,6 +79,11 @@ def _written_beside(path: Path, text: str) -> Iterator[Path]:
         raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that nobody else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -323,19 +329,26 @@ class RunDirectory:
                 taken.unlink()
 
     def begin(self, attempt: int) -> None:
-        """Puts aside what an earlier attempt left at the top, so that what is there is this attempt's.
+        """Makes what is at the top this attempt's: a link to its metrics, and no earlier attempt's result.
 
-        For rank 0, before anything of this attempt is written there; calling it again changes nothing.
+        For rank 0, before anything of this attempt is written there; calling it again changes nothing, and neither
+        does an attempt that has a successor. A file system that has no symbolic links gets none.
         """
+        if self.attempt(attempt + 1).path.exists():
+            return
         author = (self.recorded() or {}).get("attempt", 0)
-        # An attempt may have ended before its rank 0 came here: then the metrics are of one before that.
-        steps_ended = (number for number in range(attempt + 1) if self.attempt(number).heartbeat(0).exists())
-        for path, owner in ((self.metrics, max(steps_ended, default=0)), (self.result, author)):
-            aside = self.attempt(owner).path / path.name
-            if owner < attempt and path.exists() and not aside.exists():
-                aside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
-                    path.rename(aside)
+        aside = self.attempt(author).path / self.result.name
+        if author < attempt and self.result.exists() and not aside.exists():
+            aside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self.result.rename(aside)
+        beside = _beside(self.metrics)
+        # Relative, so that the link leads to the same file where the run directory is copied or moved to.
+        try:
+            beside.symlink_to(self.attempt(attempt).metrics.relative_to(self.path))
+            beside.replace(self.metrics)
+        except OSError:
+            beside.unlink(missing_ok=True)
 
     def attempt(self, number: int) -> Attempt:
         return Attempt(self.path / f"attempt-{number}", number)
@@ -359,7 +372,7 @@ class RunDirectory:
         """What one rank's workload is told of the names on disk."""
         return RunPaths(
             run_dir=self.path,
-            metrics=self.metrics,
+            metrics=self.attempt(attempt).metrics,
             data_dir=self.data,
             export_dir=self.path / "export",
             checkpoint_dir=self.path / "checkpoints",
@@ -381,6 +394,10 @@ class Attempt:
         for folder in (self.path, self.path / "failures", self.path / "done", self.path / "heartbeats"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     @property
     def rendezvous(self) -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from jobs import run_dir
 from jobs.errors import RunDirectoryError
-from jobs.run_dir import RunDirectory, default_run_dir, read_json, write_json, write_text
+from jobs.run_dir import RunDirectory, default_run_dir, open_regular, read_json, write_json, write_text
 
 
 def mode(path: Path) -> int:
@@ -197,8 +197,39 @@ def test_the_newest_attempt_is_the_largest_number(tmp_path: Path) -> None:
     assert run.last_attempt().number == 10
 
 
+def test_the_metrics_at_the_top_are_those_of_the_newest_attempt_that_came_so_far(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    for number in (0, 1, 3):  # of attempt 2 the ranks never met
+        run.attempt(number).make()
+        run.begin(number)
+        assert not run.metrics.exists()  # no step has ended
+        run.attempt(number).metrics.write_text(f"{number}\n")
+        run.begin(number)
+        assert run.metrics.read_text() == f"{number}\n"
+    run.begin(0)  # late, on a host that the scheduler gave up; its attempt's successor stands
+    assert run.metrics.read_text() == "3\n"
+    moved = RunDirectory(run.path.rename(tmp_path / "moved"))
+    with open_regular(moved.metrics) as file:
+        assert file.read() == b"3\n"
+    assert [path.read_text() for path in sorted(moved.path.glob("attempt-*/metrics.jsonl"))] == ["0\n", "1\n", "3\n"]
+    assert len(list(moved.path.iterdir())) == 4
+
+
+def test_a_file_system_without_symbolic_links_keeps_the_metrics_with_the_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "no symbolic links on this file system")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    run = RunDirectory(tmp_path)
+    run.attempt(0).make()
+    run.begin(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt-0"]
+
+
 def test_a_workload_is_told_the_same_names(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     paths = run.paths(3)
-    assert (paths.run_dir, paths.metrics, paths.data_dir) == (tmp_path, run.metrics, run.data)
+    assert (paths.run_dir, paths.metrics, paths.data_dir) == (tmp_path, run.attempt(3).metrics, run.data)
     assert paths.attempt_dir == run.attempt(3).path

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.console import Console
-from jobs.cli.progress import Display
+from jobs.cli.progress import Display, Tail
 from jobs.run_dir import RunDirectory
 
 STEPS = [
@@ -73,3 +73,18 @@ def test_what_torch_says_of_host_names_is_left_in_the_log(tmp_path: Path, capsys
     attempt.log(0).write_text(f"before\n{noise}\nafter\n")
     Display(run, Console(as_json=False)).update(ended=True)
     assert capsys.readouterr().out == "before\nafter\n"
+
+
+def test_steps_are_followed_from_attempt_to_attempt(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    tail = Tail(run.metrics)
+    followed = []
+    for attempt, steps in ((0, (1, 2)), (1, (1,))):
+        run.attempt(attempt).make()
+        run.begin(attempt)
+        assert not [*tail.lines()]
+        for step in steps:
+            with run.attempt(attempt).metrics.open("a") as file:
+                file.write(f"attempt {attempt} step {step}\n")
+            followed += tail.lines()
+    assert followed == ["attempt 0 step 1", "attempt 0 step 2", "attempt 1 step 1"]

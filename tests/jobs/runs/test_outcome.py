@@ -392,40 +392,21 @@ def test_a_record_that_names_a_rank_is_not_replaced_by_one_that_names_none(run: 
     assert judge(run, state=JobState("CANCELLED"))["error"].startswith("rank 3")
 
 
-def test_metrics_stay_with_the_attempt_that_wrote_them_though_a_later_one_has_died_before_it_began(
-    run: RunDirectory,
-) -> None:
-    run.metrics.write_text("earlier\n")
-    run.attempt(0).heartbeat(0).write_text("1\n")
-    judge(run)
-    run.attempt(1).make()
-    run.begin(2)
-    assert (run.attempt(0).path / "metrics.jsonl").read_text() == "earlier\n"
-    assert read_json(run.attempt(0).path / "result.json")["failure"]["rank"] == 3
-    assert not any((run.attempt(1).path / name).exists() for name in ("metrics.jsonl", "result.json"))
-    # What the attempt itself has written by then stays where it is.
-    run.metrics.write_text("own\n")
-    run.attempt(2).make().heartbeat(0).write_text("1\n")
-    run.begin(2)
-    assert run.metrics.read_text() == "own\n"
-
-
 def test_a_later_attempt_puts_aside_what_an_earlier_one_left(run: RunDirectory) -> None:
-    run.metrics.write_text("earlier\n")
     judge(run)
     run.begin(0)
-    assert run.metrics.exists()
-    run.begin(1)
-    run.begin(1)
-    assert not run.metrics.exists()
+    assert run.result.exists()
+    run.attempt(1).make()
+    run.begin(2)  # that of an attempt whose rank 0 did not get so far
+    run.begin(2)
     assert not run.result.exists()
-    assert (run.attempt(0).path / "metrics.jsonl").read_text() == "earlier\n"
+    assert not (run.attempt(1).path / "result.json").exists()
     assert read_json(run.attempt(0).path / "result.json")["failure"]["rank"] == 3
     # What the attempt itself has written by then stays where it is.
-    write_json(run.result, {"status": "done", "attempt": 1})
+    write_json(run.result, {"status": "done", "attempt": 2})
     (run.attempt(0).path / "result.json").unlink()
-    run.begin(1)
-    assert read_json(run.result) == {"status": "done", "attempt": 1}
+    run.begin(2)
+    assert read_json(run.result) == {"status": "done", "attempt": 2}
 
 
 # --- in the batch script ----------------------------------------------------------------------------------------------

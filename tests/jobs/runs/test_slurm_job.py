@@ -211,6 +211,8 @@ def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
 @pytest.mark.parametrize("first", ["NODE_FAIL", "PREEMPTED", "REQUEUED"])
 def test_a_job_that_slurm_starts_again_has_not_ended(first: str, site: Site, later: Later, capsys: Capture) -> None:
     write_json(site.run.result, {**FAILED, "failure": None})
+    site.run.attempt(0).make()
+    site.run.begin(0)
     site.run.metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.5}\n')
     site.states((first,), (first,), ("PENDING", "BeginTime"), ("PENDING", "BeginTime"), ("RUNNING",))
 
