@@ -5,6 +5,11 @@ Nothing of the workload but its network and its normalisation, which fp64 would 
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,8 +18,10 @@ from torch import Tensor
 from workloads.fsdp_mnist.config import Config, learning_rate
 from workloads.fsdp_mnist.data import normalized
 from workloads.fsdp_mnist.model import Net, initialize
+from workloads.images import idx
 from workloads.images.datasets import images_labels
-from workloads.images.prepare import Prepared
+from workloads.images.prepare import FileRecord, Prepared
+from workloads.images.sources import TEST, TRAIN
 from workloads.training.precision import parameter_dtype
 
 
@@ -53,3 +60,17 @@ def reference(config: Config, prepared: Prepared) -> tuple[list[float], Net, flo
     with torch.no_grad():
         right = net.eval()(pixels(images, dtype)).argmax(1) == torch.from_numpy(labels.copy()).long()
     return losses, net, right.double().mean().item()
+
+
+def part_of(prepared: Prepared, root: Path, train: int | None = None, test: int | None = None) -> Prepared:
+    """The same digits, with only the first `train` training and `test` held-out samples, as files of their own."""
+    folder = root / "Digits" / "raw"
+    shutil.copytree(prepared.root / "Digits" / "raw", folder)
+    files = dict(prepared.files)
+    for names, is_train, samples in ((TRAIN, True, train), (TEST, False, test)):
+        images, labels = images_labels(prepared, train=is_train)
+        contents = idx.images_bytes(images[:samples]), idx.labels_bytes(labels[:samples])
+        for name, content in zip(names, contents, strict=True):
+            (folder / name).write_bytes(content)
+            files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
+    return replace(prepared, root=root, train=train or prepared.train, test=test or prepared.test, files=files)

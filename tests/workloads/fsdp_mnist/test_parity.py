@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.workloads.fsdp_mnist.reference import reference
+from tests.workloads.fsdp_mnist.reference import part_of, reference
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext, Shape
 from workloads.fsdp_mnist.config import Config, mesh
@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 STRATEGIES = {1: ("single",), 2: ("fsdp", "ddp"), 4: ("fsdp", "ddp", "hsdp")}
 """By the number of ranks; hsdp is 2 x 2."""
+STEPS_IN_FP64 = {1: 20, 2: 100, 4: 20}
+"""By the number of ranks: what more steps would show is shown by the two ranks."""
 
 
 def config(**given: Any) -> Config:
@@ -83,16 +85,11 @@ def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.fixture(scope="module")
-def in_fp64(prepared: Prepared) -> tuple[list[float], torch.nn.Module, float]:
-    return reference(config(precision="fp64", steps=100), prepared)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_fp64_losses_of_100_steps(ranks: int, prepared: Prepared, in_fp64: Any, tmp_path: Path) -> None:
-    expected, net, accuracy = in_fp64
-    for strategy, result in train_all(prepared, ranks, tmp_path, precision="fp64", steps=100).items():
-        assert len(expected) == 100
+@pytest.mark.parametrize(("ranks", "steps"), STEPS_IN_FP64.items())
+def test_fp64_losses_are_the_references_to_1e_12(ranks: int, steps: int, prepared: Prepared, tmp_path: Path) -> None:
+    expected, net, accuracy = reference(config(precision="fp64", steps=steps), prepared)
+    for strategy, result in train_all(prepared, ranks, tmp_path, precision="fp64", steps=steps).items():
+        assert len(expected) == steps
         assert largest_difference(losses(result), expected) < 1e-12, strategy
         assert result["heldout_accuracy"] == accuracy, strategy
         for name, weight in weights(result).items():
@@ -109,9 +106,10 @@ def test_fp32_losses_of_5_steps(ranks: int, prepared: Prepared, tmp_path: Path) 
 
 def test_adamw_into_a_second_epoch(prepared: Prepared, tmp_path: Path) -> None:
     """In fp64: where a gradient is next to nothing, Adam's first steps make its rounding a difference of 2 lr."""
-    given = {"optimizer": "adamw", "precision": "fp64", "steps": 6, "global_batch_size": 300, "weight_decay": 0.01}
-    expected, _, accuracy = reference(config(epochs=2, **given), prepared)
-    [result] = run_world(train_each, prepared, [config(epochs=2, **given)], sizes=(1, 2), run_dir=tmp_path)[0]
+    given = {"optimizer": "adamw", "precision": "fp64", "steps": 6, "global_batch_size": 20, "weight_decay": 0.01}
+    hundred = part_of(prepared, tmp_path / "hundred", train=100)
+    expected, _, accuracy = reference(config(epochs=2, **given), hundred)
+    [result] = run_world(train_each, hundred, [config(epochs=2, **given)], sizes=(1, 2), run_dir=tmp_path)[0]
     assert [row["epoch"] for row in result["rows"]] == [1] * 5 + [2]
     assert largest_difference(losses(result), expected) < 1e-12
     assert result["heldout_accuracy"] == accuracy
@@ -119,6 +117,6 @@ def test_adamw_into_a_second_epoch(prepared: Prepared, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "fsdp"), (4, "hsdp")])
 def test_accuracy_at_the_end(ranks: int, strategy: str, prepared: Prepared, tmp_path: Path) -> None:
-    one = config(strategy=strategy, epochs=4, global_batch_size=50)
+    one = config(strategy=strategy, optimizer="adamw", epochs=2, global_batch_size=50)
     [result] = run_world(train_each, prepared, [one], sizes=(1, ranks), run_dir=tmp_path, deadline_seconds=600)[0]
-    assert result["heldout_accuracy"] > 0.95
+    assert result["heldout_accuracy"] > 0.9

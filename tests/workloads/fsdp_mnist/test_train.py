@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.workloads.fsdp_mnist.reference import part_of
 from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import RunContext, Shape
 from workloads.fsdp_mnist.config import PARAMETERS, Config, memory_bytes, mesh
-from workloads.images import idx
 from workloads.images.datasets import images_labels
-from workloads.images.prepare import FileRecord, Prepared, prepare
-from workloads.images.sources import TEST
+from workloads.images.prepare import Prepared, prepare
 
 pytestmark = pytest.mark.dist
 
@@ -118,7 +115,7 @@ def test_predicted_memory(prepared: Prepared, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("samples", "ranks"), [(297, 4), (297, 2), (5, 4), (1, 3)])
 def test_every_held_out_sample_counts_once(samples: int, ranks: int, prepared: Prepared, tmp_path: Path) -> None:
-    given = (held_out_of(samples, prepared, tmp_path), config(eval_batch_size=32))
+    given = (part_of(prepared, tmp_path, test=samples), config(eval_batch_size=32))
     by_ranks = {
         n: run_world(_evaluated, *given, sizes=(1, n), names=("dp_replicate", "dp_shard"), run_dir=tmp_path / str(n))
         for n in (1, ranks)
@@ -131,19 +128,6 @@ def test_every_held_out_sample_counts_once(samples: int, ranks: int, prepared: P
         assert rank["heldout_accuracy"] == alone["heldout_accuracy"]
         assert rank["heldout_loss"] == by_ranks[ranks][0]["heldout_loss"]
         assert rank["heldout_loss"] == pytest.approx(alone["heldout_loss"], rel=1e-6)
-
-
-def held_out_of(samples: int, prepared: Prepared, root: Path) -> Prepared:
-    """The same digits, with the first `samples` of the held-out ones only, as files of their own."""
-    folder = root / "Digits" / "raw"
-    shutil.copytree(prepared.root / "Digits" / "raw", folder)
-    arrays = images_labels(prepared, train=False)
-    contents = idx.images_bytes(arrays[0][:samples]), idx.labels_bytes(arrays[1][:samples])
-    files = dict(prepared.files)
-    for name, content in zip(TEST, contents, strict=True):
-        (folder / name).write_bytes(content)
-        files[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
-    return replace(prepared, root=root, test=samples, files=files)
 
 
 def _evaluated(ctx: RunContext, prepared: Prepared, one: Config) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from workloads.tp_fsdp_llama2.config import Config
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
-STEPS = 50
+STEPS = 12
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)]
 # The norm of the gradient lies between 1.6 and 5.1 in these runs: every step is clipped.
 GRAD_CLIP = 0.5
@@ -34,7 +34,7 @@ def make_config(precision: str, **changes: object) -> Config:
         # From 1e-3 on the training itself amplifies a rounding (the gradient's norm jumps to 18 and 24): in fp32 to
         # 1e-5 of the norm, in fp64 at 3e-3 to 2e-12.
         "lr": 3e-4,
-        "warmup_steps": 5,
+        "warmup_steps": 3,
         "grad_clip": GRAD_CLIP,
         "precision": precision,
         "sample_tokens": 0,

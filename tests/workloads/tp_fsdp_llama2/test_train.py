@@ -99,7 +99,7 @@ def test_a_run_reports_what_it_promises(tmp_path: Path) -> None:
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    config = make(microbatch_size=2, activation_checkpointing="selective")
+    config = make(steps=3, microbatch_size=2, activation_checkpointing="selective")
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):
         run_world(train, config, sizes=(2, 2), run_dir=directory)
@@ -112,7 +112,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     runs = []
     for mode in ("none", "selective", "full"):
-        run_world(train, make(activation_checkpointing=mode), sizes=(2, 2), run_dir=tmp_path / mode)
+        run_world(train, make(steps=3, activation_checkpointing=mode), sizes=(2, 2), run_dir=tmp_path / mode)
         runs.append(read_trajectory(tmp_path / mode))
     for other in runs[1:]:
         assert other.losses == runs[0].losses
@@ -121,7 +121,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_bf16_keeps_fp32_weights_and_stays_close(tmp_path: Path) -> None:
-    config = make(steps=20, lr=3e-4, microbatch_size=2)
+    config = make(steps=8, lr=3e-4, microbatch_size=2)
     run_world(train, config.model_copy(update={"precision": "bf16"}), sizes=(2, 2), run_dir=tmp_path)
     got, expected = read_trajectory(tmp_path), train_reference(config, 2)
     assert all(weight.dtype == torch.float32 for weight in got.weights.values())
