@@ -67,7 +67,7 @@ def test_a_world_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(WorldFailed, match=r"no end after 25 s on ranks \[0, 1\]"):
         run_world(hang_on_one, tmp_path, sizes=(2, 1), deadline_seconds=25)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     pids = [path.name for path in tmp_path.iterdir()]
     assert len(pids) == 2
     for pid in pids:

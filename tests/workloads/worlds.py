@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = [
-    *("torch", "torch._dynamo", "tests.workloads.worlds"),
+    *("torch", "torch._dynamo", "torch._inductor.compile_fx", "tests.workloads.worlds"),
     *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train", "workloads.pipeline_mlp.train"),
     "workloads.images.mnist_like",
 ]

@@ -84,7 +84,7 @@ def _sleeping(ctx: RunContext, name: str, steps: int) -> list[list[Event]]:
 
 
 def _both(ctx: RunContext) -> dict[str, list[list[Event]]]:
-    return {name: _sleeping(ctx, name, steps) for name, steps in (("naive", 1), ("1f1b", 3))}
+    return {name: _sleeping(ctx, name, steps) for name, steps in (("naive", 1), ("1f1b", 6))}
 
 
 @pytest.mark.dist

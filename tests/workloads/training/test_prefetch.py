@@ -49,7 +49,7 @@ def test_it_reads_as_far_ahead_as_it_was_told_and_no_further(depth: int) -> None
     with make(numbered(50, read), 50, depth=depth) as batches:
         for used in range(1, 4):
             next(batches)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while len(read) < used + depth and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.02)
