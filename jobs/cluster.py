@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from jobs.errors import ClusterConfigError, did_you_mean
+from jobs.errors import ClusterConfigError
 from jobs.settings import build, read_yaml
 from jobs.slurm import options
 from jobs.spec import MOST_GPUS, MOST_NODES, CpuBinding, ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
+from workloads.errors import did_you_mean
 from workloads.meanings import meanings
 
 _TEXT_OR_NUMBER: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}

@@ -24,10 +24,8 @@ WorkloadError (workloads/errors.py) is taken in: before the job starts it is the
 
 from __future__ import annotations
 
-import difflib
 import re
 import signal
-from collections.abc import Iterable
 
 from workloads.errors import WorkloadError
 
@@ -145,12 +143,3 @@ def one_line(text: str) -> str:
         return text
     first, last = text[: LONGEST // 3], text[-LONGEST // 2 :]
     return f"{first} ... ({len(text) - len(first) - len(last):,} characters left out) ... {last}"
-
-
-def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """` (did you mean 'x'?)` for the one of `known` that `given` is a word of, or else a close match; else nothing."""
-    known = list(known)
-    close = [name for name in known if given in re.split(r"[\W_]+", name)]
-    if len(close) != 1:
-        close = difflib.get_close_matches(given, known, n=1, cutoff=cutoff)
-    return f" (did you mean '{close[0]}'?)" if close else ""

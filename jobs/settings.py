@@ -21,7 +21,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from jobs.errors import SettingsError, UserError, did_you_mean
+from jobs.errors import SettingsError, UserError
+from workloads.errors import did_you_mean
+from workloads.key_values import key_values
 from workloads.meanings import meanings
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -217,22 +219,13 @@ _RANGE = re.compile(r"^[-+]?\d+\.\.[-+]?\d+$")
 def parse_overrides(words: Sequence[str]) -> list[Override]:
     """`["steps=20", "model.dim=64"]` -> overrides; a word without `=`, an empty or a repeated key is refused."""
     overrides: list[Override] = []
-    for word in words:
-        key, equals, text = word.partition("=")
-        key = key.strip()
-        if not equals:
-            raise SettingsError(f"'{word}': expected key=value (steps=20, model.dim=64)")
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-            raise SettingsError(f"'{key}=...': '{key}' is not a setting's name; write key=value (model.dim=64)")
-        override = Override(tuple(key.split(".")), text)
-        if any(earlier.path == override.path for earlier in overrides):
-            raise SettingsError(f"{key} is given twice on the command line; keep one")
+    for key, text in key_values(words, error=SettingsError).items():
         if _is_sweep(text):
             raise SettingsError(
-                f"{word}: lists (a,b) and ranges (1..4) are reserved for sweeps, which this version does not run; "
-                "give one value (text with a comma: key='\"a,b\"'; a list: key=[a,b])"
+                f"{key}={text}: lists (a,b) and ranges (1..4) are reserved for sweeps, which this version does not "
+                "run; give one value (text with a comma: key='\"a,b\"'; a list: key=[a,b])"
             )
-        overrides.append(override)
+        overrides.append(Override(tuple(key.split(".")), text))
     return overrides
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class WorkloadError(Exception):
@@ -18,6 +19,15 @@ def first_few(items: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """A message's list of hosts, ranks or the like, cut: `a, b, c and 1,021 more`. A job may have 16,384 of them."""
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
     return between.join(items[:most]) + more
+
+
+def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """` (did you mean 'x'?)` for the one of `known` that `given` is a word of, or else a close match; else nothing."""
+    known = list(known)
+    close = [name for name in known if given in re.split(r"[\W_]+", name)]
+    if len(close) != 1:
+        close = difflib.get_close_matches(given, known, n=1, cutoff=cutoff)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 _STACK = re.compile(

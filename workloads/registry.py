@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import re
@@ -11,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from workloads.errors import WorkloadError, in_words
+from workloads.errors import WorkloadError, did_you_mean, in_words
 
 if TYPE_CHECKING:
     from workloads.base import WorkloadEntry
@@ -57,10 +56,9 @@ def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
     if name in BUILT_IN:
         return _entry(BUILT_IN[name].where, name)
     if ":" not in name:
-        close = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        close = did_you_mean(name, BUILT_IN)
         raise WorkloadError(
-            f"'{name}': no such workload{hint}; known: {', '.join(BUILT_IN)}; your own: package.module:ENTRY"
+            f"'{name}': no such workload{close}; known: {', '.join(BUILT_IN)}; your own: package.module:ENTRY"
         )
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
         raise WorkloadError(f"'{name}': write a module and a name in it, package.module:ENTRY")

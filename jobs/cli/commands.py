@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from jobs.errors import CommandLineError, did_you_mean
+from jobs.errors import CommandLineError
 from workloads import registry
+from workloads.errors import did_you_mean
 
 
 class Flag(NamedTuple):

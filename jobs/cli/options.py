@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from jobs.cli import commands
-from jobs.errors import CommandLineError, did_you_mean
+from jobs.errors import CommandLineError
+from workloads.errors import did_you_mean
 
 SLURMS_SHORT = {
     **{"-N": "--nodes", "-p": "--partition", "-A": "--account", "-q": "--qos", "-t": "--time", "-J": "--job-name"},

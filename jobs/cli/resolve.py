@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from jobs import machine, settings
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
-from jobs.errors import CommandLineError, ResourceError, RunDirectoryError, did_you_mean
+from jobs.errors import CommandLineError, ResourceError, RunDirectoryError
 from jobs.rank import profiling
 from jobs.run_dir import RunDirectory, default_run_dir
 from jobs.slurm import environment, script
@@ -24,6 +24,7 @@ from jobs.slurm.options import ALONE, option_mistake
 from jobs.spec import MOST_GPUS, MOST_NODES, MOST_RANKS, JobSpec, ResourceSpec, parse_minutes, parse_ports
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
+from workloads.errors import did_you_mean
 
 RANK_AT_LEAST_BYTES = 150 * 10**6
 """What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""

@@ -7,9 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from jobs.errors import CommandLineError, did_you_mean
+from jobs.errors import CommandLineError
 from jobs.run_dir import RunDirectory, Submitted, read_json
 from jobs.slurm import environment, query
+from workloads.errors import did_you_mean
 
 
 def find(name: str) -> RunDirectory:

@@ -9,7 +9,6 @@ last, which vouches for them. In the job's own directory `images.json` says whic
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
@@ -31,6 +30,7 @@ from workloads.errors import WorkloadError
 from workloads.images import idx, sources
 from workloads.images.config import ImageDataConfig
 from workloads.images.sources import FILES, SOURCES, TEST, TRAIN, Source
+from workloads.key_values import key_values
 from workloads.meanings import meanings
 
 log = logging.getLogger(__name__)
@@ -483,19 +483,8 @@ def _settings(arguments: Sequence[str]) -> ImageDataConfig:
     Raises:
         WorkloadError: a word is no setting, or its value is refused.
     """
-    fields = ImageDataConfig.model_fields
-    values: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        name = key.removeprefix("data.")
-        if not equals or name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f" (did you mean 'data.{close[0]}=...'?)" if close else ""
-            known = ", ".join(f"data.{name}=..." for name in fields)
-            raise WorkloadError(f"'{word}': no such setting{hint}; there are {known}")
-        if name in values:
-            raise WorkloadError(f"'{word}': data.{name} was given already, as {values[name]}; give it once")
-        values[name] = value
+    known = [f"data.{name}" for name in ImageDataConfig.model_fields]
+    values = {key.removeprefix("data."): value for key, value in key_values(arguments, known).items()}
     try:
         return ImageDataConfig.model_validate(values)
     except ValidationError as error:

@@ -16,7 +16,6 @@ bubble (ZB-H1), 2401.10241, section 2.
 
 from __future__ import annotations
 
-import difflib
 import heapq
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,8 @@ from itertools import zip_longest
 from types import MappingProxyType
 
 from workloads.base import WorkloadError
+from workloads.errors import did_you_mean
+from workloads.key_values import key_values
 
 COMPUTE = ("forward", "backward", "backward_input", "backward_weight")
 SENDS = ("send_forward", "send_backward")
@@ -322,9 +323,8 @@ def make(name: str, ranks: int, microbatches: int, stages: int | None = None) ->
         WorkloadError: there is no such schedule; or `refusal` says why it cannot be.
     """
     if name not in SCHEDULES:
-        close = difflib.get_close_matches(name, SCHEDULES, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise WorkloadError(f"schedule={name}: no such schedule{hint}; there are {', '.join(SCHEDULES)}")
+        close = did_you_mean(name, SCHEDULES)
+        raise WorkloadError(f"schedule={name}: no such schedule{close}; known: {', '.join(SCHEDULES)}")
     problem = refusal(name, ranks, microbatches, stages)
     if problem:
         raise WorkloadError(problem)
@@ -468,19 +468,10 @@ def _usage() -> str:
 
 
 def _given(arguments: Sequence[str]) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for word in arguments:
-        key, _, value = word.partition("=")
-        if key not in SETTINGS:
-            close = difflib.get_close_matches(key, SETTINGS, n=1)
-            hint = f" (did you mean '{close[0]}=...'?)" if close else ""
-            known = ", ".join(f"{name}={choices}" for name, (choices, _, _) in SETTINGS.items())
-            raise WorkloadError(f"{word!r}: no such setting{hint}; there are {known}")
+    values = key_values(arguments, SETTINGS)
+    for key, value in values.items():
         if not value:
-            raise WorkloadError(f"{word!r}: has no value; write {key}={SETTINGS[key][0]}")
-        if key in values:
-            raise WorkloadError(f"{word!r}: {key} was given already, as {values[key]}; give it once")
-        values[key] = value
+            raise WorkloadError(f"{key}=: has no value; write {key}={SETTINGS[key][0]}")
     return values
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from workloads.base import WorkloadError
+from workloads.key_values import key_values
 from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.schedule import (
     COMPUTE,
@@ -253,10 +254,9 @@ def main(arguments: Sequence[str]) -> int:
     """Checks every schedule up to a size; returns the exit code."""
     largest = {"ranks": 16, "microbatches": 64, "chunks": 4}
     try:
-        for word in arguments:
-            key, equals, value = word.partition("=")
-            if not equals or key not in largest or not value.isdecimal() or int(value) < 1:
-                raise WorkloadError(f"'{word}': give {', '.join(f'{k}=NUMBER' for k in largest)}")
+        for key, value in key_values(arguments, largest).items():
+            if not value.isdecimal() or int(value) < 1:
+                raise WorkloadError(f"{key}={value}: must be a whole number above 0")
             largest[key] = int(value)
         began = time.perf_counter()
         checked = 0

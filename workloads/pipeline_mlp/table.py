@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import math
 import os
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from workloads.base import WorkloadError
+from workloads.errors import did_you_mean
 
 SHOWN = 40
 """Characters of a value or name that a message quotes."""
@@ -86,8 +86,7 @@ def read(path: Path, target: str) -> Table:
     except OSError as error:
         raise WorkloadError(f"data.path={path} cannot be read: {error.strerror or error}") from None
     if target not in columns:
-        close = difflib.get_close_matches(target, columns, n=1)
-        hint = f" (did you mean '{_plain(close[0])}'?)" if close else ""
+        hint = did_you_mean(_plain(target), map(_plain, columns))
         shown = ", ".join(map(_plain, list(columns)[:20])) + (", ..." if len(columns) > 20 else "")
         raise WorkloadError(f"data.target={_plain(target)}: {path} has no such column{hint}; it has {shown}")
     y = columns.pop(target)

@@ -315,9 +315,9 @@ def test_printed_from_the_shell() -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["rank=2"], "'rank=2': no such setting (did you mean 'ranks=...'?); there are schedule=naive|gpipe|"),
-        (["ranks"], "'ranks': has no value; write ranks=N"),
-        (["schedule="], "'schedule=': has no value; write schedule=naive|gpipe|"),
+        (["rank=2"], "'rank': no such setting (did you mean 'ranks'?); known: schedule, ranks, "),
+        (["ranks"], "'ranks': expected key=value (schedule=...)"),
+        (["schedule="], "schedule=: has no value; write schedule=naive|gpipe|"),
         (["ranks=two"], "ranks=two: is not a whole number; write ranks=N"),
         (["ranks=²"], "ranks=²: is not a whole number"),
         (["ranks=99999999"], "ranks=99999999: is more than can be listed"),
@@ -335,7 +335,7 @@ def test_printed_from_the_shell() -> None:
         ),
         (["stages=-1"], "stages=-1: must be at least 1"),
         (["microbatches=-3"], "microbatches=-3: must be at least 1"),
-        (["ranks=2", "ranks=3"], "'ranks=3': ranks was given already, as 2; give it once"),
+        (["ranks=2", "ranks=3"], "ranks is given twice on the command line; keep one"),
         (["schedule=gpip"], "schedule=gpip: no such schedule (did you mean 'gpipe'?)"),
         (["transfers=maybe"], "transfers=maybe: is neither yes nor no"),
     ],
