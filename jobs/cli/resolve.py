@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -14,20 +13,19 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from jobs import machine, settings
+from jobs.cli import fit
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
-from jobs.errors import CommandLineError, ResourceError, RunDirectoryError
+from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.rank import profiling
 from jobs.run_dir import RunDirectory, default_run_dir
 from jobs.slurm import environment, script
 from jobs.slurm.options import ALONE, option_mistake
-from jobs.spec import MOST_GPUS, MOST_NODES, MOST_RANKS, JobSpec, ResourceSpec, parse_minutes, parse_ports
+from jobs.spec import MOST_GPUS, MOST_NODES, JobSpec, ResourceSpec, parse_minutes, parse_ports
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 from workloads.errors import did_you_mean
 
-RANK_AT_LEAST_BYTES = 150 * 10**6
-"""What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""
 EXECUTORS = ("auto", "slurm", "local", "debug")
 
 
@@ -72,7 +70,7 @@ def resolve(given: Options) -> Resolved:
     )
     found, said = _from_environment(os.environ) if which == "slurm" else ({}, [])
     resources = _resources(given, flags, cluster, which, found)
-    _check_limits(given, cluster, cluster_path, resources, found)
+    fit.check_limits(given, cluster, cluster_path, resources, found)
     options = _sbatch_options(given, cluster, which, found)
 
     import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
@@ -92,20 +90,20 @@ def resolve(given: Options) -> Resolved:
         given.profile, given.profile_ranks, given.profile_memory, config, resources.shape.world_size
     )
 
-    announcements.insert(0, f"executor {which} ({why}), cluster config {_shown(cluster_path)}")
+    announcements.insert(0, f"executor {which} ({why}), cluster config {fit.shown(cluster_path)}")
     env = {**cluster.env, **_env(given)}
     kept_off = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
     on_gpus = cluster.gpu_request != "none" and not kept_off
     gpus_here = 0 if kept_off else machine.gpu_count(os.environ)
     if which in ("local", "debug"):
         on_gpus = gpus_here >= resources.shape.world_size
-    rank_bytes = _rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
+    rank_bytes = fit.rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
     if which in ("local", "debug"):
-        announcements.append(_fit_this_machine(workload, rank_bytes, resources, gpus_here, kept_off))
+        announcements.append(fit.check_this_machine(workload, rank_bytes, resources, gpus_here, kept_off))
         if given.profile_memory and not on_gpus:
             raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this machine's CPU; leave it out")
     if on_gpus or which == "slurm":
-        announcements += _fit_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
+        announcements += fit.check_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
     if profile is not None:
         announcements.append(f"profile: {profile}")
     announcements += said
@@ -254,32 +252,6 @@ def _add(options: dict[str, str | bool], name: str, value: str | bool) -> None:
     options[name] = value
 
 
-def _check_limits(
-    given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, found: Mapping[str, str]
-) -> None:
-    """What a cluster's config allows, and what any job may have, said before the scheduler is asked."""
-    if resources.shape.world_size > MOST_RANKS:
-        raise ResourceError(
-            f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; take fewer"
-        )
-    at_most = f"{_shown(path)} allows at most"
-    if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
-        flag = "--nodes" if given.nodes is not None else "nodes:"
-        raise ResourceError(f"{flag} {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); take fewer")
-    if cluster.max_gpus_per_node is not None and resources.gpus_per_node > cluster.max_gpus_per_node:
-        flag = "--gpus-per-node" if given.gpus_per_node is not None else "gpus_per_node:"
-        raise ResourceError(
-            f"{flag} {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
-            "take fewer, and more --nodes"
-        )
-    if cluster.max_time is not None and resources.time_min is not None:
-        longest = parse_minutes(cluster.max_time)
-        if resources.time_min > longest:
-            asked = given.time or found.get("time", cluster.time)
-            flag = "--time" if given.time or "time" in found else "time:"
-            raise ResourceError(f"{flag} {asked}: {at_most} {cluster.max_time} (max_time); ask for less")
-
-
 def _resources(
     given: Options, flags: _Flags, cluster: ClusterConfig, which: str, found: Mapping[str, str]
 ) -> ResourceSpec:
@@ -336,67 +308,3 @@ def _env(given: Options) -> dict[str, str]:
             raise CommandLineError(f"--env {name}: {mistake}")
         env[name] = value
     return env
-
-
-def _rank_bytes(
-    workload: str, entry: WorkloadEntry, config: WorkloadConfig, resources: ResourceSpec, device: str
-) -> int | None:
-    """The workload's estimate of one rank's peak memory; None if it makes none."""
-    if not entry.memory_bytes:
-        return None
-    estimate = entry.call("memory_bytes", config, resources.shape, device)
-    if not isinstance(estimate, int):
-        raise WorkloadError(f"workload {workload}: memory_bytes returned {estimate!r}; return a number of bytes")
-    return estimate
-
-
-def _fit_rank(
-    workload: str, rank_bytes: int | None, resources: ResourceSpec, on_gpus: bool, cluster: Path
-) -> list[str]:
-    """Warns if a rank's estimated peak memory is more than it will have, as far as the cluster config tells.
-
-    Estimates were up to 1.4 times what was measured, so there is a margin before the job is refused.
-
-    Raises:
-        ResourceError: a rank needs more than 1.5 times the memory it will have.
-    """
-    if on_gpus:
-        name, limit = "gpu_memory_gb", resources.gpu_memory_gb * 1e9
-    else:
-        name, limit = "mem_gb_per_gpu", (resources.mem_gb_per_gpu or math.inf) * 2**30
-    if rank_bytes is None or rank_bytes <= limit:
-        return []
-    gigabytes = f"{rank_bytes / 1e9:,.{0 if rank_bytes >= 1e10 else 2}f}"
-    line = (
-        f"{workload} needs an estimated {gigabytes} GB per rank, and {name} in {_shown(cluster)} is "
-        f"{getattr(resources, name):g}"
-    )
-    if rank_bytes > 1.5 * limit:
-        raise ResourceError(f"{line}; use more ranks or a smaller model or batch, or correct {name}")
-    return [f"warning: {line}; it may run out of memory"]
-
-
-def _fit_this_machine(workload: str, rank_bytes: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
-    """Says which devices the ranks will use; refuses a job whose ranks cannot fit this machine's memory together."""
-    world_size = resources.shape.world_size
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    if gpus >= world_size:
-        return f"{ranks} on this machine, one GPU each ({gpus} visible), nccl"
-    why = kept_off or "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
-    each = RANK_AT_LEAST_BYTES if rank_bytes is None else rank_bytes
-    available = machine.available_memory_bytes()
-    if each * world_size > available:
-        raise ResourceError(
-            f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this machine "
-            f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
-            "fewer ranks, or a cluster"
-        )
-    return f"{ranks} on this machine's CPU over gloo ({why})"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB"
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

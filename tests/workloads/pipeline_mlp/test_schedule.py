@@ -259,7 +259,7 @@ def test_forward_alone_with_several_stages_a_rank_does_not_wait_for_each_to_come
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (("1f2b", 2, 2), r"schedule=1f2b: no such schedule \(did you mean '1f1b'\?\); there are naive, gpipe"),
+        (("1f2b", 2, 2), r"schedule=1f2b: no such schedule \(did you mean '1f1b'\?\); known: naive, gpipe"),
         (
             ("interleaved", 1, 4),
             "schedule=interleaved on 1 pipeline rank: interleaved needs at least 2 pipeline ranks; use more",

@@ -1,0 +1,105 @@
+"""Whether a job fits: what its cluster config allows, a GPU's memory, this machine's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs import machine
+from jobs.cli.options import Options
+from jobs.cluster import ClusterConfig
+from jobs.errors import ResourceError
+from jobs.spec import MOST_RANKS, ResourceSpec, parse_minutes
+from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+
+RANK_AT_LEAST_BYTES = 150 * 10**6
+"""What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""
+
+
+def check_limits(
+    given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, found: Mapping[str, str]
+) -> None:
+    """What a cluster's config allows, and what any job may have, said before the scheduler is asked."""
+    if resources.shape.world_size > MOST_RANKS:
+        raise ResourceError(
+            f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; take fewer"
+        )
+    at_most = f"{shown(path)} allows at most"
+    if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
+        flag = "--nodes" if given.nodes is not None else "nodes:"
+        raise ResourceError(f"{flag} {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); take fewer")
+    if cluster.max_gpus_per_node is not None and resources.gpus_per_node > cluster.max_gpus_per_node:
+        flag = "--gpus-per-node" if given.gpus_per_node is not None else "gpus_per_node:"
+        raise ResourceError(
+            f"{flag} {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
+            "take fewer, and more --nodes"
+        )
+    if cluster.max_time is not None and resources.time_min is not None:
+        longest = parse_minutes(cluster.max_time)
+        if resources.time_min > longest:
+            asked = given.time or found.get("time", cluster.time)
+            flag = "--time" if given.time or "time" in found else "time:"
+            raise ResourceError(f"{flag} {asked}: {at_most} {cluster.max_time} (max_time); ask for less")
+
+
+def rank_bytes(
+    workload: str, entry: WorkloadEntry, config: WorkloadConfig, resources: ResourceSpec, device: str
+) -> int | None:
+    """The workload's estimate of one rank's peak memory; None if it makes none."""
+    if not entry.memory_bytes:
+        return None
+    estimate = entry.call("memory_bytes", config, resources.shape, device)
+    if not isinstance(estimate, int):
+        raise WorkloadError(f"workload {workload}: memory_bytes returned {estimate!r}; return a number of bytes")
+    return estimate
+
+
+def check_rank(workload: str, needed: int | None, resources: ResourceSpec, on_gpus: bool, cluster: Path) -> list[str]:
+    """Warns if a rank's estimated peak memory is more than it will have, as far as the cluster config tells.
+
+    Estimates were up to 1.4 times what was measured, so there is a margin before the job is refused.
+
+    Raises:
+        ResourceError: a rank needs more than 1.5 times the memory it will have.
+    """
+    if on_gpus:
+        name, limit = "gpu_memory_gb", resources.gpu_memory_gb * 1e9
+    else:
+        name, limit = "mem_gb_per_gpu", (resources.mem_gb_per_gpu or math.inf) * 2**30
+    if needed is None or needed <= limit:
+        return []
+    gigabytes = f"{needed / 1e9:,.{0 if needed >= 1e10 else 2}f}"
+    line = (
+        f"{workload} needs an estimated {gigabytes} GB per rank, and {name} in {shown(cluster)} is "
+        f"{getattr(resources, name):g}"
+    )
+    if needed > 1.5 * limit:
+        raise ResourceError(f"{line}; use more ranks or a smaller model or batch, or correct {name}")
+    return [f"warning: {line}; it may run out of memory"]
+
+
+def check_this_machine(workload: str, needed: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
+    """Says which devices the ranks will use; refuses a job whose ranks cannot fit this machine's memory together."""
+    world_size = resources.shape.world_size
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if gpus >= world_size:
+        return f"{ranks} on this machine, one GPU each ({gpus} visible), nccl"
+    why = kept_off or "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
+    each = RANK_AT_LEAST_BYTES if needed is None else needed
+    available = machine.available_memory_bytes()
+    if each * world_size > available:
+        raise ResourceError(
+            f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this machine "
+            f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
+            "fewer ranks, or a cluster"
+        )
+    return f"{ranks} on this machine's CPU over gloo ({why})"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
