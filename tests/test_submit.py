@@ -130,7 +130,7 @@ BAD = [
     Bad(["tp_fsdp", "--threads-per-rank", "0"], ["--threads-per-rank 0", "greater than or equal to 1"]),
     Bad(["tp_fsdp", "--executor", "slrum"], ["--executor slrum", "did you mean 'slurm'?"]),
     Bad(["tp_fsdp", "--executor", "debug", "--nodes", "2"], ["--nodes 2", "debug runs one rank"]),
-    Bad(["tp_fsdp", "--partition", "gpu"], ["--partition gpu", "--executor local", "drop it"]),
+    Bad(["tp_fsdp", "--partition", "gpu"], ["--partition gpu", "--executor local", "leave it out"]),
     Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--qos", "a b"], ["--qos 'a b'", "without spaces"]),
     Bad(["tp_fsdp", "--time", "soon"], ["--time soon", "12:30:00"]),
     Bad(["tp_fsdp", "--nodes", "9" * 20], ["--nodes 99", "less than or equal to 65536"]),
@@ -253,8 +253,8 @@ BAD = [
     Bad(["tp_fsdp", "--run-dir", ""], ["--run-dir ''", "empty"]),
     Bad(["tp_fsdp", "--cluster="], ["--cluster ''", "empty"]),
     Bad(["tp_fsdp", "--steps=3"], ["unknown flag --steps", "without dashes: steps=..."]),
-    Bad(["tp_fsdp", "--executor", "debug", "--time", "5"], ["--time 5", "nothing to --executor debug"]),
-    Bad(["tp_fsdp", "--executor", "debug", "--no-wait"], ["--no-wait", "nothing to --executor debug"]),
+    Bad(["tp_fsdp", "--executor", "debug", "--time", "5"], ["--time 5", "has no effect with --executor debug"]),
+    Bad(["tp_fsdp", "--executor", "debug", "--no-wait"], ["--no-wait", "has no effect with --executor debug"]),
     Bad(["list", "--nodes", "3"], ["--nodes: is a flag of submit.py WORKLOAD, not of submit.py list; leave it out"]),
     Bad(["list", "--no-wait"], ["--no-wait: is a flag of submit.py WORKLOAD, not of submit.py list"]),
     Bad(["list", "--config", ""], ["--config: is a flag of submit.py WORKLOAD, not of submit.py list"]),
@@ -302,7 +302,7 @@ BAD = [
     slurm("--sbatch", "tasks-per-node=1", says=["--sbatch 'tasks-per-node=1'", "use --gpus-per-node"]),
     site("srun_args: [-n1]", says=["c.yaml:2", "'-n1'", "--gpus-per-node"]),
     site("srun_args: [-ln1]", says=["c.yaml:2", "'-ln1'", "srun's -n is part of the job"]),
-    slurm("--sbatch", "array=0-3", says=["array", "one line a job"]),
+    slurm("--sbatch", "array=0-3", says=["array", "one submit.py line per job"]),
     slurm("--sbatch", "signal=USR1@9", says=["signal", "signal=USR2@SECONDS"]),
     slurm("--job-name", "", says=["--job-name ''", "is empty"]),
     slurm("--job-name", "a\nb", says=["--job-name", "line break"]),
@@ -313,8 +313,8 @@ BAD = [
     ),
     slurm("--run-dir", "a%j", says=["a%j", "'%'", "another directory"]),
     slurm("--run-dir", "a\\b", says=["a\\\\b", "another directory"]),
-    Bad(["tp_fsdp", "--sbatch", "nice=1"], ["--sbatch nice=1", "--executor local", "drop it"]),
-    Bad(["tp_fsdp", "--job-name", "x"], ["--job-name x", "--executor local", "drop it"]),
+    Bad(["tp_fsdp", "--sbatch", "nice=1"], ["--sbatch nice=1", "--executor local", "leave it out"]),
+    Bad(["tp_fsdp", "--job-name", "x"], ["--job-name x", "--executor local", "leave it out"]),
     # what no GPU holds, and what a host of CPUs does not
     slurm("model=70b", says=["tp_fsdp needs an estimated 1,", "gpu_memory_gb in", "is 80", "use more ranks"]),
     site("gpu_memory_gb: 40", "--gpus-per-node", "2", "model=7b", says=["per rank", "gpu_memory_gb in c.yaml is 40"]),
@@ -327,7 +327,7 @@ BAD = [
     site("sbatch: {nodes: 3}", says=["c.yaml:2", "'nodes'", "use --nodes"]),
     site("sbatch: {comment: [a]}", says=["c.yaml:2", "sbatch"]),
     site("srun_args: [--ntasks=3]", says=["c.yaml:2", "--ntasks", "--gpus-per-node"]),
-    site("srun_args: [hostname]", says=["c.yaml:2", "'hostname': is no option"]),
+    site("srun_args: [hostname]", says=["c.yaml:2", "'hostname': is not an option"]),
     site('srun_args: ["--a\\nb"]', says=["c.yaml:2", "line break"]),
     site("gpu_request: gpus", says=["c.yaml:2", "gpu_request", "gpus-per-node"]),
     site("gpu_type: h 100", says=["c.yaml:2", "gpu_type", "without spaces"]),
@@ -468,7 +468,7 @@ def test_with_json_a_job_that_may_be_queued_is_one_object_too(
     assert (record["status"], record["exit_code"], record["run_dir"]) == ("unknown", 1, str(tmp_path / "run"))
     assert record.get("job_id") == (None if lost else "42")
     assert err.endswith(f"meshrun: error: {record['error']}\n")
-    says = "whether the job is queued is not known" if lost else "job 42 is queued, and cannot be followed"
+    says = "whether the job is queued is not known" if lost else "job 42 is queued but cannot be followed"
     assert record["error"].startswith(says)
 
 

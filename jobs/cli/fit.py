@@ -14,32 +14,32 @@ from jobs.spec import MOST_RANKS, ResourceSpec, parse_minutes
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 RANK_AT_LEAST_BYTES = 150 * 10**6
-"""What a rank takes that has imported torch and done nothing yet; for a workload that does not say more."""
+"""Memory of a rank that has imported torch and done nothing else; for a workload without an estimate."""
 
 
 def check_limits(
-    given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, found: Mapping[str, str]
+    given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, from_env: Mapping[str, str]
 ) -> None:
-    """What a cluster's config allows, and what any job may have, said before the scheduler is asked."""
+    """What a cluster's config allows, and what any job may have, notices before the scheduler is asked."""
     if resources.shape.world_size > MOST_RANKS:
         raise ResourceError(
-            f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; take fewer"
+            f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; use fewer"
         )
     at_most = f"{shown(path)} allows at most"
     if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
         flag = "--nodes" if given.nodes is not None else "nodes:"
-        raise ResourceError(f"{flag} {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); take fewer")
+        raise ResourceError(f"{flag} {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); ask for fewer")
     if cluster.max_gpus_per_node is not None and resources.gpus_per_node > cluster.max_gpus_per_node:
         flag = "--gpus-per-node" if given.gpus_per_node is not None else "gpus_per_node:"
         raise ResourceError(
             f"{flag} {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
-            "take fewer, and more --nodes"
+            "ask for fewer, and for more --nodes"
         )
     if cluster.max_time is not None and resources.time_min is not None:
         longest = parse_minutes(cluster.max_time)
         if resources.time_min > longest:
-            asked = given.time or found.get("time", cluster.time)
-            flag = "--time" if given.time or "time" in found else "time:"
+            asked = given.time or from_env.get("time", cluster.time)
+            flag = "--time" if given.time or "time" in from_env else "time:"
             raise ResourceError(f"{flag} {asked}: {at_most} {cluster.max_time} (max_time); ask for less")
 
 
@@ -91,7 +91,7 @@ def check_this_machine(workload: str, needed: int | None, resources: ResourceSpe
     if each * world_size > available:
         raise ResourceError(
             f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this machine "
-            f"({_gib(each)} each), and {_gib(available)} are available; take a smaller model or batch, "
+            f"({_gib(each)} each), and {_gib(available)} are available; use a smaller model or batch, "
             "fewer ranks, or a cluster"
         )
     return f"{ranks} on this machine's CPU over gloo ({why})"

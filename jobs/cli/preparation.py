@@ -61,7 +61,7 @@ def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
     if line is not None and not isinstance(line, str):
         raise WorkloadError(
             f"workload {entry.name}: plan returned a {type(line).__name__}; return one line on what prepare would do, "
-            "or None where there is nothing to prepare"
+            "or None if there is nothing to prepare"
         )
     return None if line is None else one_line(line)
 
@@ -154,9 +154,9 @@ class Preparation:
             if self._called is None and time.monotonic() > self._began + START_S:
                 self._stop()
                 raise WorkloadError(
-                    f"workload {self._entry.name}: the process for prepare has not come to calling it within "
-                    f"{START_S:g} s, and was killed{self._last_words()}; is this machine overloaded, or the file "
-                    "system that python is on?"
+                    f"workload {self._entry.name}: the process for prepare did not get as far as calling it "
+                    f"within {START_S:g} s and was killed{self._last_words()}; is this machine overloaded, or the file "
+                    "system that holds Python?"
                 )
             if self._called is not None and time.monotonic() > self._called + self._entry.prepare_timeout_s:
                 raise WorkloadError(self._too_late(answer))
@@ -188,23 +188,23 @@ class Preparation:
         how = blame.failure_of_exit(code, 0, "", 0, "").message
         how = f"was {how}" if code < 0 else how
         if answer is not None and "returned" in answer:
-            how = f"returned, and its process then {how.removesuffix(' before its work was done')}"
+            how = f"returned, but then its process {how.removesuffix(' before its work was done')}"
         raise WorkloadError(f"workload {self._entry.name}: prepare {how}{self._last_words()}")
 
     def _too_late(self, answer: dict[str, Any] | None) -> str:
         what, timeout_s = f"workload {self._entry.name}: prepare", f"{self._entry.prepare_timeout_s:g} s"
         if answer is not None:
             return (
-                f"{what} has returned, but its process has not ended within {timeout_s}: a thread or a process that "
-                f"it started still runs, and was killed{self._last_words()}; wait for it in prepare, or make it a "
+                f"{what} has returned, but its process did not end within {timeout_s}: a thread or a process that it "
+                f"started was still running and was killed{self._last_words()}; wait for it in prepare, or make it a "
                 "daemon"
             )
         last_words = self._last_words()  # before it is told to stop, which it may comment on
         answer = self._stop()
         at = f" (it was at {answer['stopped']})" if answer is not None and "stopped" in answer else ""
         return (
-            f"{what}{self._doing()} has not ended within {timeout_s}{at}, and was killed{last_words}; if it needs "
-            "longer, raise prepare_timeout_s of the workload's entry"
+            f"{what}{self._doing()} did not end within {timeout_s}{at} and was killed{last_words}; if it needs "
+            "longer, raise prepare_timeout_s in the workload's entry"
         )
 
     def _stop(self) -> dict[str, Any] | None:
@@ -269,4 +269,4 @@ class Preparation:
 
     def _last_words(self) -> str:
         lines = [line for line in re.split(r"[\r\n]+", self._tail) if line.strip()]
-        return f" (its last words: {one_line(lines[-1])[-300:]})" if lines else ""
+        return f" (its last output: {one_line(lines[-1])[-300:]})" if lines else ""

@@ -1,4 +1,4 @@
-"""The command line, its YAML files and the box -> one JobSpec: everything decided, nothing done."""
+"""The command line, its YAML files and this machine -> one JobSpec: everything decided, nothing done."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Resolved:
     config: WorkloadConfig
     mesh: MeshSpec
     announcements: tuple[str, ...]
-    """What was chosen without being asked for: a line each."""
+    """One line for each thing that was chosen without being asked for."""
 
 
 def resolve(given: Options) -> Resolved:
-    """What a command line comes to.
+    """The job that a command line describes.
 
     Raises:
         UserError, WorkloadError: whatever cannot work, before anything is written or started.
@@ -68,10 +68,10 @@ def resolve(given: Options) -> Resolved:
         error=CommandLineError,
         spell={"nodes": "--nodes ", "gpus_per_node": "--gpus-per-node ", "threads_per_rank": "--threads-per-rank "},
     )
-    found, said = _from_environment(os.environ) if which == "slurm" else ({}, [])
-    resources = _resources(given, flags, cluster, which, found)
-    fit.check_limits(given, cluster, cluster_path, resources, found)
-    options = _sbatch_options(given, cluster, which, found)
+    from_env, notices = _from_environment(os.environ) if which == "slurm" else ({}, [])
+    resources = _resources(given, flags, cluster, which, from_env)
+    fit.check_limits(given, cluster, cluster_path, resources, from_env)
+    options = _sbatch_options(given, cluster, which, from_env)
 
     import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
     entry = registry.load(workload, import_path)
@@ -101,12 +101,14 @@ def resolve(given: Options) -> Resolved:
     if which in ("local", "debug"):
         announcements.append(fit.check_this_machine(workload, rank_bytes, resources, gpus_here, kept_off))
         if given.profile_memory and not on_gpus:
-            raise CommandLineError("--profile-memory: is CUDA's, and the ranks run on this machine's CPU; leave it out")
+            raise CommandLineError(
+                "--profile-memory: works on CUDA only, and the ranks run on this machine's CPU; leave it out"
+            )
     if on_gpus or which == "slurm":
         announcements += fit.check_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
     if profile is not None:
         announcements.append(f"profile: {profile}")
-    announcements += said
+    announcements += notices
     if which == "local":
         announcements += _only_for_slurm(cluster)
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
@@ -143,15 +145,15 @@ def _check_given(given: Options) -> None:
 
 
 def _check_run(entry: WorkloadEntry) -> None:
-    """A misspelt `run` is said now, not by every rank; what it imports may be on the compute nodes only."""
+    """Refuses a misspelled `run` now, not on every rank; what it imports may exist on the compute nodes only."""
     if not isinstance(entry.run, str):
         return
     module, _, attribute = entry.run.partition(":")
     try:
-        there = module in sys.modules or importlib.util.find_spec(module) is not None
+        exists = module in sys.modules or importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        there = False
-    if not there or (module in sys.modules and not hasattr(sys.modules[module], attribute)):
+        exists = False
+    if not exists or (module in sys.modules and not hasattr(sys.modules[module], attribute)):
         raise WorkloadError(f"workload {entry.name}: run='{entry.run}' cannot be found")
 
 
@@ -162,29 +164,29 @@ def _plain(workload: str, config: WorkloadConfig) -> dict[str, Any]:
         same = type(config).model_validate(plain) == config
     except ValidationError as error:
         raise WorkloadError(
-            f"workload {workload}: its settings cannot be read back from what they are written as "
+            f"workload {workload}: its settings cannot be read back from the file that they are written to "
             f"({' '.join(str(error.errors()[0]['loc']).split())}: {error.errors()[0]['msg']}); use plain fields"
         ) from None
     if not same:
         raise WorkloadError(
-            f"workload {workload}: its settings change when they are written and read; use plain fields"
+            f"workload {workload}: its settings change when they are written to a file and read back; use plain fields"
         )
     return plain
 
 
 def _only_for_slurm(cluster: ClusterConfig) -> list[str]:
-    """Says which of a cluster config's keys a local job does without."""
+    """A notice of the cluster config's keys that a local job does not use."""
     names = (
         *("setup", "partition", "account", "qos", "cpus_per_gpu", "mem_gb_per_gpu"),
         *("gpu_type", "sbatch", "srun_args", "python", "command_prefix"),
     )
     unused = [name for name in names if getattr(cluster, name)]
-    return [f"the cluster config's {', '.join(unused)}: for Slurm only, not used here"] if unused else []
+    return [f"not used by a local job: {', '.join(unused)} of the cluster config"] if unused else []
 
 
 def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What sbatch would take from the environment, by option, and a line on each that is used or is not."""
-    found, said = {}, []
+    """What sbatch would take from the environment, by option, and a notice for each variable, used or not."""
+    from_env, notices = {}, []
     for name, value in sorted(env.items()):
         if not name.startswith("SBATCH_"):
             if (
@@ -192,35 +194,35 @@ def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]
                 and "SLURM_JOB_ID" not in env
                 and name not in environment.OF_THE_SITE
             ):
-                said.append(f"{name}={value} in your environment is not used; --sbatch and srun_args say what is meant")
+                notices.append(f"{name}={value} in your environment is not used; give it with --sbatch or srun_args")
             continue
         option = environment.FROM_ENVIRONMENT.get(name)
         if option is None:
-            said.append(f"{name}={value} in your environment is not used; if it is meant, use --sbatch")
+            notices.append(f"{name}={value} in your environment is not used; to use it, give it with --sbatch")
         else:
-            found[option] = value
-            said.append(f"{option} {value}, from {name} in your environment, unless the line says otherwise")
-    return found, said
+            from_env[option] = value
+            notices.append(f"{option} {value}, from {name} in your environment, unless the command line says otherwise")
+    return from_env, notices
 
 
 def _sbatch_options(
-    given: Options, cluster: ClusterConfig, which: str, found: Mapping[str, str]
+    given: Options, cluster: ClusterConfig, which: str, from_env: Mapping[str, str]
 ) -> dict[str, str | bool]:
-    """The options of sbatch that are added: the line's win over the environment's, those over the config's."""
+    """The extra sbatch options: the command line wins over the environment, which wins over the cluster config."""
     if which != "slurm":
         for flag, value in (("--sbatch", " ".join(given.sbatch)), ("--job-name", given.job_name)):
             if value:
                 raise CommandLineError(
-                    f"{flag} {value}: is for Slurm, and this job runs with --executor {which}; drop it"
+                    f"{flag} {value}: is for Slurm, and this job runs with --executor {which}; leave it out"
                 )
         return {}
     if given.job_name is not None and (not given.job_name or any(not c.isprintable() for c in given.job_name)):
-        raise CommandLineError(f"--job-name {given.job_name!r}: is empty or holds a line break; give another name")
+        raise CommandLineError(f"--job-name {given.job_name!r}: is empty or contains a line break; give another name")
     options: dict[str, str | bool] = {}
     for name, configured in cluster.sbatch.items():
         if configured is not None:
             _add(options, name, configured if isinstance(configured, bool) else str(configured))
-    for name, text in found.items():
+    for name, text in from_env.items():
         if name in ("partition", "account", "qos", "time"):
             continue
         if wrong := option_mistake(name, text):
@@ -240,20 +242,21 @@ def _sbatch_options(
         _add(options, name, meant)
     if cluster.mem_gb_per_gpu is not None and (twice := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
         raise CommandLineError(
-            f"--sbatch {sorted(twice)[0]}: the cluster config says mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g}; keep one"
+            f"--sbatch {sorted(twice)[0]}: conflicts with mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g} in the cluster "
+            "config; keep one"
         )
     return options
 
 
 def _add(options: dict[str, str | bool], name: str, value: str | bool) -> None:
-    """The later of two counts; `no-requeue` is one with `requeue: false`."""
+    """Adds an option, replacing an earlier one; `no-requeue` is the same option as `requeue: false`."""
     if name == "no-requeue":
         name, value = "requeue", value is False
     options[name] = value
 
 
 def _resources(
-    given: Options, flags: _Flags, cluster: ClusterConfig, which: str, found: Mapping[str, str]
+    given: Options, flags: _Flags, cluster: ClusterConfig, which: str, from_env: Mapping[str, str]
 ) -> ResourceSpec:
     if which == "debug":
         for flag, value in (("--nodes", flags.nodes), ("--gpus-per-node", flags.gpus_per_node)):
@@ -264,20 +267,22 @@ def _resources(
             ("--no-wait", "" if given.wait is False else None),
         ):
             if text is not None:
-                raise CommandLineError(f"{f'{flag} {text}'.strip()}: means nothing to --executor debug; leave it out")
+                raise CommandLineError(f"{f'{flag} {text}'.strip()}: has no effect with --executor debug; leave it out")
         return ResourceSpec(gpu_memory_gb=cluster.gpu_memory_gb)
-    time = given.time if given.time is not None else found.get("time", cluster.time)
+    time = given.time if given.time is not None else from_env.get("time", cluster.time)
     try:
         time_min = parse_minutes(time) if time is not None else None
     except ValueError as mistake:
-        origin = " (from SBATCH_TIMELIMIT)" if given.time is None and "time" in found else ""
+        origin = " (from SBATCH_TIMELIMIT)" if given.time is None and "time" in from_env else ""
         raise CommandLineError(f"--time {time}{origin}: {mistake}") from None
     named: dict[str, Any] = {}
     for name in ("partition", "account", "qos"):
         flag = getattr(given, name)
         if flag is not None and which != "slurm":
-            raise CommandLineError(f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; drop it")
-        chosen = flag if flag is not None else found.get(name)
+            raise CommandLineError(
+                f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; leave it out"
+            )
+        chosen = flag if flag is not None else from_env.get(name)
         if chosen is not None and (wrong := name_mistake(chosen)):
             origin = f" (from SBATCH_{name.upper()})" if flag is None else ""
             raise CommandLineError(f"--{name} '{chosen}'{origin}: {wrong}")

@@ -72,7 +72,7 @@ def start_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Subm
         RunDirectory(spec.run_dir).record_submission(submitted)
     except OSError as error:
         raise SubmissionUnknown(
-            f"job {job.job_id} is queued, and cannot be followed: its number could not be written down "
-            f"({error.strerror}); see squeue, and end it with scancel {job.job_id}"
+            f"job {job.job_id} is queued but cannot be followed, because its number could not be written down "
+            f"({error.strerror}); look with squeue, and end it with scancel {job.job_id}"
         ) from error
     return submitted

@@ -98,9 +98,9 @@ def detached(
     interrupts.ignore()
     job = f"{'job' if submitted.executor == 'slurm' else 'process'} {submitted.job_id}"
     if has_ended:
-        console.complain(f"meshrun: {why}; {job} has ended; how: {come_back(run_dir)}")
+        console.complain(f"meshrun: {why}; {job} has ended; to see how: {come_back(run_dir)}")
     else:
-        line = f"{why}; detached; {job} goes on; come back: {come_back(run_dir)}; end it: {_end_line(submitted)}"
+        line = f"{why}; {job} keeps running; follow it: {come_back(run_dir)}; end it: {_end_line(submitted)}"
         console.complain(f"meshrun: {line}")
     with contextlib.suppress(OutputLost):
         console.finish({"status": "interrupted" if has_ended else "detached", "exit_code": Interrupted.exit_code})

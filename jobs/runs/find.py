@@ -52,13 +52,15 @@ def submission(run_dir: RunDirectory) -> Submitted | None:
 def why_not_submitted(run_dir: RunDirectory) -> str:
     """Why a run directory without a submission and without a result cannot be followed."""
     if (read_json(run_dir.job) or {}).get("executor") == "debug":
-        return f"{run_dir.path}: ran with --executor debug, in its own command line"
+        return (
+            f"{run_dir.path}: ran with --executor debug, inside the command that started it; there is no job to follow"
+        )
     if run_dir.script:
         return (
-            f"{run_dir.path}: sbatch could not say whether it queued the job, and Slurm names none with its script; "
+            f"{run_dir.path}: sbatch could not say whether it queued the job, and Slurm knows none with its script; "
             "look again later, or submit it again with another --run-dir"
         )
-    return f"{run_dir.path}: has no submission.json: it was not submitted from here"
+    return f"{run_dir.path}: has no submission.json: no job of it was submitted; submit it again with another --run-dir"
 
 
 def come_back(run_dir: RunDirectory) -> str:

@@ -32,7 +32,9 @@ class LocalJob:
         self.here = submitted.host == socket.gethostname()
         self._news: list[str] = []
         if not self.here and not self.was_over():
-            self._news.append(f"the job runs on {submitted.host}; from here its end is seen by its result alone")
+            self._news.append(
+                f"the job runs on {submitted.host}; from this machine only its result tells that it has ended"
+            )
 
     def _runs(self) -> bool:
         return processes.runs(int(self.submitted.job_id), self.submitted.process_argument)

@@ -47,7 +47,7 @@ def details(record: Mapping[str, Any]) -> str:
     if record.get("traceback"):
         return str(record["traceback"]).rstrip()
     if isinstance(failure.get("log"), str) and (tail := last_lines(Path(failure["log"]))):
-        return f"the end of its log:\n{tail}"
+        return f"the end of the rank's log:\n{tail}"
     return ""
 
 

@@ -10,7 +10,7 @@ from jobs.run_dir import BY_ITSELF, RunDirectory
 
 LINGERS_S = 6.0
 """A rank whose work is done has said by then in its log what keeps it (jobs/processes.py)."""
-LINGERS = "the work is over; threads or exit hooks of a rank still run: see the logs of the ranks"
+LINGERS = "the work is done, but threads or exit hooks of a rank are still running; see the logs of the ranks"
 
 
 class Result:

@@ -67,8 +67,8 @@ class SlurmJob:
         """Asks in a thread of its own: a busy controller takes half a minute, and progress is shown meanwhile."""
         if (now := time.monotonic()) > self._say_at and not isinstance(self.answer, (JobState, Forgotten)):
             self._say_at = now + SILENT_S[1]
-            given_up = f"the wait is given up after {UNREACHABLE_S / 60:g} min of that"
-            self._news.append(f"job {self.job_id}: no answer from Slurm for {now - self._answered:.0f} s; {given_up}")
+            limit = f"meshrun stops waiting after {UNREACHABLE_S / 60:g} min without one"
+            self._news.append(f"job {self.job_id}: no answer from Slurm for {now - self._answered:.0f} s; {limit}")
         if self._asking is not None:
             if self._asking.is_alive():
                 return
@@ -181,15 +181,15 @@ class SlurmJob:
             if states and isinstance(answer, JobState) and answer.state not in states:
                 says = f"says {answer.state} ({answer.reason or 'no reason'})"
                 if not answer.ended:
-                    says = f"still says {answer.state}: a rank's threads or exit hooks may run on for a while"
-                self._news.append(f"its work is {record['status']}; Slurm {says}")
+                    says = f"still says {answer.state}: threads or exit hooks of a rank may still be running"
+                self._news.append(f"the work is {record['status']}, but Slurm {says}")
             return record
         workload = (read_json(self.run_dir.job) or {}).get("workload", "")
         unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
         if isinstance(answer, NoAnswer):
             error = (
-                f"Slurm could not be asked for {UNREACHABLE_S / 60:g} min ({answer.words}); job {self.job_id} may "
-                f"still run; come back: {come_back(self.run_dir)}"
+                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.words}); job {self.job_id} may still "
+                f"be running; follow it: {come_back(self.run_dir)}"
             )
             return {**unknown, "error": error}
         attempt = self.run_dir.last_attempt().number
@@ -207,7 +207,7 @@ def line_of(job_id: str, answer: query.Answer) -> str:
     """What is said of an answer, when it is another than before."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):
-        return f"{job}: Slurm does not answer ({answer.words}); it is asked again, and the run directory watched"
+        return f"{job}: Slurm does not answer ({answer.words}); meshrun keeps asking, and watches the run directory"
     if isinstance(answer, Forgotten):
         return ""
     if answer.ended or answer.state == "COMPLETING":

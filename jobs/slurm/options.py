@@ -13,18 +13,20 @@ OWNED = {
     **{name: f"--{name}" for name in ("time", "partition", "account", "qos", "job-name")},
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "cpus_per_gpu in the cluster config"),
     **dict.fromkeys(("output", "error", "open-mode", "input"), "--run-dir: logs lie in the run directory"),
-    "array": "one line a job: each has a run directory of its own",
+    "array": "one submit.py line per job: each has its own run directory",
     "wait": "--wait",
-    **dict.fromkeys(("clusters", "cluster"), "a login node of that cluster: a job elsewhere could not be followed"),
+    **dict.fromkeys(
+        ("clusters", "cluster"), "a login node of that cluster: a job of another cluster could not be followed"
+    ),
     "test-only": "--dry-run",
     **dict.fromkeys(("wrap", "parsable", "quiet", "help", "usage", "version"), ""),
 }
-"""sbatch options that the job decides, and what to use in their place, if anything."""
+"""sbatch options that the job decides, and what to use instead, if anything."""
 ALONE = (
     *("contiguous", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice", "no-kill", "no-requeue", "overcommit"),
     *("oversubscribe", "propagate", "reboot", "requeue", "spread-job", "use-min-nodes", "verbose"),
 )
-"""sbatch options that can stand without a value; any other would take the script's next line for its value."""
+"""sbatch options that need no value; any other would take the script's next line as its value."""
 CHECKED = ("gres", "signal", "distribution", "requeue", "no-requeue")
 """Options whose values are looked at below."""
 
@@ -35,9 +37,9 @@ SRUN_OWNED = {
     **dict.fromkeys(("-m", "--distribution"), "distribution under sbatch:"),
     **dict.fromkeys(("-c", "--cpus-per-task"), "cpus_per_gpu"),
     **dict.fromkeys(("-K", "--kill-on-bad-exit", "--export", "--multi-prog", "-W", "--wait"), ""),
-    **dict.fromkeys(("-Q", "--quiet"), ""),  # what srun says of the ranks' ends is needed
+    **dict.fromkeys(("-Q", "--quiet"), ""),  # what srun says about the ranks' ends is needed
 }
-"""srun options that the job decides, and what to use in their place, if anything."""
+"""srun options that the job decides, and what to use instead, if anything."""
 _SRUN_LETTERS_ALONE = "EHIKOQVXZklsuv"
 """srun's short options that stand without a value: further ones may follow in the same word, as in `-ln1`."""
 
@@ -55,11 +57,11 @@ def option_mistake(name: str, value: object) -> str | None:
     if value is True and name not in ALONE:
         return f"sbatch's --{name} needs a value; write {name}=VALUE"
     if isinstance(value, str) and any(not c.isprintable() for c in value):
-        return "its value holds a line break or another control character"
+        return "its value contains a line break or another control character; remove it"
     if name == "gres" and "gpu" in str(value):
         return "GPUs are part of the job; use --gpus-per-node, and gpu_request: gres in the cluster config"
     if name == "signal" and not re.fullmatch(r"USR2@[0-9]{1,5}", str(value)):
-        return "ranks listen to USR2 only; write signal=USR2@SECONDS"
+        return "ranks handle only USR2; write signal=USR2@SECONDS"
     if name == "distribution" and not re.match(r"(block|cyclic|plane=[0-9]+|arbitrary)\b", str(value)):
         return "must start with block, cyclic, plane=SIZE or arbitrary"
     return None
@@ -68,7 +70,7 @@ def option_mistake(name: str, value: object) -> str | None:
 def srun_mistake(word: str) -> str | None:
     """Why an extra argument of srun cannot be given; None where it can."""
     if not re.match(r"-[A-Za-z]|--[a-z]", word):
-        return "is no option; write the option and its value as one word: --name=value"
+        return "is not an option; write the option and its value as one word: --name=value"
     if word.startswith("--"):
         name = word.partition("=")[0]
         named = [name] if name in SRUN_OWNED else [owned for owned in SRUN_OWNED if owned.startswith(name)]

@@ -256,32 +256,39 @@ def read_scontrol(code: int, out: str, err: str, script: str = "") -> Answer:
 # --- what a reason means ----------------------------------------------------------------------------------------------
 
 _HINTS = (
-    (r"PartitionNodeLimit", "the partition has or allows fewer hosts than --nodes: cancel, and ask for less"),
-    (r"PartitionTimeLimit", "--time is more than the partition allows: cancel, and ask for less"),
-    (r"Partition(Down|Inactive)", "the partition takes no jobs now"),
+    (
+        r"PartitionNodeLimit",
+        "the partition has, or allows, fewer hosts than --nodes asks for; cancel the job and ask for fewer",
+    ),
+    (r"PartitionTimeLimit", "--time is more than the partition allows; cancel the job and ask for less"),
+    (r"Partition(Down|Inactive)", "the partition accepts no jobs at the moment"),
     (
         r"ReqNodeNotAvail|Nodes required for job are",
-        "hosts that it needs are down, drained or reserved; it starts when they are back (see sinfo)",
+        "hosts that the job needs are down, drained or reserved; it starts when they are back (see sinfo)",
     ),
-    (r"NodeDown", "a host that it needs is down (see sinfo)"),
-    (r"BadConstraints", "no hosts meet what it asks for: cancel, and ask for something else"),
+    (r"NodeDown", "a host that the job needs is down (see sinfo)"),
+    (r"BadConstraints", "no hosts meet the job's constraints; cancel it and ask for something else"),
     (
         r"launch failed requeued held",
-        "it could not be started and is held: slurm.log in the run directory may say why; `scontrol release` and its "
-        "number lets it try again, scancel gives it up",
+        "Slurm could not start the job and holds it; slurm.log in the run directory may say why; `scontrol release` "
+        "with its number lets Slurm try again, scancel gives it up",
     ),
-    (r"JobHeldUser|job requeued in held state", "it is held; let it go with `scontrol release` and its number"),
-    (r"JobHeldAdmin", "it is held by the site; ask there"),
-    (r"DependencyNeverSatisfied", "what it waits for has failed: it will never start; cancel it"),
-    (r"Invalid(Account|QOS)|AssociationJobLimit|Assoc\w*(Limit|Max)|QOS\w*(Limit|Max)", "a limit of your account's"),
-    (r"(Assoc|QOS)Grp\w*", "your account's or QOS's share is in use; it starts when others of it end"),
-    (r"Reservation", "its reservation has not begun"),
-    (r"BeginTime", "Slurm starts it (again) at a set time"),
+    (r"JobHeldUser|job requeued in held state", "the job is held; release it with `scontrol release` and its number"),
+    (r"JobHeldAdmin", "the site's administrators hold the job; ask them"),
+    (r"DependencyNeverSatisfied", "the job that it depends on has failed, so it will never start; cancel it"),
+    (r"Invalid(Account|QOS)", "the account or QOS is not valid here; cancel the job and give another"),
+    (r"AssociationJobLimit|Assoc\w*(Limit|Max)|QOS\w*(Limit|Max)", "the job exceeds a limit of your account or QOS"),
+    (
+        r"(Assoc|QOS)Grp\w*",
+        "the share of your account or QOS is in use; the job starts when other jobs of that account or QOS end",
+    ),
+    (r"Reservation", "the job's reservation has not begun"),
+    (r"BeginTime", "Slurm starts the job (again) at a set time"),
 )
 
 
 def hint(state: JobState) -> str:
-    """What a reason that needs explaining means for the one who waits; empty where there is nothing to add."""
+    """What a reason means for the person who waits; empty if it needs no explanation."""
     if not state.waits:
         return ""
     return next((text for pattern, text in _HINTS if re.match(pattern, state.reason)), "")
@@ -296,7 +303,7 @@ LOST = re.compile(
     r"|\((send|receive|shutdown) failure\)",
     re.IGNORECASE,
 )
-"""What sbatch says where it lost the controller in the middle: the job may be queued all the same."""
+"""What sbatch says where it lost the controller in the middle: the job may be queued anyway."""
 _UNREACHABLE = re.compile(r"unable to contact|configuration source|\bmunge\b|authentication", re.IGNORECASE)
 """What it says where it has reached nobody who could refuse a job."""
 UNSURE = ("node configuration is not available", "node not available", "partition not available")
@@ -312,7 +319,7 @@ def check_reached(words: str) -> None:
     """
     if _UNREACHABLE.search(words) and not LOST.search(words):
         raise SubmissionError(
-            f"Slurm does not answer ({words}); nothing is queued; try again later, or ask `sinfo`, "
+            f"Slurm does not answer ({words}); nothing is queued; try again later, check with `sinfo`, "
             "or use --executor local"
         )
 
@@ -337,17 +344,17 @@ def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, 
         check_reached(said.words)
         if _LATE not in said.words:
             raise SubmissionError(f"{said.words}; nothing is queued")
-        return f"{said.words} whether Slurm would take the job; it is submitted all the same"
+        return f"{said.words} whether Slurm would accept the job; it is submitted anyway"
     words = "; ".join(dict.fromkeys(line.strip() for line in (said.err + said.out).splitlines() if line.strip()))
     if said.code == 0:
         return _without_a_number(words)
     check_reached(words)
     if LOST.search(words):
-        return f"sbatch --test-only says: {words}; the job is submitted all the same"
+        return f"sbatch --test-only says: {words}; the job is submitted anyway"
     if any(unsure in words for unsure in UNSURE):
         total = _hosts_of(str(given.get("partition", "")), clean)
         if total is None or int(given["nodes"]) <= total:
-            return f"sbatch --test-only says: {words}; the job is queued all the same"
+            return f"sbatch --test-only says: {words}; the job is submitted anyway"
         words += f"; the partition has {total} hosts"
     raise SubmissionError(
         f"sbatch would refuse the job: {words or f'exit code {said.code}'} (asked for: {_asked(given)})"
@@ -370,8 +377,8 @@ def _without_a_number(words: str) -> str:
     if not match:
         return words
     far = abs((date.fromisoformat(match[1]) - date.today()).days) > 90
-    when = "" if far else f", by its estimate at {match[1]}{match[2]} on {match[3]}"
-    return f"Slurm takes the job in partition {match[4]}{when}"
+    when = "" if far else f"; estimated start: {match[1]}{match[2]} on {match[3]}"
+    return f"Slurm accepts the job in partition {match[4]}{when}"
 
 
 def _hosts_of(partition: str, env: Mapping[str, str]) -> int | None:

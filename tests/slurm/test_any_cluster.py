@@ -57,7 +57,7 @@ def test_one_may_leave_and_come_back(any_cluster: AnyCluster) -> None:
     line.process.send_signal(signal.SIGINT)
     code, _, err = line.finish(60)
     assert code == 130
-    assert f"come back: python {SUBMIT} wait run" in err
+    assert f"follow it: python {SUBMIT} wait run" in err
     back = subprocess.run(
         [sys.executable, SUBMIT, "wait", "run", "--json"],
         cwd=any_cluster.directory,

@@ -126,7 +126,7 @@ def test_a_run_that_a_signal_stops_is_not_done(slurm: Cluster, follow: Follow) -
     assert code(line) == 1, out(line)
     assert err(line) == "meshrun: error: the job was stopped: by request, after step 3 of 9\n"
     assert line.result()["status"] == "stopped"
-    assert "its work is" not in out(line)
+    assert "the work is" not in out(line)
     slurm.wait_job_state(job_id(line), "FAILED")  # no job that depends on it starts
 
 
@@ -181,7 +181,7 @@ def test_ctrl_c_while_sbatch_is_asked_leaves_no_job_unknown(slurm: Cluster, foll
     wait_until((tmp_path / "asked").exists, "sbatch")
     os.killpg(line.process.pid, signal.SIGINT)
     assert code(line) == 130
-    assert f"detached; job {job_id(line)} goes on; come back: python {SUBMIT} wait run" in err(line)
+    assert f"job {job_id(line)} keeps running; follow it: python {SUBMIT} wait run" in err(line)
     assert slurm.job_state(job_id(line)) == "PENDING"
 
 
@@ -196,8 +196,8 @@ def test_a_job_whose_line_can_print_nothing_is_named_on_stderr(
     job = job_id(line)
     assert code(line) == 130
     assert last == (
-        f"meshrun: stdout cannot be written (No space left on device); detached; job {job} goes on; "
-        f"come back: python {SUBMIT} wait run; end it: scancel {job}"
+        f"meshrun: stdout cannot be written (No space left on device); job {job} keeps running; "
+        f"follow it: python {SUBMIT} wait run; end it: scancel {job}"
     )
     assert slurm.job_state(job) == "PENDING"
 
@@ -233,7 +233,7 @@ def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, foll
     assert code(line) == 130
     job = job_id(line)
     assert err(line) == (
-        f"meshrun: interrupted by SIGINT; detached; job {job} goes on; come back: python {SUBMIT} wait run; "
+        f"meshrun: interrupted by SIGINT; job {job} keeps running; follow it: python {SUBMIT} wait run; "
         f"end it: scancel {job}\n"
     )
     assert slurm.job_state(job) == "PENDING"
@@ -251,7 +251,7 @@ def test_a_terminal_that_is_closed_leaves_the_job_running(slurm: Cluster, follow
     assert code(line) == 130
     record = json.loads(out(line))
     assert (record["status"], record["exit_code"], record["job_id"]) == ("detached", 130, job_id(line))
-    assert err(line).splitlines()[-1].startswith("meshrun: interrupted by SIGHUP; detached; job ")
+    assert err(line).splitlines()[-1].startswith("meshrun: interrupted by SIGHUP; job ")
     steps = len(line.metrics())
     line.wait_for_step(steps + 5)
     assert slurm.job_state(job_id(line)) == "RUNNING"

@@ -78,7 +78,7 @@ def test_hosts_that_are_away_just_now_are_waited_for(slurm: Cluster, tmp_path: P
     line = submit(tmp_path, "mine:ENTRY", "--nodes", "2", env=slurm.env)
     code, out, err = line.finish()
     assert (code, err) == (0, "")
-    assert "the job is queued all the same" in out
+    assert "the job is submitted anyway" in out
     job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
     assert slurm.job_state(job) == "PENDING"
     slurm.run("scancel", job)

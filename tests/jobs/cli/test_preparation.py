@@ -127,7 +127,7 @@ def test_it_runs_apart_and_its_line_is_announced(prepared: Type) -> None:
         ("open('gone.txt')", ["gone.txt: No such file or directory; give another path"]),
         ("input()", ["mine.py:27: EOFError"]),
         ("os._exit(0)", ["workload mine: prepare exited with code 0 before its work was done"]),
-        ("print('at half'); os._exit(7)", ["prepare exited with code 7 before", "(its last words: at half)"]),
+        ("print('at half'); os._exit(7)", ["prepare exited with code 7 before", "(its last output: at half)"]),
         ("os.kill(os.getpid(), signal.SIGKILL)", ["prepare was killed by SIGKILL (out of memory, or"]),
         ("import ctypes; ctypes.string_at(0)", ["prepare was killed by SIGSEGV"]),
         ("return 5", ["workload mine: prepare returned a int; return None, or one line"]),
@@ -226,8 +226,8 @@ def test_what_does_not_end_is_ended_and_said(prepared: Type) -> None:
     line = prepared(body, more=", prepare_timeout_s=3, plan=lambda config: 'fetches nine files'")
     check_refused(
         line,
-        "workload mine: prepare (fetches nine files) has not ended within 3 s (it was at ",
-        "mine.py:29), and was killed (its last words: file 3 of 9); if it needs longer, raise prepare_timeout_s",
+        "workload mine: prepare (fetches nine files) did not end within 3 s (it was at ",
+        "mine.py:29) and was killed (its last output: file 3 of 9); if it needs longer, raise prepare_timeout_s",
     )
     assert time.monotonic() - began < 15
 
@@ -238,7 +238,7 @@ def test_what_ignores_ctrl_c_is_ended_too(prepared: Type) -> None:
         subprocess.Popen(["sh", "-c", "trap '' INT TERM; sleep 600"])
         time.sleep(600)
     """
-    check_refused(prepared(body, more=", prepare_timeout_s=1"), "prepare has not ended within 1 s, and was killed;")
+    check_refused(prepared(body, more=", prepare_timeout_s=1"), "prepare did not end within 1 s and was killed;")
 
 
 SLOW_TO_START = """)
@@ -259,7 +259,7 @@ def test_its_time_begins_when_it_is_called(prepared: Type, tmp_path: Path) -> No
 def test_a_process_that_never_comes_to_it_is_ended_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "return", SLOW_TO_START.format(600))
     monkeypatch.setattr(preparation, "START_S", 3.0)
-    with pytest.raises(WorkloadError, match=r"has not come to calling it within 3 s, and was killed.*; is this"):
+    with pytest.raises(WorkloadError, match=r"did not get as far as calling it within 3 s and was killed.*; is this"):
         outcome(tmp_path, monkeypatch, "sleeps")
 
 

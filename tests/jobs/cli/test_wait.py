@@ -27,11 +27,11 @@ BAD = [
     Bad(["wait", "runs"], ["'runs': is not a run directory: it has no job.json"], {"runs/a/job.json": JOB}),
     Bad(["wait", "file"], ["'file': is not a run directory"], {"file": "x"}),
     Bad(["wait", "r" * 300], ["r" * 300, "too long"]),
-    Bad(["wait", "run"], ["run: has no submission.json: it was not submitted from here"], {"run/job.json": JOB}),
+    Bad(["wait", "run"], ["run: has no submission.json: no job of it was submitted"], {"run/job.json": JOB}),
     Bad(["wait", "run"], ["has no submission.json"], {"run/job.json": JOB, "run/submission.json": "[1"}),
     Bad(
         ["wait", "run"],
-        ["ran with --executor debug, in its own command line"],
+        ["ran with --executor debug, inside the command that started it"],
         {"run/job.json": DEBUG, "run/result.json": "{}"},
     ),
     Bad(["wait", "run", "--nodes", "2"], ["--nodes: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),

@@ -57,7 +57,7 @@ def test_a_local_job_that_nobody_waited_for(typed: Callable[..., Line], tmp_path
     pid = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
     assert leaves.returncode == 130
     assert err == (
-        f"meshrun: interrupted by SIGINT; detached; process {pid} goes on; come back: python {SUBMIT} wait run; "
+        f"meshrun: interrupted by SIGINT; process {pid} keeps running; follow it: python {SUBMIT} wait run; "
         f"end it: kill {pid}\n"
     )
     back = wait_line(tmp_path)
@@ -159,7 +159,7 @@ def test_a_job_whose_supervisor_runs_has_not_failed_also_where_there_is_no_proc(
     later(1.5, lambda: write_json(run.result, DONE))
     later(3.0, sleeper.kill)
     assert main(["wait", "run"]) == 0
-    assert "the work is over; threads or exit hooks of a rank still run" in capsys.readouterr().out
+    assert "the work is done, but threads or exit hooks of a rank are still running" in capsys.readouterr().out
     # It has ended, and nobody has asked how.
     assert not processes.runs(sleeper.pid, "600")
     sleeper.wait()

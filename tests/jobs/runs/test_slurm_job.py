@@ -184,7 +184,7 @@ def test_a_reason_that_needs_it_is_explained(site: Site, later: Later, capsys: C
     out, err = capsys.readouterr()
     assert out.splitlines()[:2] == [
         "job 12: PENDING (PartitionNodeLimit)",  # in 70 years is no estimate
-        "  the partition has or allows fewer hosts than --nodes: cancel, and ask for less",
+        "  the partition has, or allows, fewer hosts than --nodes asks for; cancel the job and ask for fewer",
     ]
     assert err == "meshrun: error: the job failed: job 12 was cancelled before it started\n"
 
@@ -193,7 +193,7 @@ def test_of_a_job_that_is_done_and_whose_ranks_stay_both_are_told(site: Site, la
     site.state("RUNNING")
     later(0, lambda: (site.wait_for_answer(), write_json(site.run.result, DONE)))
     assert main(["wait", "run"]) == 0
-    assert "its work is done; Slurm still says RUNNING: a rank's threads" in capsys.readouterr().out
+    assert "the work is done, but Slurm still says RUNNING: threads or exit hooks" in capsys.readouterr().out
 
 
 def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
@@ -263,7 +263,7 @@ def test_a_done_job_that_slurm_calls_failed_is_done_and_it_is_said(site: Site, l
     site.state("RUNNING")
     later(0.5, lambda: (write_json(site.run.result, DONE), site.state("FAILED", "NonZeroExitCode")))
     assert main(["wait", "run"]) == 0
-    assert "its work is done; Slurm says FAILED (NonZeroExitCode)" in capsys.readouterr().out
+    assert "the work is done, but Slurm says FAILED (NonZeroExitCode)" in capsys.readouterr().out
 
 
 def test_a_completed_job_whose_result_comes_late(site: Site, later: Later) -> None:
@@ -381,8 +381,8 @@ def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture, monke
     out, err = capsys.readouterr()
     assert json.loads(out)["status"] == "unknown"
     assert err.count("job 12: no answer from Slurm for ") >= 3  # before the first answer, and again and again
-    assert "Slurm could not be asked for" in err
-    assert "job 12 may still run; come back: python submit.py wait run" in err
+    assert "Slurm has not answered for" in err
+    assert "job 12 may still be running; follow it: python submit.py wait run" in err
     assert not site.run.result.exists()
 
 
@@ -414,7 +414,7 @@ def test_a_job_whose_number_sbatch_could_not_give(site: Site, capsys: Capture) -
     script = scripted(site)
     site.squeue(err=UNREACHABLE)
     assert main(["wait", "run"]) == 2
-    assert "sbatch could not say whether it queued the job, and Slurm names none" in capsys.readouterr().err
+    assert "sbatch could not say whether it queued the job, and Slurm knows none" in capsys.readouterr().err
     answer = f'case "$*" in *--me*) echo "13|{script}"; exit;; esac'
     say(site.env, "squeue", f"13|CANCELLED|N/A||None|{script}", before=answer)
     assert main(["wait", "run"]) == 1
@@ -508,8 +508,8 @@ def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later
             signal.signal(s, handler)
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (
-        f"meshrun: interrupted by {signum.name}; detached; job 12 goes on; "
-        "come back: python submit.py wait 'it'\"'\"'s'; end it: scancel 12"
+        f"meshrun: interrupted by {signum.name}; job 12 keeps running; "
+        "follow it: python submit.py wait 'it'\"'\"'s'; end it: scancel 12"
     )
     if as_json:
         expected = {"status": "detached", "exit_code": 130, "run_dir": str(Path("it's").absolute()), "job_id": "12"}
@@ -526,6 +526,6 @@ def test_of_a_job_that_has_ended_nobody_says_that_it_goes_on(
         assert main(["wait", "run"]) == 130
     err = capsys.readouterr().err
     assert err == (
-        "meshrun: stdout cannot be written (No space left on device); job 12 has ended; how: "
+        "meshrun: stdout cannot be written (No space left on device); job 12 has ended; to see how: "
         "python submit.py wait run\n"
     )
