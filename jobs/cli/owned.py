@@ -53,7 +53,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # between its last step and what is told of its end
             outcome = f"the job has ended; to see how: {come_back(run_dir)}"
         else:
-            outcome = "the job was stopped, and none of its processes is left"
+            outcome = "the job was ended, and none of its processes is left"
         console.error(f"{interruption}; {outcome}")
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
