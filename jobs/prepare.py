@@ -40,20 +40,20 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
     os.set_inheritable(results, False)
     _end_with(owner, results)
     processes.die_with_parent(parent)
-    # Under nohup and in a script's background SIGINT is ignored, and that is inherited; here it means the end.
+    # Under nohup, and in a script's background, this process inherits an ignored SIGINT; here SIGINT must end it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
         entry = registry.load(spec.workload, spec.import_path)
         config = entry.config.model_validate(spec.settings)
-        _say(results, {"called": True})  # from here on it is prepare's time
+        _say(results, {"called": True})  # prepare's time begins here
         line = entry.call("prepare", config, RunDirectory(run_dir).data)
         if line is not None and not isinstance(line, str):
             raise WorkloadError(
                 f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line on what "
                 "was prepared"
             )
-        if os.getpid() != this:  # a child that was forked in prepare and not ended there: not its answer
+        if os.getpid() != this:  # a child that prepare forked and did not end must not answer
             os._exit(0)
     except WorkloadError as error:
         _say(results, {"refused": str(error)})
@@ -67,14 +67,14 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
 
 
 def _say(results: int, answer: dict[str, Any]) -> None:
-    """All of it, ended by a line break; json has none inside."""
+    """Writes the whole answer as one line; JSON contains no line break."""
     data = json.dumps(answer).encode() + b"\n"
     while data:
         data = data[os.write(results, data) :]
 
 
 def _end_with(owner: int, results: int) -> None:
-    """Leaves a process behind that ends this one's group when the owner is gone.
+    """Starts a watcher process that ends this process's group when the owner is gone.
 
     The kernel would end this process alone (`die_with_parent`), and only on Linux. No thread, which forking in a
     user's `prepare` would make unsafe; and no child of this process, for which a user's `os.wait` would wait.

@@ -1,4 +1,4 @@
-"""Where words go: people's to stdout, or to stderr where stdout carries one JSON object."""
+"""One command's output: lines for people on stdout, or on stderr if stdout carries one JSON object."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ class Console:
                 # A terminal that cannot show a character must not end a job.
                 stream.reconfigure(errors="backslashreplace")
                 with contextlib.suppress(OSError):
-                    os.set_blocking(stream.fileno(), True)  # a pipe that does not would be taken for one without reader
+                    os.set_blocking(
+                        stream.fileno(), True
+                    )  # a non-blocking pipe that is full looks like one without a reader
         self.as_json = as_json
         self.job_started = False
-        """From then on an error is the job's, not the user's."""
+        """Once true, an error is the job's and not the user's."""
         self.facts: dict[str, Any] = {}
-        """What the one object holds besides, however the command ends."""
+        """What the JSON object also holds, however the command ends."""
         self._finished = False
         self._stdout = sys.stdout
         self.stream = sys.stderr if as_json else sys.stdout
 
     def guard_stdout(self) -> contextlib.AbstractContextManager[Any]:
-        """Keeps stdout for the one object, where one was asked for."""
+        """With --json, keeps stdout free for the JSON object."""
         return contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
 
     def say(self, text: str = "") -> None:
@@ -52,7 +54,7 @@ class Console:
             self._write(printable(text) + "\n", self.stream)
 
     def complain(self, text: str) -> None:
-        """A line on stderr; the command goes on also where nobody can read it."""
+        """A line on stderr; the command goes on even if it cannot be written."""
         with contextlib.suppress(OutputLost):
             self.pass_on(printable(text) + "\n")
 
@@ -68,13 +70,13 @@ class Console:
         self.complain(f"meshrun: error: {one_line(text)}")
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Prints the one JSON object, where it was asked for; only the first one.
+        """With --json, prints the JSON object; a second call prints nothing.
 
         Raises:
             OutputLost: it cannot be written.
         """
         if self.as_json and not self._finished:
-            from workloads.json_values import to_json  # late: it brings logging along, which most output does not need
+            from workloads.json_values import to_json  # late: it imports logging, which most commands do not need
 
             self._finished = True
             self._write(json.dumps(to_json({**self.facts, **record}), allow_nan=False) + "\n", self._stdout)
@@ -92,7 +94,7 @@ class Console:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            # What its buffer still holds would be tried again, and complained about, when Python exits.
+            # Python would try to write the rest of the buffer again at exit, and complain.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise OutputLost("stderr" if stream is sys.stderr else "stdout", error) from None

@@ -20,7 +20,11 @@ RANK_AT_LEAST_BYTES = 150 * 10**6
 def check_limits(
     given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, from_env: Mapping[str, str]
 ) -> None:
-    """What a cluster's config allows, and what any job may have, notices before the scheduler is asked."""
+    """Refuses a job that is larger than its cluster config allows, or than any job may be.
+
+    Raises:
+        ResourceError: it has too many ranks, hosts or GPUs, or too long a time limit.
+    """
     if resources.shape.world_size > MOST_RANKS:
         raise ResourceError(
             f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; use fewer"

@@ -44,7 +44,7 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unmasked() -> Iterator[None]:
-    """Inside, Interrupted is what comes out, also where its way led through code that makes other exceptions of it.
+    """Inside, an interruption is raised as Interrupted, even if code on its way turned it into another exception.
 
     An import may report it as the module's SyntaxError, a library as an error of its own.
     """
@@ -58,7 +58,7 @@ def unmasked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside, the signals wait; one that came is raised at the end, unless something else is."""
+    """Inside, signals wait; one that arrived is raised at the end, unless another exception is."""
     global _held, _came
     _held, _came = True, None
     try:
@@ -71,7 +71,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Inside, the signals reach neither this process nor the programs it starts; one that came is there at the end.
+    """Inside, signals reach neither this process nor the programs it starts; one that arrived is pending at the end.
 
     Blocking keeps a signal for later, but a shell that is started takes that off; what it was started to ignore, it
     goes on ignoring. What is both is kept (`sig_ignored` in Linux's kernel/signal.c).

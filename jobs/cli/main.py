@@ -76,7 +76,7 @@ def _run(argv: Sequence[str], console: Console) -> int:
 
 
 def _line(mistake: Exception) -> str:
-    """The line of a refusal, of a path's unless a better one is known; empty where it is no mistake of the user's."""
+    """The line that refuses a user's mistake; empty if the error is not one."""
     if isinstance(mistake, ModuleNotFoundError):
         if (mistake.name or "").partition(".")[0] in ("jobs", "workloads"):
             return ""

@@ -1,4 +1,4 @@
-"""argv -> Options: flags and words, with a suggestion for a misspelt one."""
+"""argv -> Options: flags and words, with a suggestion for a misspelled one."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     """
     run_dir = RunDirectory(spec.run_dir)
     began = time.monotonic()
-    # Should the supervisor be killed, what its ranks had started comes to this process, and is ended here.
+    # If the supervisor is killed, this process inherits what its ranks had started, and ends it.
     processes.adopt_orphans()
     display, result = Display(run_dir, console), Result(run_dir)
     before: set[int] = set()
@@ -50,7 +50,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             end(process)
             processes.kill_children(but=before)
         display.close()
-        if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # between its last step and what is told of its end
+        if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step
             outcome = f"the job has ended; to see how: {come_back(run_dir)}"
         else:
             outcome = "the job was ended, and none of its processes is left"

@@ -28,15 +28,15 @@ from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 POLL_S = 0.05
 SAY_AFTER_S = 10.0
-"""A preparation that has been silent for so long is said to be what is waited for."""
+"""Seconds of silence after which a line says that the preparation is being waited for."""
 START_S = 120.0
-"""For an interpreter and the workload's module, on a loaded machine or a slow file system: not `prepare`'s time."""
+"""Seconds for starting Python and importing the workload on a loaded machine; they do not count as `prepare`'s time."""
 STOP_S = 2.0
-"""Between SIGINT, upon which `finally` clauses run, and SIGKILL."""
+"""Seconds between SIGINT, on which `finally` clauses run, and SIGKILL."""
 DRAIN_S = 1.0
-"""For what is left in the pipes when the preparation is over."""
+"""Seconds for reading what is left in the pipes when the preparation has ended."""
 TAIL = 4000
-"""Characters that are kept for the last words."""
+"""Characters of output that are kept for a refusal."""
 
 
 def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
@@ -89,7 +89,7 @@ class Preparation:
         self._tail = ""
         self._answer = b""
         self._before = processes.children()
-        # What the preparation leaves behind comes to this process, also from sessions of its own, and is ended here.
+        # This process inherits what the preparation leaves behind, even in other sessions, and ends it.
         processes.adopt_orphans()
         owner, self._owner = os.pipe()  # the write end closes when this process ends, however it ends
         self._results, results = os.pipe()
@@ -97,7 +97,7 @@ class Preparation:
         command = [sys.executable, "-u", str(processes.ENTRY), "--prepare", run_dir, parent, str(owner), str(results)]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), spec.threads_per_rank)
         try:
-            # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.
+            # A session of its own: the terminal's Ctrl-C and hang-up reach only the command line, which decides.
             self._process = subprocess.Popen(
                 command,
                 # A login node has many cores and many users.
@@ -136,7 +136,7 @@ class Preparation:
         """
         said = False
         while True:
-            # Asked before reading: what it wrote before its end is then there to be read.
+            # Must be asked before reading, otherwise what it wrote just before its end could be missed.
             ended = self._process.poll() is not None
             if ended:
                 self._end_rest()
@@ -155,12 +155,12 @@ class Preparation:
                 self._stop()
                 raise WorkloadError(
                     f"workload {self._entry.name}: the process for prepare did not get as far as calling it "
-                    f"within {START_S:g} s and was killed{self._last_words()}; is this machine overloaded, or the file "
-                    "system that holds Python?"
+                    f"within {START_S:g} s and was killed{self._last_output()}; is this machine overloaded, or the "
+                    "file system that holds Python?"
                 )
             if self._called is not None and time.monotonic() > self._called + self._entry.prepare_timeout_s:
                 raise WorkloadError(self._too_late(answer))
-            # Whoever prints says what is being waited for, and would have another's line in the middle of his own.
+            # A preparation that prints needs no such line, and it could land in the middle of one of its own.
             if not said and not self._tail and time.monotonic() - self._began > SAY_AFTER_S:
                 said = True
                 at_most = self._entry.prepare_timeout_s
@@ -168,7 +168,7 @@ class Preparation:
                 self._show(f"meshrun: waiting for workload {self._entry.name}: prepare{self._doing()}{limit}\n")
 
     def end(self) -> None:
-        """Ends the process, if it still runs, and everything below it; what it says from now on is not shown."""
+        """Ends the process, if it still runs, and everything below it; its further output is not shown."""
         self._stop()
         self._end_rest()
         processes.adopt_orphans(False)
@@ -189,21 +189,21 @@ class Preparation:
         how = f"was {how}" if code < 0 else how
         if answer is not None and "returned" in answer:
             how = f"returned, but then its process {how.removesuffix(' before its work was done')}"
-        raise WorkloadError(f"workload {self._entry.name}: prepare {how}{self._last_words()}")
+        raise WorkloadError(f"workload {self._entry.name}: prepare {how}{self._last_output()}")
 
     def _too_late(self, answer: dict[str, Any] | None) -> str:
         what, timeout_s = f"workload {self._entry.name}: prepare", f"{self._entry.prepare_timeout_s:g} s"
         if answer is not None:
             return (
                 f"{what} has returned, but its process did not end within {timeout_s}: a thread or a process that it "
-                f"started was still running and was killed{self._last_words()}; wait for it in prepare, or make it a "
+                f"started was still running and was killed{self._last_output()}; wait for it in prepare, or make it a "
                 "daemon"
             )
-        last_words = self._last_words()  # before it is told to stop, which it may comment on
+        last_output = self._last_output()  # taken before it is told to stop, because it may print about that
         answer = self._stop()
         at = f" (it was at {answer['stopped']})" if answer is not None and "stopped" in answer else ""
         return (
-            f"{what}{self._doing()} did not end within {timeout_s}{at} and was killed{last_words}; if it needs "
+            f"{what}{self._doing()} did not end within {timeout_s}{at} and was killed{last_output}; if it needs "
             "longer, raise prepare_timeout_s in the workload's entry"
         )
 
@@ -224,7 +224,7 @@ class Preparation:
         return self._read_answer()
 
     def _end_rest(self) -> None:
-        """Ends what the process has left behind: nobody else would."""
+        """Ends what the process has left behind."""
         if self._process.poll() is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -232,7 +232,7 @@ class Preparation:
         processes.kill_children(but=self._before)
 
     def _read(self, timeout_s: float, quiet: bool = False) -> bool:
-        """Reads once what has come, or waits so long for it; whether there was anything."""
+        """Reads once, waiting at most `timeout_s` for data; returns whether there was any."""
         anything = False
         for key, _ in self._selector.select(timeout_s):
             try:
@@ -251,13 +251,13 @@ class Preparation:
         return anything
 
     def _drain(self) -> None:
-        # Nobody is left to write; where a process could not be ended, its words must not keep us.
+        # Normally nobody is left to write; the deadline is for a process that could not be ended.
         deadline = time.monotonic() + DRAIN_S
         while self._read(0) and time.monotonic() < deadline:
             pass
 
     def _read_answer(self) -> dict[str, Any] | None:
-        """What came of `prepare`: the line that is not the one that says that it was called."""
+        """The answer of `prepare`, if it has come: the first line that is not `called`."""
         for line in self._answer.split(b"\n")[:-1]:
             answer: dict[str, Any] = json.loads(line)
             if "called" not in answer:
@@ -267,6 +267,6 @@ class Preparation:
     def _doing(self) -> str:
         return "" if self._entry.plan is None else f" ({self._what})"
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
         lines = [line for line in re.split(r"[\r\n]+", self._tail) if line.strip()]
         return f" (its last output: {one_line(lines[-1])[-300:]})" if lines else ""

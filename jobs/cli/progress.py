@@ -19,11 +19,11 @@ from jobs.runs.tail import Tail
 
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10
-"""Lines of rank 0's log that someone sees who comes when the job already runs."""
+"""Lines of rank 0's log that are shown of what a running job had logged before."""
 LEAST_BAR = 5
 """Columns of a terminal that are left to the bar itself."""
 NEWEST_EVERY_S = 1.0
-"""Looking for a newer attempt lists the run directory, which a shared file system minds."""
+"""Looking for a newer attempt lists the run directory, which costs a shared file system something."""
 
 
 class Display:
@@ -49,7 +49,7 @@ class Display:
         if self.on_terminal:
             from tqdm import tqdm
 
-            tqdm.get_lock()  # may start a process of its own, which is none of the job's
+            tqdm.get_lock()  # may start a helper process, which must not be taken for one of the job's
         self.looked = time.monotonic()
         self.metrics = Tail(run_dir.metrics)
         self._begin(run_dir.last_attempt().number)
@@ -68,7 +68,7 @@ class Display:
         self.close()
 
     def update(self, ended: bool = False) -> None:
-        """Shows what is new. Args: ended: nothing will be added."""
+        """Shows what is new; with `ended`, also a last line without a newline."""
         if ended or time.monotonic() - self.looked >= NEWEST_EVERY_S:
             self.looked = time.monotonic()
             newest = self.run_dir.last_attempt().number
@@ -95,7 +95,7 @@ class Display:
         self.late = False
 
     def _until_rank_0_ends(self, lines: Iterable[str]) -> Iterator[str]:
-        """Which rank failed, and its traceback, is said once, at the end; rank 0's own end may be only an echo."""
+        """Rank 0's log without its own failure: the root cause is reported once, at the end."""
         for line in lines:
             self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
             if not self.rank_0_ended:
@@ -166,14 +166,14 @@ _STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 def _plain(line: str) -> str:
-    """What a terminal shows of a line in the end: without colors, and the last of what was written over each other."""
+    """What a terminal shows of a line in the end: no colors, and only the last of what overwrote each other."""
     return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
 
 
 _NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
-"""Of rank 0's log what means nothing: torch wanted a host's name for a message of its own, and uses the address."""
+"""A warning in rank 0's log without consequence: torch wanted a host's name for a message and uses its address."""
 _OF_INTEREST = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)
-"""Of srun's words while a job starts: why its step has to wait."""
+"""Lines of srun that say why a step has to wait."""
 _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
 
 

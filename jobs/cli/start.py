@@ -19,7 +19,7 @@ END_S = 10.0
 
 
 def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owned: bool) -> tuple[Any, Submitted]:
-    """Starts a local job. A signal that comes meanwhile is raised by the caller's `held`.
+    """Starts a local job. The caller holds signals back meanwhile (`interrupts.held`).
 
     Args:
         spec: the job; its run directory describes it already.
@@ -37,7 +37,7 @@ def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owne
     try:
         run_dir.record_submission(submitted)
     except OSError:
-        end(process)  # nobody could find it again
+        end(process)  # otherwise nobody could find it again
         raise
     console.job_started = True
     return process, submitted
@@ -57,12 +57,12 @@ def end(process: Any) -> None:
 
 
 def start_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Submitted:
-    """Queues a job. A signal that comes meanwhile is raised by the caller's `held`.
+    """Queues a job. The caller holds signals back meanwhile (`interrupts.held`).
 
     Raises:
         SubmissionError, SubmissionUnknown: as executor.submit; also where the job's number cannot be written down.
     """
-    # A Ctrl-C is sent to sbatch too, which would end in the middle of its request: it inherits that it is held.
+    # A terminal sends Ctrl-C to sbatch too, which must not end in the middle of its request: it inherits the block.
     with interrupts.blocked():
         job = executor.submit(spec, cluster, owned=False)
     submitted = Submitted.now("slurm", str(job.job_id))

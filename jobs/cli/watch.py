@@ -1,6 +1,6 @@
 """Watches a job that goes on by itself: its place in the queue, rank 0's progress, then how it ended.
 
-Such a job belongs to Slurm, or to itself: whoever watches it may leave, and come back with `submit.py wait`.
+Such a job belongs to Slurm, or to itself: the watcher may leave, and come back with `submit.py wait`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
         run_dir: the job's.
         submitted: what it became.
         console: where it is shown.
-        from_the_start: it was submitted just now; else what is long past is not shown again.
+        from_the_start: the job was submitted just now; otherwise earlier output is not shown again.
 
     Returns:
         The exit code: the job's, or 130 where the wait was interrupted and the job left to itself.
@@ -57,7 +57,7 @@ def _until_over(job: Tracker, display: Display, from_the_start: bool) -> None:
 
     over = job.was_over()
     while not over and not from_the_start and not job.is_known():
-        # Of a job that is long over only its end is told.
+        # Of a job that ended long ago, only the end is shown.
         over = is_over()
         job.pause()
     if over or is_over():
@@ -77,7 +77,7 @@ def _say_news(job: Tracker, display: Display) -> None:
 
 
 def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
-    """Says how to come back to a job that was submitted just now and is not waited for.
+    """Says how to follow a job that was submitted just now and is not waited for.
 
     Returns:
         The exit code.
@@ -90,7 +90,7 @@ def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
 def detached(
     run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException, has_ended: bool = False
 ) -> int:
-    """Says how to come back to a job that is left to itself, or that has ended and whose end could not be told.
+    """Says how to follow a job that is left to itself, or how to see the end of one whose end could not be shown.
 
     Returns:
         The exit code of an interruption.

@@ -67,7 +67,7 @@ class Evidence:
     last_steps: Mapping[int, tuple[str, float]] = field(default_factory=dict)
     """The last step that a rank ended, and how many seconds ago."""
     script_says: str = ""
-    """The end of query.log, for a job that never came to srun."""
+    """The end of slurm.log, for a job that never came to srun."""
     srun_began: bool = False
     srun_log: str = ""
     slurm_log: str = ""

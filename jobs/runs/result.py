@@ -9,7 +9,7 @@ from typing import Any
 from jobs.run_dir import BY_ITSELF, RunDirectory
 
 LINGERS_S = 6.0
-"""A rank whose work is done has said by then in its log what keeps it (jobs/processes.py)."""
+"""By then, a rank whose work is done has logged what keeps it from ending (jobs/processes.py)."""
 LINGERS = "the work is done, but threads or exit hooks of a rank are still running; see the logs of the ranks"
 
 
@@ -26,7 +26,7 @@ class Result:
         self._is_told = False
 
     def lingers(self) -> bool:
-        """True once: where the job goes on although its work has been over for LINGERS_S."""
+        """True once, if the job still runs LINGERS_S after its work was done."""
         record = self.read()
         if self._is_told or record is None or record["status"] not in BY_ITSELF:
             return False
@@ -34,7 +34,7 @@ class Result:
         return self._is_told
 
     def read(self) -> dict[str, Any] | None:
-        """The newest attempt's record; one of an earlier attempt is not the end."""
+        """The newest attempt's record; None if there is none, or only an earlier attempt's, which is not the end."""
         try:
             stat = self.run_dir.result.stat()
             seen = (stat.st_ino, stat.st_mtime_ns)

@@ -18,20 +18,20 @@ from jobs.slurm import environment, query
 from jobs.slurm.query import Forgotten, JobState, NoAnswer
 
 POLL_S = 1.0
-"""The run directory lies on a file system that many hosts share."""
+"""Seconds between two looks at the run directory, which lies on a file system that many hosts share."""
 ASK_EVERY_S = (1.0, 10.0)
-"""Slurm is asked this often at first and this often in the end; at once when result.json or query.log has changed."""
+"""Seconds between two questions to Slurm, at first and in the end; a change on disk is asked about at once."""
 RESULT_WITHIN_S = 10.0
 """Seconds that a shared file system may take to show here what another host has written."""
 RECORD_WITHIN_S = 2.0
-"""The same, of a failure's record: where it does not come, the rest of the run directory tells as much."""
+"""The same for a failure's record, without which the rest of the run directory tells as much."""
 STAYS_S = 10.0
-"""Seconds after which a state that may be followed by a restart is taken for the end."""
+"""Seconds after which a state that a restart may follow is taken for the end."""
 UNREACHABLE_S = 600.0
-"""Seconds without any answer of Slurm's after which the wait, not the job, is given up."""
+"""Seconds without any answer from Slurm after which meshrun stops waiting; the job is left alone."""
 LONG_AGO_S = 30.0
 SILENT_S = (15.0, 60.0)
-"""Seconds without an answer of Slurm's until that is said, and between two times that it is."""
+"""Seconds without an answer from Slurm before a line says so, and between two such lines."""
 
 
 class SlurmJob:
@@ -49,7 +49,7 @@ class SlurmJob:
         self._ask_at = 0.0
         self._interval = ASK_EVERY_S[0]
         self._changes = (0, 0)
-        """Of result.json, and the size of query.log, where a requeue is announced: it may not be queued for long."""
+        """Changes of result.json, and the size of slurm.log, which announces a requeue that may be over soon."""
         self._kind = ""
         self._since = 0.0
         """Since when Slurm has given the same answer."""
@@ -57,14 +57,14 @@ class SlurmJob:
         self._answered = time.monotonic()
         """When Slurm last answered; at first, when the wait began."""
         self._say_at = self._answered + SILENT_S[0]
-        """When it is said (again) that Slurm does not answer."""
+        """When a line says (again) that Slurm does not answer."""
         self._shown = ""
         self._shown_start: datetime | None = None
 
     # What Slurm says.
 
     def _ask(self) -> None:
-        """Asks in a thread of its own: a busy controller takes half a minute, and progress is shown meanwhile."""
+        """Asks in a thread of its own: a busy controller may take half a minute, during which progress is shown."""
         if (now := time.monotonic()) > self._say_at and not isinstance(self.answer, (JobState, Forgotten)):
             self._say_at = now + SILENT_S[1]
             limit = f"meshrun stops waiting after {UNREACHABLE_S / 60:g} min without one"
@@ -94,7 +94,7 @@ class SlurmJob:
     def _ask_now(self) -> None:
         try:
             self._coming.append(query.ask(self.job_id, self.env, self.script))
-        except Exception as error:  # whatever is wrong with one question, the job goes on
+        except Exception as error:  # the job goes on, whatever went wrong with one question
             self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
         self._heard.set()
 
@@ -108,7 +108,7 @@ class SlurmJob:
             self._say_at = self._since + SILENT_S[1]
         line = line_of(self.job_id, answer)
         start = _time_of(answer.start) if isinstance(answer, JobState) else None
-        # An estimate changes with every job of others that ends; a quarter of an hour is worth a line.
+        # The estimate changes whenever another job ends; only a change of a quarter of an hour is worth a line.
         moved = start and (not self._shown_start or abs(start - self._shown_start) > timedelta(minutes=15))
         if line and (line != self._shown or moved):
             self._shown, self._shown_start = line, start
@@ -161,7 +161,7 @@ class SlurmJob:
             if answer.ended:
                 within = RESULT_WITHIN_S if answer.state == "COMPLETED" else RECORD_WITHIN_S
                 return since > STAYS_S if answer.may_return else record is not None or since > within
-            # Accounting may never hear of an end; the controller, which has forgotten the job, is the one to believe.
+            # Accounting may never hear of an end, so a controller that has forgotten the job is believed.
             return answer.source == "sacct" and since > 60
         if isinstance(answer, Forgotten):
             return record is not None or since > RECORD_WITHIN_S
@@ -175,7 +175,7 @@ class SlurmJob:
         state = answer if isinstance(answer, JobState) and answer.ended else None
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
         if record is not None and (record.get("status") in BY_ITSELF or record.get("failure") or not knows_more):
-            # A job whose run was stopped fails, so that none that depends on it starts.
+            # The job of a stopped run fails, so that no job that depends on it starts.
             expected = {"done": ("COMPLETED", "COMPLETING"), "stopped": ("FAILED", "COMPLETING")}
             states = expected.get(record["status"])
             if states and isinstance(answer, JobState) and answer.state not in states:
@@ -204,7 +204,7 @@ class SlurmJob:
 
 
 def line_of(job_id: str, answer: query.Answer) -> str:
-    """What is said of an answer, when it is another than before."""
+    """The line on an answer that differs from the one before."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):
         return f"{job}: Slurm does not answer ({answer.words}); meshrun keeps asking, and watches the run directory"
@@ -212,7 +212,7 @@ def line_of(job_id: str, answer: query.Answer) -> str:
         return ""
     if answer.ended or answer.state == "COMPLETING":
         return f"{job}: {answer.state}"
-    # Slurm writes hosts in short where their names have a pattern; 1,024 that have none would fill a page.
+    # Slurm shortens host names that have a pattern; 1,024 names without one would fill a page.
     where = f" on {answer.nodes[:200]}{' ...' if answer.nodes[200:] else ''}" if answer.nodes else ""
     why = f" ({answer.reason})" if answer.reason else ""
     return f"{job}: {answer.state}{where}{why}"
@@ -226,7 +226,7 @@ def _time_of(text: str) -> datetime | None:
 
 
 def _expected(start: datetime | None) -> str:
-    """Where jobs have no time limit Slurm reckons with a year; that is no estimate."""
+    """Slurm's estimate of the start; it assumes a year for jobs without a time limit, which is not an estimate."""
     if start is None or start - datetime.now() > timedelta(days=90):
         return ""
     return f", expected to start {start:%Y-%m-%d %H:%M}"

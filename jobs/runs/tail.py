@@ -23,15 +23,15 @@ class Tail:
         self.rest = b""
 
     def lines(self, ended: bool = False, late: bool = False) -> Iterator[str]:
-        """At most AT_ONCE_BYTES of them, unless `ended`.
+        """The new lines, at most AT_ONCE_BYTES of them unless `ended`.
 
         Args:
             ended: nothing will be added; what has no newline is a line too.
-            late: of a file that has not been looked at, only the end is of interest.
+            late: of a file that is read for the first time, only the end is wanted.
         """
         while new := self._read(late):
             *whole, self.rest = (self.rest + new).split(b"\n")
-            if len(self.rest) > AT_ONCE_BYTES:  # no line of anybody's
+            if len(self.rest) > AT_ONCE_BYTES:  # too long to be a line
                 whole, self.rest = [*whole, self.rest], b""
             for line in whole:
                 yield line.decode("utf-8", errors="replace")

@@ -25,7 +25,7 @@ LASTING = frozenset(
 )
 """States after which nothing comes (https://slurm.schedmd.com/squeue.html#SECTION_JOB-STATE-CODES)."""
 MAY_RETURN = frozenset({"NODE_FAIL", "PREEMPTED", "REQUEUED"})
-"""States that are the end too, unless Slurm puts the job back into the queue, which takes it a moment."""
+"""States that end a job unless Slurm puts it back into the queue, which takes a moment."""
 WAITING = frozenset({"PENDING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
@@ -36,7 +36,7 @@ class JobState:
     state: str
     """Slurm's name of it, such as PENDING."""
     reason: str = ""
-    """Why it waits, or ended; Slurm's word."""
+    """Slurm's reason why it waits, or ended."""
     nodes: str = ""
     """The hosts it has, as Slurm writes them: `node[0-1]`."""
     start: str = ""
@@ -66,12 +66,12 @@ class Forgotten:
     """Slurm answers, and knows no such job: it ended longer ago than Slurm remembers (MinJobAge, often 5 minutes)."""
 
     words: str = ""
-    """What else is to say: whose its number is now, or why accounting, which remembers longer, could not help."""
+    """More about it: that another job has its number now, or why accounting, which remembers longer, could not help."""
 
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Nobody could be asked: the controller restarts, or is busy, or there is no Slurm here."""
+    """Slurm could not be asked: the controller restarts or is busy, or there is no Slurm here."""
 
     words: str
 
@@ -303,19 +303,19 @@ LOST = re.compile(
     r"|\((send|receive|shutdown) failure\)",
     re.IGNORECASE,
 )
-"""What sbatch says where it lost the controller in the middle: the job may be queued anyway."""
+"""What sbatch says when it lost the controller in the middle: the job may be queued anyway."""
 _UNREACHABLE = re.compile(r"unable to contact|configuration source|\bmunge\b|authentication", re.IGNORECASE)
-"""What it says where it has reached nobody who could refuse a job."""
+"""What sbatch says when it could not reach a controller at all."""
 UNSURE = ("node configuration is not available", "node not available", "partition not available")
 """`sbatch --test-only` says so of what no host can ever give, but also of hosts that are down, drained or reserved just
 now, and (22.05) of host files; sbatch itself takes the latter, and refuses most of the former."""
 
 
 def check_reached(words: str) -> None:
-    """Tells what sbatch says where there is nobody to ask from what it says of a job.
+    """Refuses if sbatch could not reach a controller.
 
     Raises:
-        SubmissionError: it has reached nobody who could refuse, or queue, a job.
+        SubmissionError: these words of sbatch's say that no controller could refuse, or queue, a job.
     """
     if _UNREACHABLE.search(words) and not LOST.search(words):
         raise SubmissionError(

@@ -33,7 +33,7 @@ def run(given: Options, console: Console) -> int:
     plan = preparation.plan(resolved.entry, resolved.config)
     if given.dry_run:
         dry_run.show(resolved, plan, console)
-        gc.freeze()  # nothing of it is garbage; Python's last collection would walk through it for a tenth of the time
+        gc.freeze()  # otherwise Python's last garbage collection takes a tenth of the whole command's time
         return 0
     if spec.executor == "slurm":
         words = executor.check_slurm(executor.render(spec, resolved.cluster))
@@ -136,19 +136,19 @@ def _emptied_on(
     new: Sequence[Path],
     console: Console,
 ) -> Iterator[None]:
-    """Of a run directory in which nothing was started nothing stays behind: the corrected line can name it again.
+    """Empties a run directory in which nothing was started, so that the corrected line can name it again.
 
     Args:
-        error: what shows that nothing was started.
-        run_dir: what was made; a symbolic link or a mount point, which was there before, stays.
-        new: those of it and its parents that were not there before, innermost first.
-        console: tells no more of it.
+        error: the exceptions that mean that nothing was started.
+        run_dir: the directory; a symbolic link or a mount point that existed before stays.
+        new: which of it and its parents did not exist before, innermost first.
+        console: no longer reports the directory.
     """
     try:
         yield
     except error:
         console.facts.pop("run_dir", None)
-        with contextlib.suppress(OSError):  # such as not empty: another run is there by now
+        with contextlib.suppress(OSError):  # such as not empty, because another run has taken it
             for path in run_dir.path.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
