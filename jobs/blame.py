@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from jobs.errors import one_line
 from workloads.errors import first_few, in_words
+from workloads.steps.board import PHASES
 
 ENDS = "this rank ends: "
 """What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
@@ -74,13 +75,18 @@ class LastSeen:
     step: str = ""
     """The last step that it ended; empty: none."""
     ago_s: float = 0.0
+    phase: str = ""
+    """What it was in then; empty: not known."""
 
     @property
     def number(self) -> int:
         return int(self.step) if self.step.isdecimal() else -1
 
     def __str__(self) -> str:
-        return f"last in step {self.step}, {self.ago_s:.0f} s ago" if self.step else "has not ended a step"
+        phase = f" ({self.phase})" if self.phase else ""
+        return (
+            f"last in step {self.step}{phase}, {self.ago_s:.0f} s ago" if self.step else f"has not ended a step{phase}"
+        )
 
 
 # What gloo, NCCL and the store say when it is the other side that went away, each with a mark of its own: a user's
@@ -219,11 +225,12 @@ def root_cause(
     if done and len(done) <= len(ranks):
         return _left_early(first, [seen[rank] for rank in sorted(done)])
 
-    lowest = min(seen[rank].number for rank in ranks)
-    behind = [rank for rank in ranks if seen[rank].number == lowest]
+    place = _places([seen[rank] for rank in ranks])
+    lowest = min(place.values())
+    behind = [rank for rank in ranks if place[rank] == lowest]
     few = behind if 2 * len(behind) <= len(ranks) else ranks
     if slow & set(few):
-        slowest = min(slow & set(few), key=lambda rank: (seen[rank].number, rank))
+        slowest = min(slow & set(few), key=lambda rank: (place[rank], rank))
         return _silent(first, seen[slowest], [seen[rank] for rank in sorted(slow - {slowest})])
     if done:
         late = others[min(few)]
@@ -236,6 +243,13 @@ def root_cause(
     else:
         odd, rest = _elsewhere(first.rank, others, seen)
     return _apart(others, seen, first.rank if first.rank in odd else min(odd), rest) if odd and rest else first
+
+
+def _places(seen: Sequence[LastSeen]) -> dict[int, tuple[int, int]]:
+    """How far each rank has come: its step, and its phase in that step where all name theirs."""
+    order = {phase: number for number, phase in enumerate(PHASES)}
+    is_named = all(one.phase in order and one.phase not in ("training", "other") for one in seen)
+    return {one.rank: (one.number, order[one.phase] if is_named else 0) for one in seen}
 
 
 def _elsewhere(first: int, others: Mapping[int, Failure], seen: Mapping[int, LastSeen]) -> tuple[list[int], list[int]]:

@@ -1,8 +1,7 @@
 """The first file that a job's process runs. Standard library only, at first.
 
-    python jobs/entry.py --rank RUN_DIR             one rank of a Slurm job
-    python jobs/entry.py --rank RUN_DIR SUPERVISOR  one rank of a local job, where ranks cannot be forked
-    python jobs/entry.py SUBMITIT_FOLDER            a local job's supervisor, which submitit pickled there
+    python jobs/entry.py --agent RUN_DIR            the agent of a host, which starts the host's ranks
+    python jobs/entry.py --rank RUN_DIR AGENT       one rank, where ranks cannot be forked
     python jobs/entry.py --prepare RUN_DIR PARENT OWNER RESULTS
                                                     a workload's `prepare`, before the job is submitted
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
@@ -15,12 +14,9 @@ Here the packages are taken from where this very file is, whatever the path says
 
 from __future__ import annotations
 
-import logging
 import os
-import select
 import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,45 +37,26 @@ def pin(root: Path = ROOT) -> None:
 
 
 def main() -> None:
-    if sys.argv[1] == "--ended":
-        _ended(*sys.argv[2:])
+    what, *arguments = sys.argv[1:]
+    if what == "--ended":
+        _ended(*arguments)
         return
-    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        # Slurm's warning before the time limit kills whoever has no handler; jobs/rank/run.py sets the real one.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # What a scheduler sends to every process of a job kills whoever has no handler; the agent sets its own.
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
     pin()
-    if sys.argv[1] == "--rank":
-        _rank(Path(sys.argv[2]), *map(int, sys.argv[3:]))
-        return
-    if sys.argv[1] == "--prepare":
+    if what == "--agent":
+        from jobs.agent.agent import main as agent
+
+        agent(Path(arguments[0]))
+    elif what == "--rank":
+        from jobs.agent.ranks import spawned
+
+        spawned(Path(arguments[0]), int(arguments[1]))
+    elif what == "--prepare":
         from jobs.prepare import prepare_here
 
-        sys.exit(prepare_here(Path(sys.argv[2]), *map(int, sys.argv[3:])))
-    # submitit names its files by this process's id where the executor has no scheduler to name the job.
-    os.environ["SUBMITIT_LOCAL_JOB_ID"] = str(os.getpid())
-    _await_pickle(Path(sys.argv[1]) / f"{os.getpid()}_submitted.pkl")
-    from submitit.core.submission import submitit_main
-
-    logging.getLogger("submitit").setLevel(logging.WARNING)  # that a pickle was read is nobody's news
-    submitit_main()
-
-
-def _rank(run_dir: Path, supervisor: int | None = None) -> None:
-    """Runs one rank of the job that `run_dir` describes, which it does before the job is queued."""
-    if supervisor is not None:
-        from jobs.agent.supervisor import spawned_rank
-
-        spawned_rank(run_dir, supervisor)
-        return
-    from jobs.job import Job
-    from jobs.processes import as_rank
-
-    def run() -> None:
-        job = Job.described_in(run_dir)
-        os.environ.update(job.spec.rank_env)  # the batch script exports it, and a container's image may have its own
-        job()
-
-    as_rank(run)
+        sys.exit(prepare_here(Path(arguments[0]), *map(int, arguments[1:])))
 
 
 def _ended(*arguments: str) -> None:
@@ -91,21 +68,6 @@ def _ended(*arguments: str) -> None:
         print(ended(*arguments), file=sys.stderr, flush=True)
     except BaseException as error:
         print(f"meshrun: who failed could not be told: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-def _await_pickle(path: Path, at_most_s: float = 30.0) -> None:
-    """submitit names the pickle by the job, so it may come after it; if the owner is gone, it never will."""
-    from jobs.processes import look_again_in_s
-
-    began = time.monotonic()
-    owner = int(os.environ.get("MESHRUN_OWNER_FD", "-1"))
-    while not path.exists():
-        if owner >= 0 and select.select([owner], [], [], 0)[0]:
-            sys.exit("the command line that started this job is gone")
-        waited = time.monotonic() - began
-        if waited > at_most_s:
-            sys.exit(f"the job's pickle did not come within {at_most_s:g} s: {path}")
-        time.sleep(look_again_in_s(waited))
 
 
 if __name__ == "__main__":

@@ -42,9 +42,8 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
         return Submission(slurm_parameters(spec, cluster), script.script(spec, cluster, env), env)
     if spec.executor == "debug":
         return Submission({}, "one rank in this process", env)
-    folder = RunDirectory(spec.run_dir).submitit
     shape = {"nodes": spec.resources.nodes, "tasks_per_node": spec.resources.gpus_per_node}
-    return Submission({**shape, **_time(spec)}, shlex.join(_entry_command(folder)), env)
+    return Submission({**shape, **_time(spec)}, shlex.join(_agent_command(spec)), env)
 
 
 def slurm_parameters(spec: JobSpec, cluster: ClusterConfig) -> dict[str, Any]:
@@ -57,9 +56,9 @@ def _time(spec: JobSpec) -> dict[str, int]:
     return {} if spec.resources.time_min is None else {"timeout_min": spec.resources.time_min}
 
 
-def _entry_command(folder: Path) -> list[str]:
-    """What starts the supervisor of a local job."""
-    return [sys.executable, "-u", str(processes.ENTRY), str(folder)]
+def _agent_command(spec: JobSpec) -> list[str]:
+    """What starts the agent of a local job."""
+    return [sys.executable, "-u", str(processes.ENTRY), "--agent", str(spec.run_dir)]
 
 
 SUBMIT_WITHIN_S = 120
@@ -121,12 +120,10 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
     run = RunDirectory(spec.run_dir)
     job = Job(spec)
     if spec.executor == "local":
-        from jobs.agent.supervisor import LocalExecutor, Supervisor
+        from jobs.local_executor import LocalExecutor
 
-        command = _entry_command(run.submitit)
-        local = LocalExecutor(run.submitit, command, run.attempt(0).supervisor_log, owned, submission.env)
-        local.update_parameters(**({"timeout_min": spec.resources.time_min} if spec.resources.time_min else {}))
-        return local.submit(Supervisor(job))
+        log_file = run.attempt(0).agent_log()
+        return LocalExecutor(run.submitit, _agent_command(spec), log_file, owned, submission.env).submit(job)
     assert spec.executor == "slurm"
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor

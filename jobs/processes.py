@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 ENTRY = Path(__file__).with_name("entry.py")
 """The first file that every process of a job runs."""
+OWNER_FD = "MESHRUN_OWNER_FD"
+"""A local job's read end of a pipe that the waiting command line holds open: its end is the owner's."""
 LEAVE_WITHIN_S = 5
 """Seconds that a failed rank gets to end by itself."""
 SAY_AFTER_S = 5

@@ -15,7 +15,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
         failures/3.json     what ended a rank
         done/3              a rank that finished its work
         profile/rank-0.json.gz  with --profile: a rank's trace; rank-0.txt its operators; rank-0-memory.pickle
-        supervisor.log      the local executor's own words
+        agent-0.log         each host's agent's own words
         srun.log            srun's own words
         metrics.jsonl       one line per step, from rank 0
         result.json         an earlier attempt's, moved here when the next one began
@@ -158,13 +158,13 @@ class Submitted:
 
     executor: str
     job_id: str
-    """The scheduler's number; of a local job, its supervisor's process id."""
+    """The scheduler's number; of a local job, its agent's process id."""
     submitted: str
     """When, in UTC: 2026-11-22T08:15:30Z; empty where the job itself has written this."""
     host: str
     """Where it was submitted from; a local job runs there."""
     process_argument: str = ""
-    """Of a local job: what its supervisor alone was started with, and no later process with the same id."""
+    """Of a local job: what its agent alone was started with, and no later process with the same id."""
 
     @staticmethod
     def now(executor: str, job_id: str, process_argument: str = "") -> Submitted:
@@ -391,7 +391,7 @@ class Attempt:
 
     def make(self) -> Attempt:
         """Makes the folders: for rank 0, and for whoever has something to leave there before it has met rank 0."""
-        for folder in (self.path, self.path / "failures", self.path / "done", self.path / "heartbeats"):
+        for folder in (self.path, self.path / "failures", self.path / "heartbeats"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self
 
@@ -403,9 +403,8 @@ class Attempt:
     def rendezvous(self) -> Path:
         return self.path / "rendezvous.json"
 
-    @property
-    def supervisor_log(self) -> Path:
-        return self.path / "supervisor.log"
+    def agent_log(self, number: int = 0) -> Path:
+        return self.path / f"agent-{number}.log"
 
     @property
     def srun_log(self) -> Path:

@@ -28,7 +28,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     """
     run_dir = RunDirectory(spec.run_dir)
     began = time.monotonic()
-    # If the supervisor is killed, this process inherits what its ranks had started, and ends it.
+    # If the agent is killed, this process inherits what its ranks had started, and ends it.
     processes.adopt_orphans()
     display, result = Display(run_dir, console), Result(run_dir)
     before: set[int] = set()
@@ -64,5 +64,5 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     if record is None:
         record = without_result(run_dir, how)
     elif record["status"] in BY_ITSELF and process.returncode != 0:
-        record["warnings"] = [*record.get("warnings", ()), f"the supervisor ended {how}after the work was done"]
+        record["warnings"] = [*record.get("warnings", ()), f"the agent ended {how}after the work was done"]
     return report_end(record, console, time.monotonic() - began)

@@ -60,7 +60,7 @@ class Display:
         self.number = number
         attempt = self.run_dir.attempt(number)
         self.log = Tail(attempt.log(0))
-        self.launcher = Tail(attempt.supervisor_log)
+        self.launcher = Tail(attempt.agent_log())
         self.srun = Tail(attempt.srun_log)
         self.last_line = 0.0
         self.rank_0_ended = False
@@ -76,7 +76,7 @@ class Display:
                 self._begin(newest)
                 self.say(f"attempt {newest} begins: the job was started again")
         for line in self.launcher.lines(ended, self.late):
-            if "[supervisor] WARNING: " in line:
+            if "[agent] WARNING: " in line:
                 self.say(line)
         for line in self.srun.lines(ended, self.late):
             if _OF_INTEREST.search(line):

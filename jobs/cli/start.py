@@ -15,7 +15,7 @@ from jobs.run_dir import RunDirectory, Submitted
 from jobs.spec import JobSpec
 
 END_S = 10.0
-"""Seconds that an interrupted job gets to end its ranks, before its supervisor is killed (and they with it)."""
+"""Seconds that an interrupted job gets to end its ranks, before its agent is killed (and they with it)."""
 
 
 def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owned: bool) -> tuple[Any, Submitted]:
@@ -28,11 +28,11 @@ def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owne
         owned: whether the job ends with this process.
 
     Returns:
-        The supervisor's process, and what was written down of it.
+        The agent's process, and what was written down of it.
     """
     process = executor.submit(spec, cluster, owned=owned)._process
     run_dir = RunDirectory(spec.run_dir)
-    argument = str(run_dir.submitit)  # of the line that executor.render gives
+    argument = str(run_dir.path)  # of the line that executor.render gives
     submitted = Submitted.now("local", str(process.pid), argument)
     try:
         run_dir.record_submission(submitted)
@@ -44,7 +44,7 @@ def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owne
 
 
 def end(process: Any) -> None:
-    """Asks the supervisor to end its ranks and itself; kills it if it does not (the ranks die with it)."""
+    """Asks the agent to end its ranks and itself; kills it if it does not (the ranks die with it)."""
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     deadline = time.monotonic() + END_S

@@ -66,6 +66,8 @@ class RankInfo:
     master_addr: str | None = None
     """Where a store already waits (torchrun); otherwise rank 0 opens one."""
     master_port: int | None = None
+    has_agent: bool = False
+    """Whether an agent of ours has started this rank, and watches it."""
     network_peer: str | None = None
     """An address on the cluster's own network, as the scheduler uses it: the way there leads to the other hosts too.
     Never a loopback one."""
@@ -121,6 +123,44 @@ def local_env(rank: int, nodes: int, ranks_per_node: int, job_id: str, attempt: 
     }
 
 
+def rank_env(
+    rank: int, hosts: Sequence[str], ranks_per_node: int, agent: RankInfo, address: str, port: int
+) -> dict[str, str]:
+    """The variables by which an agent tells a rank its place: ours, and torchrun's, so that its scripts run, too.
+
+    Args:
+        rank: in the host-major numbering.
+        hosts: the name of every host, by number.
+        ranks_per_node: ranks on each.
+        agent: who starts it.
+        address: where the store is, which is in no rank.
+        port: of the store.
+    """
+    node, world_size = rank // ranks_per_node, len(hosts) * ranks_per_node
+    job_id = agent.job_id + (agent.step_id and f".{agent.step_id}")
+    return {
+        **local_env(rank, len(hosts), ranks_per_node, job_id, agent.attempt),
+        "MESHRUN_LAUNCHER": agent.launcher,
+        "MESHRUN_NODENAME": hosts[node],
+        "MESHRUN_HOSTS": ",".join(hosts),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank % ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+        "GROUP_RANK": str(node),
+        "GROUP_WORLD_SIZE": str(len(hosts)),
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(world_size),
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": job_id,
+        "TORCHELASTIC_RESTART_COUNT": str(agent.attempt),
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
 def _from_local(env: Mapping[str, str]) -> RankInfo:
     world_size, nodes = _int(env, "MESHRUN_NTASKS", 1, most=MOST_HOSTS), _int(env, "MESHRUN_NNODES", 1)
     per_node = world_size // nodes
@@ -128,9 +168,13 @@ def _from_local(env: Mapping[str, str]) -> RankInfo:
         raise TopologyError(
             f"MESHRUN_NTASKS={world_size} over MESHRUN_NNODES={nodes}: the launcher's variables contradict themselves"
         )
+    has_agent = "MESHRUN_HOSTS" in env
+    hosts = env["MESHRUN_HOSTS"].split(",") if has_agent else [f"host{node}" for node in range(nodes)]
+    if len(hosts) != nodes:
+        raise TopologyError(f"MESHRUN_HOSTS names {len(hosts)} hosts beside MESHRUN_NNODES={nodes}")
     return _checked(
         RankInfo(
-            launcher="local",
+            launcher="slurm" if env.get("MESHRUN_LAUNCHER") == "slurm" else "local",
             rank=_int(env, "MESHRUN_PROCID"),
             world_size=world_size,
             local_rank=_int(env, "MESHRUN_LOCALID"),
@@ -139,7 +183,10 @@ def _from_local(env: Mapping[str, str]) -> RankInfo:
             job_id=_text(env, "MESHRUN_JOB_ID"),
             attempt=_int(env, "MESHRUN_RESTART_COUNT", default=0),
             node_rank=_int(env, "MESHRUN_NODEID"),
-            expected_hosts=tuple(f"host{rank // per_node}" for rank in range(world_size)),
+            expected_hosts=tuple(hosts[rank // per_node] for rank in range(world_size)),
+            master_addr=_text(env, "MASTER_ADDR") if has_agent else None,
+            master_port=_int(env, "MASTER_PORT", 1, most=65535) if has_agent else None,
+            has_agent=has_agent,
         )
     )
 

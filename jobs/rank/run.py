@@ -26,7 +26,7 @@ from typing import Any
 
 from jobs import blame, processes
 from jobs.errors import TopologyError
-from jobs.rank import profiling
+from jobs.rank import profiling, report
 from jobs.rank.identity import RankInfo
 from jobs.rank.numbering import Placement, mesh_table
 from jobs.run_dir import Attempt, RunDirectory, write_json
@@ -94,11 +94,12 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
                 time.sleep(SPOKEN_FOR_S)
             path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
             failure = blame.failure_of(error, info.rank, info.host, failed, str(path) if path.exists() else "")
-            try:
-                attempt.make()
-                write_json(attempt.failure(info.rank), failure.to_json())
-            except OSError as unwritten:  # must not take the error's place, in the log the last line counts
-                log.error("its record cannot be written: %s", unwritten)
+            if not report.send(env, {"failure": failure.to_json()}):
+                try:
+                    attempt.make()
+                    write_json(attempt.failure(info.rank), failure.to_json())
+                except OSError as unwritten:  # must not take the error's place, in the log the last line counts
+                    log.error("its record cannot be written: %s", unwritten)
             log.error(blame.ENDS + "%s", failure.message)
             raise
 
@@ -171,9 +172,9 @@ def _run(
             result = _work(run, config, context)
             context.settle()
 
-        attempt.done(info.rank).write_bytes(b"")  # one call, where touch would be two
         meeting.finish(spec.collective_timeout_s)
         if placement.rank != 0:
+            _say_done(env, attempt, info.rank)
             return None
         context.paths.refuse_if_superseded()
         record = {
@@ -188,7 +189,9 @@ def _run(
             "seconds": round(time.time() - started, 3),
             "result": to_json(result),
         }
-        return RunDirectory(spec.run_dir).publish(record)
+        published = RunDirectory(spec.run_dir).publish(record)
+        _say_done(env, attempt, info.rank)
+        return published
     finally:
         # After a failure the peers may be gone: closing NCCL's communicators would wait for them. The workload may have
         # destroyed the group itself, as scripts do at their end; and the work is done, whatever comes of this.
@@ -197,6 +200,12 @@ def _run(
                 dist.destroy_process_group()
             except Exception as error:
                 log.warning("the process group could not be destroyed: %s: %s", type(error).__name__, error)
+
+
+def _say_done(env: Mapping[str, str], attempt: Attempt, rank: int) -> None:
+    if not report.send(env, {"done": True}):
+        attempt.done(rank).parent.mkdir(mode=0o700, exist_ok=True)
+        attempt.done(rank).write_bytes(b"")
 
 
 def _how(stopped_at: int | None, steps: int | None) -> dict[str, str]:

@@ -17,11 +17,11 @@ POLL_S = 0.1
 ELSEWHERE_POLL_S = 1.0
 """The same, of a job of another machine: its run directory lies on a file system that many hosts share."""
 RESULT_WITHIN_S = 1.0
-"""Seconds that the result may come after the supervisor's end."""
+"""Seconds that the result may come after the agent's end."""
 
 
 class LocalJob:
-    """A tracker (jobs/runs/tracker.py) of a supervisor's process."""
+    """A tracker (jobs/runs/tracker.py) of a agent's process."""
 
     waits = False
 
@@ -70,13 +70,13 @@ class LocalJob:
 
 
 def without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
-    """The record of a local job whose supervisor could not leave one.
+    """The record of a local job whose agent could not leave one.
 
     Its log may still end with the failure: a line more finds room on a disk that has none for another file.
     """
-    log, fault = run_dir.last_attempt().supervisor_log, run_dir.fault()
+    log, fault = run_dir.last_attempt().agent_log(), run_dir.fault()
     headline = last_lines(log, 1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
-    error = headline or f"the supervisor ended {how}and left no result (log: {log})"
+    error = headline or f"the agent ended {how}and left no result (log: {log})"
     record = {
         "status": "failed",
         "workload": (read_json(run_dir.job) or {}).get("workload", ""),

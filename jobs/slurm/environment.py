@@ -27,7 +27,7 @@ def clean(env: Mapping[str, str]) -> dict[str, str]:
     requested GRES but job doesn't have GRES"), its rank. SBATCH_* variables would win over the script's lines: those
     that say where a job runs were read when it was resolved, and are in the script.
     """
-    in_a_job, in_a_rank = "SLURM_JOB_ID" in env, "SUBMITIT_EXECUTOR" in env
+    in_a_job, in_a_rank = "SLURM_JOB_ID" in env, "MESHRUN_PROCID" in env
     return {
         name: value
         for name, value in env.items()

@@ -83,25 +83,30 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
         kept = [name for word in site if word.startswith(_KEPT) for name in word.removeprefix(_KEPT).split(",")]
         names = ",".join(dict.fromkeys([*kept, *sorted(spec.rank_env)]))
         site = [*(word for word in site if not word.startswith(_KEPT)), _KEPT + names]
+    resources = spec.resources
     arguments = [
+        "--cpu-bind=none",  # the agent binds its ranks; a site's own word wins
         *site,
-        f"--distribution={given['distribution']}",
-        "--kill-on-bad-exit=1",  # else the others run to their time-out when one rank dies
-        "--wait=0",  # else a site's WaitTime ends the ranks that still work once the first has returned
+        f"--nodes={resources.nodes}",
+        f"--ntasks={resources.nodes}",
+        "--ntasks-per-node=1",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",  # else the others wait for an agent that could not start
+        "--wait=0",  # else a site's WaitTime ends the agents that still work once the first has returned
         f"--export=ALL{resolver}",
     ]
-    if "cpus-per-task" in given:
-        arguments.append(f"--cpus-per-task={given['cpus-per-task']}")  # not inherited since Slurm 22.05
+    if resources.cpus_per_gpu is not None:  # not inherited since Slurm 22.05; without it a step has all of the job's
+        arguments.append(f"--cpus-per-task={resources.cpus_per_gpu * resources.gpus_per_node}")
     return arguments
 
 
-def rank_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
-    """What srun starts for every rank."""
-    rank = [cluster.python or sys.executable, "-u", str(ENTRY), "--rank", str(spec.run_dir)]
+def agent_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
+    """What srun starts on every host."""
+    agent = [cluster.python or sys.executable, "-u", str(ENTRY), "--agent", str(spec.run_dir)]
     if not cluster.command_prefix:
-        return rank
-    # Slurm's warning (USR2) goes to every process of the step: it would end a prefix that stays above its rank.
-    return ["bash", "-c", 'trap "" USR2; exec "$@"', "rank", *cluster.command_prefix, *rank]
+        return agent
+    # Slurm's warning (USR2) goes to every process of the step: it would end a prefix that stays above its agent.
+    return ["bash", "-c", 'trap "" USR1 USR2; exec "$@"', "agent", *cluster.command_prefix, *agent]
 
 
 _SUBMITTED = '{"executor": "slurm", "job_id": "%s", "submitted": "", "host": "%s", "cluster": "%s"}'
@@ -153,17 +158,18 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         lines += ["", "# The site's set-up; a line that fails ends the job.", failed, *cluster.setup, "trap - ERR"]
     lines += ["", "# Every rank's environment."]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
-    if "cpus-per-task" in given:
-        lines.append(f"export SRUN_CPUS_PER_TASK={given['cpus-per-task']}")
+    # It lists a host for each task: srun would start several agents on the first one.
+    is_arbitrary = str(given["distribution"]).startswith("arbitrary")
+    forgotten = ["unset SLURM_HOSTFILE SLURM_ARBITRARY_NODELIST"] if is_arbitrary else []
     lines += [
         "",
-        "# One rank a GPU; one that fails ends all. A requeue starts the script again, as the next attempt.",
-        "export SUBMITIT_EXECUTOR=slurm",
+        "# One agent per host, which starts its ranks. A requeue starts the script again, as the next attempt.",
         'MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-${SLURM_RESTART_COUNT:-0}"',
         'mkdir -p "$MESHRUN_ATTEMPT"',
+        *forgotten,
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
-        '    --open-mode=append --output="$MESHRUN_ATTEMPT/rank-%t.log" \\',
-        f"    {shlex.join(rank_command(spec, cluster))} \\",
+        '    --open-mode=append --output="$MESHRUN_ATTEMPT/agent-%t.log" \\',
+        f"    {shlex.join(agent_command(spec, cluster))} \\",
         '    2>>"$MESHRUN_ATTEMPT/srun.log"',
     ]
     return "\n".join(lines) + "\n"

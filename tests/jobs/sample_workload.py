@@ -59,6 +59,12 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
             while ctx.rank != 0 and not (ctx.paths.attempt_dir / "failures" / "0.json").exists():
                 time.sleep(0.01)
             raise ValueError(f"the failure of {ctx.rank}")
+        if step == 2 and config.does == "watchdog" and ctx.rank == 0:
+            ctx.phase("data")
+            time.sleep(600)  # whom the others wait for
+        if step == 2 and config.does == "hang in data" and ctx.rank == config.on_rank:
+            ctx.phase("data")
+            time.sleep(600)
         if step == 2 and ctx.rank == config.on_rank and (ctx.attempt == 0 or not config.does.endswith(" once")):
             act(config.does.removesuffix(" once"))
         elif step == 2 and config.does == "echo first":
@@ -146,8 +152,12 @@ def act(what: str) -> None:
         raise ValueError("the third layer is missing")
     if what == "sys.exit":
         sys.exit(3)
-    if what == "os._exit":
-        os._exit(0)
+    if what.startswith("os._exit"):
+        os._exit(int(what.partition(" ")[2] or 0))
+    if what == "watchdog":  # as NCCL ends a rank whose peer does not come
+        words = "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)"
+        sys.stderr.write(f"[rank2]:[E1127 10:00:00 ProcessGroupNCCL.cpp:690] [Rank 2] {words} ran for 600042 ms\n")
+        os.abort()
     if what.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[what])
     if what == "hang":

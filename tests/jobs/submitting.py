@@ -66,7 +66,7 @@ class Line:
         return [path for path in self.run_dir.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o022]
 
     def left(self) -> dict[int, str]:
-        """The processes that still run: ranks, their supervisor, and what they started."""
+        """The processes that still run: ranks, their agent, and what they started."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():

@@ -48,7 +48,7 @@ def test_local_and_debug_submissions(tmp_path: Path) -> None:
         ClusterConfig(),
     )
     assert local.parameters == {"nodes": 2, "tasks_per_node": 4, "timeout_min": 5}
-    assert local.text == f"{sys.executable} -u {ENTRY} {tmp_path}/submitit"
+    assert local.text == f"{sys.executable} -u {ENTRY} --agent {tmp_path}"
     assert render(make_spec(tmp_path, executor="debug"), ClusterConfig()).text == "one rank in this process"
 
 

@@ -17,13 +17,8 @@ def counted() -> Counted:
 
 
 def calls(process: Calls, phase: str) -> Counter[tuple[str, str]]:
-    """By operation and path, those that the rank's own work waited for; looks for rank 0 are as many as it is late."""
-    looks = ("/attempt-0", "/attempt-0/rendezvous.json") if process.rank else ()
-    found = Counter(
-        (operation, path)
-        for thread, operation, path in process.by_phase[phase]
-        if thread == "main" and path not in looks
-    )
+    """By operation and path, those that the rank's own work waited for."""
+    found = Counter((operation, path) for thread, operation, path in process.by_phase[phase] if thread == "main")
     return Counter({(operation, path.partition(".tmp")[0]): n for (operation, path), n in found.items()})
 
 
@@ -33,20 +28,17 @@ def test_a_rank_opens_its_log_at_start_and_leaves_a_word_at_its_end(counted: Cou
     for process in ranks:
         assert calls(process, "start") == {("open", f"/attempt-0/rank-{process.rank}.log"): 1}
         assert calls(process, "steps") == {}
-        last_words = (f"/attempt-0/heartbeats/{process.rank}", f"/attempt-0/done/{process.rank}")
-        assert calls(process, "end") == {("open", path): 1 for path in last_words}
-        looks = [path for _, _, path in process.by_phase["start"] if path == "/attempt-0/rendezvous.json"]
-        assert 1 <= len(looks) <= 30
+        assert calls(process, "end") == {("open", f"/attempt-0/heartbeats/{process.rank}"): 1}
 
 
 def test_rank_0_makes_every_folder(counted: Counted) -> None:
     (first,) = [process for process in counted.processes if process.rank == 0]
-    folders = ("/attempt-0", "/attempt-0/failures", "/attempt-0/done", "/attempt-0/heartbeats")
+    folders = ("/attempt-0", "/attempt-0/failures", "/attempt-0/heartbeats")
     made = {path for operation, path in calls(first, "start") if operation == "mkdir"}
     assert made == set(folders)
     assert calls(first, "steps") == {}
     renamed = {path.partition(".json")[0] for operation, path in calls(first, "start") if operation == "rename"}
-    assert renamed == {"/attempt-0/.rendezvous", "/.metrics"}
+    assert renamed == {"/.metrics"}
 
 
 def test_the_open_files_of_a_rank_are_as_said(counted: Counted) -> None:
@@ -57,11 +49,11 @@ def test_a_failure_that_all_ranks_see_is_one_record_by_the_rank_it_is_about() ->
     counted = count(4, "nan_on=2", "steps=3", check=False)
     assert counted.result["failure"]["rank"] == 2
     assert "loss is nan on rank 2 on host0" in counted.result["error"]
-    recorded = {
-        process.rank
+    recorded = [
+        path.partition(".json")[0]
         for process in counted.processes
         for calls in process.by_phase.values()
         for _, operation, path in calls
         if operation == "rename" and path.startswith("/attempt-0/failures/")
-    }
-    assert recorded == {2}
+    ]
+    assert recorded == ["/attempt-0/failures/.2"]

@@ -351,6 +351,7 @@ def test_a_requeued_step_goes_on_in_its_run_directory_and_a_second_run_does_not(
     _prepare(spec, again, _FileBoard(spec.run_dir, again))
     assert (spec.run_dir / "job.json").stat().st_ino == made
     run = RunDirectory(spec.run_dir).attempt(0).make()
+    run.done(1).parent.mkdir()
     run.done(1).touch()
     with pytest.raises(RunDirectoryError, match="has run there already"):
         _follow(spec, step(1), _FileBoard(spec.run_dir, step(1)))

@@ -61,7 +61,7 @@ class Story:
 
 
 def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
-    """The processes that are ranks of this run; among `pids`, where given."""
+    """The agents and ranks of this run, which are alike to look at; among `pids`, where given."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -69,7 +69,7 @@ def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if state not in "ZX" and words[-3:] == [b"--rank", str(run).encode(), b""] and b"srun" not in words[0]:
+        if state not in "ZX" and words[-3:] == [b"--agent", str(run).encode(), b""] and b"srun" not in words[0]:
             found.add(int(entry.name))
     return found if pids is None else found & pids
 
@@ -89,7 +89,7 @@ def live_through(root: Path, blow: Blow, words: list[str], story: Story, hosts: 
         try:
             line.wait_for_step(10, DEADLINE_S)
             first = ranks(line.run_dir)
-            assert len(first) == 2
+            assert len(first) >= 4
             job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
             cluster.wait_until_saved(job)
             used = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
@@ -233,38 +233,7 @@ def test_a_job_survives_a_daemons_restart(name: str, stories: dict[str, Story]) 
     assert story.steps == list(range(1, 121))
 
 
-# --- a rank that dies -------------------------------------------------------------------------------------------------
-
-DEATHS = {
-    "raise": ("ValueError: the third layer is missing", "act(config.does"),
-    "SIGKILL": ("killed by SIGKILL", None),
-    "SIGSEGV": ("SIGSEGV", None),
-    "sys.exit": ("called sys.exit(3) before its work was done", "sys.exit(3)"),
-    "os._exit": ("before its work was done", None),
-}
-
-
-@pytest.mark.parametrize("death", DEATHS)
-def test_a_rank_that_dies_ends_the_job(death: str, slurm: Cluster, tmp_path: Path) -> None:
-    words = ["--nodes", "2", "--gpus-per-node", "2", f"does={death}", "on_rank=3", "steps=1000", "pause_seconds=0.02"]
-    line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
-    code, out, err = line.finish(120)
-    assert code == 1, out + err
-    job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
-    assert slurm.job_state(job) == "FAILED"
-    says, traceback = DEATHS[death]
-    failure = line.result()["failure"]
-    assert (failure["rank"], failure["host"]) == (3, "node1")
-    assert says in failure["message"]
-    assert failure["log"] == str(line.run_dir / "attempt-0" / "rank-3.log")
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("meshrun: error: the job failed: rank 3 on node1: ")
-    assert says in last
-    if traceback is not None:
-        assert traceback in failure["traceback"]
-        assert traceback in err
-    assert not ranks(line.run_dir)
-
+# --- what else ends, or does not end, a job ---------------------------------------------------------------------------
 
 UNTIL_WARNED = """
 import signal, subprocess, time
@@ -304,14 +273,14 @@ def test_the_warning_before_the_time_limit_ends_nothing(slurm: Cluster, tmp_path
     assert line.result()["result"] == {"child": None, "handled": 1}
 
 
-def test_ranks_that_are_not_those_of_the_job_are_refused(slurm: Cluster, tmp_path: Path) -> None:
-    """Whatever it is that has changed their number: half as many would train, and say that it is done."""
-    (tmp_path / "site.yaml").write_text("executor: slurm\nsetup: [export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1]\n")
+def test_what_a_site_says_of_tasks_changes_no_shape(slurm: Cluster, tmp_path: Path) -> None:
+    """Else half as many ranks would train, and say that it is done."""
+    (tmp_path / "site.yaml").write_text("executor: slurm\nsetup: [export SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=2]\n")
     words = ["--cluster", "site.yaml", "--nodes", "2", "--gpus-per-node", "2"]
     line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
     code, out, err = line.finish(DEADLINE_S)
-    assert code == 1, out + err
-    assert "TopologyError: the job is for 2 x 2 ranks (hosts x ranks on each), and 2 x 1 were started" in err
+    assert code == 0, out + err
+    assert line.result()["result"]["hosts"] == ["node0", "node0", "node1", "node1"]
 
 
 def test_a_batch_scripts_own_failure_is_said(slurm: Cluster, tmp_path: Path) -> None:

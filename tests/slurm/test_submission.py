@@ -158,7 +158,8 @@ def test_what_a_site_says(config: str, slurm: Cluster, tmp_path: Path) -> None:
     words = ["--gpus-per-node", "2", *(() if "none" in config else ("--env", "MESHRUN_DEVICE=cpu"))]
     result = done(tmp_path, "--cluster", "site.yaml", *words, f"names={names}", env=without_device(slurm))["result"]
     assert result["FROM_SETUP"] == "yes"
-    assert result["SLURM_CPUS_PER_TASK"] == ("3" if "cpus" in config else None)
+    # Of the agent, which has the CPUs of all its ranks.
+    assert result["SLURM_CPUS_PER_TASK"] == ("6" if "cpus" in config else None)
     # Every rank sees all of its host's GPUs, and its device is its local rank among them.
     assert result["CUDA_VISIBLE_DEVICES"] == (None if "none" in config else "0,1")
 

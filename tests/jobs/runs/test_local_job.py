@@ -78,7 +78,7 @@ def test_a_local_job_that_is_killed(typed: Callable[..., Line], tmp_path: Path) 
     os.kill(int(json.loads((line.run_dir / "submission.json").read_text())["job_id"]), signal.SIGKILL)
     _, err = back.communicate(timeout=60)
     assert back.returncode == 1
-    assert "the supervisor ended and left no result" in err.splitlines()[-1]
+    assert "the agent ended and left no result" in err.splitlines()[-1]
 
 
 def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirectory:
@@ -92,7 +92,7 @@ def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirecto
 def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, capsys: Capture) -> None:
     local(tmp_path, os.getpid(), "another's")
     assert main(["wait", "run"]) == 1
-    assert "the supervisor ended and left no result" in capsys.readouterr().err
+    assert "the agent ended and left no result" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def disk_is_full() -> Iterator[None]:
 
 @pytest.fixture
 def failed_run(tmp_path: Path) -> RunDirectory:
-    """A local job whose supervisor has ended and could still write to its log."""
+    """A local job whose agent has ended and could still write to its log."""
     run = local(tmp_path, os.getpid(), "another's")
-    run.attempt(0).supervisor_log.write_text("Traceback\njobs.errors.JobFailed: rank 1 on host0: ValueError: mine\n")
+    run.attempt(0).agent_log().write_text("Traceback\njobs.errors.JobFailed: rank 1 on host0: ValueError: mine\n")
     return run
 
 
@@ -116,13 +116,11 @@ def failed_run(tmp_path: Path) -> RunDirectory:
 def test_a_full_disk_does_not_hide_the_failure(
     has_log: bool, failed_run: RunDirectory, capsys: Capture, disk_is_full: None
 ) -> None:
-    log = failed_run.attempt(0).supervisor_log
+    log = failed_run.attempt(0).agent_log()
     if not has_log:
         log.unlink()
     assert main(["wait", "run"]) == 1
-    failure = (
-        "rank 1 on host0: ValueError: mine" if has_log else f"the supervisor ended and left no result (log: {log})"
-    )
+    failure = "rank 1 on host0: ValueError: mine" if has_log else f"the agent ended and left no result (log: {log})"
     says = f"the job failed: {failure}; {failed_run.path} cannot be written to: File too large\n"
     assert capsys.readouterr().err.endswith(says)
     assert not failed_run.result.exists()
@@ -142,7 +140,7 @@ def test_a_local_job_of_another_box_is_known_by_its_result(tmp_path: Path, later
     assert "the job runs on elsewhere" in capsys.readouterr().out
 
 
-def test_a_job_whose_supervisor_runs_has_not_failed_also_where_there_is_no_proc(
+def test_a_job_whose_agent_runs_has_not_failed_also_where_there_is_no_proc(
     tmp_path: Path, later: Later, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     open_text = Path.read_text

@@ -321,6 +321,7 @@ def test_thousands_of_ranks_are_not_thousands_of_questions(run: RunDirectory, tm
     for rank in range(size):
         there.log(rank).touch()
     for rank in range(0, size, 2):
+        there.done(rank).parent.mkdir(exist_ok=True)
         there.done(rank).touch()
     for rank in (3, 1001):
         write_json(there.failure(rank), lost(rank).to_json())

@@ -273,6 +273,7 @@ def test_a_completed_job_whose_result_comes_late(site: Site, later: Later) -> No
 
 
 def test_a_completed_job_without_a_result_has_failed(site: Site, capsys: Capture) -> None:
+    site.run.attempt(0).done(0).parent.mkdir()
     site.run.attempt(0).done(0).touch()
     site.state("COMPLETED")
     assert main(["wait", "run"]) == 1

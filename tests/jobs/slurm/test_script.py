@@ -117,7 +117,7 @@ def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
     text = script.script(make_spec(tmp_path / "a b"), ClusterConfig(), {})
     assert f'#SBATCH --output="{tmp_path}/a b/slurm.log"' in text
     assert f"MESHRUN_RUN='{tmp_path}/a b'" in text
-    assert f"--rank '{tmp_path}/a b' \\" in text
+    assert f"--agent '{tmp_path}/a b' \\" in text
 
 
 @pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])
@@ -157,8 +157,8 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
     assert [got[name] for name in ("run", "status", "attempt")] == ["mine"] * 3
     words = (run_dir / "words").read_text().splitlines()
     assert cluster.srun_args[0] in words
-    assert words[-6:] == ["$c", sys.executable, "-u", str(processes.ENTRY), "--rank", str(run_dir)]
-    assert f"--output={run_dir}/attempt-0/rank-%t.log" in words
+    assert words[-6:] == ["$c", sys.executable, "-u", str(processes.ENTRY), "--agent", str(run_dir)]
+    assert f"--output={run_dir}/attempt-0/agent-%t.log" in words
 
 
 def test_the_steps_exit_code_is_the_scripts(tmp_path: Path) -> None:
@@ -234,7 +234,8 @@ def test_arguments_of_srun_that_can(word: str) -> None:
 def test_what_a_site_adds_to_srun_does_not_undo_what_the_job_needs(tmp_path: Path) -> None:
     spec, cluster = make_spec(tmp_path / "run"), ClusterConfig(srun_args=["--label"])
     words = script.srun_arguments(spec, cluster, script.options(spec, cluster))
-    assert words[:2] == ["--label", "--distribution=block"]
+    assert words.index("--label") < words.index("--distribution=block")
+    assert words.index("--cpu-bind=none") < words.index("--label")  # which the site may decide
 
 
 def test_true_and_false_are_flags_only_where_an_option_can_stand_alone(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_no_warning_comes_while_ranks_are_being_started(minutes: int | None, war
 def test_a_prefix_is_told_to_ignore_the_warning_and_gets_its_words(tmp_path: Path) -> None:
     report = "import signal; print(signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN, *sys.argv[1:])"
     prefix = [sys.executable, "-c", f"import sys; {report}", "it's", "$HOME"]
-    words = script.rank_command(make_spec(tmp_path / "run"), ClusterConfig(command_prefix=prefix))
+    words = script.agent_command(make_spec(tmp_path / "run"), ClusterConfig(command_prefix=prefix))
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("True it's $HOME ")
     assert done.stdout.split()[-1] == str(tmp_path / "run")
@@ -273,10 +274,12 @@ def test_options_that_can(tmp_path: Path) -> None:
     assert (given["gres"], given["signal"], given["mem"]) == ("gpu:4,nic:1", "USR2@300", "0")
 
 
-def test_srun_gets_the_distribution_that_sbatch_gets(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path / "run", sbatch={"distribution": "cyclic"})
-    cluster = ClusterConfig()
-    assert "--distribution=cyclic" in script.srun_arguments(spec, cluster, script.options(spec, cluster))
+def test_srun_starts_one_agent_per_host_whatever_the_distribution_of_tasks_is(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run", sbatch={"distribution": "arbitrary"})
+    cluster = ClusterConfig(cpus_per_gpu=3)
+    spec = spec.model_copy(update={"resources": spec.resources.model_copy(update={"cpus_per_gpu": 3})})
+    words = script.srun_arguments(spec, cluster, script.options(spec, cluster))
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--distribution=block", "--cpus-per-task=12"} <= {*words}
 
 
 def test_the_environment_of_a_surrounding_job_is_left_behind() -> None:

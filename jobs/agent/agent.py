@@ -1,0 +1,442 @@
+"""The agent: one process a host that starts its ranks, watches them, and ends them together.
+
+On Slurm srun starts it, one a host, and the agent of host 0 leads. The local executor starts one, which has the ranks
+of all emulated hosts. It never computes, and it never waits: everything happens in one loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from jobs import blame, processes
+from jobs.agent import binding, ranks
+from jobs.agent.leader import SILENT_S, Leader
+from jobs.agent.link import Link
+from jobs.agent.meeting import Meeting, MeetingFailed, Met
+from jobs.agent.ranks import POLL_S, Rank, Ranks
+from jobs.blame import Failure
+from jobs.errors import JobFailed, MeshrunError, TopologyError
+from jobs.job import Job
+from jobs.rank.identity import RankInfo, rank_env
+from jobs.run_dir import Attempt, RunDirectory, read_json, write_json
+from jobs.spec import JobSpec
+from workloads.errors import first_few
+from workloads.steps.board import Board
+
+log = logging.getLogger(__name__)
+
+SAY_EVERY_S = 1.0
+RECORDS_WITHIN_S = 2.0
+"""Seconds in which a failure that another agent has left before the hosts had met must be seen here."""
+
+
+def main(run_dir: Path) -> NoReturn:
+    """Runs this host's part of the job that a run directory describes, and ends this process."""
+    signals = _Signals()
+    code = _run(Job.described_in(run_dir), signals)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and signals.ended_by == signal.SIGTERM:  # srun then tells what a scheduler did from what an agent did
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(code)
+
+
+def _run(job: Job, signals: _Signals) -> int:
+    spec = job.spec
+    os.environ.update(spec.rank_env)  # on Slurm the batch script exports it, and a container's image may have its own
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [agent] %(levelname)s: %(message)s", datefmt="%H:%M:%S")
+    processes.adopt_orphans()
+    info = _info(spec)
+    attempt = RunDirectory(spec.run_dir).attempt(info.attempt).make()
+    agent = _Agent(job, info, attempt, signals)
+    try:
+        return agent.run()
+    except MeetingFailed as error:
+        return _without_the_others(agent, error.failure)
+    except (MeshrunError, OSError) as error:
+        failure = blame.failure_of(error, info.rank, info.host, time.time(), str(attempt.agent_log(info.rank)))
+        return _without_the_others(agent, failure)
+    finally:
+        agent.end()
+
+
+def _info(spec: JobSpec) -> RankInfo:
+    """This agent's place among the agents."""
+    if spec.executor == "slurm":
+        return replace(RankInfo.from_env(os.environ, processes.ancestry()), noun="agent")
+    return RankInfo("local", 0, 1, 0, 1, "host0", str(os.getpid()), noun="agent")
+
+
+class _Signals:
+    """What this process is told by signals, until somebody looks."""
+
+    def __init__(self) -> None:
+        self.end: int | None = None
+        self.ended_by: int | None = None
+        self.stop = False
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_end)
+        signal.signal(signal.SIGUSR1, self._on_stop)
+        # A closed terminal is the owner's business: a job that nobody waits for runs on.
+        for signum in (signal.SIGHUP, signal.SIGCONT, signal.SIGUSR2):
+            signal.signal(signum, signal.SIG_IGN)
+        self.owner = int(os.environ.pop(processes.OWNER_FD, "-1"))
+
+    def _on_end(self, signum: int, frame: FrameType | None) -> None:
+        self.end = self.ended_by = signum
+
+    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stop = True
+
+    def look(self) -> int | None:
+        """The signal by which the job is to end, if it is: also that the owner is gone."""
+        if self.end is None and self.owner >= 0 and select.select([self.owner], [], [], 0)[0]:
+            self.end = signal.SIGHUP
+        return self.end
+
+
+class _ToldToEnd(Exception):
+    """The job is to end before its ranks have started."""
+
+
+@dataclass
+class _Agent:
+    job: Job
+    info: RankInfo
+    attempt: Attempt
+    signals: _Signals
+
+    def __post_init__(self) -> None:
+        self.spec = self.job.spec
+        self.run_dir = RunDirectory(self.spec.run_dir)
+        self.on_slurm = self.spec.executor == "slurm"
+        self.started = time.time()
+        self.leader: Leader | None = None
+        self.links: dict[int, Link] = {}
+        """On the leader, by the number of the host; elsewhere the one to the leader, under 0."""
+        self.newcomers: list[Link] = []
+        self.listener: socket.socket | None = None
+        self.meeting: Meeting | None = None
+        self.board = Board.create(self._ranks_here)
+        self.ranks = Ranks(self.job, self.attempt, self._private, (self.board.fd,))
+        self.orders: list[dict[str, Any]] = []
+        """From the leader, where it is in this process."""
+        self.told: set[tuple[int, bool]] = set()
+        self.said_told = self.said_end = False
+        self.code = 1
+
+    @property
+    def _ranks_here(self) -> int:
+        resources = self.spec.resources
+        return resources.gpus_per_node if self.on_slurm else resources.shape.world_size
+
+    def _private(self) -> list[int]:
+        descriptors = [link.fileno() for link in (*self.links.values(), *self.newcomers)]
+        descriptors += [self.listener.fileno()] if self.listener else ()
+        descriptors += self.meeting.private if self.meeting else ()
+        return [*descriptors, self.signals.owner] if self.signals.owner >= 0 else descriptors
+
+    # --- the start ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Runs this host's part to its end; the exit code."""
+        try:
+            unsafe = ranks.preload(self.spec, self._check)
+            if unsafe is not None:
+                log.warning("%s, so each rank is an interpreter of its own; starting takes longer", unsafe)
+            met = self._meet()
+            self._connect(met)
+            self._start(met, fork=unsafe is None)
+        except _ToldToEnd:
+            return self._ended_early()
+        self._watch()
+        return self.code
+
+    def _check(self) -> None:
+        if self.signals.look() is not None:
+            raise _ToldToEnd
+
+    def _meet(self) -> Met:
+        where: dict[str, Any] = {}
+        if self.info.rank == 0 and self.info.world_size > 1:
+            where = self._listen()
+        self.meeting = Meeting(self.info, self.spec, self.attempt, where, str(self.attempt.agent_log(self.info.rank)))
+        while True:
+            met = self.meeting.result()
+            if met is not None:
+                break
+            self._check()
+            time.sleep(POLL_S)
+        expected = self.spec.resources.nodes if self.on_slurm else 1
+        if len(set(met.hosts)) != expected or len(met.hosts) != expected:
+            raise TopologyError(
+                f"the job is for {expected} hosts with one agent each, and they were started on "
+                f"{first_few(met.hosts)}; look for options of sbatch or srun that say how many tasks there are"
+            )
+        return met
+
+    def _listen(self) -> dict[str, Any]:
+        """Opens the socket for the other agents, and says how it is reached."""
+        import secrets
+
+        from jobs.rank.network import own_address
+        from jobs.rank.rendezvous import listen
+
+        address = own_address(self.info, self.spec.interface, self.info.network_peer)
+        self.listener = listen(self.info, address, self.spec.rendezvous_ports)
+        self.listener.setblocking(False)
+        self.nonce = secrets.token_hex(16)
+        return {"address": address, "port": self.listener.getsockname()[1], "nonce": self.nonce}
+
+    def _connect(self, met: Met) -> None:
+        """Makes this agent the leader, or connects it with the leader."""
+        self.met = met
+        if self.info.rank == 0:
+            self.leader = self._leader(self._hosts(met))
+            return
+        where = met.leader
+        try:
+            connection = socket.create_connection((where["address"], where["port"]), timeout=30)
+        except OSError as error:
+            raise MeshrunError(
+                f"the leader on {met.hosts[0]} cannot be reached at {where['address']}:{where['port']}: {error}"
+            ) from error
+        self.links[0] = Link(connection)
+        self.links[0].send({"hello": where["nonce"], "host": met.node_rank})
+
+    def _hosts(self, met: Met | None = None) -> tuple[str, ...]:
+        """The name of every host; where they have not met, a name for each."""
+        if self.on_slurm and met is not None:
+            return met.hosts
+        return tuple(f"host{n}" for n in range(self.spec.resources.nodes))
+
+    def _leader(self, hosts: tuple[str, ...]) -> Leader:
+        leader = Leader(self.spec, self.run_dir, self.attempt, hosts, self.info.world_size, self._order, self.on_slurm)
+        leader.started = self.started
+        return leader
+
+    def _start(self, met: Met, fork: bool) -> None:
+        assert self.meeting is not None
+        resources = self.spec.resources
+        per_node = resources.gpus_per_node
+        first = met.node_rank * per_node
+        cpus, how = binding.plan(os.environ, self._ranks_here, self.spec.cpu_binding)
+        log.info("%s", how)
+        for index in range(self._ranks_here):
+            env = rank_env(first + index, self._hosts(met), per_node, self.info, met.address, met.port)
+            self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, fork)
+        log.info("%d ranks started after %.2f s", len(self.ranks.all), time.time() - self.started)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Watches until the job is over and no process of this host is left."""
+        say_at, silent_s, last = 0.0, 0.0, time.monotonic()
+        while True:
+            now = time.monotonic()
+            passed, last = min(now - last, 1.0), now
+            self.ranks.look()
+            self._report_ends()
+            self._answer_signals()
+            if now >= say_at:
+                say_at = now + SAY_EVERY_S
+                self._say(self._where())
+                if self.leader is not None:
+                    for link in self.links.values():
+                        link.send({})
+            heard = self._hear()
+            silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
+            if self.leader is None and (not self.links[0].is_open or silent_s > SILENT_S):
+                log.error("the leader on %s is gone; this host's ranks are ended", self.met.hosts[0])
+                return
+            for order in self._orders():
+                if order.get("look"):
+                    self._say(self._where())
+                if order.get("stop"):
+                    self.board.request_stop()
+                if order.get("end") and not self.said_end:
+                    self.said_end, self.code = True, order["code"]
+                    self.ranks.end(but=self._kept())
+                    self._say({"bye": True})
+            if self.leader is not None:
+                if not self.leader.step():
+                    return
+            elif self.said_end:
+                return
+            time.sleep(POLL_S)
+
+    def _kept(self) -> list[int]:
+        """Children that stay while ranks are ended: the store, until all hosts have ended theirs."""
+        return [self.meeting.pid] if self.meeting is not None and self.info.rank == 0 else []
+
+    def _where(self) -> dict[str, Any]:
+        """Where each rank of this host is."""
+        found = []
+        for index, rank in enumerate(self.ranks.all):
+            progress = self.board.read(index)
+            found.append((rank.rank, progress.step, progress.phase, progress.since_s))
+        return {"ranks": found}
+
+    def _report_ends(self) -> None:
+        """Tells the leader of ranks that have ended, or have said what ends them."""
+        new = []
+        for rank in self.ranks.all:
+            failure, ended = rank.failure(), rank.exit_code is not None
+            if (ended or failure) and (rank.rank, ended) not in self.told:
+                self.told.add((rank.rank, ended))
+                new.append(self._end_of(rank, failure))
+        if new:
+            self._say({**self._where(), "ended": new})
+
+    def _end_of(self, rank: Rank, failure: Failure | None) -> dict[str, Any]:
+        if failure is not None and failure.log == "":
+            failure = replace(failure, log=str(rank.log))
+        if rank.failed is not None and failure is not None and not self.attempt.failure(rank.rank).exists():
+            with contextlib.suppress(OSError):  # the leader knows it anyway; this is for when the leader is lost
+                write_json(self.attempt.failure(rank.rank), failure.to_json())
+        death = rank.death()
+        return {
+            "rank": rank.rank,
+            "ended": rank.exit_code is not None,
+            "done": rank.done,
+            "failure": failure and failure.to_json(),
+            "ago_s": max(0.0, time.time() - failure.when) if failure else 0.0,
+            "death": death.headline() if death else "",
+        }
+
+    def _answer_signals(self) -> None:
+        if self.signals.stop:
+            self.signals.stop = False
+            log.warning("received SIGUSR1: every rank is asked to stop after its step")
+            self.board.request_stop()
+        told = self.signals.look()
+        if told is not None and not self.said_told:
+            self.said_told = True
+            self._say({"told": told})
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _say(self, message: dict[str, Any]) -> None:
+        """To the leader."""
+        if self.leader is not None:
+            self.leader.hear(0, message)
+        else:
+            self.links[0].send(message)
+
+    def _order(self, host: int, message: dict[str, Any]) -> None:
+        """From the leader."""
+        if host == 0:
+            self.orders.append(message)
+        elif host in self.links:
+            self.links[host].send(message)
+
+    def _orders(self) -> list[dict[str, Any]]:
+        orders, self.orders = self.orders, []
+        return orders
+
+    def _hear(self) -> bool:
+        """Takes in what has come over the network; whether anything has."""
+        if self.leader is None:
+            messages = self.links[0].receive()
+            self.orders += messages
+            return bool(messages)
+        self._accept()
+        for host, link in self.links.items():
+            for message in link.receive():
+                self.leader.hear(host, message)
+            if not link.is_open:
+                self.leader.lose(host)
+        return True
+
+    def _accept(self) -> None:
+        while self.listener is not None:
+            try:
+                connection, _ = self.listener.accept()
+            except BlockingIOError:
+                break
+            except OSError:
+                continue
+            self.newcomers.append(Link(connection))
+        for link in self.newcomers[:]:
+            messages = link.receive()
+            if messages or not link.is_open:
+                self.newcomers.remove(link)
+            if messages and messages[0].get("hello") == self.nonce:
+                host = messages[0]["host"]
+                self.links[host] = link
+                assert self.leader is not None
+                for message in messages[1:]:
+                    self.leader.hear(host, message)
+                if self.leader.code is not None:
+                    link.send({"end": True, "code": self.leader.code})
+            elif messages:
+                link.close()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _ended_early(self) -> int:
+        """Told to end before the ranks were started."""
+        told = self.signals.look()
+        assert told is not None
+        if not self.on_slurm:
+            self.leader = self._leader(self._hosts())
+            self.leader.hear(0, {"told": told})
+            self.leader.step()
+        elif self.info.rank == 0:
+            failure = _told_by_others(self.attempt)
+            if failure is not None:
+                return _without_the_others(self, failure)
+        return 1
+
+    def end(self) -> None:
+        """Leaves no process behind."""
+        self.ranks.end(but=())
+        if self.meeting is not None:
+            self.meeting.end()
+        processes.kill_children()
+        if self.leader is not None and self.leader.error:
+            # A line more finds room on a disk that has none for a result.
+            print(f"{JobFailed.__module__}.{JobFailed.__name__}: {self.leader.error}", file=sys.stderr, flush=True)
+
+
+def _told_by_others(attempt: Attempt) -> Failure | None:
+    """What another agent has left that failed before the hosts had met."""
+    deadline = time.monotonic() + RECORDS_WITHIN_S
+    while time.monotonic() < deadline:
+        found = [
+            failure
+            for rank in attempt.failed()
+            if (failure := Failure.from_json(read_json(attempt.failure(rank)))) is not None
+        ]
+        if found:
+            return blame.blame(found)
+        time.sleep(0.1)
+    return None
+
+
+def _without_the_others(agent: _Agent, failure: Failure) -> int:
+    """Leaves the failure of an agent whose ranks have never started."""
+    spec, info = agent.spec, agent.info
+    number = info.rank * spec.resources.gpus_per_node
+    failure = replace(failure, rank=number)
+    log.error("%s", failure.message)
+    with contextlib.suppress(OSError):
+        write_json(agent.attempt.failure(number), failure.to_json())
+    if info.rank == 0:
+        other = _told_by_others(agent.attempt) if not failure.own else None
+        cause = blame.blame([failure, other]) if other else failure
+        agent.leader = agent._leader(agent._hosts())
+        agent.leader.fail(cause)
+    return 1

@@ -1,0 +1,166 @@
+"""The agents of a job find each other, in a child process of each agent, because a store's threads forbid forking.
+
+The child of the leader then holds the store that all ranks use, for as long as the leader lives: the store outlives
+every rank. The other children end when the agents have met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from jobs import blame, processes
+from jobs.rank.identity import RankInfo
+from jobs.run_dir import Attempt
+from jobs.spec import JobSpec
+
+LATE_S = 30.0
+"""Seconds after the rendezvous deadline at which a child that has not answered counts as lost."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """What an agent knows once all hosts have met."""
+
+    hosts: tuple[str, ...]
+    """By their number, which is the agent's place among the agents."""
+    node_rank: int
+    address: str
+    port: int
+    """Of the store."""
+    leader: dict[str, Any]
+    """What the leader says of its connection for agents."""
+
+
+class MeetingFailed(Exception):
+    """The hosts did not meet. Args: the failure."""
+
+    def __init__(self, failure: blame.Failure) -> None:
+        super().__init__(failure.headline())
+        self.failure = failure
+
+
+class Meeting:
+    """The child process, from the agent's side.
+
+    Args:
+        info: the agent's place among the agents.
+        spec: the job.
+        attempt: where the leader announces the store.
+        leader: what the other agents need for reaching the leader; from the leader only.
+        log: the agent's log, named in a failure.
+    """
+
+    def __init__(self, info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str) -> None:
+        self._info, self._log = info, log
+        self._deadline = time.monotonic() + spec.rendezvous_timeout_s + LATE_S
+        self._answer, answer = os.pipe()
+        keep, self._keep = os.pipe()  # the write end closes when the agent ends, however it ends
+        agent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._answer)
+            os.close(self._keep)
+            _meet(info, spec, attempt, leader, log, agent, answer, keep)
+        os.close(answer)
+        os.close(keep)
+        self._text = b""
+
+    @property
+    def private(self) -> tuple[int, ...]:
+        """Descriptors that no rank may hold open."""
+        return (self._answer, self._keep)
+
+    def result(self) -> Met | None:
+        """What came of it; None while it is not known.
+
+        Raises:
+            MeetingFailed: hosts are missing, or this one cannot be reached, or the like.
+        """
+        while select.select([self._answer], [], [], 0)[0]:
+            data = os.read(self._answer, 1 << 16)
+            if not data:
+                raise self._failed("the process that meets the other hosts ended and gave no reason")
+            self._text += data
+            if self._text.endswith(b"\n"):
+                record = json.loads(self._text)
+                if "failure" in record:
+                    failure = blame.Failure.from_json(record["failure"])
+                    assert failure is not None
+                    raise MeetingFailed(failure)
+                return Met(**{**record, "hosts": tuple(record["hosts"])})
+        if time.monotonic() > self._deadline:
+            raise self._failed("the process that meets the other hosts does not answer")
+        return None
+
+    def _failed(self, why: str) -> MeetingFailed:
+        info = self._info
+        return MeetingFailed(blame.Failure(info.rank, info.host, time.time(), "lost_peer", why, log=self._log))
+
+    def end(self) -> None:
+        """Ends the child and so, on the leader, the store."""
+        with contextlib.suppress(OSError):
+            os.close(self._keep)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _meet(
+    info: RankInfo,
+    spec: JobSpec,
+    attempt: Attempt,
+    leader: dict[str, Any],
+    log: str,
+    agent: int,
+    answer: int,
+    keep: int,
+) -> NoReturn:
+    """In the child: meets the others, says what came of it, and on the leader keeps the store."""
+    processes.die_with_parent(agent)
+    # A signal for the job is the agent's to answer: ranks may still need the store while it ends them.
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    try:
+        record = _join(info, spec, attempt, leader)
+    except BaseException as error:
+        traceback.print_exc()
+        record = {"failure": blame.failure_of(error, info.rank, info.host, time.time(), log).to_json()}
+    text = (json.dumps(record) + "\n").encode()
+    while text:
+        text = text[os.write(answer, text) :]
+    os.close(answer)
+    if info.rank == 0 and "failure" not in record:
+        os.read(keep, 1)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> dict[str, Any]:
+    from jobs.rank import rendezvous
+
+    meeting = rendezvous.join(
+        info, "cpu", attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface, spec.rendezvous_ports
+    )
+    global _store
+    _store = meeting.store  # it ends with the last reference to it
+    if info.rank == 0:
+        meeting.store.set("leader", json.dumps(leader))
+    placement, store = meeting.placement, meeting.store.underlying_store  # type: ignore[attr-defined]
+    return {
+        "hosts": placement.hosts,
+        "node_rank": placement.node_rank,
+        "address": store.host,
+        "port": store.port,
+        "leader": json.loads(meeting.store.get("leader")),
+    }
+
+
+_store: Any = None

@@ -1,0 +1,291 @@
+"""The ranks of one host as processes: started, seen to end, and ended together. Runs in the agent."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jobs import blame, processes
+from jobs.agent.memory import OomCounter
+from jobs.blame import Failure
+from jobs.job import Job
+from jobs.rank import report
+from jobs.run_dir import Attempt, end_of
+from jobs.spec import JobSpec
+from workloads import registry
+
+log = logging.getLogger(__name__)
+
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.distributed.device_mesh",
+    "jobs.rank.devices",
+    "jobs.rank.mesh",
+    "jobs.rank.rendezvous",
+)
+"""What every rank imports anyway; importing it starts no thread and touches no device."""
+TERM_S = 0.3
+"""Between SIGTERM and SIGKILL."""
+POLL_S = 0.02
+OF_THE_AGENT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+"""Signals that mean something to the agent."""
+_IGNORED = (signal.SIGUSR1, signal.SIGUSR2)
+"""Slurm and `scancel --signal` send a signal to every process of the job; these are for the agents alone."""
+
+
+def preload(spec: JobSpec, check: Callable[[], None]) -> str | None:
+    """Imports what every rank needs, once.
+
+    Args:
+        spec: the job.
+        check: called after each import, which may take long; may raise.
+
+    Returns:
+        Why ranks cannot be forked from this process; None where they can.
+    """
+    if sys.platform != "linux":
+        return f"forking is not safe on {sys.platform}"
+    is_built_in = spec.workload in registry.BUILT_IN
+    for module in (*PRELOAD, *(registry.load(spec.workload).preload if is_built_in else ())):
+        with contextlib.suppress(Exception):  # of what is missing or broken, the ranks will say it
+            importlib.import_module(module)
+        check()
+    gc.collect()
+    gc.freeze()  # keeps the collector from writing to, and so copying, the pages that the ranks share
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    # A lock that another thread holds at the fork would stay held in every rank.
+    return f"{threads} threads run in the agent after its imports" if threads > 1 else None
+
+
+@dataclass
+class Rank:
+    """One rank, from its start to its end."""
+
+    rank: int
+    host: str
+    log: Path
+    pid: int
+    _pipe: int
+    """The read end of the pipe for its records."""
+    exit_code: int | None = None
+    """As subprocess has it; None while it runs."""
+    ended: float = 0.0
+    """By time.monotonic."""
+    done: bool = False
+    """Whether it has said that its work is done."""
+    failed: Failure | None = None
+    """What it has said of its own failure."""
+    out_of_memory: bool = False
+    """Whether the kernel has killed a process of this job's for its memory by the time that this one was killed."""
+    _text: bytes = b""
+
+    def read(self) -> None:
+        """Takes in what it has said."""
+        while self._pipe >= 0 and select.select([self._pipe], [], [], 0)[0]:
+            data = os.read(self._pipe, 1 << 16)
+            if not data:
+                self.close()
+                break
+            self._text += data
+        *lines, self._text = self._text.split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError, AttributeError):  # what a user's code has written there
+                record = json.loads(line)
+                self.done = self.done or record.get("done") is True
+                self.failed = self.failed or Failure.from_json(record.get("failure"))
+
+    def close(self) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+    def failure(self) -> Failure | None:
+        """What ended it, or will, if that was not the end of its work; `when` by this host's clock."""
+        if self.failed is not None:
+            return self.failed
+        if self.exit_code is None or self.done:
+            return None
+        return self._of_its_end(is_done=False)
+
+    def death(self) -> Failure | None:
+        """How it died after its work was done; None where it ended well."""
+        return self._of_its_end(is_done=True) if self.done and self.exit_code else None
+
+    def _of_its_end(self, is_done: bool) -> Failure:
+        assert self.exit_code is not None
+        when = time.time() - (time.monotonic() - self.ended)
+        said = end_of(self.log, 100_000) if self.exit_code not in (0, -signal.SIGKILL) else ""
+        failure = blame.failure_of_exit(
+            self.exit_code, self.rank, self.host, when, str(self.log), said, is_done=is_done
+        )
+        if self.out_of_memory:
+            message = "killed by SIGKILL: its host's memory, or the job's share of it, was used up"
+            return replace(failure, message=message)
+        return failure
+
+
+@dataclass
+class Ranks:
+    """All ranks of this agent.
+
+    Args:
+        job: the job.
+        attempt: where their logs go.
+        private: descriptors of the agent's that no rank may hold open.
+        shared: descriptors that ranks use, too.
+    """
+
+    job: Job
+    attempt: Attempt
+    private: Callable[[], Iterable[int]]
+    shared: Sequence[int] = ()
+    all: list[Rank] = field(default_factory=list)
+    oom: OomCounter = field(default_factory=OomCounter)
+
+    def start(self, env: Mapping[str, str], cpus: set[int] | None, fork: bool) -> Rank:
+        """Starts one rank with these variables added to the agent's, on these CPUs (None: those of the agent)."""
+        number = int(env["RANK"])
+        path = self.attempt.log(number)
+        read_end, write_end = os.pipe()
+        env = {**env, report.VARIABLE: str(write_end)}
+        pid = self._fork(env, path, cpus) if fork else self._spawn(env, path, cpus, write_end)
+        os.close(write_end)
+        with contextlib.suppress(OSError):  # the child does the same; whoever is first
+            os.setpgid(pid, pid)
+        rank = Rank(number, env["MESHRUN_NODENAME"], path, pid, read_end)
+        self.all.append(rank)
+        return rank
+
+    def _fork(self, env: Mapping[str, str], path: Path, cpus: set[int] | None) -> int:
+        agent = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            processes.die_with_parent(agent)
+            os.setpgid(0, 0)
+            for signum in OF_THE_AGENT:
+                signal.signal(signum, signal.SIG_IGN if signum in _IGNORED else signal.SIG_DFL)
+            for descriptor in (*self.private(), *(rank._pipe for rank in self.all)):
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            _log_to(path)
+            kept = without_launcher(os.environ)
+            os.environ.clear()
+            os.environ.update({**kept, **env})
+            _bind(cpus)
+            processes.as_rank(self.job)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            processes.leave(code)
+
+    def _spawn(self, env: Mapping[str, str], path: Path, cpus: set[int] | None, write_end: int) -> int:
+        command = [sys.executable, "-u", str(processes.ENTRY), "--rank", str(self.job.spec.run_dir), str(os.getpid())]
+        if cpus is not None:
+            env = {**env, "MESHRUN_CPUS": ",".join(map(str, sorted(cpus)))}
+        with path.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env={**without_launcher(os.environ), **env},
+                stdout=output,
+                stderr=output,
+                pass_fds=(write_end, *self.shared),
+            )
+        process.returncode = 0  # it is waited for with the others, by number
+        return process.pid
+
+    def look(self) -> None:
+        """Takes in what ranks have said, and which have ended."""
+        for rank in self.all:
+            rank.read()
+        by_pid = {rank.pid: rank for rank in self.all}
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in by_pid:  # else an orphan of some rank's, adopted, or the child of the meeting
+                rank = by_pid[pid]
+                rank.read()
+                rank.exit_code, rank.ended = os.waitstatus_to_exitcode(status), time.monotonic()
+                rank.out_of_memory = rank.exit_code == -signal.SIGKILL and self.oom.killed_since() > 0
+
+    @property
+    def have_ended(self) -> bool:
+        return all(rank.exit_code is not None for rank in self.all)
+
+    def end(self, but: Iterable[int] = ()) -> None:
+        """Ends every process below this one but those named: ranks, what they started, and what those left behind."""
+        kept = set(but)
+        for signum, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0)):
+            deadline = time.monotonic() + patience
+            for rank in self.all:
+                # Each rank leads a group of its own, which its children are in unless they left it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(rank.pid, signum)
+            while time.monotonic() < deadline:
+                self.look()
+                processes.kill_children(but={rank.pid for rank in self.all} | kept, within_s=0.1)
+                if self.have_ended and not processes.children() - kept:
+                    return
+                time.sleep(POLL_S)
+
+
+def spawned(run_dir: Path, agent: int) -> None:
+    """In a rank that is an interpreter of its own: does the rank's work; the job is what its run directory says."""
+    processes.die_with_parent(agent)
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    text = os.environ.pop("MESHRUN_CPUS", "")
+    _bind({int(cpu) for cpu in text.split(",")} if text else None)
+    processes.as_rank(Job.described_in(run_dir))
+
+
+def _bind(cpus: set[int] | None) -> None:
+    if cpus is not None:
+        with contextlib.suppress(OSError):  # a CPU was taken away since: the rank then runs where it may
+            os.sched_setaffinity(0, cpus)
+
+
+def _log_to(path: Path) -> None:
+    """Sends what this process prints to a file, and forgets the agent's log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+
+
+def without_launcher(env: Mapping[str, str]) -> dict[str, Any]:
+    """`env` without what the launcher of a surrounding job says; MESHRUN_DEVICE is the user's."""
+    return {
+        name: value
+        for name, value in env.items()
+        if name == "MESHRUN_DEVICE" or not name.startswith(("SUBMITIT_", "MESHRUN_"))
+    }
