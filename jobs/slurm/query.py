@@ -277,10 +277,13 @@ _HINTS = (
     (r"JobHeldAdmin", "the site's administrators hold the job; ask them"),
     (r"DependencyNeverSatisfied", "the job that it depends on has failed, so it will never start; cancel it"),
     (r"Invalid(Account|QOS)", "the account or QOS is not valid here; cancel the job and give another"),
-    (r"AssociationJobLimit|Assoc\w*(Limit|Max)|QOS\w*(Limit|Max)", "the job exceeds a limit of your account or QOS"),
     (
         r"(Assoc|QOS)Grp\w*",
         "the share of your account or QOS is in use; the job starts when other jobs of that account or QOS end",
+    ),
+    (
+        r"AssociationJobLimit|Assoc\w*(Limit|Max)|QOS\w*(Limit|Max)",
+        "a limit of your account or QOS, which the reason names, keeps the job waiting",
     ),
     (r"Reservation", "the job's reservation has not begun"),
     (r"BeginTime", "Slurm starts the job (again) at a set time"),

@@ -158,6 +158,10 @@ def test_what_needs_explaining_is_explained() -> None:
     for reason in ("Resources", "Priority", ""):
         assert query.hint(JobState("PENDING", reason)) == ""
     assert query.hint(JobState("RUNNING", "PartitionNodeLimit")) == ""
+    # What others of the account use is another thing than what one job may ask for.
+    assert "starts when other jobs" in query.hint(JobState("PENDING", "AssocGrpCpuLimit"))
+    assert "a limit of your account" in query.hint(JobState("PENDING", "QOSMaxJobsPerUserLimit"))
+    assert "not valid" in query.hint(JobState("PENDING", "InvalidQOS"))
 
 
 def test_the_environment_to_ask_in_has_nobodys_preferences() -> None:
