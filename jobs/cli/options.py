@@ -124,7 +124,7 @@ def parse(argv: Sequence[str]) -> Options:
         if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
         elif flag in SLURMS_GPUS:
-            hint = " (GPUs are asked for with --gpus-per-node)"
+            hint = " (ask for GPUs with --gpus-per-node)"
         elif flag.startswith(SLURMS_LONG):
             hint = f" (an option of sbatch: --sbatch {flag[2:]}{equals and '=...'})"
         elif equals and not hint:

@@ -21,7 +21,7 @@ RESULT_WITHIN_S = 1.0
 
 
 class LocalJob:
-    """A tracker (jobs/runs/tracker.py) of a agent's process."""
+    """A tracker (jobs/runs/tracker.py) of a local job's agent."""
 
     waits = False
 
