@@ -244,8 +244,6 @@ class RunPaths:
     """Checkpoints."""
     attempt_dir: Path
     """What this incarnation alone writes."""
-    heartbeat: Path
-    """The last step that this rank ended; its time says when."""
     next_attempt: Path | None = None
     """Is there as soon as a newer incarnation of the job has begun; then this one must write nothing more."""
 
@@ -297,7 +295,7 @@ class RunContext:
         self._slot = self.slot or Slot.unwatched()
         self._clock = StepClock(self.device)
         lines = self.paths.metrics if self.rank == 0 else None
-        recorder = Recorder(lines, self.paths.heartbeat, self.world_size, self.paths.refuse_if_superseded)
+        recorder = Recorder(lines, self.paths.refuse_if_superseded)
         self._ends = StepEnds(self.rank, self.hosts, self.device, self.cpu_group, self._clock, recorder, self._slot)
 
     @property

@@ -1,4 +1,4 @@
-"""What `end_step` adds to a step of a tp_fsdp loop: metrics, heartbeat, the agreement on stopping, the metrics file.
+"""What `end_step` adds to a step of a tp_fsdp loop: metrics, phase, the agreement on stopping, the metrics file.
 
 A step on shared cores takes 5% more or less from one time to the next, so a percent cannot be seen between steps with
 `end_step` and steps without. Instead all ranks meet before it, and the time inside it is measured: waiting for a slower
@@ -54,7 +54,7 @@ def main(rounds: int = ROUNDS) -> list[Row]:
     rest = measured[0][1]
     return [
         Row(
-            what="a tp_fsdp step with metrics, heartbeat, stop",
+            what="a tp_fsdp step with metrics, phase, stop",
             against="the same without",
             ratio=1 + statistics.median(inside) / statistics.median(rest),
             at_most=AT_MOST,

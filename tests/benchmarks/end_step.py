@@ -97,7 +97,7 @@ def _rank_main(end: Connection, rank: int, ranks: int, folder: Path) -> None:
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     store = _store(rank, ranks, folder)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
-    names = ("metrics.jsonl", "data", "export", "checkpoints", "attempt-0", f"beat-{rank}")
+    names = ("metrics.jsonl", "data", "export", "checkpoints", "attempt-0")
     ctx = RunContext(
         *(rank, ranks, 0, 1, rank, tuple(f"host{r}" for r in range(ranks))),
         device=torch.device("cpu"),

@@ -176,6 +176,5 @@ def make_context(
             export_dir=directory / "export",
             checkpoint_dir=directory / "checkpoints",
             attempt_dir=directory / "attempt-0",
-            heartbeat=directory / f"heartbeat-{rank}",
         ),
     )

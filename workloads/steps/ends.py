@@ -90,7 +90,7 @@ class StepEnds:
         number = step if isinstance(step, int) else self._number
         self.stopped_at = number if stop else None
         self.slot.end_step(number)
-        self.recorder.end_step(step)
+        self.recorder.end_step()
         self._collector.end_step()
         for hook in hooks:
             hook(number)

@@ -29,7 +29,7 @@ from workloads.base import MeshSpec, RunContext, RunPaths
 
 def make_context(tmp_path: Path, device: str = "cpu") -> RunContext:
     """The context of one rank alone; no process group is needed for its steps to end."""
-    names = {name: tmp_path / name for name in ("metrics", "data_dir", "export_dir", "checkpoint_dir", "heartbeat")}
+    names = {name: tmp_path / name for name in ("metrics", "data_dir", "export_dir", "checkpoint_dir")}
     paths = RunPaths(run_dir=tmp_path, attempt_dir=tmp_path, **names)
     mesh: Any = MeshSpec(("dp",), (1,))
     return RunContext(0, 1, 0, 1, 0, ("host0",), torch.device(device), mesh, paths)

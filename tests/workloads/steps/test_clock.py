@@ -30,7 +30,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 def context(folder: Path) -> RunContext:
-    names = ("", "metrics.jsonl", "data", "export", "checkpoints", "attempt-0", "beat")
+    names = ("", "metrics.jsonl", "data", "export", "checkpoints", "attempt-0")
     paths = RunPaths(*(folder / name for name in names))
     return RunContext(0, 1, 0, 1, 0, ("node0",), device=None, mesh=None, paths=paths)  # type: ignore[arg-type]
 

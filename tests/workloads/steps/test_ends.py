@@ -19,7 +19,7 @@ from workloads.base import NonFiniteError, RunContext, RunPaths, largest, mean, 
 
 
 def context(folder: Path, device: str = "cpu") -> RunContext:
-    names = ("metrics.jsonl", "data", "export", "checkpoints", "attempt-0", "beat")
+    names = ("metrics.jsonl", "data", "export", "checkpoints", "attempt-0")
     paths = RunPaths(folder, *(folder / name for name in names))
     where = torch.device(device)
     return RunContext(0, 1, 0, 1, 0, ("node0",), device=where, mesh=None, paths=paths)  # type: ignore[arg-type]
