@@ -368,8 +368,8 @@ class RunDirectory:
             return f"{self.path} cannot be written to: {error.strerror or error}"
         return ""
 
-    def paths(self, attempt: int, rank: int = 0) -> RunPaths:
-        """What one rank's workload is told of the names on disk."""
+    def paths(self, attempt: int) -> RunPaths:
+        """What a workload is told of the names on disk."""
         return RunPaths(
             run_dir=self.path,
             metrics=self.attempt(attempt).metrics,
@@ -377,7 +377,6 @@ class RunDirectory:
             export_dir=self.path / "export",
             checkpoint_dir=self.path / "checkpoints",
             attempt_dir=self.attempt(attempt).path,
-            heartbeat=self.attempt(attempt).heartbeat(rank),
             next_attempt=self.attempt(attempt + 1).path,
         )
 
@@ -391,7 +390,7 @@ class Attempt:
 
     def make(self) -> Attempt:
         """Makes the folders: for rank 0, and for whoever has something to leave there before it has met rank 0."""
-        for folder in (self.path, self.path / "failures", self.path / "heartbeats"):
+        for folder in (self.path, self.path / "failures"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self
 
@@ -422,18 +421,6 @@ class Attempt:
 
     def failure(self, rank: int) -> Path:
         return self.path / "failures" / f"{rank}.json"
-
-    def heartbeat(self, rank: int) -> Path:
-        return self.path / "heartbeats" / str(rank)
-
-    def last_step(self, rank: int) -> tuple[str, float] | None:
-        """The last step that a rank ended, and how many seconds ago; None where it has ended none."""
-        path = self.heartbeat(rank)
-        try:
-            with open_regular(path) as file:
-                return file.read(100).decode(errors="replace").strip(), max(0.0, time.time() - path.stat().st_mtime)
-        except OSError:
-            return None
 
     def done(self, rank: int) -> Path:
         return self.path / "done" / str(rank)

@@ -158,7 +158,7 @@ def _run(
             hosts=placement.hosts,
             device=choice.device,
             mesh=device_mesh,
-            paths=RunDirectory(spec.run_dir).paths(info.attempt, info.rank),
+            paths=RunDirectory(spec.run_dir).paths(info.attempt),
             gpu_memory_gb=shape.gpu_memory_gb,
             attempt=info.attempt,
             cpu_group=cpu_group,

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import pwd
+import re
 import signal
 import sys
 import time
@@ -341,10 +342,8 @@ def gather(
         slurm_log_exists=run.slurm_log.exists(),
         fault="" if failures else run.fault(),
     )
-    of_interest = {0, *sorted(done)[:8]}
-    if len(seen.lost) == len(failures) > 0:  # then the cause is the rank that is behind
-        of_interest |= {*(failure.rank for failure in failures), *seen.running, *seen.unnamed[:_UNNAMED]}
-    return replace(seen, last_steps={r: last for r in of_interest if (last := there.last_step(r))})
+    step = _last_step(there.metrics)
+    return replace(seen, last_steps={0: (step, 0.0)} if step else {})
 
 
 _BY_NAME = 64
@@ -395,6 +394,11 @@ def _text(path: Path) -> str:
             return file.read(_AT_MOST_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _last_step(metrics: Path) -> str:
+    steps = re.findall(r'^\{.*?"step": (\d+)[,}]', end_of(metrics, 10_000), re.MULTILINE)
+    return steps[-1] if steps else ""
 
 
 def _last_line(path: Path) -> str:

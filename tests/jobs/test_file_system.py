@@ -22,18 +22,18 @@ def calls(process: Calls, phase: str) -> Counter[tuple[str, str]]:
     return Counter({(operation, path.partition(".tmp")[0]): n for (operation, path), n in found.items()})
 
 
-def test_a_rank_opens_its_log_at_start_and_leaves_a_word_at_its_end(counted: Counted) -> None:
+def test_a_rank_opens_its_log_at_start_and_nothing_else(counted: Counted) -> None:
     ranks = [process for process in counted.processes if process.rank]
     assert sorted(process.rank or 0 for process in ranks) == list(range(1, RANKS))
     for process in ranks:
         assert calls(process, "start") == {("open", f"/attempt-0/rank-{process.rank}.log"): 1}
         assert calls(process, "steps") == {}
-        assert calls(process, "end") == {("open", f"/attempt-0/heartbeats/{process.rank}"): 1}
+        assert calls(process, "end") == {}
 
 
 def test_rank_0_makes_every_folder(counted: Counted) -> None:
     (first,) = [process for process in counted.processes if process.rank == 0]
-    folders = ("/attempt-0", "/attempt-0/failures", "/attempt-0/heartbeats")
+    folders = ("/attempt-0", "/attempt-0/failures")
     made = {path for operation, path in calls(first, "start") if operation == "mkdir"}
     assert made == set(folders)
     assert calls(first, "steps") == {}

@@ -275,23 +275,6 @@ def test_everything_is_read_and_the_record_is_left(run: RunDirectory) -> None:
     assert read_json(run.result) == record
 
 
-def test_ranks_that_nccls_watchdog_aborted_are_no_cause(run: RunDirectory) -> None:
-    """They waited for rank 2, which srun ended with them; it is the one of the others that is behind."""
-    there = run.attempt(0)
-    said = "srun: error: node1: task 3: Aborted\nsrun: Terminating StepId=12.0\nsrun: error: node0: task 1: Aborted\n"
-    there.srun_log.write_text(said + "srun: error: node0: task 0: Terminated\nsrun: error: node1: task 2: Terminated\n")
-    for rank in range(4):
-        there.heartbeat(rank).write_text("4\n" if rank == 2 else "5\n")
-    words = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=ALLREDUCE)"
-    for rank in (1, 3):
-        there.log(rank).write_text(f"{words}\nFatal Python error: Aborted\n")
-    error = judge(run, status=134)["error"]
-    assert error.startswith("rank 2 on node1: did not fail, but still ran (last in step 4, ")
-    assert "gave up waiting; so did rank 0 on node0 (last in step 5, " in error
-    assert "aborted by NCCL: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4" in error
-    assert error.endswith(f"(log: {there.log(2)})")
-
-
 def test_a_record_of_another_host_is_waited_for(run: RunDirectory) -> None:
     begin(run, 0, "raise")
     slept = []
