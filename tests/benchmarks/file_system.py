@@ -70,7 +70,7 @@ class Calls:
     """What one process has asked for below the run directory."""
 
     rank: int | None = None
-    """None: the command line, or the supervisor."""
+    """None: the command line, or the agent."""
     by_phase: dict[str, list[tuple[str, str, str]]] = field(default_factory=lambda: collections.defaultdict(list))
     """Thread ("main" or "other"), operation, path."""
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.start_up [--rounds 5]
 
-Ours is `submit.py` (supervisor, one import of torch, 8 forks); beside it torchrun, and 8 interpreters started by
+Ours is `submit.py` (an agent, one import of torch, 8 forks); beside it torchrun, and 8 interpreters started by
 hand. The three alternate within a round; what is printed is the median of each, and its ratio to ours.
 """
 
