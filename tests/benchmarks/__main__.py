@@ -20,7 +20,16 @@ from pathlib import Path
 
 from tests.benchmarks.rows import Row
 
-NAMES = ("command_line", "tp_step", "mnist_epoch", "pipeline_step", "bookkeeping", "loss_memory", "prefetch")
+NAMES = (
+    "command_line",
+    "tp_step",
+    "mnist_epoch",
+    "pipeline_step",
+    "bookkeeping",
+    "loss_memory",
+    "prefetch",
+    "rank_memory",
+)
 """The benchmarks, in the table's order."""
 JSON = Path("build/benchmarks.json")
 HEAD = ("what", "against", "ratio", "at most", "verdict")

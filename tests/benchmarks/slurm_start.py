@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES, GPUS = 2, 4
 DEADLINE_S = 120
 READY_S = 10
-RATIO = 1.05
+RATIO = 0.5
 SETTINGS = ["steps=1", "sample_tokens=0", "eval_windows=1"]
 
 BATCH = """#!/bin/bash
