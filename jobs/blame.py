@@ -23,8 +23,9 @@ from workloads.steps.board import PHASES
 ENDS = "this rank ends: "
 """What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
 
-Kind = Literal["error", "exit", "killed", "lost_peer", "unreachable"]
-"""The last two are about others: whom this rank lost, or could never reach, which rank 0 knows nothing of."""
+Kind = Literal["error", "exit", "killed", "agent", "lost_peer", "unreachable"]
+"""agent: it is the agent of the rank's host that ended. The last two are about others: whom this rank lost, or could
+never reach, which rank 0 knows nothing of."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Failure:
 
     def headline(self) -> str:
         """One line for people: who, where, what, and the log."""
-        return f"rank {self.rank} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
+        who = f"rank {self.rank}" if self.kind != "agent" else "the leader" if self.rank == 0 else "the agent"
+        return f"{who} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
 
 
 @dataclass(frozen=True)

@@ -405,16 +405,17 @@ class Attempt:
     def agent_log(self, number: int = 0) -> Path:
         return self.path / f"agent-{number}.log"
 
+    def agent_logs(self) -> dict[int, str]:
+        """The log of each host's agent that has one, by the host's number."""
+        numbers = ((name, re.fullmatch(r"agent-(\d+)\.log", name)) for name in _names(self.path))
+        return {int(match[1]): str(self.path / name) for name, match in numbers if match}
+
     @property
     def srun_log(self) -> Path:
         return self.path / "srun.log"
 
     def log(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.log"
-
-    def end_of_log(self, rank: int) -> str:
-        """The last 100 kB of a rank's log; empty where there is none."""
-        return end_of(self.log(rank), 100_000)
 
     def profile(self, rank: int, ending: str) -> Path:
         return self.path / "profile" / f"rank-{rank}{ending}"
@@ -425,20 +426,11 @@ class Attempt:
     def done(self, rank: int) -> Path:
         return self.path / "done" / str(rank)
 
-    def logs(self) -> dict[int, str]:
-        """The log of each rank that has one."""
-        numbers = ((name, re.fullmatch(r"rank-(\d+)\.log", name)) for name in _names(self.path))
-        return {int(match[1]): str(self.path / name) for name, match in numbers if match}
-
     def failed(self) -> set[int]:
         """The ranks of which there is a record of failure; on a shared file system one may come later."""
         return {
             int(match[1]) for name in _names(self.path / "failures") if (match := re.fullmatch(r"(\d+)\.json", name))
         }
-
-    def finished(self) -> frozenset[int]:
-        """The ranks that finished their work."""
-        return frozenset(int(name) for name in _names(self.path / "done") if name.isdecimal())
 
 
 def end_of(path: Path, size: int) -> str:

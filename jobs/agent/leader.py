@@ -149,8 +149,7 @@ class Leader:
             return
         where = self._seen[one.ranks[0]]
         if where.failure is None or not where.failure.own:
-            message = f"the agent of {one.name} {how}"
-            where.failure = Failure(one.ranks[0], one.name, time.time(), "killed", message, log=one.log)
+            where.failure = Failure(one.ranks[0], one.name, time.time(), "agent", how, log=one.log)
         for rank in one.ranks:
             self._seen[rank].ended = True
 

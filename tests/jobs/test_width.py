@@ -12,7 +12,7 @@ from jobs.errors import TopologyError
 from jobs.rank.numbering import Seat, mesh_table, number_by_host
 from jobs.runs import outcome, slurm_job
 from jobs.slurm.query import JobState
-from jobs.slurm.srun import SrunWords, read
+from jobs.slurm.srun import SrunLog, read
 from workloads.base import MeshSpec
 from workloads.errors import first_few
 
@@ -57,15 +57,14 @@ def half_of_them_were_done() -> str:
 
 
 def every_host_failed() -> str:
-    words = SrunWords(cause="NODE_FAIL", lost_hosts=tuple(HOSTS))
-    return str(outcome.outcome(outcome.Evidence("w", 0, "7", WORLD, 0.0, words=words))["error"])
+    log = SrunLog(cause="NODE_FAIL", lost_hosts=tuple(HOSTS))
+    return str(outcome.outcome(outcome.Evidence("w", 0, "7", PER_NODE, 0.0, srun=log))["error"])
 
 
-def every_rank_was_killed() -> str:
-    lines = [
-        f"srun: error: {host}: tasks {PER_NODE * node}-{PER_NODE * node + 7}: Killed" for node, host in enumerate(HOSTS)
-    ]
-    return str(outcome.outcome(outcome.Evidence("w", 0, "7", WORLD, 0.0, words=read("\n".join(lines))))["error"])
+def every_agent_was_killed() -> str:
+    lines = [f"srun: error: {host}: task {node}: Killed" for node, host in enumerate(HOSTS)]
+    log = read("\n".join(lines))
+    return str(outcome.outcome(outcome.Evidence("w", 0, "7", PER_NODE, 0.0, srun=log))["error"])
 
 
 def it_runs_on_hosts_of_no_pattern() -> str:
@@ -80,7 +79,7 @@ MESSAGES: dict[Callable[[], str], str] = {
     all_others_still_ran: "rank 1 on rack0-n00 (last in step 7, 3 s ago), rank 2",
     half_of_them_were_done: "returned from its work",
     every_host_failed: "rack0-n00, rack0-n01",
-    every_rank_was_killed: "killed by SIGKILL",
+    every_agent_was_killed: "killed by SIGKILL",
     it_runs_on_hosts_of_no_pattern: "rack0-n00,",
 }
 

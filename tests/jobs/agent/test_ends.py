@@ -128,7 +128,7 @@ def test_an_agent_that_is_killed_is_named_and_leaves_nothing(number: int, typed:
     code, out, err = line.finish(120)
     assert code == 1, out + err
     what = "(the leader|rank 0)" if number == 0 else "the agent"
-    assert re.search(rf"{what} (of|on) node{number}\b", err.splitlines()[-1]), err
+    assert re.search(rf"{what} on node{number}: ", err.splitlines()[-1]), err
     assert "kill" in err.splitlines()[-1].lower()
     line.assert_nothing_left()
     job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]

@@ -19,7 +19,7 @@ from jobs.cli.main import main
 from jobs.cli.progress import Display
 from jobs.cli.watch import watch
 from jobs.run_dir import RunDirectory, Submitted, read_json, write_json
-from jobs.runs import outcome, slurm_job
+from jobs.runs import slurm_job
 from tests.jobs.slurm.test_query import DISABLED, UNKNOWN, UNREACHABLE, say
 from tests.jobs.submitting import wait_until
 
@@ -273,11 +273,10 @@ def test_a_completed_job_whose_result_comes_late(site: Site, later: Later) -> No
 
 
 def test_a_completed_job_without_a_result_has_failed(site: Site, capsys: Capture) -> None:
-    site.run.attempt(0).done(0).parent.mkdir()
-    site.run.attempt(0).done(0).touch()
+    site.run.attempt(0).make().agent_log(0).touch()
     site.state("COMPLETED")
     assert main(["wait", "run"]) == 1
-    assert "rank 1 on n1: exited with code 0 before its work was done" in capsys.readouterr().err
+    assert "every rank finished its work, and none has left a result" in capsys.readouterr().err
 
 
 def test_a_job_that_ends_while_its_last_processes_do_not(site: Site, capsys: Capture) -> None:
@@ -330,7 +329,6 @@ def test_a_run_directory_may_hold_anything(
     for constant in ("RESULT_WITHIN_S", "RECORD_WITHIN_S", "STAYS_S", "UNREACHABLE_S", "POLL_S"):
         monkeypatch.setattr(slurm_job, constant, 0.001)
     monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (0.0, 0.0))
-    monkeypatch.setattr(outcome, "RECORD_WITHIN_S", 0.0)
     site.state("FAILED", "NonZeroExitCode")
     attempt = site.run.attempt(0).make()
     failure = Failure(1, "n1", 1e9, "error", "ValueError: mine", "Traceback\n", "/l")

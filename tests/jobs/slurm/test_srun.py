@@ -1,4 +1,4 @@
-"""srun's words as they were recorded: who ended, in which order, and whether something ended all."""
+"""srun's log as it was recorded: which agents ended, in which order, and whether something ended all."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from pathlib import Path
 import pytest
 
 from jobs.slurm import srun
-from jobs.slurm.srun import SrunWords
+from jobs.slurm.srun import SrunLog
 
 RECORDED = Path(__file__).with_name("recorded") / "srun"
-"""Each of a job of ranks 0 and 1 on node0, 2 and 3 on node1, unless it says otherwise; Slurm 22.05."""
+"""Each of a job with agent 0 on node0 and agent 1 on node1; Slurm 22.05."""
 
 
-def recorded(name: str) -> SrunWords:
+def recorded(name: str) -> SrunLog:
     return srun.read((RECORDED / f"{name}.log").read_text())
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "cause"),
+    ("name", "first", "cause"),
     [
-        ("raise", {3: 1}, ""),
-        ("sys-exit", {3: 3}, ""),
-        ("os-exit-0", {0: 1}, ""),  # of two ranks on two hosts: rank 1 left with 0, of which srun does not speak
-        ("SIGKILL", {3: -9}, ""),
-        ("SIGKILL-of-two", {3: -9}, ""),
-        ("SIGSEGV", {3: -11}, ""),
-        ("SIGABRT", {3: -6}, ""),
-        ("SIGTERM", {3: -15}, ""),
-        ("no-such-python", {2: 2, 3: 2}, ""),
+        ("job-failed", {1: 1}, ""),
+        ("agent-killed", {1: -9}, ""),
+        ("leader-killed", {0: -9}, ""),
+        ("SIGTERM", {1: -15}, ""),  # to all of them: srun ends the others as soon as it knows of one
+        ("no-such-python", {0: 2}, ""),
         ("unknown-option", {}, ""),
         ("too-many-nodes", {}, ""),
         ("scancel", {}, "CANCELLED"),
@@ -37,23 +33,38 @@ def recorded(name: str) -> SrunWords:
         ("srun-terminated", {}, "STEP_ENDED"),
         ("time-limit", {}, "CANCELLED"),  # srun is not told why
         ("preemption", {}, "CANCELLED"),
-        ("preemption-with-grace", {0: -15, 1: -15}, ""),
         ("node-failure", {}, "NODE_FAIL"),
-        ("node-failure-after-an-echo", {0: 1}, ""),  # two ranks; rank 0 lost rank 1 before Slurm missed its host
     ],
 )
-def test_what_srun_said(name: str, own: dict[int, int], cause: str) -> None:
-    words = recorded(name)
-    assert {end.rank: end.code for end in words.ends if not end.echo} == own
-    assert words.cause == cause
-    assert words.lost_hosts == (("node1",) if name.startswith("node-failure") else ())
-    assert words.later == ("NODE_FAIL" if name == "node-failure-after-an-echo" else "")
+def test_what_srun_said(name: str, first: dict[int, int], cause: str) -> None:
+    log = recorded(name)
+    assert {end.number: end.code for end in log.first_ends} == first
+    assert all(end.host == f"node{end.number}" for end in log.ends)
+    assert log.cause == cause
+    assert log.lost_hosts == (("node1",) if name == "node-failure" else ())
 
 
-def test_the_hosts_of_ranks() -> None:
-    assert {end.rank: end.host for end in recorded("raise").ends} == {3: "node1", 2: "node1", 0: "node0", 1: "node0"}
-    many = srun.read("srun: error: n[1-2]: tasks 0-1,6-7: Killed (core dumped)\n")
-    assert {end.rank: end.host for end in many.ends} == {0: "n1", 1: "n1", 6: "n2", 7: "n2"}
+def test_a_lost_host_is_the_cause_unless_an_agent_had_ended() -> None:
+    aborted, lost_host = "srun: Job step aborted: Waiting\n", "srun: error: Node failure on n[1-2]\n"
+    own = "srun: error: n0: task 0: Exited with exit code 1\nsrun: Terminating StepId=12.0\n"
+    for text, cause in ((aborted + lost_host, "NODE_FAIL"), (own + lost_host, "")):
+        log = srun.read(text)
+        assert (log.cause, log.lost_hosts) == (cause, ("n1", "n2"))
+
+
+@pytest.mark.parametrize("name", ["scancel", "step-cancelled"])
+def test_the_batch_scripts_log_knows_why_slurm_ended_the_job(name: str) -> None:
+    script_log = "slurmstepd-node0: error: *** JOB 12 ON node0 CANCELLED AT 2026-11-22T11:32:56 DUE TO TIME LIMIT ***\n"
+    assert srun.with_the_reason(recorded(name), script_log).cause == "TIMEOUT"
+    assert srun.with_the_reason(recorded(name), "").cause == recorded(name).cause
+    assert srun.with_the_reason(recorded("agent-killed"), script_log).cause == ""
+
+
+def test_one_line_on_several_hosts() -> None:
+    many = srun.read("srun: error: n[1-2]: tasks 0-1: Killed (core dumped)\n")
+    assert {end.number: end.host for end in many.ends} == {0: "n1", 1: "n2"}
+    assert many.end_on("n2") == many.ends[1]
+    assert many.end_on("n3") is None
 
 
 @pytest.mark.parametrize(
@@ -76,9 +87,9 @@ def test_what_slurmstepd_says_of_the_cause(line: str, cause: str) -> None:
     assert srun.read("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n" + line).cause in (
         {cause} if cause else {"STEP_ENDED"}
     )
-    # After a rank's own end it is only how the others were ended.
+    # After an agent's own end it is only how the others were ended.
     after = srun.read(own + "srun: Terminating StepId=12.0\n" + line)
-    assert (after.cause, [end.rank for end in after.ends]) == ("", [3])
+    assert (after.cause, [end.number for end in after.ends]) == ("", [3])
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "srun: error: node1: task x: y\n", "srun: error: : tasks -: Killed\n"])
