@@ -146,6 +146,8 @@ def _meet(
 def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> dict[str, Any]:
     from jobs.rank import rendezvous
 
+    if info.rank == 0:  # all ranks connect to its store
+        processes.allow_open_files(spec.resources.shape.world_size, info.host)
     meeting = rendezvous.join(
         info, "cpu", attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface, spec.rendezvous_ports
     )

@@ -56,12 +56,12 @@ def own_address(info: RankInfo, interface: str | None, peer: str | None) -> str:
         TopologyError: the configured interface is not there, is down or has no IPv4 address; or no interface has one
             that other hosts could reach.
     """
+    if interface is None and info.launcher == "local":
+        return LOOPBACK
     here = interfaces()
     is_alone = info.local_world_size == info.world_size or info.launcher == "local"
     if interface is not None:
         return _address_of(interface, here, info, is_alone)
-    if info.launcher == "local":
-        return LOOPBACK
     source = _source_towards(peer) if peer else None
     if source is not None and (is_alone or not _is_loopback(source)):
         holder = _holder(source, here)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
 from jobs.errors import TopologyError
 from workloads.base import MeshSpec
@@ -25,8 +25,12 @@ class Seat:
     gpu: str = ""
     """What tells its GPU from every other; "" for none, or where that is not known."""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_line(self) -> str:
+        return json.dumps(astuple(self)) + "\n"
+
+    @staticmethod
+    def from_line(line: str) -> Seat:
+        return Seat(*json.loads(line))
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,27 @@ def _refuse_shared_gpus(seats: Sequence[Seat]) -> None:
         )
 
 
-def place(seats: Sequence[Seat], scheduler_rank: int) -> Placement:
-    """One rank's placement among the seats in host-major order."""
-    hosts = tuple(seat.host for seat in seats)
-    nodes = len(set(hosts))
-    per_node = len(seats) // nodes
-    rank = next(index for index, seat in enumerate(seats) if seat.rank == scheduler_rank)
+def place(hosts: Sequence[str], ranks: Sequence[int], scheduler_rank: int) -> Placement:
+    """One rank's placement.
+
+    Args:
+        hosts: each once, in order.
+        ranks: the scheduler's numbers in host-major order, equally many on each host.
+        scheduler_rank: the rank's own.
+    """
+    per_node = len(ranks) // len(hosts)
+    rank = ranks.index(scheduler_rank)
+    of_each = [""] * len(ranks)
+    for local_rank in range(per_node):  # not one by one, since each of thousands of ranks does this
+        of_each[local_rank::per_node] = hosts
     return Placement(
         rank=rank,
-        world_size=len(seats),
+        world_size=len(ranks),
         local_rank=rank % per_node,
         local_world_size=per_node,
         node_rank=rank // per_node,
-        nodes=nodes,
-        hosts=hosts,
+        nodes=len(hosts),
+        hosts=tuple(of_each),
     )
 
 

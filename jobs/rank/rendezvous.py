@@ -10,6 +10,7 @@ is missing.
 
 from __future__ import annotations
 
+import _thread
 import base64
 import errno
 import functools
@@ -19,10 +20,9 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +50,7 @@ OWNER = "meshrun/owner"
 """The store's key that says whose it is: identity and nonce. Without the job's prefix, so that others find it too."""
 
 _DOUBLED = "doubled"
+_NONE = "none"
 
 
 @dataclass
@@ -73,19 +74,15 @@ class Rendezvous:
             RendezvousError: on rank 0, the others took longer than `timeout_s`.
         """
         me, world = self.placement.rank, self.placement.world_size
-        self.store.set(f"finished/{me}", "1")
-        if me == 0:
-            deadline = time.monotonic() + timeout_s
-            waiting = set(range(world))
-            while waiting:
-                waiting = {rank for rank in waiting if not self.store.check([f"finished/{rank}"])}
-                if waiting and time.monotonic() > deadline:
-                    raise RendezvousError(
-                        f"{self.noun} 0 is done, and after {timeout_s:g} s these are not: "
-                        + _named(sorted(waiting), self.placement.hosts, self.noun)
-                    )
-                if waiting:
-                    time.sleep(0.01)
+        self.store.append("finished", f"{me} ")  # type: ignore[attr-defined]  # the stubs leave it out
+        deadline = time.monotonic() + timeout_s
+        while me == 0 and len(finished := set(map(int, self.store.get("finished").split()))) < world:
+            if time.monotonic() > deadline:
+                raise RendezvousError(
+                    f"{self.noun} 0 is done, and after {timeout_s:g} s these are not: "
+                    + _named([rank for rank in range(world) if rank not in finished], self.placement.hosts, self.noun)
+                )
+            time.sleep(0.01)
 
 
 def join(
@@ -149,7 +146,8 @@ def join(
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         # Who meets in vain stays a victim until it ends; hosts that cannot make a mesh are a failure like any other.
         raise spoken_for(kind(answer["error"]), 0, info.rank) if kind is TopologyError else kind(answer["error"])
-    return Rendezvous(place(_seats(answer), info.rank), store, address, answer.get("ahead_s", 0.0), info.noun)
+    placement = place(answer["hosts"].split(), _order(answer), info.rank)
+    return Rendezvous(placement, store, address, answer.get("ahead_s", 0.0), info.noun)
 
 
 def _launchers_store(info: RankInfo, address: str, port: int, timeout_s: float) -> dist.Store:
@@ -183,7 +181,8 @@ def _beside(call: Callable[[], T]) -> futures.Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    # Not by threading, which waits until the thread has begun: thousands of ranks on few cores wait long for that.
+    _thread.start_new_thread(run, ())
     return future
 
 
@@ -285,11 +284,12 @@ def _find_store(info: RankInfo, announcement: Path, deadline: float, timeout_s: 
                 raise RendezvousError(latest["error"])
             said, asking, problem, kind, retry_pause, ask_at = latest, None, "", RendezvousError, 0.25, 0.0
         now = time.monotonic()
-        pause = look_again_in_s(now - began)
+        # While a store is asked, a newer announcement is hardly to be expected.
+        pause = max(look_again_in_s(now - began), 0.0 if asking is None else 1.0)
         if now >= deadline:
             break
         if said is not None and asking is None and now >= ask_at:
-            asking = _beside(functools.partial(_connect, said, deadline - now))
+            asking = _beside(functools.partial(_connect, said, deadline - now, info.local_rank == 0))
         if said is None or asking is None:
             time.sleep(min(pause, deadline - now))
         elif futures.wait([asking], min(pause, deadline - now)).done:
@@ -323,8 +323,14 @@ def _read(announcement: Path) -> dict[str, Any] | None:
         return None
 
 
-def _connect(said: dict[str, Any], seconds: float) -> dist.Store:
+def _connect(said: dict[str, Any], seconds: float, knocks: bool = True) -> dist.Store:
     """The announced store.
+
+    Args:
+        said: the announcement.
+        seconds: until the deadline.
+        knocks: whether to see first that anything can be reached there. One rank per host is enough: thousands that
+            all connect twice at once make more connections than a socket keeps waiting, and lose some.
 
     Raises:
         OSError: nobody is reached there.
@@ -332,15 +338,20 @@ def _connect(said: dict[str, Any], seconds: float) -> dist.Store:
         RendezvousError: it is another's.
     """
     address, port = said["address"], said["port"]
-    # First without torch, whose client says why it was refused in its own log alone, and overstays its time-out.
-    socket.create_connection((address, port), timeout=min(seconds, 10)).close()
+    if knocks:
+        _knock(address, port, seconds)
     # A busy store may answer late when hundreds ask at once. What is none leaves time to be met again, and said.
-    patience_s = min(30.0, max(2.0, seconds / 4))
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience_s), wait_for_workers=False)
-    owner = store.get(OWNER).decode() if store.check([OWNER]) else ""
+    patience = timedelta(seconds=min(30.0, max(2.0, seconds / 4)))
+    try:
+        store = dist.TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
+    except dist.DistError:
+        _knock(address, port, seconds)
+        raise
+    # Not get(), which would wait for a key that is not there: this changes nothing and answers at once.
+    owner = store.compare_set(OWNER, _NONE, _NONE).decode()
     if owner != f"{said['identity']} {said['nonce']}":
         theirs, mine = owner.partition(" ")[0], said["identity"]
-        if not theirs:
+        if theirs == _NONE:
             whose = f"not one of meshrun's, and this is {mine}"
         elif theirs == mine:
             whose = f"that of another start of {mine}"
@@ -348,6 +359,15 @@ def _connect(said: dict[str, Any], seconds: float) -> dist.Store:
             whose = f"that of {theirs}, not that of {mine}"
         raise RendezvousError(f"and the store there is {whose}")
     return store
+
+
+def _knock(address: str, port: int, seconds: float) -> None:
+    """Connects without torch, whose client says why it was refused in its own log alone, and overstays its time-out.
+
+    Raises:
+        OSError: nobody is reached there.
+    """
+    socket.create_connection((address, port), timeout=min(seconds, 10)).close()
 
 
 def _problem(error: Exception, noun: str) -> str:
@@ -373,7 +393,8 @@ def _take_seat(info: RankInfo, store: dist.Store, seat: Seat, seconds: float) ->
     heard = time.time()
     answer = _unpacked(store.get("table"))
     answer["ahead_s"] = heard - answer["now"]
-    store.add("read", 1)
+    if "error" in answer:
+        store.add("read", 1)
     return answer
 
 
@@ -384,10 +405,9 @@ def _claim_seat(info: RankInfo, store: dist.Store, seat: Seat) -> None:
         RendezvousError: another process is this rank already; it, and rank 0, come to know.
     """
     if store.add(f"claims/{seat.rank}", 1) == 1:
-        store.set(f"seat/{seat.rank}", json.dumps(seat.to_json()))
+        store.append("seats", seat.to_line())  # type: ignore[attr-defined]
         return
-    key = f"seat/{seat.rank}"
-    first = f" on {json.loads(store.get(key))['host']}" if store.check([key]) else ""
+    first = next((f" on {other.host}" for other in _reported(store) if other.rank == seat.rank), "")
     which = f"{info.noun} {seat.rank}, the first{first}, the second on {seat.host}"
     problem = f"two processes are {which}; {_one_each(info.noun)}"
     store.set(_DOUBLED, problem)
@@ -416,49 +436,55 @@ def _seat_everyone(
     info: RankInfo, store: dist.Store, deadline: float, timeout_s: float, is_superseded: Callable[[], bool]
 ) -> dict[str, Any]:
     """On rank 0: waits for every seat and numbers them; the answer that all ranks get."""
-    missing = list(range(info.world_size))
     doubled, look_at = "", time.monotonic() + 1
-    while missing and not doubled:
-        missing = [rank for rank in missing if not store.check([f"seat/{rank}"])]
-        if missing and time.monotonic() > deadline:
-            break
-        if missing:
-            time.sleep(0.01)
+    # One key that all append to: thousands of keys, each asked for until it is there, kept the store from answering.
+    while store.get("seats").count(b"\n") < info.world_size and not doubled and time.monotonic() < deadline:
+        time.sleep(0.01)
         if store.check([_DOUBLED]):
             doubled = store.get(_DOUBLED).decode()
         elif time.monotonic() > look_at:
             look_at = time.monotonic() + 1
             if is_superseded():
                 doubled = f"two processes are {info.noun} 0, one on {info.host}; {_one_each(info.noun)}"
-    present = [rank for rank in range(info.world_size) if rank not in set(missing)]
+    seats = _reported(store)
     if doubled:
-        return {"kind": "rendezvous", "present": len(present), "error": doubled}
-    seats = [Seat(**json.loads(store.get(f"seat/{rank}"))) for rank in present]
-    if missing:
+        return {"kind": "rendezvous", "present": len(seats), "error": doubled}
+    if len(seats) < info.world_size:
+        present = {seat.rank for seat in seats}
+        missing = [rank for rank in range(info.world_size) if rank not in present]
         return {
             "kind": "rendezvous",
-            "present": len(present),
-            "error": f"{len(present)} of {info.world_size} {info.noun}s came within {timeout_s:g} s; missing: "
+            "present": len(seats),
+            "error": f"{len(seats)} of {info.world_size} {info.noun}s came within {timeout_s:g} s; missing: "
             f"{_named(missing, info.expected_hosts, info.noun)}; present: {seat_table(seats, info.noun)}",
         }
     try:
         return _table(number_by_host(seats, info.noun))
     except TopologyError as error:
-        return {"kind": "topology", "present": len(present), "error": str(error)}
+        return {"kind": "topology", "present": len(seats), "error": str(error)}
+
+
+def _reported(store: dist.Store) -> list[Seat]:
+    """The seats that were reported until now."""
+    return [Seat.from_line(line) for line in store.get("seats").decode().splitlines()]
 
 
 def _table(seats: list[Seat]) -> dict[str, Any]:
     """Seats in host-major order as an answer: every rank reads it from the one store, so no more than they need."""
     ranks = [seat.rank for seat in seats]
-    hosts = list(dict.fromkeys(seat.host for seat in seats))
-    # As steps, which under any usual distribution repeat, so that packing leaves nearly nothing of them.
-    return {"hosts": hosts, "steps": [rank - before for before, rank in itertools.pairwise([0, *ranks])]}
+    answer: dict[str, Any] = {
+        "hosts": " ".join(dict.fromkeys(seat.host for seat in seats)),  # as one text: no name has a space
+        "world_size": len(seats),
+    }
+    if ranks != list(range(len(seats))):
+        # As steps, which under any usual distribution repeat, so that packing leaves nearly nothing of them.
+        answer["steps"] = [rank - before for before, rank in itertools.pairwise([0, *ranks])]
+    return answer
 
 
-def _seats(answer: dict[str, Any]) -> list[Seat]:
-    hosts, ranks = answer["hosts"], itertools.accumulate(answer["steps"])
-    per_host = len(answer["steps"]) // len(hosts)
-    return [Seat(rank, hosts[index // per_host], index % per_host) for index, rank in enumerate(ranks)]
+def _order(answer: dict[str, Any]) -> Sequence[int]:
+    """The scheduler's numbers in host-major order."""
+    return list(itertools.accumulate(answer["steps"])) if "steps" in answer else range(answer["world_size"])
 
 
 def _packed(answer: dict[str, Any]) -> str:
@@ -489,6 +515,9 @@ def init_process_group(
     Returns:
         A group of all ranks for tensors on the CPU and for objects; None: the default group is one.
     """
+    # gloo would else connect every rank with every other at once; so it connects those that talk, when they first do. A
+    # peer that dies before that is not missed until the group's time-out: the agent ends the others long before.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("pg", meeting.store),
@@ -502,6 +531,4 @@ def init_process_group(
 
 def cpu_group(timeout_s: float) -> dist.ProcessGroup:
     """A gloo group beside NCCL's default one: not a second backend of that, which every group of the mesh would get."""
-    # gloo would else connect every rank with every other; so it connects those that talk, when they first do.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="cpu")

@@ -29,6 +29,7 @@ NAMES = (
     "loss_memory",
     "prefetch",
     "rank_memory",
+    "rendezvous",
 )
 """The benchmarks, in the table's order."""
 JSON = Path("build/benchmarks.json")

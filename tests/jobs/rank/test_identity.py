@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import TopologyError
 from jobs.rank.identity import RankInfo, local_env, srun_line
-from jobs.rank.numbering import Seat, mesh_table, number_by_host, place, seat_table
+from jobs.rank.numbering import Placement, Seat, mesh_table, number_by_host, place, seat_table
 from jobs.slurm.hostlist import expand_counts, expand_hosts
 from workloads.base import MeshSpec
 
@@ -608,6 +608,10 @@ def seats(*hosts: str) -> list[Seat]:
     return made
 
 
+def placed(ordered: Sequence[Seat], rank: int) -> Placement:
+    return place(list(dict.fromkeys(seat.host for seat in ordered)), [seat.rank for seat in ordered], rank)
+
+
 def test_block_stays_as_it_is() -> None:
     assert [s.rank for s in number_by_host(seats("a", "a", "b", "b"))] == [0, 1, 2, 3]
 
@@ -615,8 +619,8 @@ def test_block_stays_as_it_is() -> None:
 def test_cyclic_is_renumbered_host_by_host() -> None:
     ordered = number_by_host(seats("a", "b", "a", "b"))
     assert [s.rank for s in ordered] == [0, 2, 1, 3]
-    assert [place(ordered, rank).rank for rank in range(4)] == [0, 2, 1, 3]
-    placement = place(ordered, 1)
+    assert [placed(ordered, rank).rank for rank in range(4)] == [0, 2, 1, 3]
+    placement = placed(ordered, 1)
     assert dataclasses.asdict(placement) == {
         "rank": 2,
         "world_size": 4,
@@ -631,7 +635,7 @@ def test_cyclic_is_renumbered_host_by_host() -> None:
 def test_scheduler_rank_0_stays_0_wherever_its_host_is_listed() -> None:
     ordered = number_by_host(seats("node1", "node1", "node0", "node0"))
     assert [s.host for s in ordered] == ["node1", "node1", "node0", "node0"]
-    assert place(ordered, 0).rank == 0
+    assert placed(ordered, 0).rank == 0
 
 
 def test_unequal_hosts_are_refused_with_the_table() -> None:
@@ -671,8 +675,8 @@ def test_recorded_steps_get_groups_within_hosts(kind: str) -> None:
     for world in worlds(RANKS[kind]):
         node_of = {one.rank: one.node for one in world}
         ordered = number_by_host(reported(world))
-        per_host = place(ordered, 0).local_world_size
-        assert place(ordered, 0).rank == 0
+        per_host = placed(ordered, 0).local_world_size
+        assert placed(ordered, 0).rank == 0
         for first in range(0, len(ordered), per_host):
             assert len({node_of[seat.rank] for seat in ordered[first : first + per_host]}) == 1
 
@@ -701,9 +705,9 @@ def test_any_seats_become_host_major_or_are_refused(order: list[int], hosts: int
         return
     ordered = number_by_host(shuffled)
     assert sorted(s.rank for s in ordered) == list(range(len(where)))
-    placements = [place(ordered, seat.rank) for seat in ordered]
+    placements = [placed(ordered, seat.rank) for seat in ordered]
     assert [p.rank for p in placements] == list(range(len(where)))
-    assert place(ordered, 0).rank == 0
+    assert placed(ordered, 0).rank == 0
     for seat, p in zip(ordered, placements, strict=True):
         assert p.rank == p.node_rank * p.local_world_size + p.local_rank
         assert p.hosts[p.rank] == seat.host

@@ -246,6 +246,29 @@ def test_two_processes_that_are_rank_0_are_refused(meeting: Meeting, tmp_path: P
     assert came[1].error.startswith("1 of 2 ranks came within 4 s; missing: rank 1")
 
 
+def _finishes(end: Connection, me: RankInfo, announcement: Path) -> None:
+    from jobs.rank import rendezvous
+
+    prepare_rank()
+    meeting = rendezvous.join(me, "cpu", announcement, 30, None)
+    if me.rank == 2:
+        time.sleep(600)
+    try:
+        meeting.finish(2)
+        end.send("finished")
+    except RendezvousError as error:
+        end.send(str(error))
+    os._exit(0)
+
+
+def test_a_rank_that_does_not_finish_is_named(meeting: Meeting, tmp_path: Path) -> None:
+    hosts = ["a", "a", "b", "b"]
+    ends = [meeting.start(_finishes, info(r, hosts), tmp_path / "r.json") for r in range(4)]
+    first, second, _, fourth = ends
+    assert meeting.results([first]) == ["rank 0 is done, and after 2 s these are not: rank 2 on b"]
+    assert meeting.results([second, fourth]) == ["finished", "finished"]
+
+
 def test_where_the_scheduler_does_not_say_who_should_be_where_those_who_came_are_shown(
     meeting: Meeting, tmp_path: Path
 ) -> None:
@@ -327,7 +350,7 @@ def _dies_at_its_seat(end: Connection, me: RankInfo, announcement: Path) -> None
     from jobs.rank import rendezvous
 
     def die(me: RankInfo, store: Any, *_: object) -> None:
-        while not store.check(["seat/1"]):
+        while not store.check(["claims/1"]):
             time.sleep(0.05)
         time.sleep(0.5)
         os._exit(0)
@@ -349,7 +372,7 @@ def _stops_at_its_seat(end: Connection, me: RankInfo, announcement: Path) -> Non
     from jobs.rank import rendezvous
 
     def stop(me: RankInfo, store: Any, *_: object) -> None:
-        while not store.check(["seat/1"]):
+        while not store.check(["claims/1"]):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -373,6 +396,35 @@ def test_a_rank_0_that_was_stopped_keeps_nobody_waiting_for_ever(meeting: Meetin
     assert came.seconds < 20
 
 
+def _counts_sockets(end: Connection, me: RankInfo, announcement: Path, wanted: str | None) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from jobs.rank import rendezvous
+
+    prepare_rank()
+    os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
+    if wanted is not None:
+        os.environ["TORCH_GLOO_LAZY_INIT"] = wanted
+    meeting = rendezvous.join(me, "cpu", announcement, 30, None)
+    rendezvous.init_process_group(meeting, torch.device("cpu"), "gloo", 30)
+    sockets = sum(path.is_socket() for path in Path("/proc/self/fd").iterdir())
+    dist.barrier()
+    end.send(sockets)
+    meeting.finish(30)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("wanted", [None, "0"], ids=["by default", "as the user wants"])
+def test_ranks_are_not_connected_with_all_others_before_they_talk(
+    meeting: Meeting, tmp_path: Path, wanted: str | None
+) -> None:
+    hosts = ["a"] * 5
+    ends = [meeting.start(_counts_sockets, info(r, hosts), tmp_path / "r.json", wanted) for r in range(5)]
+    _, *others = meeting.results(ends)  # rank 0 has the store
+    assert others == [2 if wanted is None else 6] * 4  # to the store, and what listens; with all, four more
+
+
 def layout(order: str, nodes: int, per_node: int) -> list[Any]:
     """Seats as the scheduler numbers them, host-major."""
     from jobs.rank.numbering import Seat, number_by_host
@@ -393,14 +445,17 @@ def layout(order: str, nodes: int, per_node: int) -> list[Any]:
 @pytest.mark.parametrize("order", ["block", "cyclic", "arbitrary"])
 def test_the_answer_that_every_rank_reads_is_small(order: str) -> None:
     from jobs.rank.numbering import place
-    from jobs.rank.rendezvous import _packed, _seats, _table, _unpacked
+    from jobs.rank.rendezvous import _order, _packed, _table, _unpacked
 
     for nodes in (1, 128, 512):
         seats = layout(order, nodes, 8)
         text = _packed(_table(seats))
-        read = _seats(_unpacked(text.encode()))
-        assert [(seat.rank, seat.host) for seat in read] == [(seat.rank, seat.host) for seat in seats]
-        assert place(read, nodes * 8 - 1) == place(seats, nodes * 8 - 1)
+        answer = _unpacked(text.encode())
+        ranks = _order(answer)
+        assert list(ranks) == [seat.rank for seat in seats]
+        placements = [place(answer["hosts"].split(), ranks, ranks[position]) for position in (0, nodes * 8 - 1)]
+        assert [placement.rank for placement in placements] == [0, nodes * 8 - 1]
+        assert placements[1].hosts == tuple(seat.host for seat in seats)
         assert len(text) < 300 + nodes * 8 * (4 if order == "arbitrary" else 1)  # of 91 a rank, once
 
 
