@@ -222,13 +222,15 @@ def _write_open_files() -> None:
 def allow_open_files(world_size: int, host: str) -> None:
     """Lets this process hold open what a rank of so many needs, as far as the hard limit goes.
 
-    gloo connects every rank with every other, for itself and for the mesh's groups: on rank 0 about three descriptors
-    for each, two elsewhere. The soft limit that sbatch takes along from a login shell is mostly 1024.
+    Without an agent, every rank has a connection to rank 0's store, and a collective that gathers at one rank connects
+    it with every other. With TORCH_GLOO_LAZY_INIT=0 gloo connects every rank with every other, for itself and for the
+    mesh's groups: about three descriptors for each. The soft limit that sbatch takes along from a login shell is mostly
+    1024.
 
     Raises:
         ResourceError: the hard limit is too low.
     """
-    needed = 4 * world_size + 256
+    needed = (4 if os.environ.get("TORCH_GLOO_LAZY_INIT") == "0" else 2) * world_size + 256
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if hard < needed:
