@@ -31,7 +31,7 @@ makes of them grows from step to step: in fp32 from 1e-7 at first to 1e-3 after 
 
 `config.py` is what can be set, `model.py` the bare network, `wrap.py` the choice of units, `parallelize.py` what each
 strategy does to the network, `data.py` who gets which samples, `train.py` the loop, `evaluate.py` the held-out part,
-`memory.py` what is measured and `compare.py` the table.
+`memory.py` what is measured, `compare.py` the table and `run.py` what is called.
 """
 
 from workloads.base import WorkloadEntry
@@ -40,7 +40,7 @@ from workloads.fsdp_mnist.config import Config
 ENTRY = WorkloadEntry(
     name="fsdp_mnist",
     config=Config,
-    run="workloads.fsdp_mnist.train:run",
+    run="workloads.fsdp_mnist.run:run",
     validate="workloads.fsdp_mnist.config:validate",
     mesh="workloads.fsdp_mnist.config:mesh",
     prepare="workloads.fsdp_mnist.data:prepare",
@@ -50,7 +50,7 @@ ENTRY = WorkloadEntry(
     memory_bytes="workloads.fsdp_mnist.config:memory_bytes",
     # Each rank would import torchvision and, when FSDP2 is first used, the compiler; eight doing so take seconds.
     preload=(
-        "workloads.fsdp_mnist.train",
+        "workloads.fsdp_mnist.run",
         "workloads.images.mnist_like",
         "torch._dynamo",
     ),

@@ -22,7 +22,6 @@ from workloads.fsdp_mnist.memory import measure
 from workloads.fsdp_mnist.model import initialize
 from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate
 from workloads.fsdp_mnist.wrap import units_by_size
-from workloads.images import vision
 from workloads.images.prepare import Prepared
 from workloads.metric import Number
 from workloads.training.export import export
@@ -31,26 +30,6 @@ from workloads.training.optimizer import adamw
 from workloads.training.precision import parameter_dtype
 
 log = logging.getLogger(__name__)
-
-
-def run(config: Config, ctx: RunContext) -> dict[str, Any]:
-    """Trains and evaluates, under one strategy or, to compare, under three.
-
-    Returns:
-        What becomes `result` in result.json; only {"stopped_at_step": n} if the run was asked to stop.
-    """
-    prepared = data.find(config, ctx)
-    if ctx.rank == 0:
-        for line in (prepared.announcement, vision.remark()):
-            if line is not None:
-                log.info("%s", line)
-    if config.compare:
-        from workloads.fsdp_mnist.compare import compare  # which itself calls train
-
-        result = compare(config, ctx, prepared)
-    else:
-        result = train(config, ctx, prepared)
-    return {"data": {"source": prepared.source, "root": str(prepared.root), "why": prepared.why}, **result}
 
 
 def train(

@@ -37,7 +37,7 @@ def prepare_at(root: Path, source: str = "digits") -> Prepared:
 
 
 def run_it(ctx: RunContext, prepared: Prepared, one: Config, stop_on: int | None = None) -> dict[str, Any]:
-    from workloads.fsdp_mnist.train import run
+    from workloads.fsdp_mnist.run import run
 
     ctx.paths.data_dir.mkdir(exist_ok=True)
     if ctx.rank == 0:
