@@ -153,10 +153,11 @@ class _Agent:
     def run(self) -> int:
         """Runs this host's part to its end; the exit code."""
         try:
+            self._start_meeting()  # hosts meet while this one goes on importing
             unsafe = ranks.preload(self.spec, self._check)
             if unsafe is not None:
                 log.warning("%s, so each rank is an interpreter of its own; starting takes longer", unsafe)
-            met = self._meet()
+            met = self._met()
             self._connect(met)
             self._start(met, fork=unsafe is None)
         except _ToldToEnd:
@@ -168,11 +169,13 @@ class _Agent:
         if self.signals.look() is not None:
             raise _ToldToEnd
 
-    def _meet(self) -> Met:
-        where: dict[str, Any] = {}
-        if self.info.rank == 0 and self.info.world_size > 1:
-            where = self._listen()
-        self.meeting = Meeting(self.info, self.spec, self.attempt, where, str(self.attempt.agent_log(self.info.rank)))
+    def _start_meeting(self) -> None:
+        where = self._listen() if self.info.rank == 0 and self.info.world_size > 1 else {}
+        log_file = str(self.attempt.agent_log(self.info.rank))
+        self.meeting = Meeting(self.info, self.spec, self.attempt, where, log_file)
+
+    def _met(self) -> Met:
+        assert self.meeting is not None
         while True:
             met = self.meeting.result()
             if met is not None:

@@ -62,6 +62,8 @@ class Meeting:
     def __init__(self, info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str) -> None:
         self._info, self._log = info, log
         self._deadline = time.monotonic() + spec.rendezvous_timeout_s + LATE_S
+        from jobs.rank import rendezvous  # noqa: F401 - not in the child: what the ranks need, too, is imported once
+
         self._answer, answer = os.pipe()
         keep, self._keep = os.pipe()  # the write end closes when the agent ends, however it ends
         agent = os.getpid()
