@@ -32,6 +32,8 @@ SETTLE_TERMINATED_S = 3.0
 """After a rank's death by SIGTERM on Slurm, which sends it to whole jobs: for the agents to get it, too."""
 TOLD_TOGETHER_S = 0.2
 """Seconds by which a rank may be seen to die of a signal before its agent has answered the same one."""
+ANSWER_WITHIN_S = 5.0
+"""After the mere loss of a peer: for every agent to say where its ranks are."""
 END_WITHIN_S = 10.0
 """Seconds that agents get to end their ranks."""
 SILENT_S = 60.0
@@ -46,6 +48,8 @@ class _Host:
     is_here: bool = True
     """Its agent is connected."""
     said_bye: bool = False
+    has_answered: bool = True
+    """Whether it has been heard of since it was last asked."""
     told_at: float | None = None
     """When it said that it was told to end, in seconds since the epoch."""
     silent_s: float = 0.0
@@ -116,7 +120,7 @@ class Leader:
     def hear(self, host: int, message: dict[str, Any]) -> None:
         """Takes in what the agent of a host says."""
         now = time.monotonic()
-        self._hosts[host].silent_s = 0.0
+        self._hosts[host].silent_s, self._hosts[host].has_answered = 0.0, True
         for rank, step, phase, since_s in message.get("ranks", ()):
             seen = self._seen[rank]
             seen.step, seen.phase, seen.since_s, seen.at = step, phase, since_s, now
@@ -184,8 +188,15 @@ class Leader:
         elif failures:
             if self._settled_at is None:
                 self._settled_at = now
-                for number in range(len(self._hosts)):
+                for number, host in enumerate(self._hosts):
+                    host.has_answered = False
                     self.send(number, {"look": True})
+            silent = [number for number, host in enumerate(self._hosts) if host.is_here and not host.has_answered]
+            if silent and not own:
+                if now - self._settled_at > ANSWER_WITHIN_S:
+                    for number in silent:
+                        self.lose(number, f"has not answered for {ANSWER_WITHIN_S:g} s; its host or the network failed")
+                return
             if now - self._settled_at > settle_s or all(seen.ended for seen in self._seen):
                 self.fail(self._root_cause(failures))
         elif all(seen.ended for seen in self._seen):

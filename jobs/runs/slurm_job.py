@@ -25,6 +25,8 @@ RESULT_WITHIN_S = 10.0
 """Seconds that a shared file system may take to show here what another host has written."""
 RECORD_WITHIN_S = 2.0
 """The same for a failure's record, without which the rest of the run directory tells as much."""
+COMPLETING_S = 90.0
+"""Seconds that a failed job may be COMPLETING: a host that is gone keeps it there until Slurm starts the job again."""
 STAYS_S = 10.0
 """Seconds after which a state that a restart may follow is taken for the end."""
 UNREACHABLE_S = 600.0
@@ -157,7 +159,7 @@ class SlurmJob:
         answer, since = self.answer, now - self._since
         if isinstance(answer, JobState):
             if answer.state == "COMPLETING":
-                return done or (record is not None and since > STAYS_S)
+                return done or (record is not None and since > COMPLETING_S)
             if answer.ended:
                 within = RESULT_WITHIN_S if answer.state == "COMPLETED" else RECORD_WITHIN_S
                 return since > STAYS_S if answer.may_return else record is not None or since > within

@@ -222,20 +222,6 @@ def test_submitting_from_inside_a_job(slurm: Cluster, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("uneven", [["node0", "node1", "node1", "node1"]])
-def test_unequal_hosts_end_the_job_with_the_table(uneven: list[str], slurm: Cluster, tmp_path: Path) -> None:
-    """Only arbitrary distribution can do that to our jobs; all ranks end, and say who sits where."""
-    (tmp_path / "hosts").write_text("\n".join(uneven) + "\n")
-    env = {**slurm.env, "SLURM_HOSTFILE": str(tmp_path / "hosts")}
-    words = ["--nodes", "2", "--gpus-per-node", "2", "--sbatch", "distribution=arbitrary"]
-    result = done(tmp_path, *words, env=env, code=1)
-    table = "hosts hold unequal numbers of ranks"
-    assert table in result["error"]
-    assert "node0: rank 0; node1: ranks 1 2 3" in result["error"]
-    logs = [(tmp_path / "run" / "attempt-0" / f"rank-{rank}.log").read_text() for rank in range(4)]
-    assert all(table in log for log in logs)
-
-
 # --- what is prepared before it is queued -----------------------------------------------------------------------------
 
 PREPARES = """

@@ -94,7 +94,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
         (tools / tool).symlink_to(shutil.which(tool) or "")
     monkeypatch.setenv("PATH", f"{tmp_path}:{tools}")
     monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (0.1, 0.3))
-    for constant, seconds in (("RESULT_WITHIN_S", 1.5), ("RECORD_WITHIN_S", 0.3), ("STAYS_S", 3.0)):
+    for constant, seconds in (
+        ("RESULT_WITHIN_S", 1.5),
+        ("RECORD_WITHIN_S", 0.3),
+        ("STAYS_S", 3.0),
+        ("COMPLETING_S", 3.0),
+    ):
         monkeypatch.setattr(slurm_job, constant, seconds)
     monkeypatch.setattr(slurm_job, "UNREACHABLE_S", 2.0)
     monkeypatch.setattr(slurm_job, "POLL_S", 0.1)
