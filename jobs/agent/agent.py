@@ -247,6 +247,7 @@ class _Agent:
     def _watch(self) -> None:
         """Watches until the job is over and no process of this host is left."""
         say_at, silent_s, last = 0.0, 0.0, time.monotonic()
+        at_most_s = max(SILENT_S, self.spec.rendezvous_timeout_s)  # until the leader, too, has imported all
         while True:
             now = time.monotonic()
             passed, last = min(now - last, 1.0), now
@@ -261,7 +262,8 @@ class _Agent:
                         link.send({})
             heard = self._hear()
             silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
-            if self.leader is None and (not self.links[0].is_open or silent_s > SILENT_S):
+            at_most_s = SILENT_S if heard else at_most_s
+            if self.leader is None and (not self.links[0].is_open or silent_s > at_most_s):
                 log.error("the leader on %s is gone; this host's ranks are ended", self.met.hosts[0])
                 return
             for order in self._orders():
@@ -274,6 +276,8 @@ class _Agent:
                     self.ranks.end(but=self._kept())
                     self._say({"bye": True})
             if self.leader is not None:
+                if self.meeting is not None and self.meeting.pid in self.ranks.others_ended and not self.said_end:
+                    self.leader.lose(0, "lost the process that holds the store (killed, or out of memory)")
                 if not self.leader.step():
                     return
             elif self.said_end:

@@ -48,11 +48,18 @@ class _Host:
     is_here: bool = True
     """Its agent is connected."""
     said_bye: bool = False
+    has_come: bool = False
+    """Whether it has been heard of at all: a host's imports may take long."""
     has_answered: bool = True
     """Whether it has been heard of since it was last asked."""
     told_at: float | None = None
     """When it said that it was told to end, in seconds since the epoch."""
     silent_s: float = 0.0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it should have answered, and has not."""
+        return self.is_here and self.has_come and not self.has_answered
 
 
 @dataclass
@@ -120,17 +127,18 @@ class Leader:
     def hear(self, host: int, message: dict[str, Any]) -> None:
         """Takes in what the agent of a host says."""
         now = time.monotonic()
-        self._hosts[host].silent_s, self._hosts[host].has_answered = 0.0, True
+        one = self._hosts[host]
+        one.silent_s, one.has_come, one.has_answered = 0.0, True, True
         for rank, step, phase, since_s in message.get("ranks", ()):
             seen = self._seen[rank]
             seen.step, seen.phase, seen.since_s, seen.at = step, phase, since_s, now
-        for one in message.get("ended", ()):
-            self._hear_of_end(one)
+        for end in message.get("ended", ()):
+            self._hear_of_end(end)
         if "told" in message:
-            self._hosts[host].told_at = self._hosts[host].told_at or time.time()
+            one.told_at = one.told_at or time.time()
             self._told = self._told or (message["told"], now)
         if message.get("bye"):
-            self._hosts[host].said_bye = True
+            one.said_bye = True
 
     def _hear_of_end(self, one: dict[str, Any]) -> None:
         seen = self._seen[one["rank"]]
@@ -166,8 +174,9 @@ class Leader:
         passed, self._last_step = min(now - self._last_step, 1.0), now
         for number, host in enumerate(self._hosts):
             host.silent_s += passed
-            if host.is_here and host.silent_s > SILENT_S:
-                self.lose(number, f"has said nothing for {SILENT_S:g} s")
+            at_most_s = SILENT_S if host.has_come else max(SILENT_S, self.spec.rendezvous_timeout_s)
+            if host.is_here and host.silent_s > at_most_s:
+                self.lose(number, f"has said nothing for {at_most_s:g} s")
         if self.code is None:
             self._decide(now)
             return True
@@ -191,7 +200,9 @@ class Leader:
                 for number, host in enumerate(self._hosts):
                     host.has_answered = False
                     self.send(number, {"look": True})
-            silent = [number for number, host in enumerate(self._hosts) if host.is_here and not host.has_answered]
+            silent = [
+                n for n, host in enumerate(self._hosts) if host.is_here and host.has_come and not host.has_answered
+            ]
             if silent and not own:
                 if now - self._settled_at > ANSWER_WITHIN_S:
                     for number in silent:
@@ -268,7 +279,7 @@ class Leader:
         }
         try:
             there = self.run.publish(record)
-            if there["status"] in BY_ITSELF and status == "failed":
+            if there["status"] in BY_ITSELF and status == "failed" and there.get("attempt") == self.attempt.number:
                 self.error = ""
                 there["warnings"] = [*there.get("warnings", ()), error]
                 write_json(self.run.result, there)

@@ -156,6 +156,8 @@ class Ranks:
     shared: Sequence[int] = ()
     all: list[Rank] = field(default_factory=list)
     oom: OomCounter = field(default_factory=OomCounter)
+    others_ended: set[int] = field(default_factory=set)
+    """Children that have ended and are no ranks."""
 
     def start(self, env: Mapping[str, str], cpus: set[int] | None, fork: bool) -> Rank:
         """Starts one rank with these variables added to the agent's, on these CPUs (None: those of the agent)."""
@@ -224,7 +226,9 @@ class Ranks:
                 return
             if pid == 0:
                 return
-            if pid in by_pid:  # else an orphan of some rank's, adopted, or the child of the meeting
+            if pid not in by_pid:  # an orphan of some rank's, adopted, or the child of the meeting
+                self.others_ended.add(pid)
+            else:
                 rank = by_pid[pid]
                 rank.read()
                 rank.exit_code, rank.ended = os.waitstatus_to_exitcode(status), time.monotonic()

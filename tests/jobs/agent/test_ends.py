@@ -117,6 +117,23 @@ def agents(line: Line) -> list[int]:
     return [pid for pid, (parent, _) in sorted(found.items(), key=lambda item: item[1][1]) if parent not in found]
 
 
+def test_a_store_that_is_killed_is_named(typed: Callable[..., Line]) -> None:
+    line = typed("mine:ENTRY", *SHAPE, "--executor", "local", "steps=100000", "pause_seconds=0.05")
+    line.wait_for_step(3)
+    (agent,) = agents(line)
+    ranks = {int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()}
+    (store,) = [
+        pid
+        for pid in ranks
+        if b"MESHRUN_PROCID" not in Path(f"/proc/{pid}/environ").read_bytes() and os.getpgid(pid) != pid
+    ]
+    os.kill(store, signal.SIGKILL)
+    code, out, err = line.finish(120)
+    assert code == 1, out + err
+    assert "the leader on host0: lost the process that holds the store" in err.splitlines()[-1]
+    line.assert_nothing_left()
+
+
 @pytest.mark.slurm
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_agent_that_is_killed_is_named_and_leaves_nothing(number: int, typed: Any, slurm: Any) -> None:
