@@ -75,7 +75,8 @@ class ClusterConfig(StrictModel):
     interface: str | None = None
     """Network interface for rendezvous and gloo."""
     rendezvous_ports: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
-    """Ports that rank 0 may listen on, such as 29500-29599; none = whichever is free."""
+    """Ports that a job's first host may listen on, such as 29500-29599; a job of several hosts takes two; none =
+    whichever is free."""
     threads_per_rank: int = Field(default=1, ge=1, le=10**4)
     """CPU threads of each rank's tensor operations."""
     cpu_binding: CpuBinding = "auto"

@@ -91,7 +91,7 @@ class JobSpec(StrictModel):
     interface: str | None = None
     """Network interface for rendezvous and gloo; none = the one that leads to the other hosts."""
     rendezvous_ports: tuple[int, int] | None = None
-    """First and last port that rank 0 may listen on; none = whichever is free."""
+    """First and last port that the first host may listen on; none = whichever is free."""
     job_name: str | None = None
     """The name in the scheduler's queue; none = the workload's."""
     sbatch: dict[str, str | bool] = Field(default_factory=dict)

@@ -332,6 +332,7 @@ BAD = [
     site("gpu_request: gpus", says=["c.yaml:2", "gpu_request", "gpus-per-node"]),
     site("gpu_type: h 100", says=["c.yaml:2", "gpu_type", "without spaces"]),
     site("rendezvous_ports: 1-2", says=["c.yaml:2", "rendezvous_ports", "29500-29599"]),
+    site("rendezvous_ports: 29500", "--executor", "slurm", "--nodes", "2", says=["29500 alone", "takes two ports"]),
     site("rendezvous_ports: 30000-29999", says=["c.yaml:2", "rendezvous_ports", "FIRST-LAST"]),
     site('python: ""', says=["c.yaml:2", "python"]),
     site("mem_gb_per_gpu: 4", "--sbatch", "mem=0", says=["--sbatch mem", "mem_gb_per_gpu: 4", "keep one"]),

@@ -129,12 +129,24 @@ def resolve(given: Options) -> Resolved:
         rendezvous_timeout_s=cluster.rendezvous_timeout_s,
         collective_timeout_s=cluster.collective_timeout_s,
         interface=cluster.interface,
-        rendezvous_ports=parse_ports(cluster.rendezvous_ports) if cluster.rendezvous_ports is not None else None,
+        rendezvous_ports=_ports(cluster, resources, which),
         job_name=given.job_name,
         sbatch=options,
         profile=profile,
     )
     return Resolved(spec, cluster, entry, config, mesh, tuple(announcements))
+
+
+def _ports(cluster: ClusterConfig, resources: ResourceSpec, executor: str) -> tuple[int, int] | None:
+    if cluster.rendezvous_ports is None:
+        return None
+    first, last = parse_ports(cluster.rendezvous_ports)
+    if first == last and executor == "slurm" and resources.nodes > 1:
+        raise CommandLineError(
+            f"rendezvous_ports of the cluster config is {first} alone, and a job of several hosts takes two ports on "
+            "its first host; give a range such as 29500-29599"
+        )
+    return first, last
 
 
 def _check_given(given: Options) -> None:
