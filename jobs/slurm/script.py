@@ -158,15 +158,13 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         lines += ["", "# The site's set-up; a line that fails ends the job.", failed, *cluster.setup, "trap - ERR"]
     lines += ["", "# Every rank's environment."]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
-    # It lists a host for each task: srun would start several agents on the first one.
-    is_arbitrary = str(given["distribution"]).startswith("arbitrary")
-    forgotten = ["unset SLURM_HOSTFILE SLURM_ARBITRARY_NODELIST"] if is_arbitrary else []
     lines += [
         "",
         "# One agent per host, which starts its ranks. A requeue starts the script again, as the next attempt.",
         'MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-${SLURM_RESTART_COUNT:-0}"',
         'mkdir -p "$MESHRUN_ATTEMPT"',
-        *forgotten,
+        # They list a host for each task: srun would start several agents on the first one.
+        "unset SLURM_HOSTFILE SLURM_ARBITRARY_NODELIST",
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
         '    --open-mode=append --output="$MESHRUN_ATTEMPT/agent-%t.log" \\',
         f"    {shlex.join(agent_command(spec, cluster))} \\",

@@ -409,6 +409,9 @@ def _counts_sockets(end: Connection, me: RankInfo, announcement: Path, wanted: s
     meeting = rendezvous.join(me, "cpu", announcement, 30, None)
     rendezvous.init_process_group(meeting, torch.device("cpu"), "gloo", 30)
     sockets = sum(path.is_socket() for path in Path("/proc/self/fd").iterdir())
+    if meeting.store.add("counted", 1) == me.world_size:  # nobody talks before all have counted
+        meeting.store.set("all counted", "")
+    meeting.store.wait(["all counted"])
     dist.barrier()
     end.send(sockets)
     meeting.finish(30)
@@ -1073,6 +1076,8 @@ def _reduce_along(
     except RuntimeError as failure:
         error = str(failure)
     end.send((mesh.mesh.tolist(), dist.get_process_group_ranks(group), error, time.monotonic() - began))
+    if not error:  # rank 0 holds the store, which others may still need
+        meeting.finish(30)
     os._exit(0)
 
 
