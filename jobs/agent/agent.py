@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from jobs import blame, processes
@@ -25,6 +23,7 @@ from jobs.agent.leader import SILENT_S, Leader
 from jobs.agent.link import Link
 from jobs.agent.meeting import Meeting, MeetingFailed, Met
 from jobs.agent.ranks import POLL_S, Rank, Ranks
+from jobs.agent.signals import Signals
 from jobs.blame import Failure
 from jobs.errors import JobFailed, MeshrunError, TopologyError
 from jobs.job import Job
@@ -43,7 +42,7 @@ RECORDS_WITHIN_S = 2.0
 
 def main(run_dir: Path) -> NoReturn:
     """Runs this host's part of the job that a run directory describes, and ends this process."""
-    signals = _Signals()
+    signals = Signals()
     code = _run(Job.described_in(run_dir), signals)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -53,7 +52,7 @@ def main(run_dir: Path) -> NoReturn:
     os._exit(code)
 
 
-def _run(job: Job, signals: _Signals) -> int:
+def _run(job: Job, signals: Signals) -> int:
     spec = job.spec
     os.environ.update(spec.rank_env)  # on Slurm the batch script exports it, and a container's image may have its own
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [agent] %(levelname)s: %(message)s", datefmt="%H:%M:%S")
@@ -79,34 +78,6 @@ def _info(spec: JobSpec) -> RankInfo:
     return RankInfo("local", 0, 1, 0, 1, "host0", str(os.getpid()), noun="agent")
 
 
-class _Signals:
-    """What this process is told by signals, until somebody looks."""
-
-    def __init__(self) -> None:
-        self.end: int | None = None
-        self.ended_by: int | None = None
-        self.stop = False
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._on_end)
-        signal.signal(signal.SIGUSR1, self._on_stop)
-        # A closed terminal is the owner's business: a job that nobody waits for runs on.
-        for signum in (signal.SIGHUP, signal.SIGCONT, signal.SIGUSR2):
-            signal.signal(signum, signal.SIG_IGN)
-        self.owner = int(os.environ.pop(processes.OWNER_FD, "-1"))
-
-    def _on_end(self, signum: int, frame: FrameType | None) -> None:
-        self.end = self.ended_by = signum
-
-    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.stop = True
-
-    def look(self) -> int | None:
-        """The signal by which the job is to end, if it is: also that the owner is gone."""
-        if self.end is None and self.owner >= 0 and select.select([self.owner], [], [], 0)[0]:
-            self.end = signal.SIGHUP
-        return self.end
-
-
 class _ToldToEnd(Exception):
     """The job is to end before its ranks have started."""
 
@@ -116,7 +87,7 @@ class _Agent:
     job: Job
     info: RankInfo
     attempt: Attempt
-    signals: _Signals
+    signals: Signals
 
     def __post_init__(self) -> None:
         self.spec = self.job.spec

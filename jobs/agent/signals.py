@@ -1,0 +1,38 @@
+"""The signals that mean something to an agent. Ranks get none of them: what they need to know, the agent tells them."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from types import FrameType
+
+from jobs import processes
+
+
+class Signals:
+    """What this process is told by signals, until somebody looks."""
+
+    def __init__(self) -> None:
+        self.end: int | None = None
+        self.ended_by: int | None = None
+        self.stop = False
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_end)
+        signal.signal(signal.SIGUSR1, self._on_stop)
+        # A closed terminal is the owner's business: a job that nobody waits for runs on.
+        for signum in (signal.SIGHUP, signal.SIGCONT, signal.SIGUSR2):
+            signal.signal(signum, signal.SIG_IGN)
+        self.owner = int(os.environ.pop(processes.OWNER_FD, "-1"))
+
+    def _on_end(self, signum: int, frame: FrameType | None) -> None:
+        self.end = self.ended_by = signum
+
+    def _on_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stop = True
+
+    def look(self) -> int | None:
+        """The signal by which the job is to end, if it is: also that the owner is gone."""
+        if self.end is None and self.owner >= 0 and select.select([self.owner], [], [], 0)[0]:
+            self.end = signal.SIGHUP
+        return self.end
