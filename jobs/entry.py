@@ -46,9 +46,12 @@ def main() -> None:
         signal.signal(signum, signal.SIG_IGN)
     pin()
     if what == "--agent":
+        from jobs.agent.signals import Signals
+
+        signals = Signals()  # from here on none is lost, however long the imports take
         from jobs.agent.agent import main as agent
 
-        agent(Path(arguments[0]))
+        agent(Path(arguments[0]), signals)
     elif what == "--rank":
         from jobs.agent.ranks import spawned
 

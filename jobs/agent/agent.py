@@ -40,15 +40,14 @@ RECORDS_WITHIN_S = 2.0
 """Seconds in which a failure that another agent has left before the hosts had met must be seen here."""
 
 
-def main(run_dir: Path) -> NoReturn:
+def main(run_dir: Path, signals: Signals) -> NoReturn:
     """Runs this host's part of the job that a run directory describes, and ends this process."""
-    signals = Signals()
     code = _run(Job.described_in(run_dir), signals)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and signals.ended_by == signal.SIGTERM:  # srun then tells what a scheduler did from what an agent did
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+    if code and signals.ended_by is not None:  # srun then tells what a scheduler did from what an agent did
+        signal.signal(signals.ended_by, signal.SIG_DFL)
+        os.kill(os.getpid(), signals.ended_by)
     os._exit(code)
 
 

@@ -24,7 +24,7 @@ from jobs.agent.memory import OomCounter
 from jobs.blame import Failure
 from jobs.job import Job
 from jobs.rank import report
-from jobs.run_dir import Attempt, end_of
+from jobs.run_dir import Attempt, end_of, read_json
 from jobs.spec import JobSpec
 from workloads import registry
 
@@ -104,7 +104,7 @@ class Rank:
             self._text += data
         *lines, self._text = self._text.split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError, AttributeError):  # what a user's code has written there
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):  # what a user's code wrote there
                 record = json.loads(line)
                 self.done = self.done or record.get("done") is True
                 self.failed = self.failed or Failure.from_json(record.get("failure"))
@@ -164,7 +164,7 @@ class Ranks:
         number = int(env["RANK"])
         path = self.attempt.log(number)
         read_end, write_end = os.pipe()
-        env = {**env, report.VARIABLE: str(write_end)}
+        env = {**env, report.VARIABLE: report.variable(write_end)}
         pid = self._fork(env, path, cpus) if fork else self._spawn(env, path, cpus, write_end)
         os.close(write_end)
         with contextlib.suppress(OSError):  # the child does the same; whoever is first
@@ -232,6 +232,9 @@ class Ranks:
                 rank = by_pid[pid]
                 rank.read()
                 rank.exit_code, rank.ended = os.waitstatus_to_exitcode(status), time.monotonic()
+                if not rank.done and rank.failed is None:  # it has lost the pipe, or had nothing to say
+                    rank.done = self.attempt.done(rank.rank).exists()
+                    rank.failed = Failure.from_json(read_json(self.attempt.failure(rank.rank)))
                 rank.out_of_memory = rank.exit_code == -signal.SIGKILL and self.oom.killed_since() > 0
 
     @property

@@ -12,13 +12,20 @@ from collections.abc import Mapping
 from typing import Any
 
 VARIABLE = "MESHRUN_REPORT"
-"""The number of the pipe's write end."""
+"""NUMBER:INODE of the pipe's write end."""
+
+
+def variable(descriptor: int) -> str:
+    """The value of the variable for a pipe."""
+    return f"{descriptor}:{os.fstat(descriptor).st_ino}"
 
 
 def send(env: Mapping[str, str], record: dict[str, Any]) -> bool:
     """Sends a record to the agent; whether there is one that takes it."""
     try:
-        descriptor = int(env[VARIABLE])
+        descriptor, inode = map(int, env[VARIABLE].split(":"))
+        if os.fstat(descriptor).st_ino != inode:  # the workload has closed it, and has a file of its own there
+            return False
         os.set_inheritable(descriptor, False)  # a program that the rank starts must not write there
         text = (json.dumps(record) + "\n").encode()
         while text:

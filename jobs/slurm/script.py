@@ -143,7 +143,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         '    exit "$status"',
         "}",
         "trap meshrun_ended EXIT",
-        "trap : TERM",
+        "trap : TERM USR1 USR2",  # without a trap they would kill this shell
         "",
         "# If sbatch's answer was lost, the job is found by this; else it is there, or comes and replaces this.",
         'if [ ! -e "$MESHRUN_RUN/submission.json" ]; then',

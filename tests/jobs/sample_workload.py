@@ -154,6 +154,14 @@ def act(what: str) -> None:
         sys.exit(3)
     if what.startswith("os._exit"):
         os._exit(int(what.partition(" ")[2] or 0))
+    if what == "lose the pipe":  # as a library does that makes daemons
+        os.close(int(os.environ["MESHRUN_REPORT"].partition(":")[0]))
+        OPEN.append(Path("mine.bin").open("wb", buffering=0))  # noqa: SIM115
+    if what == "lose the pipe and raise":
+        act("lose the pipe")
+        raise ValueError("the third layer is missing")
+    if what == "write into the pipe":
+        os.write(int(os.environ["MESHRUN_REPORT"].partition(":")[0]), b"[" * 60000 + b"\n")
     if what == "watchdog":  # as NCCL ends a rank whose peer does not come
         words = "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)"
         sys.stderr.write(f"[rank2]:[E1127 10:00:00 ProcessGroupNCCL.cpp:690] [Rank 2] {words} ran for 600042 ms\n")

@@ -262,7 +262,9 @@ def test_the_warning_before_the_time_limit_ends_nothing(slurm: Cluster, tmp_path
     words = ["--nodes", "2", "--gpus-per-node", "1"]
     line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
     line.wait_for_step(1)
-    slurm.run("scancel", "--signal=USR2", json.loads((line.run_dir / "submission.json").read_text())["job_id"])
+    job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+    slurm.run("scancel", "--signal=USR2", job)
+    slurm.run("scancel", "--batch", "--signal=USR2", job)
     wait_until(
         lambda: "the time limit is near" in (line.run_dir / "attempt-0" / "rank-0.log").read_text(), "the warning"
     )

@@ -114,7 +114,7 @@ class Board:
 
     def request_stop(self) -> None:
         """Asks all ranks of the host to stop: the next `end_step` of each carries it to every rank of the job."""
-        self._words[_STOP] = 1
+        self._words[_STOP] = _MAGIC
 
     def close(self) -> None:
         """Closes the descriptor; slots that were given out keep the memory."""
@@ -170,7 +170,7 @@ class Slot:
     @property
     def stop_requested(self) -> bool:
         """The agent asks all ranks of its host to stop."""
-        return self._stop[0] != 0
+        return self._stop[0] == _MAGIC  # and no other value, which a stray write may leave there
 
     def read(self) -> Progress:
         """Where the rank is, read from any process of this host."""

@@ -117,6 +117,20 @@ def agents(line: Line) -> list[int]:
     return [pid for pid, (parent, _) in sorted(found.items(), key=lambda item: item[1][1]) if parent not in found]
 
 
+@pytest.mark.parametrize("does", ["lose the pipe", "lose the pipe and raise", "write into the pipe"])
+def test_what_a_workload_does_to_the_pipe_hides_nothing(does: str, typed: Callable[..., Line], tmp_path: Path) -> None:
+    line = typed("mine:ENTRY", "--gpus-per-node", "2", "--executor", "local", f"does={does}")
+    code, out, err = line.finish(120)
+    record = line.result()
+    if does == "lose the pipe and raise":
+        assert (code, record["failure"]["kind"]) == (1, "error")
+        assert "rank 1 on host0: ValueError: the third layer is missing" in err.splitlines()[-1]
+    else:
+        assert (code, record["status"], record.get("warnings")) == (0, "done", None), out + err
+    if does.startswith("lose"):
+        assert (tmp_path / "mine.bin").read_bytes() == b""
+
+
 def test_a_store_that_is_killed_is_named(typed: Callable[..., Line]) -> None:
     line = typed("mine:ENTRY", *SHAPE, "--executor", "local", "steps=100000", "pause_seconds=0.05")
     line.wait_for_step(3)

@@ -465,14 +465,14 @@ def test_on_a_terminal_there_is_a_bar(typed: Submit) -> None:
 _AGENT = """
 import sys, threading, time
 sys.path.insert(0, {root!r})
-from jobs.agent import agent
+from jobs.agent import agent, signals
 from jobs.run_dir import RunDirectory, write_json
 from jobs.spec import JobSpec
 
 spec = JobSpec.model_validate_json(open({spec!r}).read())
 write_json(RunDirectory.create(spec.run_dir).job, spec.model_dump(mode="json"))
 {before}
-agent.main(spec.run_dir)
+agent.main(spec.run_dir, signals.Signals())
 """
 
 
