@@ -289,7 +289,7 @@ class _Agent:
             "ended": rank.exit_code is not None,
             "done": rank.done,
             "failure": failure and failure.to_json(),
-            "ago_s": max(0.0, time.time() - failure.when) if failure else 0.0,
+            "ago_s": rank.failed_ago_s if failure else 0.0,
             "death": death.headline() if death else "",
         }
 

@@ -17,10 +17,10 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from jobs import blame, processes
 from jobs.agent.memory import OomCounter
+from jobs.agent.signals import OF_AN_AGENT
 from jobs.blame import Failure
 from jobs.job import Job
 from jobs.rank import report
@@ -42,8 +42,6 @@ PRELOAD = (
 TERM_S = 0.3
 """Between SIGTERM and SIGKILL."""
 POLL_S = 0.02
-OF_THE_AGENT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-"""Signals that mean something to the agent."""
 _IGNORED = (signal.SIGUSR1, signal.SIGUSR2)
 """Slurm and `scancel --signal` send a signal to every process of the job; these are for the agents alone."""
 
@@ -90,6 +88,8 @@ class Rank:
     """Whether it has said that its work is done."""
     failed: Failure | None = None
     """What it has said of its own failure."""
+    failed_at: float = 0.0
+    """When that was, by time.monotonic, which a host's processes share; its other clock may be wrong."""
     out_of_memory: bool = False
     """Whether the kernel has killed a process of this job's for its memory by the time that this one was killed."""
     _text: bytes = b""
@@ -107,15 +107,22 @@ class Rank:
             with contextlib.suppress(ValueError, AttributeError, RecursionError):  # what a user's code wrote there
                 record = json.loads(line)
                 self.done = self.done or record.get("done") is True
-                self.failed = self.failed or Failure.from_json(record.get("failure"))
+                failure, at = Failure.from_json(record.get("failure")), record.get("at")
+                if self.failed is None and failure is not None:
+                    self.failed, self.failed_at = failure, at if isinstance(at, float) else time.monotonic()
 
     def close(self) -> None:
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
 
+    @property
+    def failed_ago_s(self) -> float:
+        """Seconds since what ended it."""
+        return max(0.0, time.monotonic() - (self.failed_at or self.ended))
+
     def failure(self) -> Failure | None:
-        """What ended it, or will, if that was not the end of its work; `when` by this host's clock."""
+        """What ended it, or will, if that was not the end of its work; for when, see `failed_ago_s`."""
         if self.failed is not None:
             return self.failed
         if self.exit_code is None or self.done:
@@ -128,7 +135,7 @@ class Rank:
 
     def _of_its_end(self, is_done: bool) -> Failure:
         assert self.exit_code is not None
-        when = time.time() - (time.monotonic() - self.ended)
+        when = time.time() - self.failed_ago_s
         said = end_of(self.log, 100_000) if self.exit_code not in (0, -signal.SIGKILL) else ""
         failure = blame.failure_of_exit(
             self.exit_code, self.rank, self.host, when, str(self.log), said, is_done=is_done
@@ -182,7 +189,7 @@ class Ranks:
         try:
             processes.die_with_parent(agent)
             os.setpgid(0, 0)
-            for signum in OF_THE_AGENT:
+            for signum in OF_AN_AGENT:
                 signal.signal(signum, signal.SIG_IGN if signum in _IGNORED else signal.SIG_DFL)
             for descriptor in (*self.private(), *(rank._pipe for rank in self.all)):
                 with contextlib.suppress(OSError):
@@ -289,7 +296,7 @@ def _log_to(path: Path) -> None:
         root.removeHandler(handler)
 
 
-def without_launcher(env: Mapping[str, str]) -> dict[str, Any]:
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
     """`env` without what the launcher of a surrounding job says; MESHRUN_DEVICE is the user's."""
     return {
         name: value

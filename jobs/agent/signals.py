@@ -9,6 +9,8 @@ from types import FrameType
 
 from jobs import processes
 
+OF_AN_AGENT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+
 
 class Signals:
     """What this process is told by signals, until somebody looks."""

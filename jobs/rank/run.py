@@ -88,13 +88,13 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
                 RunDirectory(spec.run_dir).begin(info.attempt)
             return _run(spec, info, attempt, env, clock, at_end)
         except BaseException as error:
-            failed = clock.now()
+            failed, moment = clock.now(), time.monotonic()
             if getattr(error, "is_spoken_for", False):
                 log.error("%s; another rank records it, and the launcher ends this one with that", error)
                 time.sleep(SPOKEN_FOR_S)
             path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
             failure = blame.failure_of(error, info.rank, info.host, failed, str(path) if path.exists() else "")
-            if not report.send(env, {"failure": failure.to_json()}):
+            if not report.send(env, {"failure": failure.to_json(), "at": moment}):
                 try:
                     attempt.make()
                     write_json(attempt.failure(info.rank), failure.to_json())
