@@ -7,9 +7,9 @@
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
                                                     in a Slurm job's batch script, after srun has failed
 
-submitit would start `python -m submitit.core._submit`, which puts the current directory first on the path: in a
-directory that has a `jobs/` or `workloads/` of its own, the pickle would then be opened with the wrong packages.
-Here the packages are taken from where this very file is, whatever the path says, before anything else is imported.
+`python -m` would put the current directory first on the path: in a directory that has a `jobs/` or `workloads/` of its
+own, the wrong packages would be imported. Here the packages are taken from where this very file is, whatever the path
+says, before anything else is imported.
 """
 
 from __future__ import annotations

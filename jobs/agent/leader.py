@@ -187,8 +187,8 @@ class Leader:
         failures = self._failures()
         own = [failure for failure in failures if failure.own]
         settle_s = SETTLE_S if own else SETTLE_LOST_PEER_S
-        if self.on_slurm and own and all("SIGTERM" in failure.message for failure in own if failure.kind == "killed"):
-            settle_s = SETTLE_TERMINATED_S if any(failure.kind == "killed" for failure in own) else settle_s
+        if self.on_slurm and any(failure.kind == "killed" and "SIGTERM" in failure.message for failure in own):
+            settle_s = SETTLE_TERMINATED_S
         if self._told is not None:
             # Of what one rank or host met with, others may be told before it is heard of itself.
             if now - self._told[1] < SETTLE_S and self.on_slurm:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jobs import blame, processes
+from jobs.agent.signals import OF_AN_AGENT
 from jobs.rank.identity import RankInfo
 from jobs.run_dir import Attempt
 from jobs.spec import JobSpec
@@ -128,10 +129,11 @@ def _meet(
     """In the child: meets the others, says what came of it, and on the leader keeps the store."""
     processes.die_with_parent(agent)
     # A signal for the job is the agent's to answer: ranks may still need the store while it ends them.
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in OF_AN_AGENT:
         signal.signal(signum, signal.SIG_IGN)
+    store = None
     try:
-        record = _join(info, spec, attempt, leader)
+        record, store = _join(info, spec, attempt, leader)
     except BaseException as error:
         traceback.print_exc()
         record = {"failure": blame.failure_of(error, info.rank, info.host, time.time(), log).to_json()}
@@ -139,13 +141,14 @@ def _meet(
     while text:
         text = text[os.write(answer, text) :]
     os.close(answer)
-    if info.rank == 0 and "failure" not in record:
+    if info.rank == 0 and store is not None:  # the store ends with the last reference to it
         os.read(keep, 1)
     sys.stderr.flush()
     os._exit(0)
 
 
-def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> dict[str, Any]:
+def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """What `Met` holds, and the store."""
     from jobs.rank import rendezvous
 
     if info.rank == 0:  # all ranks connect to its store
@@ -153,18 +156,14 @@ def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any
     meeting = rendezvous.join(
         info, "cpu", attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface, spec.rendezvous_ports
     )
-    global _store
-    _store = meeting.store  # it ends with the last reference to it
     if info.rank == 0:
         meeting.store.set("leader", json.dumps(leader))
     placement, store = meeting.placement, meeting.store.underlying_store  # type: ignore[attr-defined]
-    return {
+    record = {
         "hosts": placement.hosts,
         "node_rank": placement.node_rank,
         "address": store.host,
         "port": store.port,
         "leader": json.loads(meeting.store.get("leader")),
     }
-
-
-_store: Any = None
+    return record, meeting.store

@@ -43,7 +43,7 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         "mem": None
         if resources.mem_gb_per_gpu is None
         else f"{math.ceil(resources.mem_gb_per_gpu * resources.gpus_per_node * 1024)}M",
-        # A TP group of consecutive ranks lies within a host, whatever the site's default is.
+        # Each host gets as many tasks, and so GPUs and CPUs, as it has ranks, whatever the site's default is.
         "distribution": "block",
         "export": "ALL",
         "requeue": True,
