@@ -5,26 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 
 from workloads.fsdp_mnist.config import Config
 from workloads.fsdp_mnist.data import HeldOutBatches
 from workloads.fsdp_mnist.parallelize import autocast
+from workloads.training.collectives import sum_over_ranks
 from workloads.training.parameters import release_gathered
 from workloads.training.precision import parameter_dtype
 
 
 @torch.no_grad()
 def evaluate(
-    config: Config, model: nn.Module, batches: HeldOutBatches, mesh: DeviceMesh | None, device: torch.device
+    config: Config, model: nn.Module, batches: HeldOutBatches, device: torch.device, alone: bool
 ) -> dict[str, Any]:
-    """Accuracy and mean loss, in nats a sample, over the held-out samples; the same on every rank of the mesh.
+    """Accuracy and mean loss, in nats a sample, over the held-out samples; the same on every rank.
 
     Args:
-        mesh: the ranks that share the samples; None for one rank that has them all.
+        alone: this rank has all samples, and the others do not call.
     """
     dtype = parameter_dtype(config.precision)
     correct = torch.zeros((), dtype=torch.float64, device=device)
@@ -40,21 +39,10 @@ def evaluate(
         correct += ((logits_BK.argmax(1) == labels_B) & counts_B).sum()
     model.train()
     release_gathered(model)
-    all_correct, all_loss = sum_over(mesh, torch.stack((correct, loss))).tolist()
+    sums = torch.stack((correct, loss))
+    all_correct, all_loss = (sums if alone else sum_over_ranks(sums)).tolist()
     return {
         "heldout_accuracy": all_correct / batches.samples,
         "heldout_correct": int(all_correct),
         "heldout_loss": all_loss / batches.samples,
     }
-
-
-def sum_over(mesh: DeviceMesh | None, mine: Tensor) -> Tensor:
-    """The sum over the ranks, dimension by dimension; each rank adds in one order, so that all get the same bits."""
-    if mesh is None:
-        return mine
-    for name in reversed(mesh.mesh_dim_names or ()):
-        group = mesh.get_group(name)
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, mine, group=group)
-        mine = torch.stack(parts).sum(0)
-    return mine

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from workloads.training.collectives import all_gather
 from workloads.training.metrics import peak_memory_bytes
 from workloads.training.parameters import local_bytes
 
@@ -62,10 +62,7 @@ def measure(model: nn.Module, optimizer: Optimizer, device: torch.device, alone:
     # Storages are counted once: gradients that are views of one buffer are as large as that.
     held = [local_bytes(kind) for kind in (parameters, gradients, states)] + [peak_memory_bytes(device)]
     mine = torch.tensor(held, device=device)
-    rows = [mine]
-    if not alone and dist.get_world_size() > 1:
-        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, mine)
+    rows = [mine] if alone else all_gather(mine)
     everything = [*parameters, *gradients, *states]
     shards = max(_shards(tensor) for tensor in everything)
     return Memory(

@@ -93,7 +93,7 @@ def train(
             }
             if step == total_steps or step % batches.steps_per_epoch == 0:
                 with ctx.timed("evaluation"):
-                    held_out_metrics = evaluate(config, model, held_out, None if alone else ctx.mesh, device)
+                    held_out_metrics = evaluate(config, model, held_out, device, alone)
                 metrics |= held_out_metrics
                 if ctx.rank == 0:
                     log.info(

@@ -12,13 +12,11 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import socket
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from workloads.images.config import ImageDataConfig
 from workloads.images.sources import FILES, SOURCES, TEST, TRAIN, Source
 from workloads.key_values import key_values
 from workloads.meanings import meanings
+from workloads.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 
@@ -439,13 +438,8 @@ def _write_checksums(source: Source, root: Path, files: Mapping[str, FileRecord]
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(json.dumps(values, indent=1) + "\n")
-        os.replace(partial, path)  # noqa: PTH105 (said as it is: one rename)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(values, indent=1) + "\n")
 
 
 # ---- by hand

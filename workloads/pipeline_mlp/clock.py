@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from workloads.training.collectives import all_gather
+
 ROUNDS = 10
 
 
@@ -26,9 +28,7 @@ def common_zero(group: dist.ProcessGroup, device: torch.device) -> float:
     """
     zero = torch.tensor(time.perf_counter_ns(), device=device)
     mine = torch.tensor(identity(), device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    if len({int(one.item()) for one in everyone}) == 1:
+    if len({int(one.item()) for one in all_gather(mine, group)}) == 1:
         dist.broadcast(zero, group=group, group_src=0)
         shown = int(zero.item())
     else:

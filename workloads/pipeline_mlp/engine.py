@@ -35,6 +35,7 @@ from workloads.pipeline_mlp import split
 from workloads.pipeline_mlp.clock import common_zero
 from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.schedule import COMPUTE, SENDS, Action, Schedule, forward_only
+from workloads.training.collectives import all_gather
 
 MAX_DIMS = 8
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -265,8 +266,7 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
 def _same_schedule(schedule: Schedule, group: dist.ProcessGroup, device: torch.device) -> None:
     """Also the first collective of all ranks, which NCCL wants before the first batch of transfers of some."""
     mine = torch.tensor([zlib.crc32(str(schedule).encode())], dtype=torch.int64, device=device)
-    all_of_them = [torch.empty_like(mine) for _ in range(schedule.ranks)]
-    dist.all_gather(all_of_them, mine, group=group)
+    all_of_them = all_gather(mine, group)
     others = [rank for rank, theirs in enumerate(all_of_them) if theirs.item() != all_of_them[0].item()]
     if others:
         raise ValueError(f"ranks {others} of the pipeline have another schedule than rank 0")

@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 from workloads.pipeline_mlp.events import BUSY, Event
+from workloads.whole_files import written_beside
 
 HUES = {"forward": 212, "backward": 140, "backward_input": 174, "backward_weight": 32}
 """Degrees. The halves' colours are as far from each other as from the whole's: they must be told apart in one row."""
@@ -81,9 +82,8 @@ def write(
         words.append(f"bubble {100 * measured:.1f}% measured")
     if theoretical is not None:
         words.append(f"{'' if measured is not None else 'bubble '}{100 * theoretical:.1f}% in theory")
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text("\n".join(_svg(events, ranks or rows, ", ".join(words))) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text("\n".join(_svg(events, ranks or rows, ", ".join(words))) + "\n", encoding="utf-8")
 
 
 def _count(number: int, thing: str, plural: str = "s") -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
-import os
 import stat
 import zipfile
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import numpy as np
 
 from workloads.base import WorkloadError
 from workloads.errors import did_you_mean
+from workloads.whole_files import written_beside
 
 SHOWN = 40
 """Characters of a value or name that a message quotes."""
@@ -54,14 +53,8 @@ class Table:
 
     def write(self, path: Path) -> None:
         """Whole or not at all: whoever finds the file can read it."""
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, features=self.features, target=self.target, names=self.names, predicted=self.predicted)
-            os.replace(partial, path)  # noqa: PTH105 (said as it is: one rename)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        with written_beside(path) as beside, beside.open("wb") as file:
+            np.savez(file, features=self.features, target=self.target, names=self.names, predicted=self.predicted)
 
     @staticmethod
     def load(path: Path) -> Table:

@@ -11,6 +11,7 @@ from typing import Any
 from workloads.pipeline_mlp import simulate
 from workloads.pipeline_mlp.events import BUSY, Event
 from workloads.pipeline_mlp.schedule import Action, Schedule
+from workloads.whole_files import written_beside
 
 LETTERS = {
     "forward": "F",
@@ -151,9 +152,8 @@ def write(events: Sequence[Event], path: Path) -> None:
         left = max(microseconds(giver.start_s), round(microseconds(giver.end_s) - 0.001, 3))
         rows.append({**arrow, "ph": "s", "ts": left, **_place(giver.rank)})
         rows.append({**arrow, "ph": "f", "bp": "e", "ts": microseconds(taker.start_s), **_place(taker.rank)})
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}, allow_nan=False) + "\n")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}, allow_nan=False) + "\n")
 
 
 def _place(rank: int) -> dict[str, int]:

@@ -24,9 +24,11 @@ from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.model import build, initialize
 from workloads.pipeline_mlp.schedule import Schedule, make
 from workloads.pipeline_mlp.torch_engine import TorchEngine
+from workloads.training.collectives import gather_objects
 from workloads.training.metrics import peak_memory_bytes
 from workloads.training.optimizer import adamw
 from workloads.training.precision import parameter_dtype
+from workloads.whole_files import written_beside
 
 log = logging.getLogger(__name__)
 
@@ -178,9 +180,8 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
         return {}
     # Without the losses, which may be on another rank's GPU.
     mine = [replace(step, loss=None) for step in measured] if ctx.mesh["dp"].get_local_rank() == 0 else None
-    everyone: list[Any] = [None] * ctx.world_size
-    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0, group=ctx.cpu_group)
-    if ctx.rank != 0:
+    everyone = gather_objects(mine, ctx.cpu_group)
+    if everyone is None:
         return {}
     by_rank: list[list[Step]] = [steps for steps in everyone if steps is not None]
     steps = [[event for rank in by_rank for event in rank[number].events] for number in range(len(measured))]
@@ -242,25 +243,23 @@ def _where_the_time_went(events: list[Event], ranks: int, engine: str) -> str:
 
 
 def export(modules: nn.ModuleList, wide: list[int], samples: data.Samples, ctx: RunContext) -> dict[str, str]:
-    """Writes model.safetensors; all ranks call it, rank 0 writes, beside and then renamed."""
+    """Writes model.safetensors; all ranks call it, rank 0 writes."""
     mine: dict[str, Any] = {}
     if ctx.mesh["dp"].get_local_rank() == 0:
         mine = {name: p.detach().cpu().numpy() for module in modules for name, p in module.named_parameters()}
-    everyone: list[Any] = [None] * ctx.world_size
-    dist.gather_object(mine, everyone if ctx.rank == 0 else None, dst=0, group=ctx.cpu_group)
-    if ctx.rank != 0:
+    everyone = gather_objects(mine, ctx.cpu_group)
+    if everyone is None:
         return {}
     ctx.paths.refuse_if_superseded()
     path = ctx.paths.export_dir / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: torch.from_numpy(value) for part in everyone for name, value in part.items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.replace(path)
+    with written_beside(path) as beside:
+        save_file(weights, beside, metadata={"format": "pt"})
     # Not in the file's metadata, whose order differs from one write to the next.
     about = {"model_type": "pipeline_mlp", "widths": wide, "activation": "relu", "data": samples.words}
-    partial.write_text(json.dumps(about, indent=2) + "\n")
-    partial.replace(path.with_name("config.json"))
+    with written_beside(path.with_name("config.json")) as beside:
+        beside.write_text(json.dumps(about, indent=2) + "\n")
     log.info("weights are in %s", path)
     return {"export": str(path)}
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from workloads.metric import Number
-from workloads.training.collectives import sums_and_maxima
+from workloads.training.collectives import all_gather, sums_and_maxima
 
 ROW = 64
 """Rows are padded to a multiple of this, so that ranks with different numbers of values still send rows of one length:
@@ -73,9 +72,4 @@ def reduce(values: Sequence[Number], device: torch.device | None) -> Reduction:
 
 def gather(own: Tensor, group: Any) -> list[list[float]]:
     """Every rank's own row, by rank; slow, for naming ranks when something is wrong. All ranks call it."""
-    row = own.cpu()
-    if not dist.is_initialized():
-        return [row.tolist()]
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, row, group=group)
-    return [r.tolist() for r in rows]
+    return [row.tolist() for row in all_gather(own.cpu(), group)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
 from workloads.tp_fsdp_llama2.corpus import Split
 from workloads.tp_fsdp_llama2.files import check_length, python_docs, resolve
+from workloads.whole_files import written_beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,11 +96,10 @@ def prepare(config: Config, directory: Path) -> str | None:
     begin, end = ([] if token is None else [tokenizer.token_to_id(token)] for token in (data.bos_token, data.eos_token))
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32)
 
-    partial = directory / f"{TOKENS_FILE}.{os.getpid()}.partial"
     # The cumulative numbers of tokens and bytes after each piece of text.
     totals: list[tuple[int, int]] = [(0, 0)]
-    try:
-        with partial.open("wb") as file:
+    with written_beside(directory / TOKENS_FILE) as beside:
+        with beside.open("wb") as file:
             # The header says how many tokens follow, known only at the end; its length does not depend on the number.
             np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
             pieces = _pieces(data)
@@ -126,13 +125,9 @@ def prepare(config: Config, directory: Path) -> str | None:
             "heldout_tokens": tokens - cut.heldout_start,
             "heldout_bytes": heldout_bytes,
         }
-        partial.replace(directory / TOKENS_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
-    partial_info = directory / f"{TOKENS_INFO_FILE}.{os.getpid()}.partial"
-    partial_info.write_text(json.dumps(info, indent=1))
     # This file must come last: it says that the other one is complete.
-    partial_info.replace(directory / TOKENS_INFO_FILE)
+    with written_beside(directory / TOKENS_INFO_FILE) as beside:
+        beside.write_text(json.dumps(info, indent=1))
     done = f"tokenized {text_bytes:,} bytes into {tokens:,} tokens"
     log.info("%s", done)
     return done

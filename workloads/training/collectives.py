@@ -1,6 +1,8 @@
-"""Reductions over all ranks that give each rank the same bits; their cost grows with log2 of the number of ranks."""
+"""Reductions that give each rank the same bits, at a cost of log2 of the number of ranks; and gathers, by rank."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,26 @@ def sums_and_maxima(mine_R: Tensor) -> Tensor:
     if mine_R.device.type != "cpu":
         return torch.stack([_all_reduce(mine_R, op) for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX)])
     return _over_a_tree(mine_R) if dist.is_initialized() else torch.stack((mine_R, mine_R))
+
+
+def all_gather(mine: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The tensors of the group's ranks, by rank, on each of them; all call it with tensors of one shape and type.
+
+    Args:
+        group: None for the default group. Without a process group, this rank is the only one.
+    """
+    if not dist.is_initialized():
+        return [mine]
+    tensors = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(tensors, mine, group=group)
+    return tensors
+
+
+def gather_objects(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
+    """The objects of the group's ranks, by rank, on its rank 0; None on the others. All call it."""
+    objects = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(mine, objects, group=group, group_dst=0)
+    return objects
 
 
 def _all_reduce(mine: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -150,7 +150,7 @@ def _evaluated(ctx: RunContext, prepared: Prepared, one: Config) -> dict[str, An
     model = build(one, ctx.mesh, ctx.device)
     model.to_empty(device=ctx.device)
     initialize(model, 0, torch.float32)
-    return {**evaluate(one, model, held_out, ctx.mesh, ctx.device), "dealt": dealt, "passes": passes}
+    return {**evaluate(one, model, held_out, ctx.device, alone=False), "dealt": dealt, "passes": passes}
 
 
 def test_what_does_not_fill_a_step(tmp_path: Path) -> None:
