@@ -55,6 +55,15 @@ def _prctl(option: int, argument: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
 
 
+def why_not_fork() -> str | None:
+    """Why a child of this process that goes on to work must not be forked now; None where it may be."""
+    if sys.platform != "linux":
+        return f"forking is not safe on {sys.platform}"
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    # A lock that another thread holds at the fork would stay held in the child.
+    return f"{threads} threads run in the agent after its imports" if threads > 1 else None
+
+
 def die_with_parent(parent: int) -> None:
     """The kernel kills this process when its parent ends, even by SIGKILL."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

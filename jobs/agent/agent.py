@@ -165,7 +165,7 @@ class _Agent:
         import secrets
 
         from jobs.rank.network import own_address
-        from jobs.rank.rendezvous import listen
+        from jobs.rank.store import listen
 
         address = own_address(self.info, self.spec.interface, self.info.network_peer)
         self.listener = listen(self.info, address, self.spec.rendezvous_ports)
@@ -256,7 +256,8 @@ class _Agent:
 
     def _kept(self) -> list[int]:
         """Children that stay while ranks are ended: the store, until all hosts have ended theirs."""
-        return [self.meeting.pid] if self.meeting is not None and self.info.rank == 0 else []
+        pid = self.meeting.pid if self.meeting is not None and self.info.rank == 0 else None
+        return [pid] if pid is not None else []
 
     def _where(self) -> dict[str, Any]:
         """Where each rank of this host is."""

@@ -1,7 +1,8 @@
 """The agents of a job find each other, in a child process of each agent, because a store's threads forbid forking.
 
 The child of the leader then holds the store that all ranks use, for as long as the leader lives: the store outlives
-every rank. The other children end when the agents have met.
+every rank. The other children end when the agents have met. An agent that must not fork, and so starts its ranks as
+interpreters, may as well have the store's threads: there the meeting is a thread of the agent itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from jobs.run_dir import Attempt
 from jobs.spec import JobSpec
 
 LATE_S = 30.0
-"""Seconds after the rendezvous deadline at which a child that has not answered counts as lost."""
+"""Seconds after the rendezvous deadline at which a meeting that has not answered counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class MeetingFailed(Exception):
 
 
 class Meeting:
-    """The child process, from the agent's side.
+    """The child process, or the thread, from the agent's side.
 
     Args:
         info: the agent's place among the agents.
@@ -68,14 +70,21 @@ class Meeting:
         self._answer, answer = os.pipe()
         keep, self._keep = os.pipe()  # the write end closes when the agent ends, however it ends
         agent = os.getpid()
+        self.pid: int | None = None
+        """The child's; None for a thread."""
+        self._text = b""
+        if processes.why_not_fork() is not None:
+            threading.Thread(
+                target=_meet, args=(info, spec, attempt, leader, log, answer, keep), name="meeting", daemon=True
+            ).start()
+            return
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._answer)
             os.close(self._keep)
-            _meet(info, spec, attempt, leader, log, agent, answer, keep)
+            _meet_in_child(info, spec, attempt, leader, log, agent, answer, keep)
         os.close(answer)
         os.close(keep)
-        self._text = b""
 
     @property
     def private(self) -> tuple[int, ...]:
@@ -112,11 +121,12 @@ class Meeting:
         """Ends the child and so, on the leader, the store."""
         with contextlib.suppress(OSError):
             os.close(self._keep)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
-def _meet(
+def _meet_in_child(
     info: RankInfo,
     spec: JobSpec,
     attempt: Attempt,
@@ -126,11 +136,19 @@ def _meet(
     answer: int,
     keep: int,
 ) -> NoReturn:
-    """In the child: meets the others, says what came of it, and on the leader keeps the store."""
     processes.die_with_parent(agent)
     # A signal for the job is the agent's to answer: ranks may still need the store while it ends them.
     for signum in OF_AN_AGENT:
         signal.signal(signum, signal.SIG_IGN)
+    _meet(info, spec, attempt, leader, log, answer, keep)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _meet(
+    info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str, answer: int, keep: int
+) -> None:
+    """Meets the others, says what came of it, and on the leader keeps the store."""
     store = None
     try:
         record, store = _join(info, spec, attempt, leader)
@@ -143,8 +161,6 @@ def _meet(
     os.close(answer)
     if info.rank == 0 and store is not None:  # the store ends with the last reference to it
         os.read(keep, 1)
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -57,7 +57,7 @@ def preload(spec: JobSpec, check: Callable[[], None]) -> str | None:
         Why ranks cannot be forked from this process; None where they can.
     """
     if sys.platform != "linux":
-        return f"forking is not safe on {sys.platform}"
+        return processes.why_not_fork()
     is_built_in = spec.workload in registry.BUILT_IN
     for module in (*PRELOAD, *(registry.load(spec.workload).preload if is_built_in else ())):
         with contextlib.suppress(Exception):  # of what is missing or broken, the ranks will say it
@@ -65,9 +65,7 @@ def preload(spec: JobSpec, check: Callable[[], None]) -> str | None:
         check()
     gc.collect()
     gc.freeze()  # keeps the collector from writing to, and so copying, the pages that the ranks share
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    # A lock that another thread holds at the fork would stay held in every rank.
-    return f"{threads} threads run in the agent after its imports" if threads > 1 else None
+    return processes.why_not_fork()
 
 
 @dataclass

@@ -45,6 +45,8 @@ from workloads import registry
 
 PREPARE_AT_MOST = timedelta(hours=1)
 """How long the other ranks wait for rank 0 to make the run directory and prepare the data."""
+STORE_WITHIN_S = 300.0
+"""How long the others wait for the launcher's store."""
 SAY_AFTER_S = 10
 """A rank that has waited for so long says what for."""
 READ_WITHIN_S = 10
@@ -230,17 +232,11 @@ class _StoreBoard:
     """Where rank 0 leaves its word: the store that torchrun's agent holds, or rank 0 where there is no agent."""
 
     def __init__(self, info: RankInfo, env: Mapping[str, str]) -> None:
-        import torch.distributed as dist
+        from jobs.rank.store import launchers_store
 
-        rank_zero_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and info.rank == 0
-        assert info.master_addr is not None
-        assert info.master_port is not None
         self._key = f"meshrun/made/{info.identity}"
         self._run_dir_key = f"meshrun/run-dir/{info.job_id}"
-        self._store = dist.TCPStore(
-            info.master_addr, info.master_port, is_master=rank_zero_serves, timeout=timedelta(seconds=300),
-            wait_for_workers=False, multi_tenant=True,
-        )  # fmt: skip
+        self._store = launchers_store(info, env, STORE_WITHIN_S)
 
     def say(self, word: dict[str, str]) -> None:
         if "run_dir" in word:

@@ -29,9 +29,9 @@ class Interface:
     is_up: bool
     """Switched on."""
     is_running: bool
-    """And its cable leads somewhere."""
+    """And has a link."""
     has_ipv6: bool
-    """An address beyond its own cable."""
+    """Has a non-link-local IPv6 address."""
 
     @property
     def is_usable(self) -> bool:

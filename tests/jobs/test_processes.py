@@ -109,3 +109,21 @@ def test_none_is_left_only_when_the_ended_have_been_waited_for() -> None:
     assert processes.children() == before
     with pytest.raises(ChildProcessError):
         os.waitpid(ended, os.WNOHANG)
+
+
+def test_who_waits_long_looks_seldom() -> None:
+    from jobs.processes import look_again_in_s
+
+    def looks(waits_s: float) -> int:
+        waited, count = 0.0, 0
+        while waited < waits_s:
+            waited += look_again_in_s(waited)
+            count += 1
+        return count
+
+    assert look_again_in_s(0) <= 0.01
+    assert looks(10) < 80
+    assert max(look_again_in_s(waited) for waited in range(10)) <= 0.25
+    assert looks(600) < 500  # of 2,400 and more, once
+    assert all(1 < look_again_in_s(3000) <= 2 for _ in range(100))
+    assert len({look_again_in_s(3000) for _ in range(10)}) > 1
