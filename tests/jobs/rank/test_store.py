@@ -333,8 +333,8 @@ def _lingers(end: Connection, me: RankInfo, announcement: Path, ports: Ports, ho
             time.sleep(600)
         end.send(child)
         if how == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if how != "alive":
+            os.kill(os.getpid(), signal.SIGSTOP)  # returns before this thread stops: the signal is the main thread's
+        elif how != "alive":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 
