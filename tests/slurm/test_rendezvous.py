@@ -164,7 +164,8 @@ def test_a_full_range_ends_the_job_in_seconds(slurm: Cluster, tmp_path: Path) ->
         line = start(slurm, tmp_path, "rendezvous_ports: 29500-29501")
         code, out, err = line.finish(DEADLINE_S)
     assert code == 1, out + err
-    assert "agent 0 on node0 cannot listen: every port of rendezvous_ports 29500-29501 is taken on 10.77.0.10" in err, err
+    reason = "every port of rendezvous_ports 29500-29501 is taken on 10.77.0.10"
+    assert f"agent 0 on node0 cannot listen: {reason}" in err, err
 
 
 def test_the_network_is_slurms_own_whatever_the_hosts_call_themselves(slurm: Cluster, tmp_path: Path) -> None:
