@@ -16,12 +16,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from jobs.errors import one_line
+from jobs.errors import one_line, shortened
 from workloads.errors import first_few, in_words
 from workloads.steps.board import PHASES
 
 ENDS = "this rank ends: "
 """What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
+
+OUT_OF_MEMORY = "killed by SIGKILL: its host's memory, or the job's share of it, was used up"
+
+VANISHED = "ended and said nothing: it was killed (out of memory, or someone's kill -9), or its host failed"
+"""What is said of an agent of which nobody knows how it ended."""
+
+LONGEST_TRACEBACK, LONGEST_PART = 40_000, 8_000
+"""Characters of a recorded traceback, and of one frame or message in it, whose frames must survive a long message."""
 
 Kind = Literal["error", "exit", "killed", "agent", "lost_peer", "unreachable"]
 """agent: it is the agent of the rank's host that ended. The last two are about others: whom this rank lost, or could
@@ -148,9 +156,15 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
         when=when,
         kind=kind_of(error),
         message=one_line(message),
-        traceback="".join(traceback.format_exception(type(error), error, _from_the_workload_on(error))),
+        traceback=_traceback(error, log),
         log=log,
     )
+
+
+def _traceback(error: BaseException, log: str) -> str:
+    """The traceback, shortened where it is enormous; the rank's log has all of it."""
+    parts = traceback.format_exception(type(error), error, _from_the_workload_on(error))
+    return shortened("".join(shortened(part, LONGEST_PART, log) for part in parts), LONGEST_TRACEBACK, log)
 
 
 def _from_the_workload_on(error: BaseException) -> TracebackType | None:
@@ -194,6 +208,22 @@ def failure_of_exit(
     return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done{said}", log=log)
 
 
+def failure_of_agent(code: int | None, rank: int, host: str, when: float, log: str, end_of_log: str = "") -> Failure:
+    """The record of an agent that left none, in the place of its host's first rank; see failure_of_exit.
+
+    Args:
+        code: its exit status, or minus the signal that killed it; None where nobody knows.
+    """
+    if code is None:
+        message = VANISHED
+    elif code < 0:
+        message = failure_of_exit(code, rank, host, when, log).message
+    else:
+        said = error_at_end(end_of_log)
+        message = f"exited with code {code}" + (f": {said}" if said else "")
+    return Failure(rank, host, when, "agent", message, log=log)
+
+
 _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such file|not found", re.IGNORECASE)
 
 
@@ -233,7 +263,7 @@ def root_cause(
     few = behind if 2 * len(behind) <= len(ranks) else ranks
     if slow & set(few):
         slowest = min(slow & set(few), key=lambda rank: (place[rank], rank))
-        return _silent(first, seen[slowest], [seen[rank] for rank in sorted(slow - {slowest})])
+        return _silent(first, seen[first.rank], seen[slowest], [seen[rank] for rank in sorted(slow - {slowest})])
     if done:
         late = others[min(few)]
         message = (
@@ -244,7 +274,9 @@ def root_cause(
         odd, rest = behind, [rank for rank in others if rank not in behind]
     else:
         odd, rest = _elsewhere(first.rank, others, seen)
-    return _apart(others, seen, first.rank if first.rank in odd else min(odd), rest) if odd and rest else first
+    if odd and rest:
+        return _apart(others, seen, first.rank if first.rank in odd else min(odd), rest)
+    return _undecided(first, seen[first.rank], [seen[rank] for rank in sorted({*ranks} - {first.rank})])
 
 
 def _places(seen: Sequence[LastSeen]) -> dict[int, tuple[int, int]]:
@@ -295,11 +327,25 @@ def _at(failure: Failure) -> str:
     return f" at {Path(file).name}:{line} in {function}"
 
 
-def _silent(failure: Failure, cause: LastSeen, also: Sequence[LastSeen]) -> Failure:
+def _silent(failure: Failure, waited: LastSeen, cause: LastSeen, also: Sequence[LastSeen]) -> Failure:
     """`failure` gave up on ranks that still ran; the traceback shows what it waited in."""
-    more = first_few([f"rank {one.rank} on {one.host} ({one})" for one in also], 7)
-    message = f"did not fail, but still ran ({cause}) when rank {failure.rank} gave up waiting"
-    return _instead(failure, cause.rank, cause.host, message + (f"; so did {more}" if more else ""))
+    more = _list(also)
+    message = f"did not fail, but still ran ({cause}) when rank {failure.rank} on {waited.host} ({waited})"
+    return _instead(
+        failure, cause.rank, cause.host, f"{message} gave up waiting" + (f"; so did {more}" if more else "")
+    )
+
+
+def _undecided(failure: Failure, waited: LastSeen, rest: Sequence[LastSeen]) -> Failure:
+    """`failure` gave up first, and nothing tells which rank kept it waiting: where each of them was."""
+    if not rest:
+        return failure
+    message = f"gave up waiting ({waited}), and nothing tells for which of {_list(rest)}: {failure.message}"
+    return replace(failure, message=message[:2000])
+
+
+def _list(seen: Sequence[LastSeen]) -> str:
+    return first_few([f"rank {one.rank} on {one.host} ({one})" for one in seen], 7)
 
 
 def _left_early(failure: Failure, done: Sequence[LastSeen]) -> Failure:

@@ -138,8 +138,19 @@ def one_line(text: str) -> str:
 
     What was given is at its beginning and what to do at its end.
     """
-    text = printable(" ".join(text.split()))
-    if len(text) <= LONGEST:
+    return shortened(printable(" ".join(text.split())), LONGEST)
+
+
+def shortened(text: str, longest: int, whole: str = "") -> str:
+    """`text` with its middle left out where it is longer than `longest` characters.
+
+    Args:
+        text: any text.
+        longest: the most characters that are kept, including those of the note on what was left out.
+        whole: where the whole text is; empty: nowhere.
+    """
+    if len(text) <= longest:
         return text
-    first, last = text[: LONGEST // 3], text[-LONGEST // 2 :]
-    return f"{first} ... ({len(text) - len(first) - len(last):,} characters left out) ... {last}"
+    first, last = text[: longest // 3], text[-longest // 2 :]
+    where = f"; all of it is in {whole}" if whole else ""
+    return f"{first} ... ({len(text) - len(first) - len(last):,} characters left out{where}) ... {last}"

@@ -149,7 +149,7 @@ class Leader:
             seen.failure = replace(failure, when=time.time() - one["ago_s"])
         seen.death = one["death"]
 
-    def lose(self, host: int, how: str = "ended and gave no reason (killed, or its host failed)") -> None:
+    def lose(self, host: int, how: str = blame.VANISHED) -> None:
         """Notes that the agent of a host is gone."""
         one = self._hosts[host]
         if not one.is_here:

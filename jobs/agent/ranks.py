@@ -139,8 +139,7 @@ class Rank:
             self.exit_code, self.rank, self.host, when, str(self.log), said, is_done=is_done
         )
         if self.out_of_memory:
-            message = "killed by SIGKILL: its host's memory, or the job's share of it, was used up"
-            return replace(failure, message=message)
+            return replace(failure, message=blame.OUT_OF_MEMORY)
         return failure
 
 

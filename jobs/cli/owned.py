@@ -47,9 +47,12 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     except Interrupted as interruption:
         interrupts.ignore()
         if process is not None:
-            end(process)
+            end(process, interruption.signum)
             processes.kill_children(but=before)
         display.close()
+        ended = {"status": "interrupted", "workload": spec.workload, "attempt": 0, "error": str(interruption)}
+        with contextlib.suppress(OSError):  # the agent leaves one, too, unless it was still being started
+            run_dir.publish(ended)
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step
             outcome = f"the job has ended; to see how: {come_back(run_dir)}"
         else:
@@ -60,9 +63,11 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
         return Interrupted.exit_code
     processes.kill_children(but=before)
     record = run_dir.recorded()
-    how = f"with code {process.returncode} "
     if record is None:
-        record = without_result(run_dir, how)
+        record = without_result(run_dir, process.returncode)
     elif record["status"] in BY_ITSELF and process.returncode != 0:
-        record["warnings"] = [*record.get("warnings", ()), f"the agent ended {how}after the work was done"]
+        record["warnings"] = [
+            *record.get("warnings", ()),
+            f"the agent ended with code {process.returncode} after the work was done",
+        ]
     return report_end(record, console, time.monotonic() - began)

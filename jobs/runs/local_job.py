@@ -7,9 +7,9 @@ import socket
 import time
 from typing import Any
 
-from jobs import processes
+from jobs import blame, processes
 from jobs.errors import JobFailed
-from jobs.run_dir import RunDirectory, Submitted, read_json
+from jobs.run_dir import RunDirectory, Submitted, end_of, read_json
 from jobs.runs.result import LINGERS, Result
 from jobs.runs.tail import last_lines
 
@@ -69,14 +69,19 @@ class LocalJob:
         return self.result.read() or without_result(self.run_dir)
 
 
-def without_result(run_dir: RunDirectory, how: str = "") -> dict[str, Any]:
+def without_result(run_dir: RunDirectory, code: int | None = None) -> dict[str, Any]:
     """The record of a local job whose agent could not leave one.
 
     Its log may still end with the failure: a line more finds room on a disk that has none for another file.
+
+    Args:
+        run_dir: the job's.
+        code: how the agent ended, as subprocess has it; None where nobody knows.
     """
     log, fault = run_dir.last_attempt().agent_log(), run_dir.fault()
     headline = last_lines(log, 1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
-    error = headline or f"the agent ended {how}and left no result (log: {log})"
+    failure = blame.failure_of_agent(code, 0, "host0", time.time(), str(log), end_of(log, 10_000))
+    error = headline or failure.headline()
     record = {
         "status": "failed",
         "workload": (read_json(run_dir.job) or {}).get("workload", ""),

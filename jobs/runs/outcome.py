@@ -29,6 +29,12 @@ from jobs.slurm.query import JobState
 from jobs.slurm.srun import AgentEnd, SrunLog
 from workloads.errors import first_few
 
+_ASKS_TO_END = {
+    signal.SIGTERM: "preemption, or someone's kill",
+    signal.SIGINT: "someone's scancel --signal=INT, or kill -INT",
+}
+"""The signals by which an agent ends its ranks and then itself, and whose they are."""
+
 # --- who or what ended it ---------------------------------------------------------------------------------------------
 
 
@@ -86,28 +92,25 @@ class Evidence:
         return self.srun.cause
 
     @property
-    def terminated_on(self) -> str:
-        """The host whose agent was the first to end by SIGTERM, of which srun then ends the others; or nothing."""
-        return next((end.host for end in self.srun.first_ends if end.code == -signal.SIGTERM), "")
+    def told(self) -> AgentEnd | None:
+        """The first agent that a signal asked to end, which it did; srun then ends the others."""
+        return next((end for end in self.srun.first_ends if -end.code in _ASKS_TO_END), None)
 
     def is_echo(self, failure: Failure) -> bool:
         """Whether a failure only followed from what was done to the whole job: else the leader would have told it."""
-        if not (self.cause or self.terminated_on):
+        if not (self.cause or self.told):
             return False
         end = self.srun.end_on(failure.host)
-        return failure.kind == "killed" if end is None else end.echo or end.code == -signal.SIGTERM
+        return failure.kind == "killed" if end is None else end.echo or -end.code in _ASKS_TO_END
 
     def of_agent(self, end: AgentEnd) -> Failure:
         """An agent's own failure, in the place of its first rank's."""
         rank, log = end.number * self.gpus_per_node, self.logs.get(end.number, "")
-        failure = blame.failure_of_exit(end.code, rank, end.host, self.now, log)
-        message = failure.message
-        if end.code > 0:
-            said = self.last_lines.get(end.number)
-            message = f"exited with code {end.code}" + (f": {said}" if said else "")
-        elif end.out_of_memory or (self.state and self.state.state == "OUT_OF_MEMORY"):
-            message = "killed by SIGKILL: its host's memory, or the job's share, was used up"
-        return replace(failure, kind="agent", message=message)
+        said = self.last_lines.get(end.number, "")
+        failure = blame.failure_of_agent(end.code, rank, end.host, self.now, log, said)
+        if end.code < 0 and (end.out_of_memory or (self.state and self.state.state == "OUT_OF_MEMORY")):
+            return replace(failure, message=blame.OUT_OF_MEMORY)
+        return failure
 
 
 def outcome(seen: Evidence) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def outcome(seen: Evidence) -> dict[str, Any]:
 
 
 def _killed_agent(seen: Evidence) -> Failure | None:
-    killed = [end for end in seen.srun.first_ends if end.code < 0 and end.code != -signal.SIGTERM]
+    killed = [end for end in seen.srun.first_ends if end.code < 0 and -end.code not in _ASKS_TO_END]
     return seen.of_agent(killed[0]) if killed else None
 
 
@@ -171,8 +174,9 @@ def _what_slurm_did(seen: Evidence) -> str:
         return f"{job} could not end before its deadline"
     if cause == "OUT_OF_MEMORY":
         return f"{job} used more memory than it asked for; see mem_gb_per_gpu in the cluster config{at}"
-    if seen.terminated_on:
-        return f"{job} received SIGTERM on {seen.terminated_on} (preemption, or someone's kill){at}"
+    if seen.told is not None:
+        signum = signal.Signals(-seen.told.code)
+        return f"{job} received {signum.name} on {seen.told.host} ({_ASKS_TO_END[signum]}){at}"
     return ""
 
 

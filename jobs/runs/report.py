@@ -42,12 +42,13 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def details(record: Mapping[str, Any]) -> str:
-    """What is known of a failure beyond its line: the traceback, or the end of the rank's log; may be empty."""
+    """What is known of a failure beyond its line: the traceback, or the end of its log; may be empty."""
     failure = record.get("failure") or {}
     if record.get("traceback"):
         return str(record["traceback"]).rstrip()
     if isinstance(failure.get("log"), str) and (tail := last_lines(Path(failure["log"]))):
-        return f"the end of the rank's log:\n{tail}"
+        whose = "agent" if failure.get("kind") == "agent" else "rank"
+        return f"the end of the {whose}'s log:\n{tail}"
     return ""
 
 

@@ -38,7 +38,7 @@ class Config(WorkloadConfig):
     """Whether it also pauses after the first attempt."""
     rank_0_longer: float = 0.0
     """Seconds that rank 0 works on when the others have returned, as one that exports the weights."""
-    returns: str = ""
+    returns: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     """Environment variables whose values are the result."""
 
@@ -90,11 +90,11 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cwd": str(Path.cwd()),
         **environment,
-        **({"extra": extra(config.returns)} if config.returns else {}),
+        **({"extra": [extra(what) for what in config.returns]} if config.returns else {}),
     }
 
 
-OPEN = []
+OPEN: list[Any] = []
 
 
 def break_records() -> None:
@@ -136,6 +136,10 @@ def extra(what: str) -> Any:
     import numpy as np
     import torch
 
+    if what == "itself":
+        ring: list[Any] = [1]
+        ring.append(ring)
+        return ring
     values = {"tensor": torch.ones(2), "array": np.float32(1.5), "path": Path("a/b"), "set": {2, 1}, "object": Config}
     return values[what]
 
@@ -144,6 +148,10 @@ def act(what: str) -> None:
     if what == "raise":
         time.sleep(0.3)  # the others are in a collective by now
         raise ValueError("the third layer\nis missing")
+    if what == "raise much":
+        raise ValueError("FIRST " + "word " * 400_000 + "LAST")
+    if what == "out of memory":
+        OPEN.extend(b"\1" * 2**25 for _ in range(2**8))  # 8 GB, where nobody ends it before
     if what == "echo first":
         time.sleep(0.4)
         raise ValueError("the third layer is missing")

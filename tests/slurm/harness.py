@@ -430,7 +430,17 @@ class Cluster:
     def _write_files(self) -> None:
         for name in ("run", "log", "state", "spool", "bin", "database"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-        for name in ("run", "log", "state", "bin", "database", "devices", "hosts", *(f"spool/{h}" for h in self.hosts)):
+        for name in (
+            "run",
+            "log",
+            "state",
+            "bin",
+            "database",
+            "devices",
+            "hosts",
+            "sys",
+            *(f"spool/{h}" for h in self.hosts),
+        ):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._write("munge.key", os.urandom(128).hex(), mode=0o400)
         # Left to itself, slurmd looks for control groups and dies where they are not as it likes them.
@@ -595,7 +605,10 @@ class Cluster:
         self._tell_host(
             host,
             "mount -t proc proc /proc",
-            "{ mount -t sysfs sysfs /sys || true; }",  # its own interfaces in /sys/class/net, where that is allowed
+            # Its own interfaces in /sys/class/net, where that is allowed, and the groups, which that would hide.
+            f"{{ mount -t sysfs sysfs {self.root}/sys || true; }}",
+            f"{{ mount --rbind /sys/fs/cgroup {self.root}/sys/fs/cgroup || true; }}",
+            f"{{ mount --move {self.root}/sys /sys || true; }}",
             "mount -t tmpfs tmpfs /dev/shm",
             f"mount --bind {self.root}/hosts/{host} /etc/hosts",
             f"hostname {host}",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from jobs.blame import VANISHED
 from tests.jobs.submitting import Line, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -27,12 +28,30 @@ class Place:
 
     submit: Callable[..., Line]
     hosts: tuple[str, str]
-    on_slurm: bool
+    memory_group: Callable[[int], Path]
     slurm: Any = None
+    """The cluster; None where jobs run locally."""
+
+    def limit_memory(self, limit_bytes: int) -> dict[str, Any]:
+        """Sees to it that the next job has so little memory; further arguments for `submit`."""
+        group = self.memory_group(limit_bytes) / "cgroup.procs"
+        if self.slurm is None:
+            return {"preexec_fn": lambda: group.write_text(str(os.getpid()))}
+        enter = f"command_prefix: [bash, -c, 'echo $$ >{group}; exec \"$@\"', enter]\n"
+        with Path("quick.yaml").open("a") as config:
+            config.write(enter)
+        return {}
 
 
 @pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slurm)])
-def place(request: pytest.FixtureRequest, typed: Callable[..., Line], tmp_path: Path) -> Place:
+def place(
+    request: pytest.FixtureRequest,
+    memory_group: Callable[[int], Path],  # first, so that it ends after what runs in it
+    typed: Callable[..., Line],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Place:
+    monkeypatch.chdir(tmp_path)
     on_slurm = request.param == "slurm"
     cluster = request.getfixturevalue("slurm") if on_slurm else None
     (tmp_path / "quick.yaml").write_text(f"executor: {request.param}\ncollective_timeout_s: {COLLECTIVE_TIMEOUT_S}\n")
@@ -41,7 +60,10 @@ def place(request: pytest.FixtureRequest, typed: Callable[..., Line], tmp_path: 
         words, options = (*words, "--wait"), {"env": cluster.env}
     name = "node" if on_slurm else "host"
     return Place(
-        lambda *more: typed("mine:ENTRY", *words, *more, **options), (f"{name}0", f"{name}1"), on_slurm, cluster
+        lambda *more, **popen: typed("mine:ENTRY", *words, *more, **options, **popen),
+        (f"{name}0", f"{name}1"),
+        memory_group,
+        cluster,
     )
 
 
@@ -52,6 +74,7 @@ ENDS = {
     "os._exit 3": (3, "exited with code 3 before its work was done", False),
     "SIGKILL": (3, "killed by SIGKILL (out of memory, or someone's kill -9)", False),
     "SIGSEGV": (3, "killed by SIGSEGV", False),
+    "out of memory": (3, "killed by SIGKILL: its host's memory, or the job's share of it, was used up", False),
     "watchdog": (0, "did not fail, but still ran (last in step 1 (data), ", False),
 }
 """What rank 3 of 4 does in step 2: the rank that is the root cause, what is said of it, whether with a traceback."""
@@ -60,7 +83,8 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_a_rank_that_ends_before_its_work_is_done_ends_the_job(end: str, place: Place) -> None:
     rank, says, has_traceback = ENDS[end]
-    line = place.submit(*SHAPE, f"does={end}", "on_rank=3", "steps=100000", "pause_seconds=0.02")
+    more = place.limit_memory(3 * 2**29) if end == "out of memory" else {}
+    line = place.submit(*SHAPE, f"does={end}", "on_rank=3", "steps=100000", "pause_seconds=0.02", **more)
     code, out, err = line.finish(120)
     assert code == 1, out + err
     failure = line.result()["failure"]
@@ -88,6 +112,7 @@ def test_a_rank_that_saves_in_a_thread_when_its_work_is_done_gets_to_finish(plac
     code, out, err = line.finish(120)
     assert code == 0, out + err
     assert [(tmp_path / f"thread-{rank}").read_text() for rank in (0, 1)] == ["whole", "whole"]
+    line.assert_nothing_left()
 
 
 def test_a_death_after_the_work_is_a_warning(place: Place) -> None:
@@ -148,22 +173,44 @@ def test_a_store_that_is_killed_is_named(typed: Callable[..., Line]) -> None:
     line.assert_nothing_left()
 
 
-@pytest.mark.slurm
-@pytest.mark.parametrize("number", [0, 1])
-def test_an_agent_that_is_killed_is_named_and_leaves_nothing(number: int, typed: Any, slurm: Any) -> None:
-    line = typed("mine:ENTRY", "--wait", *SHAPE, "steps=100000", "pause_seconds=0.05", env=slurm.env)
+AGENT_ENDS = {
+    "leader": (0, "the leader", "killed by SIGKILL (out of memory, or someone's kill -9)"),
+    "agent": (1, "the agent", VANISHED),
+}
+"""Whose agent is killed: the host, what it is called, and what is said of it; a local job has the leader alone."""
+
+
+@pytest.mark.parametrize("which", AGENT_ENDS)
+def test_an_agent_that_is_killed_is_named_and_leaves_nothing(which: str, place: Place) -> None:
+    number, who, says = AGENT_ENDS[which]
+    if place.slurm is None and number > 0:
+        pytest.skip("a local job has one agent, which is the leader")
+    line = place.submit(*SHAPE, "steps=100000", "pause_seconds=0.05")
     line.wait_for_step(3)
-    found = agents(line)
-    assert len(found) == 2
-    os.kill(found[number], signal.SIGKILL)
+    os.kill(agents(line)[number], signal.SIGKILL)
     code, out, err = line.finish(120)
     assert code == 1, out + err
-    what = "(the leader|rank 0)" if number == 0 else "the agent"
-    assert re.search(rf"{what} on node{number}: ", err.splitlines()[-1]), err
-    assert "kill" in err.splitlines()[-1].lower()
+    log = line.run_dir / "attempt-0" / f"agent-{number}.log"
+    assert err.splitlines()[-1] == (
+        f"meshrun: error: the job failed: {who} on {place.hosts[number]}: {says} (log: {log})"
+    )
     line.assert_nothing_left()
+    if place.slurm is not None:
+        job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
+        wait_until(lambda: place.slurm.job_state(job) == "FAILED", "Slurm's word on the job")
+
+
+@pytest.mark.slurm
+def test_a_sigint_to_all_of_a_job_is_told_as_one(typed: Callable[..., Line], slurm: Any) -> None:
+    line = typed("mine:ENTRY", "--wait", *SHAPE, "steps=100000", "pause_seconds=0.05", env=slurm.env)
+    line.wait_for_step(3)
     job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
-    wait_until(lambda: slurm.job_state(job) == "FAILED", "Slurm's word on the job")
+    slurm.run("scancel", "--signal=INT", job)
+    code, out, err = line.finish(120)
+    assert code == 1, out + err
+    says = rf"the job failed: job {job} received SIGINT on node\d \(someone's scancel --signal=INT, or kill -INT\)"
+    assert re.search(says, err.splitlines()[-1]), err
+    line.assert_nothing_left()
 
 
 def test_a_stop_that_the_agent_is_asked_for_ends_the_run_as_stopped(place: Place) -> None:

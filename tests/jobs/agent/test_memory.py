@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jobs.agent.memory import OomCounter
-from jobs.machine import memory_groups
 
 V1 = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
 V2 = "low 0\nhigh 0\nmax 51\noom 9\noom_kill {}\noom_group_kill 0\n"
@@ -65,28 +62,6 @@ def test_a_kernel_that_does_not_tell(text: str, tmp_path: Path) -> None:
 LIMIT_BYTES = 48 * 2**20
 
 
-@pytest.fixture
-def small_group() -> Iterator[Path]:
-    """A control group of 48 MB below this process's own."""
-    reason = "no memory control group"
-    for _, own, version in memory_groups():
-        group = own / f"meshrun-test-{os.getpid()}"
-        try:
-            group.mkdir(exist_ok=True)
-            (group / ("memory.max" if version == 2 else "memory.limit_in_bytes")).write_text(str(LIMIT_BYTES))
-            with contextlib.suppress(OSError):
-                (group / ("memory.swap.max" if version == 2 else "memory.swappiness")).write_text("0")
-        except OSError as error:
-            reason = f"no control group can be made: {error}"
-            with contextlib.suppress(OSError):
-                group.rmdir()
-            continue
-        yield group
-        group.rmdir()
-        return
-    pytest.skip(reason)
-
-
 HOG = """
 import os, signal, sys
 from pathlib import Path
@@ -109,8 +84,8 @@ print("killed", counter.killed_since())
 """
 
 
-def test_a_real_kill_is_counted_and_a_plain_sigkill_is_not(small_group: Path) -> None:
-    command = [sys.executable, "-c", HOG, str(small_group), str(LIMIT_BYTES)]
+def test_a_real_kill_is_counted_and_a_plain_sigkill_is_not(memory_group: Callable[[int], Path]) -> None:
+    command = [sys.executable, "-c", HOG, str(memory_group(LIMIT_BYTES)), str(LIMIT_BYTES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if "cannot enter" in done.stdout:
         pytest.skip(done.stdout.strip())

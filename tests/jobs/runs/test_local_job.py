@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from jobs import processes
+from jobs.blame import VANISHED
 from jobs.cli.main import main
 from jobs.run_dir import RunDirectory, Submitted, write_json
 from jobs.runs import result
@@ -78,7 +79,7 @@ def test_a_local_job_that_is_killed(typed: Callable[..., Line], tmp_path: Path) 
     os.kill(int(json.loads((line.run_dir / "submission.json").read_text())["job_id"]), signal.SIGKILL)
     _, err = back.communicate(timeout=60)
     assert back.returncode == 1
-    assert "the agent ended and left no result" in err.splitlines()[-1]
+    assert "the leader on host0: ended and said nothing: it was killed" in err.splitlines()[-1]
 
 
 def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirectory:
@@ -92,7 +93,7 @@ def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirecto
 def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, capsys: Capture) -> None:
     local(tmp_path, os.getpid(), "another's")
     assert main(["wait", "run"]) == 1
-    assert "the agent ended and left no result" in capsys.readouterr().err
+    assert "the leader on host0: ended and said nothing: it was killed" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_full_disk_does_not_hide_the_failure(
     if not has_log:
         log.unlink()
     assert main(["wait", "run"]) == 1
-    failure = "rank 1 on host0: ValueError: mine" if has_log else f"the agent ended and left no result (log: {log})"
+    failure = "rank 1 on host0: ValueError: mine" if has_log else f"the leader on host0: {VANISHED} (log: {log})"
     says = f"the job failed: {failure}; {failed_run.path} cannot be written to: File too large\n"
     assert capsys.readouterr().err.endswith(says)
     assert not failed_run.result.exists()
