@@ -220,7 +220,7 @@ def test_without_a_requeue_the_loss_of_a_host_is_the_end(stories: dict[str, Stor
     story = story_of(stories, "host dies, no requeue")
     assert (story.code, story.state) == (1, "NODE_FAIL")
     assert story.result["status"] == "failed"
-    assert "node" in story.result["error"]
+    assert "node1" in story.result["error"]
     assert story.attempts == ["attempt-0"]
 
 
