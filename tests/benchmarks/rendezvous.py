@@ -1,7 +1,8 @@
-"""How long N ranks take to meet, against a bare TCPStore with a counter and a go key.
+"""How long the N ranks of a job take to meet, against a bare TCPStore with a counter and a go key.
 
-Thousands of clients are threads of a few processes: each runs the real `rendezvous.join`, to the end. Two ways: rank 0
-opens the store and announces it in a file; or a store waits already, as where an agent started the ranks.
+As where agents start the ranks: each host's agent meets the other agents by the announcement of the first one's store,
+and then its ranks meet in that store, whose address and whose numbers it has told them. Agents and ranks are threads of
+a few processes: each runs the real `rendezvous.join`, to the end.
 
     python -m tests.benchmarks rendezvous
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jobs.rank.identity import RankInfo
 from jobs.spec import RESOLVER
@@ -34,61 +35,78 @@ AT_MOST = 1.5
 DEADLINE_S = 60
 """For one meeting; only so that a hang ends."""
 
-Way = Literal["bare", "announced", "store waits"]
+Way = Literal["bare", "ours"]
 
 
-def info(rank: int, hosts: tuple[str, ...], **more: Any) -> RankInfo:
-    return RankInfo(
-        "local", rank, len(hosts), rank % PER_HOST, PER_HOST, hosts[rank], "7", expected_hosts=hosts, **more
-    )
+class Took(NamedTuple):
+    """Seconds from the first client's beginning."""
+
+    agents: float
+    """Until the last agent had met the others; in the bare way, where there are none, until all could begin."""
+    ranks: float
+    """Until the last rank had."""
 
 
-def _meet(way: Way, ranks: range, count: int, port: int, announcement: Path) -> Callable[[int], Any]:
-    """What each client does; it returns what a rank would keep."""
+def _clients(end: Connection, way: Way, hosts: range, count: int, port: int, announcement: Path) -> None:
+    """A process of some hosts: says when it is ready, begins when told to, and says when its agents and ranks met."""
     import torch.distributed as dist
 
     from jobs.rank import rendezvous
 
-    deadline = timedelta(seconds=DEADLINE_S)
+    # A real rank has an interpreter of its own. Here threads that wait for it would each ask for it 200 times a second,
+    # and what hundreds of clients make would have the collector look through all of torch again and again.
+    sys.setswitchinterval(1.0)
+    gc.disable()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    names = tuple(f"node{host:04d}" for host in range(count // PER_HOST))
+    host_of_rank = tuple(name for name in names for _ in range(PER_HOST))
+    go, started = threading.Event(), {host: threading.Event() for host in hosts}
+    agents: dict[int, rendezvous.Rendezvous] = {}
+    kept: list[Any] = []
+    times: dict[str, list[float]] = {"agent": [], "rank": []}
+    errors: list[str] = []
 
-    def bare(rank: int) -> Any:
+    def agent(host: int) -> None:
+        go.wait()
+        if way == "ours":
+            me = RankInfo("local", host, len(names), 0, 1, names[host], "7", expected_hosts=names, noun="agent")
+            agents[host] = rendezvous.join(me, "cpu", announcement, DEADLINE_S, None)
+        started[host].set()
+
+    def rank(number: int) -> None:
+        host = number // PER_HOST
+        started[host].wait()
+        kept.append(bare() if way == "bare" else ours(number, host))
+
+    def ours(number: int, host: int) -> Any:
+        store = agents[host].store.underlying_store  # type: ignore[attr-defined]  # the stubs leave it out
+        me = RankInfo(
+            "local", number, count, number % PER_HOST, PER_HOST, names[host], "7", node_rank=host,
+            expected_hosts=host_of_rank, master_addr=store.host, master_port=store.port, has_agent=True,
+        )  # fmt: skip
+        met = rendezvous.join(me, "cpu", announcement, DEADLINE_S, None)
+        assert (met.placement.rank, met.placement.hosts) == (number, host_of_rank)
+        return met
+
+    def bare() -> Any:
+        deadline = timedelta(seconds=DEADLINE_S)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=deadline, wait_for_workers=False)
         if store.add("count", 1) == count:
             store.set("go", "1")
         store.wait(["go"])
         return store
 
-    def ours(rank: int) -> Any:
-        return rendezvous.join(infos[rank], "cpu", announcement, DEADLINE_S, None)
-
-    if way == "bare":
-        return bare
-    where = {} if way == "announced" else {"master_addr": "127.0.0.1", "master_port": port}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    hosts = tuple(f"node{rank // PER_HOST:04d}" for rank in range(count))
-    infos = {rank: info(rank, hosts, **where) for rank in ranks}
-    return ours
-
-
-def _clients(end: Connection, way: Way, ranks: range, count: int, port: int, announcement: Path) -> None:
-    """A process of clients: says when it is ready, begins when told to, and says when each had met the others."""
-    # A real rank has an interpreter of its own. Here threads that wait for it would each ask for it 200 times a second,
-    # and what hundreds of clients make would have the collector look through all of torch again and again.
-    sys.setswitchinterval(1.0)
-    gc.disable()
-    meet = _meet(way, ranks, count, port, announcement)
-    go, met, times, errors = threading.Event(), [], [], []
-
-    def client(rank: int) -> None:
-        go.wait()
+    def client(meet: Callable[[int], None], noun: str, number: int) -> None:
         try:
-            met.append(meet(rank))
-            times.append(time.monotonic())
+            meet(number)
+            times[noun].append(time.monotonic())
         except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-            print(f"rank {rank}: {errors[-1]}", file=sys.stderr, flush=True)  # at once: the others now wait in vain
+            errors.append(f"{noun} {number}: {type(error).__name__}: {error}")
+            print(errors[-1], file=sys.stderr, flush=True)  # at once: the others now wait in vain
 
-    threads = [threading.Thread(target=client, args=(rank,), daemon=True) for rank in ranks]
+    ranks = [rank for host in hosts for rank in range(host * PER_HOST, (host + 1) * PER_HOST)]
+    threads = [threading.Thread(target=client, args=(agent, "agent", host), daemon=True) for host in hosts]
+    threads += [threading.Thread(target=client, args=(rank, "rank", number), daemon=True) for number in ranks]
     for thread in threads:
         thread.start()
     end.send("ready")
@@ -96,15 +114,13 @@ def _clients(end: Connection, way: Way, ranks: range, count: int, port: int, ann
     go.set()
     for thread in threads:
         thread.join()
-    if way != "bare":
-        assert errors or sorted(one.placement.rank for one in met) == list(ranks)
-    end.send((max(times, default=0.0), errors))
+    end.send((Took(*(max(times[noun], default=0.0) for noun in ("agent", "rank"))), errors))
     end.recv()
     os._exit(0)
 
 
 def _store(end: Connection) -> None:
-    """A store that waits already."""
+    """The bare one."""
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -113,10 +129,11 @@ def _store(end: Connection) -> None:
     os._exit(0)
 
 
-def measure(way: Way, count: int) -> float:
-    """Seconds from the first client's beginning until the last has met the others."""
-    # Rank 0 has a process of its own, as it has everywhere: in one with hundreds of threads its turn comes late.
-    shares = [range(1), *(range(first, count, PROCESSES) for first in range(1, PROCESSES + 1))]
+def measure(way: Way, count: int) -> Took:
+    """From when the store is there and the clients are told to begin."""
+    # The first host, with the store, has a process of its own: in one with hundreds of threads its turn comes late.
+    hosts = count // PER_HOST
+    shares = [range(1), *(range(first, hosts, PROCESSES) for first in range(1, min(hosts, PROCESSES + 1)))]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "jobs.rank.rendezvous"])
     ends: list[Connection] = []
@@ -138,11 +155,11 @@ def measure(way: Way, count: int) -> float:
         announcement = Path(folder) / "rendezvous.json"
         try:
             port = hear(start(_store))
-            clients = [start(_clients, way, ranks, count, port, announcement) for ranks in shares]
+            clients = [start(_clients, way, mine, count, port, announcement) for mine in shares]
             for end in clients:
                 hear(end)
             clients[0].send("go")
-            if way == "announced":  # as the bare store, too, is there before its clients
+            if way == "ours":  # as the bare store, too, is there before its clients
                 while not announcement.exists():
                     time.sleep(0.001)
             began = time.monotonic()
@@ -158,7 +175,7 @@ def measure(way: Way, count: int) -> float:
                 process.join()
     errors = [error for _, their in heard for error in their]
     assert not errors, f"{way}, {count} ranks: {len(errors)} did not meet: {errors[0]}"
-    return max(last for last, _ in heard) - began
+    return Took(max(took.agents for took, _ in heard) - began, max(took.ranks for took, _ in heard) - began)
 
 
 def main(counts: tuple[int, ...] = COUNTS, rounds: int = ROUNDS) -> list[Row]:
@@ -166,24 +183,23 @@ def main(counts: tuple[int, ...] = COUNTS, rounds: int = ROUNDS) -> list[Row]:
     # all that is then measured. Ranks have it from their launcher (jobs/rank/direct.py).
     os.environ["RES_OPTIONS"] = RESOLVER
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a line per client whose name is not found
-    ways: tuple[Way, ...] = ("announced", "store waits")
-    rows, first = [], {}
+    rows: list[Row] = []
+    first_s = 0.0
     for count in counts:
-        times: dict[Way, list[float]] = {"bare": [measure("bare", count)], "announced": [], "store waits": []}
+        bare, ours = [measure("bare", count).ranks], []
         for _ in range(rounds):
-            for way in ways:
-                times[way].append(measure(way, count))
-            times["bare"].append(measure("bare", count))
-        for way in ways:
-            ours, theirs = statistics.median(times[way]), statistics.median(times["bare"])
-            first.setdefault(way, ours)
-            rows.append(
-                Row(
-                    what=f"{count:,} ranks meet, {'rank 0 announces its store' if way == 'announced' else way}",
-                    against="a bare TCPStore, a counter and a go key",
-                    ratio=ratio_of_neighbors(times[way], times["bare"]),
-                    at_most=AT_MOST,
-                    detail=f"{ours:.2f} s against {theirs:.2f} s; {ours / first[way]:.1f} times that of {counts[0]}",
-                )
+            ours.append(measure("ours", count))
+            bare.append(measure("bare", count).ranks)
+        agents_s, ranks_s = (statistics.median(times) for times in zip(*ours, strict=True))
+        first_s = first_s or ranks_s
+        rows.append(
+            Row(
+                what=f"{count // PER_HOST:,} agents, then their {count:,} ranks meet",
+                against="a bare TCPStore, a counter and a go key",
+                ratio=ratio_of_neighbors([took.ranks for took in ours], bare),
+                at_most=AT_MOST,
+                detail=f"{ranks_s:.2f} s (the agents {agents_s:.2f} s) against {statistics.median(bare):.2f} s; "
+                f"{ranks_s / first_s:.1f} times that of {counts[0]}",
             )
+        )
     return rows
