@@ -134,7 +134,7 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
         given_flags: the names of its flags.
 
     Raises:
-        CommandLineError: there is no such verb or workload, or it does not take these flags, or so many words.
+        CommandLineError: the verb or workload is unknown, or does not take these flags or this many arguments.
     """
     known = f"known: {', '.join(registry.BUILT_IN)}; your own: package.module:ENTRY"
     if not words:

@@ -46,7 +46,7 @@ def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
         None where there is nothing to prepare, and so nothing to start.
 
     Raises:
-        WorkloadError: its `plan`, or the deadline that it gives its preparation, is none.
+        WorkloadError: its `plan`, or the deadline that it gives its preparation, is invalid.
     """
     if entry.prepare is None:
         return None

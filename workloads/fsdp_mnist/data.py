@@ -19,7 +19,7 @@ from workloads.training import data_workers
 from workloads.training.prepared import make_if_missing
 
 WORKER_TIMEOUT_S = 300
-"""So long a rank waits for a batch of its workers, of which the first have torch and torchvision to import, maybe from
+"""How long a rank waits for a batch of its workers, of which the first have torch and torchvision to import, maybe from
 a cold file system; then it fails and says so, also of one that was killed before."""
 
 
@@ -52,7 +52,7 @@ def find(config: Config, ctx: RunContext) -> images.Prepared:
 
 
 def steps_per_epoch(config: Config, samples: int, source: str) -> int:
-    """Optimizer steps in a pass over so many training samples.
+    """Optimizer steps in a pass over this many training samples.
 
     Raises:
         WorkloadError: not even one.

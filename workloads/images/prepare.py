@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 CHECKSUMS_FILE = "checksums.json"
 RECORD_FILE = "images.json"
 STALE_S = 24 * 3600
-"""So old a folder of a preparation is nobody's any more: none lasts so long."""
+"""Temporary folders older than this are abandoned."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from workloads.whole_files import written_beside
 log = logging.getLogger(__name__)
 
 MEASURED_STEPS = 5
-"""The last so many are measured; of them the one whose bubble is the median is drawn."""
+"""How many of the last steps are measured; the one with the median bubble is drawn."""
 
 
 def run(config: Config, ctx: RunContext) -> dict[str, Any]:
