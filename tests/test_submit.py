@@ -700,7 +700,7 @@ def test_without_an_installed_package_the_door_says_which(tmp_path: Path) -> Non
 
 # --- light imports ----------------------------------------------------------------------------------------------------
 
-LATE = {"jobs.rank.devices", "jobs.rank.mesh", "jobs.rank.rendezvous"}
+LATE = {"jobs.rank.devices", "jobs.rank.mesh", "jobs.rank.rendezvous", "jobs.rank.store"}
 """Of jobs/, what a rank alone imports."""
 ALSO = ("workloads.base", "workloads.errors", "workloads.meanings", "workloads.registry")
 HEAVY = ("torch", "torchvision", "numpy", "safetensors", "tokenizers", "tqdm", "psutil")
