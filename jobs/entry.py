@@ -1,6 +1,6 @@
 """The first file that a job's process runs. Standard library only, at first.
 
-    python jobs/entry.py --agent RUN_DIR            the agent of a host, which starts the host's ranks
+    python jobs/entry.py --agent RUN_DIR ATTEMPT    the agent of a host, which starts the host's ranks
     python jobs/entry.py --rank RUN_DIR AGENT       one rank, where ranks cannot be forked
     python jobs/entry.py --prepare RUN_DIR PARENT OWNER RESULTS
                                                     a workload's `prepare`, before the job is submitted
@@ -51,7 +51,7 @@ def main() -> None:
         signals = Signals()  # from here on none is lost, however long the imports take
         from jobs.agent.agent import main as agent
 
-        agent(Path(arguments[0]), signals)
+        agent(Path(arguments[0]), int(arguments[1]), signals)
     elif what == "--rank":
         from jobs.agent.ranks import spawned
 

@@ -43,7 +43,7 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
     if spec.executor == "debug":
         return Submission({}, "one rank in this process", env)
     shape = {"nodes": spec.resources.nodes, "tasks_per_node": spec.resources.gpus_per_node}
-    return Submission({**shape, **_time(spec)}, shlex.join(_agent_command(spec)), env)
+    return Submission({**shape, **_time(spec)}, shlex.join(_agent_command(spec, attempt=0)), env)
 
 
 def slurm_parameters(spec: JobSpec, cluster: ClusterConfig) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def _time(spec: JobSpec) -> dict[str, int]:
     return {} if spec.resources.time_min is None else {"timeout_min": spec.resources.time_min}
 
 
-def _agent_command(spec: JobSpec) -> list[str]:
+def _agent_command(spec: JobSpec, attempt: int) -> list[str]:
     """What starts the agent of a local job."""
-    return [sys.executable, "-u", str(processes.ENTRY), "--agent", str(spec.run_dir)]
+    return [sys.executable, "-u", str(processes.ENTRY), "--agent", str(spec.run_dir), str(attempt)]
 
 
 SUBMIT_WITHIN_S = 120
@@ -122,8 +122,9 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
     if spec.executor == "local":
         from jobs.local_executor import LocalExecutor
 
-        log_file = run.attempt(0).agent_log()
-        return LocalExecutor(run.submitit, _agent_command(spec), log_file, owned, submission.env).submit(job)
+        attempt = run.begin_attempt()
+        command = _agent_command(spec, attempt.number)
+        return LocalExecutor(run.submitit, command, attempt.agent_log(), owned, submission.env).submit(job)
     assert spec.executor == "slurm"
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
@@ -140,8 +141,6 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             # It may have inherited that SIGTERM is held back, hence the second word.
             return ["timeout", "--kill-after=5", str(SUBMIT_WITHIN_S), "sbatch", str(submission_file_path)]
 
-    # The logs' directory is there before the job is: Slurm would end it without a word.
-    run.attempt(0).make()
     # What sbatch says on stderr is in the error, too; submitit would print it beside.
     with warnings.catch_warnings(), _clean_environment(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

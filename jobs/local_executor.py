@@ -37,7 +37,6 @@ class LocalExecutor(submitit_local.LocalExecutor):
             read_end, self._write_end = os.pipe()  # the write end closes when this process ends, however it ends
             env[OWNER_FD] = str(read_end)
             pass_fds = (read_end,)
-        self.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self.log_file.open("ab") as output:
             # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.
             process = subprocess.Popen(

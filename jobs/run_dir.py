@@ -5,8 +5,9 @@ runs/20261122-081530-tp_fsdp-3f9c/
     settings.yaml       the workload's settings alone; `--config` takes it
     submission.json     which job of the scheduler's, or process of this machine, it became
     metrics.jsonl       a link to the newest attempt's
-    result.json         how the whole run ended
-    data/ export/ checkpoints/
+    result.json         the same
+    data/ export/       what was prepared for the ranks; the final weights
+    checkpoints/        of the run, not of an attempt: the next one goes on from them
     slurm.log           Slurm's own words, and what the site's set-up printed
     submitit/           submitit's pickles and the rendered submission
     attempt-0/          what one incarnation alone wrote
@@ -18,7 +19,8 @@ runs/20261122-081530-tp_fsdp-3f9c/
         agent-0.log         each host's agent's own words
         srun.log            srun's own words
         metrics.jsonl       one line per step, from rank 0
-        result.json         an earlier attempt's, moved here when the next one began
+        status.json         where the ranks were a moment ago, from the leader
+        result.json         how it ended
 """
 
 from __future__ import annotations
@@ -140,16 +142,11 @@ BY_ITSELF = ("done", "stopped")
 """How a run ended whose ranks have all returned from their work; it stands, whatever becomes of them afterwards."""
 
 
-def _weight(record: dict[str, Any] | None) -> tuple[int, bool, bool, bool]:
-    """What orders records of how a run ended; see RunDirectory.publish."""
+def _weight(record: dict[str, Any] | None) -> tuple[bool, ...]:
+    """What orders records of how an attempt ended; see RunDirectory.publish."""
     if record is None:
-        return -1, False, False, False
-    return (
-        record.get("attempt", 0),
-        record["status"] in BY_ITSELF,
-        bool(record.get("failure")),
-        bool(record.get("slurm_state")),
-    )
+        return ()
+    return record["status"] in BY_ITSELF, bool(record.get("failure")), bool(record.get("slurm_state"))
 
 
 @dataclass(frozen=True)
@@ -295,68 +292,94 @@ class RunDirectory:
         is_ours = submitted.executor in ("slurm", "local") and re.fullmatch("[0-9]{1,18}", submitted.job_id)
         return submitted if is_ours else None
 
-    def recorded(self, path: Path | None = None) -> dict[str, Any] | None:
-        """What result.json holds, but for what is not as we write it; None where that says nothing of an end."""
-        record = read_json(path or self.result) or {}
-        if not isinstance(record.get("status"), str):
-            return None
-        return {name: value for name, value in record.items() if isinstance(value, _OF_A_RESULT.get(name, object))}
+    def recorded(self, attempt: int | None = None) -> dict[str, Any] | None:
+        """How an attempt ended, the newest one by default, but for what is not as we write it; None: not known."""
+        there = self.last_attempt() if attempt is None else self.attempt(attempt)
+        at_top = _recorded(self.result)  # an earlier version has left it only there
+        if at_top is not None and at_top.get("attempt", there.number) != there.number:
+            at_top = None
+        return _recorded(there.result) or at_top
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Leaves the record of how the run ended, unless one is there that counts more.
+        """Leaves the record of how its attempt ended, unless one is there that counts more.
 
-        A later attempt's counts more, then one of work that is done, then one that names a rank, then one with Slurm's
-        word, then the one that was there first. An attempt that has a successor leaves none.
+        One of work that is done counts more, then one that names a rank, then one with Slurm's word, then the one that
+        was there first. What another attempt has left is never touched.
 
         Returns:
             The record that counts.
         """
-        may_write = self.last_attempt().number <= record.get("attempt", 0)
+        path = self.attempt(record["attempt"]).make().result
         while True:
-            there = self.recorded()
-            if there is not None and _weight(there) >= _weight(record):
-                return there
-            if not may_write:
-                return record
+            there = _recorded(path)
+            if _weight(there) >= _weight(record):
+                assert there is not None
+                record = there
+                break
             with contextlib.suppress(FileExistsError):
-                write_new(self.result, _as_text(record))
-                return record
+                write_new(path, _as_text(record))
+                break
             # Taken away before it is replaced: what somebody has left since it was read is then found here.
-            taken = self.result.with_name(f".{self.result.name}.{os.getpid()}.{secrets.token_hex(4)}.taken")
+            taken = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.taken")
             with contextlib.suppress(FileNotFoundError):
-                self.result.rename(taken)
-                record = max(record, self.recorded(taken) or record, key=_weight)
+                path.rename(taken)
+                record = max(record, _recorded(taken) or record, key=_weight)
                 taken.unlink()
+        self.show_newest()
+        return record
 
-    def begin(self, attempt: int) -> None:
-        """Makes what is at the top this attempt's: a link to its metrics, and no earlier attempt's result.
+    def begin_attempt(self) -> Attempt:
+        """Makes the next attempt's folder, which nobody else can have made, and shows it at the top.
 
-        For rank 0, before anything of this attempt is written there; calling it again changes nothing, and neither
-        does an attempt that has a successor. A file system that has no symbolic links gets none.
+        For whoever starts an attempt; a batch script does the same in shell.
         """
-        if self.attempt(attempt + 1).path.exists():
-            return
-        author = (self.recorded() or {}).get("attempt", 0)
-        aside = self.attempt(author).path / self.result.name
-        if author < attempt and self.result.exists() and not aside.exists():
-            aside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                self.result.rename(aside)
-        beside = _beside(self.metrics)
-        # Relative, so that the link leads to the same file where the run directory is copied or moved to.
+        number = max(self._attempts(), default=-1) + 1
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.attempt(number).path.mkdir(mode=0o700)
+                break
+            number += 1
+        attempt = self.attempt(number).make()
+        self.show_newest()
+        return attempt
+
+    def show_newest(self) -> None:
+        """Makes metrics.jsonl and result.json at the top links to the newest attempt's, whoever calls this, and when.
+
+        A file system without symbolic links gets a copy of the result, and no metrics there.
+        """
+        newest = None
+        while newest != (newest := self.last_attempt()):  # it may have got a successor in the meantime
+            self._link(self.metrics, newest.metrics)
+            if not self._link(self.result, newest.result):
+                with contextlib.suppress(OSError, ValueError):
+                    if (record := read_json(newest.result)) is not None:
+                        write_json(self.result, record)
+                    else:
+                        self.result.unlink()
+
+    def _link(self, link: Path, file: Path) -> bool:
+        """Whether there is such a link now."""
+        # Relative, so that it leads to the same file where the run directory is copied or moved to.
+        target, beside = file.relative_to(self.path), _beside(link)
         try:
-            beside.symlink_to(self.attempt(attempt).metrics.relative_to(self.path))
-            beside.replace(self.metrics)
+            if not link.is_symlink() or link.readlink() != target:
+                beside.symlink_to(target)
+                beside.replace(link)
         except OSError:
             beside.unlink(missing_ok=True)
+            return False
+        return True
 
     def attempt(self, number: int) -> Attempt:
         return Attempt(self.path / f"attempt-{number}", number)
 
     def last_attempt(self) -> Attempt:
         """The newest incarnation; the first one where none has begun."""
-        numbers = [int(m[1]) for p in self.path.glob("attempt-*") if (m := re.fullmatch(r"attempt-(\d+)", p.name))]
-        return self.attempt(max(numbers, default=0))
+        return self.attempt(max(self._attempts(), default=0))
+
+    def _attempts(self) -> list[int]:
+        return [int(match[1]) for name in _names(self.path) if (match := re.fullmatch(r"attempt-(\d+)", name))]
 
     def fault(self) -> str:
         """Why no file can be written there just now, such as a full disk; nothing where one can."""
@@ -389,7 +412,7 @@ class Attempt:
     number: int
 
     def make(self) -> Attempt:
-        """Makes the folders: for rank 0, and for whoever has something to leave there before it has met rank 0."""
+        """Makes the folders that are not there yet: for its agents, and for who leaves something without one."""
         for folder in (self.path, self.path / "failures"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self
@@ -397,6 +420,14 @@ class Attempt:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
 
     @property
     def rendezvous(self) -> Path:
@@ -431,6 +462,13 @@ class Attempt:
         return {
             int(match[1]) for name in _names(self.path / "failures") if (match := re.fullmatch(r"(\d+)\.json", name))
         }
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    record = read_json(path) or {}
+    if not isinstance(record.get("status"), str):
+        return None
+    return {name: value for name, value in record.items() if isinstance(value, _OF_A_RESULT.get(name, object))}
 
 
 def end_of(path: Path, size: int) -> str:

@@ -83,9 +83,11 @@ def test_the_files_of_a_run_directory() -> None:
     paths = run.paths(0)
     at_the_top = (run.job, run.settings, run.submission, run.metrics, run.result, run.data, run.slurm_log)
     made = (paths.export_dir, paths.checkpoint_dir, paths.attempt_dir)
-    below = (attempt.log(3), attempt.agent_log(), attempt.srun_log, attempt.profile(0, ".json.gz"))
+    below = (attempt.log(3), attempt.agent_log(), attempt.srun_log, attempt.status, attempt.result)
+    below += (attempt.profile(0, ".json.gz"),)
     assert [str(path.relative_to("/run")) for path in (*at_the_top, *made, *below)] == [
         *("job.json", "settings.yaml", "submission.json", "metrics.jsonl", "result.json", "data", "slurm.log"),
         *("export", "checkpoints", "attempt-0"),
-        *("attempt-0/rank-3.log", "attempt-0/agent-0.log", "attempt-0/srun.log", "attempt-0/profile/rank-0.json.gz"),
+        *("attempt-0/rank-3.log", "attempt-0/agent-0.log", "attempt-0/srun.log", "attempt-0/status.json"),
+        *("attempt-0/result.json", "attempt-0/profile/rank-0.json.gz"),
     ]

@@ -36,13 +36,14 @@ from workloads.steps.board import Board
 log = logging.getLogger(__name__)
 
 SAY_EVERY_S = 1.0
+STATUS_EVERY_S = 2.0
 RECORDS_WITHIN_S = 2.0
 """Seconds in which a failure that another agent has left before the hosts had met must be seen here."""
 
 
-def main(run_dir: Path, signals: Signals) -> NoReturn:
-    """Runs this host's part of the job that a run directory describes, and ends this process."""
-    code = _run(Job.described_in(run_dir), signals)
+def main(run_dir: Path, attempt: int, signals: Signals) -> NoReturn:
+    """Runs this host's part of an attempt of the job that a run directory describes, and ends this process."""
+    code = _run(Job.described_in(run_dir), attempt, signals)
     sys.stdout.flush()
     sys.stderr.flush()
     if code and signals.ended_by is not None:  # srun then tells what a scheduler did from what an agent did
@@ -51,13 +52,16 @@ def main(run_dir: Path, signals: Signals) -> NoReturn:
     os._exit(code)
 
 
-def _run(job: Job, signals: Signals) -> int:
+def _run(job: Job, number: int, signals: Signals) -> int:
     spec = job.spec
     os.environ.update(spec.rank_env)  # on Slurm the batch script exports it, and a container's image may have its own
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [agent] %(levelname)s: %(message)s", datefmt="%H:%M:%S")
     processes.adopt_orphans()
-    info = _info(spec)
-    attempt = RunDirectory(spec.run_dir).attempt(info.attempt).make()
+    info = replace(_info(spec), attempt=number)
+    run_dir = RunDirectory(spec.run_dir)
+    attempt = run_dir.attempt(number).make()
+    if info.rank == 0:
+        run_dir.show_newest()
     agent = _Agent(job, info, attempt, signals)
     try:
         return agent.run()
@@ -216,7 +220,7 @@ class _Agent:
 
     def _watch(self) -> None:
         """Watches until the job is over and no process of this host is left."""
-        say_at, silent_s, last = 0.0, 0.0, time.monotonic()
+        say_at, status_at, silent_s, last = 0.0, 0.0, 0.0, time.monotonic()
         at_most_s = max(SILENT_S, self.spec.rendezvous_timeout_s)  # until the leader, too, has imported all
         while True:
             now = time.monotonic()
@@ -230,6 +234,9 @@ class _Agent:
                 if self.leader is not None:
                     for link in self.links.values():
                         link.send({})
+            if now >= status_at and self.leader is not None and self.meeting is not None:
+                status_at = now + STATUS_EVERY_S
+                self.meeting.write_status(self.leader.status())
             heard = self._hear()
             silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
             at_most_s = SILENT_S if heard else at_most_s

@@ -21,6 +21,7 @@ from jobs import blame
 from jobs.blame import Failure, LastSeen
 from jobs.run_dir import BY_ITSELF, Attempt, RunDirectory, read_json, write_json
 from jobs.spec import JobSpec
+from jobs.status import status
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +234,11 @@ class Leader:
         ago_s = seen.since_s + (time.monotonic() - seen.at if seen.at else 0.0)
         return LastSeen(rank, self._host_of[rank], str(seen.step) if seen.step >= 0 else "", ago_s, seen.phase)
 
+    def status(self) -> dict[str, Any]:
+        """Where the ranks are that have not ended, for whoever looks from outside."""
+        running = [self._last_of(rank) for rank, seen in enumerate(self._seen) if not seen.ended]
+        return status(running, time.time())
+
     def fail(self, failure: Failure) -> None:
         """Ends the job with this as its root cause."""
         self._end(self._publish("failed", failure.headline(), failure))
@@ -259,10 +265,10 @@ class Leader:
     def _finish(self) -> None:
         """Every rank has done its work."""
         deaths = [seen.death for seen in self._seen if seen.death]
-        record = read_json(self.run.result)
+        record = read_json(self.attempt.result)
         if record is not None and deaths:  # what is done is done: what came after it is told beside it
             record["warnings"] = deaths
-            write_json(self.run.result, record)
+            write_json(self.attempt.result, record)
         self._end(0)
 
     def _publish(self, status: str, error: str, failure: Failure | None = None) -> int:
@@ -279,10 +285,10 @@ class Leader:
         }
         try:
             there = self.run.publish(record)
-            if there["status"] in BY_ITSELF and status == "failed" and there.get("attempt") == self.attempt.number:
+            if there["status"] in BY_ITSELF and status == "failed":
                 self.error = ""
                 there["warnings"] = [*there.get("warnings", ()), error]
-                write_json(self.run.result, there)
+                write_json(self.attempt.result, there)
                 return 0
         except OSError as unwritten:
             log.error("the result cannot be written: %s", unwritten)

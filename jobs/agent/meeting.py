@@ -1,8 +1,9 @@
 """The agents of a job find each other, in a child process of each agent, because a store's threads forbid forking.
 
 The child of the leader then holds the store that all ranks use, for as long as the leader lives: the store outlives
-every rank. The other children end when the agents have met. An agent that must not fork, and so starts its ranks as
-interpreters, may as well have the store's threads: there the meeting is a thread of the agent itself.
+every rank. It also writes the leader's status.json, since the leader must not wait for a file system. The other
+children end when the agents have met. An agent that must not fork, and so starts its ranks as interpreters, may as well
+have the store's threads: there the meeting is a thread of the agent itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,7 +24,7 @@ from typing import Any, NoReturn
 from jobs import blame, processes
 from jobs.agent.signals import OF_AN_AGENT
 from jobs.rank.identity import RankInfo
-from jobs.run_dir import Attempt
+from jobs.run_dir import Attempt, write_json
 from jobs.spec import JobSpec
 
 LATE_S = 30.0
@@ -68,7 +70,8 @@ class Meeting:
         from jobs.rank import rendezvous  # noqa: F401 - not in the child: what the ranks need, too, is imported once
 
         self._answer, answer = os.pipe()
-        keep, self._keep = os.pipe()  # the write end closes when the agent ends, however it ends
+        # The agent's end closes when the agent ends, however it ends.
+        self._keep, keep = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         agent = os.getpid()
         self.pid: int | None = None
         """The child's; None for a thread."""
@@ -81,15 +84,15 @@ class Meeting:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._answer)
-            os.close(self._keep)
+            self._keep.close()
             _meet_in_child(info, spec, attempt, leader, log, agent, answer, keep)
         os.close(answer)
-        os.close(keep)
+        keep.close()
 
     @property
     def private(self) -> tuple[int, ...]:
         """Descriptors that no rank may hold open."""
-        return (self._answer, self._keep)
+        return (self._answer, self._keep.fileno())
 
     def result(self) -> Met | None:
         """What came of it; None while it is not known.
@@ -113,14 +116,18 @@ class Meeting:
             raise self._failed("the process that meets the other hosts does not answer")
         return None
 
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Has the child write this, on the leader; not while the child still waits for the file system."""
+        with contextlib.suppress(OSError):
+            self._keep.send(json.dumps(status).encode(), socket.MSG_DONTWAIT)
+
     def _failed(self, why: str) -> MeetingFailed:
         info = self._info
         return MeetingFailed(blame.Failure(info.rank, info.host, time.time(), "lost_peer", why, log=self._log))
 
     def end(self) -> None:
         """Ends the child and so, on the leader, the store."""
-        with contextlib.suppress(OSError):
-            os.close(self._keep)
+        self._keep.close()
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -134,7 +141,7 @@ def _meet_in_child(
     log: str,
     agent: int,
     answer: int,
-    keep: int,
+    keep: socket.socket,
 ) -> NoReturn:
     processes.die_with_parent(agent)
     # A signal for the job is the agent's to answer: ranks may still need the store while it ends them.
@@ -146,7 +153,7 @@ def _meet_in_child(
 
 
 def _meet(
-    info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str, answer: int, keep: int
+    info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str, answer: int, keep: socket.socket
 ) -> None:
     """Meets the others, says what came of it, and on the leader keeps the store."""
     store = None
@@ -160,7 +167,9 @@ def _meet(
         text = text[os.write(answer, text) :]
     os.close(answer)
     if info.rank == 0 and store is not None:  # the store ends with the last reference to it
-        os.read(keep, 1)
+        while status := keep.recv(1 << 20):
+            with contextlib.suppress(OSError):
+                write_json(attempt.status, json.loads(status))
 
 
 def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> tuple[dict[str, Any], Any]:

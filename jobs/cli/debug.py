@@ -13,7 +13,7 @@ from jobs.cli.console import Console
 from jobs.cli.report import report_end
 from jobs.errors import JobFailed
 from jobs.job import Job
-from jobs.run_dir import RunDirectory, write_json
+from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec
 
 
@@ -30,16 +30,17 @@ def run(spec: JobSpec, console: Console) -> int:
     os.environ.update(spec.rank_env)
     os.environ.update(executor.debug_env(spec))
     interrupts.as_python_does()
-    result = RunDirectory(spec.run_dir).result
+    run_dir = RunDirectory(spec.run_dir)
+    ended = {"workload": spec.workload, "attempt": run_dir.begin_attempt().number}
     try:
         record = Job(spec)()
     except (Exception, SystemExit) as error:  # sys.exit(0) in the middle of the work is no success
         console.complain(traceback.format_exc().rstrip())
         message = f"rank 0 on {socket.gethostname()}: {blame.failure_of(error, 0, '', 0, '').message}"
-        write_json(result, {"status": "failed", "workload": spec.workload, "error": message})
+        run_dir.publish({**ended, "status": "failed", "error": message})
         raise JobFailed(message) from None
     except KeyboardInterrupt:
-        write_json(result, {"status": "interrupted", "workload": spec.workload, "error": "interrupted by SIGINT"})
+        run_dir.publish({**ended, "status": "interrupted", "error": "interrupted by SIGINT"})
         raise
     assert record is not None
     return report_end(record, console, time.monotonic() - began)

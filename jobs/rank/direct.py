@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 4 -m jobs.job WORKLOAD [--run-dir DIR] [--profile FIRST:LAST] [key=value ...]
     srun --nodes=2 --ntasks-per-node=4 python -m jobs.job WORKLOAD [the same flags] [key=value ...]
 
-Every rank reads the same line and comes to the same job. Rank 0 alone makes the run directory and prepares the data;
-the others wait for its word, which comes through torchrun's store, or in a file in the run directory, or beside it
-if that is refused.
+Every rank reads the same line and comes to the same job. Rank 0 alone makes the run directory, prepares the data and
+begins the attempt; the others wait for its word, which comes through torchrun's store, or in a file in the run
+directory, or beside it if that is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jobs.errors import (
 from jobs.rank import profiling
 from jobs.rank.identity import RankInfo
 from jobs.rank.run import run_rank
-from jobs.run_dir import RunDirectory, default_run_dir, keep_others_from_writing, read_json, write_json
+from jobs.run_dir import Attempt, RunDirectory, default_run_dir, keep_others_from_writing, read_json, write_json
 from jobs.slurm.hostlist import expand_counts
 from jobs.spec import JobSpec, ResourceSpec
 from workloads import registry
@@ -76,12 +76,12 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         info = RankInfo.from_env(env, processes.ancestry(), shlex.join(sys.orig_argv))
         spec = spec_by_hand(argv, info, env)
         board = _board(spec, info, env)
-        spec = _prepare(spec, info, board) if info.rank == 0 else _follow(spec, info, board)
+        spec, attempt = _prepare(spec, info, board) if info.rank == 0 else _follow(spec, info, board)
     except (*USER_ERRORS, TopologyError, RendezvousError) as error:
         processes.leave_soon()
         _say(error, info)
         return EXIT_FAILED if isinstance(error, RendezvousError) else EXIT_USER_ERROR
-    record = processes.as_rank(lambda: run_rank(spec, env))
+    record = processes.as_rank(lambda: run_rank(spec, env, attempt))
     if record is not None:
         print(json.dumps({"run_dir": str(spec.run_dir), **record}))
     return EXIT_DONE
@@ -177,34 +177,40 @@ def _threads(env: Mapping[str, str]) -> int:
 # --- rank 0 and the others --------------------------------------------------------------------------------------------
 
 
-def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> JobSpec:
-    """On rank 0: makes the run directory and prepares the data, and says so, or that it has refused to."""
+def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> tuple[JobSpec, int]:
+    """On rank 0: makes the run directory, prepares the data, begins an attempt, and says so, or that it refuses to.
+
+    Returns:
+        The job, and the attempt's number.
+    """
     try:
         spec = spec.model_copy(update={"run_dir": board.earlier_run_dir() or spec.run_dir})
         run = RunDirectory(spec.run_dir)
-        _refuse_second_run(run, info)
+        said = board.said() or {}  # a launcher may start its ranks again as what they were
+        if "attempt" in said and _has_run(run.attempt(said["attempt"]), info.rank):
+            raise _ran_already(run)
         if info.attempt == 0 or not run.job.exists():
             entry = registry.load(spec.workload, spec.import_path)
             RunDirectory.create(spec.run_dir).describe(spec)
             if entry.prepare_by_hand:
                 entry.call("prepare", entry.config.model_validate(spec.settings), run.data)
+        attempt: int = said["attempt"] if "attempt" in said else run.begin_attempt().number
     except BaseException as error:
         board.say({"refused": str(error)})
         if isinstance(error, Exception):
             board.refusal_is_read()
         raise
-    board.say({"run_dir": str(spec.run_dir)})
-    return spec
+    board.say({"run_dir": str(spec.run_dir), "attempt": attempt})
+    return spec, attempt
 
 
-def _follow(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> JobSpec:
-    """On the others: the job in the run directory that rank 0 has made.
+def _follow(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> tuple[JobSpec, int]:
+    """On the others: the job in the run directory that rank 0 has made, and the attempt's number.
 
     Raises:
         CommandLineError: rank 0 has refused, and says why.
         RendezvousError: no word came from it.
     """
-    _refuse_second_run(RunDirectory(spec.run_dir), info)
     waited_for = f"rank 0{f' on {info.expected_hosts[0]}' if info.expected_hosts else ''} to make {spec.run_dir}"
     word = board.hear(PREPARE_AT_MOST, waited_for if info.local_rank == 0 else "")
     if word is None:
@@ -215,13 +221,18 @@ def _follow(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> J
     if "refused" in word:
         board.refusal_is_read()
         raise _Refused(word["refused"])
-    return spec.model_copy(update={"run_dir": Path(word["run_dir"])})
+    run, number = RunDirectory(Path(word["run_dir"])), word["attempt"]
+    if _has_run(run.attempt(number), info.rank):
+        raise _ran_already(run)
+    return spec.model_copy(update={"run_dir": run.path}), number
 
 
-def _refuse_second_run(run: RunDirectory, info: RankInfo) -> None:
-    attempt = run.attempt(info.attempt)
-    if attempt.done(info.rank).exists() or attempt.failure(info.rank).exists():
-        raise RunDirectoryError(f"--run-dir {run.path}: this rank has run there already; give another directory")
+def _has_run(attempt: Attempt, rank: int) -> bool:
+    return attempt.done(rank).exists() or attempt.failure(rank).exists()
+
+
+def _ran_already(run: RunDirectory) -> RunDirectoryError:
+    return RunDirectoryError(f"--run-dir {run.path}: this rank has run there already; give another directory")
 
 
 def _board(spec: JobSpec, info: RankInfo, env: Mapping[str, str]) -> _StoreBoard | _FileBoard:
@@ -238,10 +249,14 @@ class _StoreBoard:
         self._run_dir_key = f"meshrun/run-dir/{info.job_id}"
         self._store = launchers_store(info, env, STORE_WITHIN_S)
 
-    def say(self, word: dict[str, str]) -> None:
+    def say(self, word: dict[str, Any]) -> None:
         if "run_dir" in word:
             self._store.set(self._run_dir_key, word["run_dir"])
         self._store.set(self._key, json.dumps(word))
+
+    def said(self) -> dict[str, Any] | None:
+        """Rank 0's word, if it is there already."""
+        return _as_word(json.loads(self._store.get(self._key))) if self._store.check([self._key]) else None
 
     def earlier_run_dir(self) -> Path | None:
         """The run directory of an earlier attempt: torchrun's agent, which starts the ranks again, keeps the store."""
@@ -249,7 +264,7 @@ class _StoreBoard:
             return None
         return Path(self._store.get(self._run_dir_key).decode())
 
-    def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
+    def hear(self, at_most: timedelta, waited_for: str) -> dict[str, Any] | None:
         import torch.distributed as dist
 
         try:
@@ -271,25 +286,26 @@ class _FileBoard:
 
     def __init__(self, run_dir: Path, info: RankInfo) -> None:
         self._info = info
-        self._attempt = RunDirectory(run_dir).attempt(info.attempt)
-        self._made = self._attempt.path / f".made-{info.identity}.json"
+        self._made = run_dir / f".made-{info.identity}.json"
         self._beside = run_dir.with_name(f".{run_dir.name}.{info.identity}")
         self._refused = self._beside / "refused.json"
 
-    def say(self, word: dict[str, str]) -> None:
+    def say(self, word: dict[str, Any]) -> None:
         # A word that cannot be written can still be missed: the others' wait has an end.
         with contextlib.suppress(OSError):
             if "refused" in word:
                 self._beside.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_json(self._refused, word)
             else:
-                self._attempt.make()
                 write_json(self._made, word)
+
+    def said(self) -> dict[str, Any] | None:
+        return _as_word(read_json(self._made))
 
     def earlier_run_dir(self) -> None:
         """The run directory is named by the step, and so the same for each attempt."""
 
-    def hear(self, at_most: timedelta, waited_for: str) -> dict[str, str] | None:
+    def hear(self, at_most: timedelta, waited_for: str) -> dict[str, Any] | None:
         started, said = time.monotonic(), not waited_for
         while (word := _as_word(read_json(self._made)) or _as_word(read_json(self._refused))) is None:
             waited = time.monotonic() - started
@@ -325,5 +341,5 @@ def _look_anew(directory: Path) -> None:
         os.close(os.open(directory, os.O_RDONLY))
 
 
-def _as_word(value: Any) -> dict[str, str] | None:
+def _as_word(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and ("run_dir" in value or "refused" in value) else None

@@ -58,7 +58,7 @@ class RankInfo:
     step_id: str = ""
     """The scheduler's number of this step of the job; "" where a job has no steps."""
     attempt: int = 0
-    """0 at first, one more after each requeue or restart."""
+    """Its number in the run directory, once that is known; until then, how often the launcher has started it again."""
     node_rank: int | None = None
     """The host's number as the scheduler says, for the log only: under some distributions it is not ours."""
     expected_hosts: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ def local_env(rank: int, nodes: int, ranks_per_node: int, job_id: str, attempt: 
         "MESHRUN_NNODES": str(nodes),
         "MESHRUN_NODENAME": f"host{node}",
         "MESHRUN_JOB_ID": job_id,
-        "MESHRUN_RESTART_COUNT": str(attempt),
+        "MESHRUN_ATTEMPT": str(attempt),
     }
 
 
@@ -181,7 +181,7 @@ def _from_local(env: Mapping[str, str]) -> RankInfo:
             local_world_size=per_node,
             host=_text(env, "MESHRUN_NODENAME"),
             job_id=_text(env, "MESHRUN_JOB_ID"),
-            attempt=_int(env, "MESHRUN_RESTART_COUNT", default=0),
+            attempt=_int(env, "MESHRUN_ATTEMPT", default=0),
             node_rank=_int(env, "MESHRUN_NODEID"),
             expected_hosts=tuple(hosts[rank // per_node] for rank in range(world_size)),
             master_addr=_text(env, "MASTER_ADDR") if has_agent else None,

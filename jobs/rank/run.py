@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -53,12 +53,13 @@ class _Clock:
         return time.time() - self.ahead_s
 
 
-def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
+def run_rank(spec: JobSpec, env: Mapping[str, str], attempt_number: int | None = None) -> dict[str, Any] | None:
     """Runs this process's part of the job.
 
     Args:
         spec: the job.
         env: the variables that say which rank this is; passed in, so that nothing below reads a global for it.
+        attempt_number: of the attempt; None: as an agent has said in `env`.
 
     Returns:
         What goes into result.json, on rank 0; None elsewhere.
@@ -67,6 +68,8 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
         BaseException: whatever ended the rank, after leaving a record of it in the run directory.
     """
     info = RankInfo.from_env(env, processes.ancestry())
+    if attempt_number is not None:
+        info = replace(info, attempt=attempt_number)
     attempt = RunDirectory(spec.run_dir).attempt(info.attempt)
     _configure_logging(f"rank {info.rank}/{info.world_size} {info.host}")
     faulthandler.enable()
@@ -83,9 +86,6 @@ def run_rank(spec: JobSpec, env: Mapping[str, str]) -> dict[str, Any] | None:
     with contextlib.ExitStack() as at_end:  # the failure's record comes first
         try:
             processes.allow_open_files(info.world_size, info.host)
-            if info.rank == 0:
-                attempt.make()  # the others write there when they have met rank 0, or have failed
-                RunDirectory(spec.run_dir).begin(info.attempt)
             return _run(spec, info, attempt, env, clock, at_end)
         except BaseException as error:
             failed, moment = clock.now(), time.monotonic()

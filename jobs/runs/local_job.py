@@ -78,13 +78,15 @@ def without_result(run_dir: RunDirectory, code: int | None = None) -> dict[str, 
         run_dir: the job's.
         code: how the agent ended, as subprocess has it; None where nobody knows.
     """
-    log, fault = run_dir.last_attempt().agent_log(), run_dir.fault()
+    attempt, fault = run_dir.last_attempt(), run_dir.fault()
+    log = attempt.agent_log()
     headline = last_lines(log, 1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
     failure = blame.failure_of_agent(code, 0, "host0", time.time(), str(log), end_of(log, 10_000))
     error = headline or failure.headline()
     record = {
         "status": "failed",
         "workload": (read_json(run_dir.job) or {}).get("workload", ""),
+        "attempt": attempt.number,
         "error": f"{error}{fault and f'; {fault}'}",
         "traceback": last_lines(log),
     }

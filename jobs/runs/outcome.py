@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import re
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from jobs.run_dir import BY_ITSELF, RunDirectory, end_of, open_regular, read_jso
 from jobs.slurm import environment, query, srun
 from jobs.slurm.query import JobState
 from jobs.slurm.srun import AgentEnd, SrunLog
+from jobs.status import in_words
 from workloads.errors import first_few
 
 _ASKS_TO_END = {
@@ -64,8 +64,8 @@ class Evidence:
     """The error that the log of an agent ends with, of those that ended first."""
     leader_says: str = ""
     """The root cause, where the leader could write it nowhere but into its log."""
-    last_step: str = ""
-    """The last step of which there are metrics."""
+    ranks_were: str = ""
+    """Where its ranks were, as the leader last said."""
     script_says: str = ""
     """The end of slurm.log, for a job that never came to srun."""
     srun_began: bool = False
@@ -151,7 +151,7 @@ def _own_failure(seen: Evidence) -> Failure | None:
 
 def _what_slurm_did(seen: Evidence) -> str:
     job, cause = f"job {seen.job_id}", seen.cause
-    at = f"; rank 0 was last in step {seen.last_step}" if seen.last_step else ""
+    at = f"; {seen.ranks_were}" if seen.ranks_were else ""
     if cause == "TIMEOUT":
         limit = f" of {seen.time_min} min" if seen.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"
@@ -222,7 +222,8 @@ def _without_an_agent(seen: Evidence) -> str:
         number = seen.status - 128
         name = f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number > 0 else ""
         return f"{job}: srun ended with code {seen.status}{name} and no agent has given a reason (log: {seen.srun_log})"
-    return f"{job} ended{state}, and no agent has left a result or said why (log: {seen.srun_log})"
+    were = f"; {seen.ranks_were}" if seen.ranks_were else ""
+    return f"{job} ended{state}, and no agent has left a result or said why{were} (log: {seen.srun_log})"
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def gather(
         logs=there.agent_logs(),
         last_lines={n: line for n in ended_first if (line := blame.error_at_end(end_of(there.agent_log(n), 10_000)))},
         leader_says=leader_says.partition("\n")[0] if is_said else "",
-        last_step=_last_step(there.metrics),
+        ranks_were=in_words(read_json(there.status)),
         script_says=_last_line(run.slurm_log),
         srun_began=there.srun_log.exists(),
         srun_log=str(there.srun_log),
@@ -291,11 +292,6 @@ def _text(path: Path) -> str:
             return file.read(_AT_MOST_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _last_step(metrics: Path) -> str:
-    steps = re.findall(r'^\{.*?"step": (\d+)[,}]', end_of(metrics, 10_000), re.MULTILINE)
-    return steps[-1] if steps else ""
 
 
 def _last_line(path: Path) -> str:
@@ -333,8 +329,8 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
         One line for the script's log.
     """
     run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
-    record = run.recorded()
-    if record is None or record.get("attempt", 0) != number:
+    record = run.recorded(number)
+    if record is None:
         seen = gather(run, number, status=int(status))
         if _may_be_preempted(seen):
             answer = query.ask_scontrol(

@@ -1,9 +1,10 @@
-"""result.json of a run that may still go on."""
+"""The newest attempt's result.json, of a run that may still go on."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 from jobs.run_dir import BY_ITSELF, RunDirectory
@@ -14,11 +15,11 @@ LINGERS = "the work is done, but threads or exit hooks of a rank are still runni
 
 
 class Result:
-    """result.json, read when it changes."""
+    """The newest attempt's result.json, read when it changes."""
 
     def __init__(self, run_dir: RunDirectory) -> None:
         self.run_dir = run_dir
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[Path, int, int] | None = None
         self._record: dict[str, Any] | None = None
         self.since = 0.0
         """When the file was written, in seconds since the epoch."""
@@ -34,19 +35,18 @@ class Result:
         return self._is_told
 
     def read(self) -> dict[str, Any] | None:
-        """The newest attempt's record; None if there is none, or only an earlier attempt's, which is not the end."""
+        """How the newest attempt ended; None while that is not known: how an earlier one did is not the end."""
+        newest = self.run_dir.last_attempt()
         try:
-            stat = self.run_dir.result.stat()
-            seen = (stat.st_ino, stat.st_mtime_ns)
+            stat = newest.result.stat()
+            seen = (newest.path, stat.st_ino, stat.st_mtime_ns)
         except OSError:
             self._seen = self._record = None
             return None
         if seen != self._seen:
             self._record = None
             with contextlib.suppress(OSError):  # it has just been replaced
-                self._record = self.run_dir.recorded()
+                self._record = self.run_dir.recorded(newest.number)
             self._seen = seen
             self.since, self.changes = stat.st_mtime, self.changes + 1
-        if self._record is not None and self._record.get("attempt", 0) < self.run_dir.last_attempt().number:
-            return None
         return self._record

@@ -101,7 +101,7 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
 
 
 def agent_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
-    """What srun starts on every host."""
+    """What srun starts on every host, but for the attempt's number."""
     agent = [cluster.python or sys.executable, "-u", str(ENTRY), "--agent", str(spec.run_dir)]
     if not cluster.command_prefix:
         return agent
@@ -129,15 +129,22 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         lines.append(f"#SBATCH --{name}" + ("" if value is True else f"={_quoted(str(value))}"))
     lines += [
         "",
-        "# However it ends: who failed, and why, in a line here and in result.json. A SIGTERM is for the ranks first.",
+        "# Each start of this script is an attempt of its own, in a folder that no other one can have made.",
         f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))}",
+        "MESHRUN_NUMBER=0",
+        'until MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-$MESHRUN_NUMBER"; mkdir -m 700 "$MESHRUN_ATTEMPT" 2>/dev/null; do',
+        '    [ -d "$MESHRUN_ATTEMPT" ] || { echo "meshrun: $MESHRUN_ATTEMPT cannot be made" >&2; exit 1; }',
+        "    MESHRUN_NUMBER=$((MESHRUN_NUMBER + 1))",
+        "done",
+        "",
+        "# However it ends: who failed, and why, in a line here and in result.json. A SIGTERM is for the ranks first.",
         "meshrun_ended() {",
         "    local status=$?",
-        '    if [ "$status" -ne 0 ] || [ ! -e "$MESHRUN_RUN/result.json" ]; then',
+        '    if [ "$status" -ne 0 ] || [ ! -e "$MESHRUN_ATTEMPT/result.json" ]; then',
         f"        {shlex.join([sys.executable, str(ENTRY)])} \\",
-        '            --ended "$MESHRUN_RUN" "${SLURM_RESTART_COUNT:-0}" "$status"',
+        '            --ended "$MESHRUN_RUN" "$MESHRUN_NUMBER" "$status"',
         "    fi",
-        '    if grep -qs \'^  "status": "stopped"\' "$MESHRUN_RUN/result.json"; then',
+        '    if grep -qs \'^  "status": "stopped"\' "$MESHRUN_ATTEMPT/result.json"; then',
         "        status=1",
         "    fi",
         '    exit "$status"',
@@ -160,14 +167,12 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
     lines += [
         "",
-        "# One agent per host, which starts its ranks. A requeue starts the script again, as the next attempt.",
-        'MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-${SLURM_RESTART_COUNT:-0}"',
-        'mkdir -p "$MESHRUN_ATTEMPT"',
+        "# One agent per host, which starts its ranks.",
         # They list a host for each task: srun would start several agents on the first one.
         "unset SLURM_HOSTFILE SLURM_ARBITRARY_NODELIST",
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
         '    --open-mode=append --output="$MESHRUN_ATTEMPT/agent-%t.log" \\',
-        f"    {shlex.join(agent_command(spec, cluster))} \\",
+        f'    {shlex.join(agent_command(spec, cluster))} "$MESHRUN_NUMBER" \\',
         '    2>>"$MESHRUN_ATTEMPT/srun.log"',
     ]
     return "\n".join(lines) + "\n"

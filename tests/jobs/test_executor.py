@@ -48,7 +48,7 @@ def test_local_and_debug_submissions(tmp_path: Path) -> None:
         ClusterConfig(),
     )
     assert local.parameters == {"nodes": 2, "tasks_per_node": 4, "timeout_min": 5}
-    assert local.text == f"{sys.executable} -u {ENTRY} --agent {tmp_path}"
+    assert local.text == f"{sys.executable} -u {ENTRY} --agent {tmp_path} 0"
     assert render(make_spec(tmp_path, executor="debug"), ClusterConfig()).text == "one rank in this process"
 
 
@@ -167,8 +167,10 @@ def test_sbatch_gets_a_clean_environment(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_logs_directory_is_there_before_the_job_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's own; an attempt's folder is made by who begins the attempt."""
     spec = make_spec(tmp_path / "run")
-    scheduler(tmp_path, monkeypatch, f"[ -d {spec.run_dir}/attempt-0 ] && echo Submitted batch job 42")
+    there = f"[ -d {spec.run_dir} ] && [ ! -e {spec.run_dir}/attempt-0 ]"
+    scheduler(tmp_path, monkeypatch, f"{there} && echo Submitted batch job 42")
     RunDirectory.create(spec.run_dir)
     assert executor.submit(spec, ClusterConfig(), owned=False).job_id == "42"
 

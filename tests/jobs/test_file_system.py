@@ -31,14 +31,10 @@ def test_a_rank_opens_its_log_at_start_and_nothing_else(counted: Counted) -> Non
         assert calls(process, "end") == {}
 
 
-def test_rank_0_makes_every_folder(counted: Counted) -> None:
+def test_rank_0_makes_no_folder_and_no_link(counted: Counted) -> None:
     (first,) = [process for process in counted.processes if process.rank == 0]
-    folders = ("/attempt-0", "/attempt-0/failures")
-    made = {path for operation, path in calls(first, "start") if operation == "mkdir"}
-    assert made == set(folders)
+    assert not {operation for operation, _ in calls(first, "start")} & {"mkdir", "symlink", "rename"}
     assert calls(first, "steps") == {}
-    renamed = {path.partition(".json")[0] for operation, path in calls(first, "start") if operation == "rename"}
-    assert renamed == {"/.metrics"}
 
 
 def test_the_open_files_of_a_rank_are_as_said(counted: Counted) -> None:

@@ -305,10 +305,11 @@ def test_the_others_wait_for_rank_0s_word_and_say_what_for(
 
 
 def test_rank_0s_word_is_for_its_own_step_and_attempt_only(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     board = _FileBoard(tmp_path / "run", step(0))
-    board.say({"run_dir": "x"})
+    board.say({"run_dir": "x", "attempt": 0})
     at_once = timedelta(0)
-    assert _FileBoard(tmp_path / "run", step(1)).hear(at_once, "") == {"run_dir": "x"}
+    assert _FileBoard(tmp_path / "run", step(1)).hear(at_once, "") == {"run_dir": "x", "attempt": 0}
     for other in (step(1, SLURM_STEP_ID="4"), step(1, SLURM_RESTART_COUNT="1"), step(1, SLURM_JOB_ID="78")):
         assert _FileBoard(tmp_path / "run", other).hear(at_once, "") is None
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside it that would stay
@@ -348,11 +349,16 @@ def test_a_refusal_stays_for_who_comes_late_and_goes_with_the_last(
 def test_a_requeued_step_goes_on_in_its_run_directory_and_a_second_run_does_not(tmp_path: Path) -> None:
     spec = spec_by_hand(["tp_fsdp", "steps=2"], step(0), {})
     board = _FileBoard(spec.run_dir, step(0))
-    _prepare(spec, step(0), board)
+    assert _prepare(spec, step(0), board)[1] == 0
     made = (spec.run_dir / "job.json").stat().st_ino
-    again = step(0, SLURM_RESTART_COUNT="1")
-    _prepare(spec, again, _FileBoard(spec.run_dir, again))
+    again = step(0, SLURM_RESTART_COUNT="3")  # the requeues between never came so far
+    assert _prepare(spec, again, _FileBoard(spec.run_dir, again))[1] == 1
+    assert _follow(spec, step(1, SLURM_RESTART_COUNT="3"), _FileBoard(spec.run_dir, again))[1] == 1
     assert (spec.run_dir / "job.json").stat().st_ino == made
+    assert _prepare(spec, again, _FileBoard(spec.run_dir, again))[1] == 1  # started again, not counted by the launcher
+    RunDirectory(spec.run_dir).attempt(1).failure(0).touch()
+    with pytest.raises(RunDirectoryError, match="has run there already"):
+        _prepare(spec, again, _FileBoard(spec.run_dir, again))
     run = RunDirectory(spec.run_dir).attempt(0).make()
     run.done(1).parent.mkdir()
     run.done(1).touch()

@@ -84,9 +84,7 @@ TIMED_OUT = {**FAILED, "slurm_state": "TIMEOUT"}
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-@pytest.mark.parametrize(
-    "order", [(DONE, NAMED), (NAMED, FAILED), (TIMED_OUT, FAILED), (NAMED, TIMED_OUT), ({**FAILED, "attempt": 1}, DONE)]
-)
+@pytest.mark.parametrize("order", [(DONE, NAMED), (NAMED, FAILED), (TIMED_OUT, FAILED), (NAMED, TIMED_OUT)])
 def test_the_record_that_counts_more_stays_whichever_comes_first(
     order: tuple[dict[str, Any], ...], has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +98,8 @@ def test_the_record_that_counts_more_stays_whichever_comes_first(
         run.path.mkdir()
         assert [run.publish(dict(record)) for record in sequence][-1] == order[0]
         assert read_json(run.result) == order[0]
-        assert [path.name for path in run.path.iterdir()] == ["result.json"]
+        assert sorted(path.name for path in run.path.iterdir()) == ["attempt-0", "metrics.jsonl", "result.json"]
+        assert sorted(path.name for path in run.attempt(0).path.iterdir()) == ["failures", "result.json"]
 
 
 def test_a_record_that_comes_while_another_is_replaced_is_not_lost(
@@ -197,25 +196,54 @@ def test_the_newest_attempt_is_the_largest_number(tmp_path: Path) -> None:
     assert run.last_attempt().number == 10
 
 
-def test_the_metrics_at_the_top_are_those_of_the_newest_attempt_that_came_so_far(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    for number in (0, 1, 3):  # of attempt 2 the ranks never met
-        run.attempt(number).make()
-        run.begin(number)
+def test_what_is_at_the_top_is_the_newest_attempts(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    for number in range(3):
+        assert run.begin_attempt().number == number
         assert not run.metrics.exists()  # no step has ended
+        assert not run.result.exists()
+        assert run.recorded() is None
         run.attempt(number).metrics.write_text(f"{number}\n")
-        run.begin(number)
+        record = {"status": "failed", "attempt": number}
+        assert run.publish(dict(record)) == run.recorded() == read_json(run.result) == record
         assert run.metrics.read_text() == f"{number}\n"
-    run.begin(0)  # late, on a host that the scheduler gave up; its attempt's successor stands
-    assert run.metrics.read_text() == "3\n"
+    # An attempt on a host that the scheduler gave up ends late; its successor's result stands.
+    assert run.publish(dict(DONE)) == run.recorded(0) == DONE
+    assert run.recorded() == read_json(run.result) == record
     moved = RunDirectory(run.path.rename(tmp_path / "moved"))
     with open_regular(moved.metrics) as file:
-        assert file.read() == b"3\n"
-    assert [path.read_text() for path in sorted(moved.path.glob("attempt-*/metrics.jsonl"))] == ["0\n", "1\n", "3\n"]
-    assert len(list(moved.path.iterdir())) == 4
+        assert file.read() == b"2\n"
+    assert read_json(moved.result) == record
 
 
-def test_a_file_system_without_symbolic_links_keeps_the_metrics_with_the_attempt(
+def test_a_link_that_is_late_is_put_right_by_who_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt begins, and is shown, between the look for the newest and the link to it."""
+    run, link = RunDirectory(tmp_path), os.symlink
+
+    def another_begins(*words: Any, **more: Any) -> None:
+        monkeypatch.setattr(os, "symlink", link)
+        assert run.begin_attempt().number == 1
+        link(*words, **more)
+
+    monkeypatch.setattr(os, "symlink", another_begins)
+    assert run.begin_attempt().number == 0
+    assert [str(top.readlink()) for top in (run.metrics, run.result)] == [
+        "attempt-1/metrics.jsonl",
+        "attempt-1/result.json",
+    ]
+
+
+def test_of_several_that_begin_an_attempt_each_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each has looked before any of the others began."""
+    run = RunDirectory(tmp_path)
+    with monkeypatch.context() as before:
+        before.setattr(RunDirectory, "_attempts", lambda _: [])
+        assert [run.begin_attempt().number for _ in range(3)] == [0, 1, 2]
+    assert run.begin_attempt().number == 3
+    assert str(run.result.readlink()) == "attempt-3/result.json"
+
+
+def test_a_file_system_without_symbolic_links_has_a_copy_of_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -223,9 +251,17 @@ def test_a_file_system_without_symbolic_links_keeps_the_metrics_with_the_attempt
 
     monkeypatch.setattr(os, "symlink", refuse)
     run = RunDirectory(tmp_path)
-    run.attempt(0).make()
-    run.begin(0)
+    run.begin_attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["attempt-0"]
+    run.publish(dict(DONE))
+    assert read_json(run.result) == DONE
+    run.begin_attempt()
+    assert not run.result.exists()
+    run.publish(dict(NAMED))  # late
+    assert not run.result.exists()
+    later = {**FAILED, "attempt": 1}
+    run.publish(dict(later))
+    assert read_json(run.result) == later
 
 
 def test_a_workload_is_told_the_same_names(tmp_path: Path) -> None:
@@ -233,3 +269,12 @@ def test_a_workload_is_told_the_same_names(tmp_path: Path) -> None:
     paths = run.paths(3)
     assert (paths.run_dir, paths.metrics, paths.data_dir) == (tmp_path, run.attempt(3).metrics, run.data)
     assert paths.attempt_dir == run.attempt(3).path
+
+
+def test_a_result_that_an_earlier_version_left_at_the_top_is_read(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.attempt(0).make()
+    write_json(run.result, DONE)
+    assert run.recorded() == DONE
+    run.attempt(1).make()
+    assert run.recorded() is None  # that of another attempt says nothing of this one

@@ -69,7 +69,7 @@ def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if state not in "ZX" and words[-3:] == [b"--agent", str(run).encode(), b""] and b"srun" not in words[0]:
+        if state not in "ZX" and words[-4:-2] == [b"--agent", str(run).encode()] and b"srun" not in words[0]:
             found.add(int(entry.name))
     return found if pids is None else found & pids
 

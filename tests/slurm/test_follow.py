@@ -113,7 +113,7 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     assert "step 4/4" not in again.stderr
     assert time.monotonic() - before < 60
     # Its number may be another job's some day.
-    (line.run_dir / "result.json").unlink()
+    (line.run_dir / "attempt-0" / "result.json").unlink()
     path = line.run_dir / "submission.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": occupy(slurm)}))
     again = come_back(slurm, line)
@@ -161,7 +161,7 @@ def test_a_rank_that_dies_ends_the_job_and_is_named(
     # A run directory outlives Slurm's memory (MinJobAge); here its job's number is one of long ago.
     path = line.run_dir / "submission.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": "7"}))
-    (line.run_dir / "result.json").unlink()
+    (line.run_dir / "attempt-0" / "result.json").unlink()
     again = come_back(slurm, line)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1] == last
@@ -265,7 +265,10 @@ def test_a_job_that_is_cancelled_while_it_is_followed(slurm_accounting: Cluster,
     assert code(line) == 1
     assert time.monotonic() - cancelled < 20
     last = err(line).splitlines()[-1]
-    assert f"the job failed: job {job_id(line)} was cancelled by {slurm_accounting.user}; rank 0 was last in" in last
+    assert (
+        f"the job failed: job {job_id(line)} was cancelled by {slurm_accounting.user}; its ranks had finished step"
+        in last
+    )
     assert line.result()["error"] in last
     assert line.result()["slurm_state"] == "CANCELLED"
 

@@ -66,7 +66,7 @@ class Job:
                     self.leader.hear(number, {})
             self.leader.step()
             if self.leader.code is not None:
-                return read_json(self.run.result) or {}
+                return read_json(self.leader.attempt.result) or {}
         raise AssertionError("no decision")
 
 
@@ -76,7 +76,7 @@ def of(rank: int, kind: Any, message: str = "it broke") -> Failure:
 
 def test_ranks_that_are_done_end_the_job(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    write_json(job.run.result, {"status": "done", "attempt": 0})
+    write_json(job.leader.attempt.result, {"status": "done", "attempt": 0})
     for rank in range(4):
         job.ends(rank, done=True)
     assert job.decide()["status"] == "done"
@@ -134,12 +134,12 @@ def test_what_starts_the_job_locally_interrupts_it(tmp_path: Path) -> None:
     job = Job(tmp_path, on_slurm=False)
     job.leader.hear(0, {"told": 2})
     job.leader.step()
-    assert (job.leader.code, (read_json(job.run.result) or {})["status"]) == (1, "interrupted")
+    assert (job.leader.code, (read_json(job.leader.attempt.result) or {})["status"]) == (1, "interrupted")
 
 
 def test_a_failure_after_the_work_is_done_is_a_warning(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    write_json(job.run.result, {"status": "done", "attempt": 0})
+    write_json(job.leader.attempt.result, {"status": "done", "attempt": 0})
     job.ends(3, of(3, "error", "ValueError: mine"))
     assert job.decide()["warnings"] == ["rank 3 on n1: ValueError: mine"]
     assert job.leader.code == 0
@@ -148,9 +148,9 @@ def test_a_failure_after_the_work_is_done_is_a_warning(tmp_path: Path) -> None:
 def test_an_attempt_that_has_a_successor_touches_nothing_of_its(tmp_path: Path) -> None:
     """As on a host whose cable was pulled, when Slurm has long started the job elsewhere."""
     job = Job(tmp_path)
-    job.run.attempt(1).make()
     theirs = {"status": "done", "attempt": 1}
-    write_json(job.run.result, theirs)
+    job.run.publish(dict(theirs))
     job.ends(0, of(0, "error", "ValueError: mine"))
-    assert job.decide() == theirs
+    assert job.decide()["status"] == "failed"  # in its own folder
     assert job.leader.code == 1
+    assert read_json(job.run.result) == job.run.recorded() == theirs

@@ -124,19 +124,21 @@ def test_a_full_disk_does_not_hide_the_failure(
     failure = "rank 1 on host0: ValueError: mine" if has_log else f"the leader on host0: {VANISHED} (log: {log})"
     says = f"the job failed: {failure}; {failed_run.path} cannot be written to: File too large\n"
     assert capsys.readouterr().err.endswith(says)
-    assert not failed_run.result.exists()
+    assert not failed_run.attempt(0).result.exists()
 
 
 def test_an_interrupted_local_job(tmp_path: Path, capsys: Capture) -> None:
     run = local(tmp_path, 1, "")
-    write_json(run.result, {"status": "interrupted", "workload": "mine", "attempt": 0, "error": "by SIGTERM"})
+    write_json(
+        run.attempt(0).result, {"status": "interrupted", "workload": "mine", "attempt": 0, "error": "by SIGTERM"}
+    )
     assert main(["wait", "run"]) == 1
     assert capsys.readouterr().err == "meshrun: error: the job was interrupted: by SIGTERM\n"
 
 
 def test_a_local_job_of_another_box_is_known_by_its_result(tmp_path: Path, later: Later, capsys: Capture) -> None:
     run = local(tmp_path, os.getpid(), sys.argv[0], host="elsewhere")
-    later(1.0, lambda: write_json(run.result, DONE))
+    later(1.0, lambda: write_json(run.attempt(0).result, DONE))
     assert main(["wait", "run"]) == 0
     assert "the job runs on elsewhere" in capsys.readouterr().out
 
@@ -155,7 +157,7 @@ def test_a_job_whose_agent_runs_has_not_failed_also_where_there_is_no_proc(
     sleeper = subprocess.Popen(["sleep", "600"])
     run = local(tmp_path, sleeper.pid, "600")
     monkeypatch.setattr(result, "LINGERS_S", 0.1)
-    later(1.5, lambda: write_json(run.result, DONE))
+    later(1.5, lambda: write_json(run.attempt(0).result, DONE))
     later(3.0, sleeper.kill)
     assert main(["wait", "run"]) == 0
     assert "the work is done, but threads or exit hooks of a rank are still running" in capsys.readouterr().out

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from jobs import processes
-from jobs.blame import Failure
+from jobs.blame import Failure, LastSeen
 from jobs.run_dir import RunDirectory, Submitted, read_json, write_json
 from jobs.runs import outcome
 from jobs.runs.outcome import Evidence, conclude, gather
 from jobs.slurm import srun
 from jobs.slurm.query import JobState
 from jobs.slurm.srun import SrunLog
+from jobs.status import status
 from tests.jobs.slurm.test_srun import RECORDED, recorded
 
 NOW = 1000.0
@@ -107,10 +108,13 @@ FULL = "/run cannot be written to: No space left on device"
         (seen("scancel", state="CANCELLED"), "job 12 was cancelled"),
         (seen("scancel"), "job 12 was cancelled"),
         (replace(seen(), logs={}, state=JobState("CANCELLED", by="0")), "job 12 was cancelled by root before it star"),
-        (seen("scancel", [lost(1)], last_step="9"), "job 12 was cancelled; rank 0 was last in step 9"),
         (
-            seen("batch-script-killed", state="FAILED", status=None, last_step="9"),
-            "the batch script of job 12 was killed (someone's kill, or its host's memory was used up); rank 0 was",
+            seen("scancel", [lost(1)], ranks_were="its ranks had finished step 9"),
+            "job 12 was cancelled; its ranks had finished step 9",
+        ),
+        (
+            seen("batch-script-killed", state="FAILED", status=None, ranks_were="its ranks had finished step 9"),
+            "the batch script of job 12 was killed (someone's kill, or its host's memory was used up); its ranks",
         ),
         (seen("step-cancelled", status=137), "srun of job 12 was told to end (someone's kill, or a scancel of the st"),
         (seen("step-cancelled", state="CANCELLED"), "job 12 was cancelled"),
@@ -242,7 +246,7 @@ def test_everything_is_read_and_the_record_is_left(run: RunDirectory) -> None:
     assert record["error"].endswith(f"(log: {run.attempt(0).agent_log(1)})")
     assert record["failure"]["rank"] == 2
     assert (record["job_id"], record["workload"], record["attempt"]) == ("12", "mine", 0)
-    assert read_json(run.result) == record
+    assert read_json(run.attempt(0).result) == record
 
 
 def test_what_agents_have_left_of_their_ranks_is_read(run: RunDirectory) -> None:
@@ -305,29 +309,26 @@ def test_why_slurm_ended_it_is_in_the_batch_scripts_own_log(run: RunDirectory) -
     assert judge(run)["error"] == "job 12 reached its time limit of 5 min; ask for more with --time"
 
 
-def test_where_rank_0_was_is_in_the_metrics(run: RunDirectory) -> None:
+def test_where_the_ranks_were_is_in_the_leaders_status(run: RunDirectory) -> None:
     begin(run, 0, "scancel")
-    run.attempt(0).metrics.write_text('{"step": 8, "loss": 0.5}\n{"loss": 0.4, "step": 9}\n{"step": 1')
-    assert judge(run)["error"] == "job 12 was cancelled; rank 0 was last in step 9"
+    ranks = [LastSeen(0, "node0", "9", 0.5, "data"), LastSeen(1, "node1", "8", 40.2, "forward")]
+    write_json(run.attempt(0).status, status(ranks, 1e9))
+    where = "its ranks had finished step 9, but rank 1 on node1 only step 8 (in forward for 40 s)"
+    assert judge(run)["error"] == f"job 12 was cancelled; {where}"
 
 
 def test_a_result_that_is_done_stays(run: RunDirectory) -> None:
-    write_json(run.result, {"status": "done", "attempt": 0})
+    write_json(run.attempt(0).result, {"status": "done", "attempt": 0})
     assert judge(run)["status"] == "done"
-    assert read_json(run.result) == {"status": "done", "attempt": 0}
+    assert read_json(run.attempt(0).result) == {"status": "done", "attempt": 0}
 
 
-def test_a_later_attempts_record_stays(run: RunDirectory) -> None:
+def test_what_is_found_of_an_earlier_attempt_stays_with_it(run: RunDirectory) -> None:
     begin(run, 1, "leader-killed")
-    write_json(run.result, {"status": "failed", "attempt": 1, "error": "later"})
-    assert judge(run, 0)["error"] == "later"
-    assert read_json(run.result)["error"] == "later"
-
-
-def test_nothing_is_written_for_an_attempt_that_has_a_successor(run: RunDirectory) -> None:
-    run.attempt(1).make()
+    later = {"status": "failed", "attempt": 1, "error": "later"}
+    run.publish(dict(later))
     assert judge(run, 0)["error"].startswith("the agent on node1")
-    assert not run.result.exists()
+    assert run.recorded() == read_json(run.result) == later
 
 
 def test_slurms_word_on_the_end_replaces_a_record_without_it(run: RunDirectory) -> None:
@@ -335,30 +336,13 @@ def test_slurms_word_on_the_end_replaces_a_record_without_it(run: RunDirectory) 
     begin(run, 0, "scancel")
     assert judge(run, status=143, state=JobState("COMPLETING"))["slurm_state"] is None
     assert "was cancelled by root; " in judge(run, state=JobState("CANCELLED", by="0"))["error"] + "; "
-    assert read_json(run.result)["slurm_state"] == "CANCELLED"
+    assert read_json(run.attempt(0).result)["slurm_state"] == "CANCELLED"
 
 
 def test_a_record_that_names_a_rank_is_not_replaced_by_one_that_names_none(run: RunDirectory) -> None:
     judge(run)
     run.attempt(0).srun_log.unlink()
     assert judge(run, state=JobState("CANCELLED"))["error"].startswith("the agent on node1")
-
-
-def test_a_later_attempt_puts_aside_what_an_earlier_one_left(run: RunDirectory) -> None:
-    judge(run)
-    run.begin(0)
-    assert run.result.exists()
-    run.attempt(1).make()
-    run.begin(2)  # that of an attempt whose rank 0 did not get so far
-    run.begin(2)
-    assert not run.result.exists()
-    assert not (run.attempt(1).path / "result.json").exists()
-    assert read_json(run.attempt(0).path / "result.json")["failure"]["rank"] == 2
-    # What the attempt itself has written by then stays where it is.
-    write_json(run.result, {"status": "done", "attempt": 2})
-    (run.attempt(0).path / "result.json").unlink()
-    run.begin(2)
-    assert read_json(run.result) == {"status": "done", "attempt": 2}
 
 
 # --- in the batch script ----------------------------------------------------------------------------------------------
@@ -375,17 +359,17 @@ def test_the_batch_script_leaves_the_record_and_one_line(run: RunDirectory) -> N
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.startswith("meshrun: attempt 0 failed: the agent on node1: killed by SIGKILL")
     assert done.stderr.count("\n") == 1
-    assert read_json(run.result)["failure"]["rank"] == 2
+    assert read_json(run.attempt(0).result)["failure"]["rank"] == 2
 
 
 def test_what_the_leader_has_left_is_said_and_stays(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though srun's log names an agent, which was ended after it, and nobody need ask Slurm."""
     monkeypatch.setattr(outcome, "gather", None)
     record = {"status": "failed", "attempt": 0, "error": "rank 3 on node1: mine", "failure": error(3).to_json()}
-    write_json(run.result, record)
+    write_json(run.attempt(0).result, record)
     assert outcome.ended(str(run.path), "0", "1") == "meshrun: attempt 0 failed: rank 3 on node1: mine"
-    assert read_json(run.result) == record
-    write_json(run.result, {"status": "done", "attempt": 0})
+    assert read_json(run.attempt(0).result) == record
+    write_json(run.attempt(0).result, {"status": "done", "attempt": 0})
     line = "meshrun: attempt 0: the work is done, and srun ended with code 7 after it"
     assert outcome.ended(str(run.path), "0", "7") == line
     # That of an earlier attempt is not this one's.
@@ -402,7 +386,7 @@ def test_whatever_happens_the_script_goes_on(words: list[str], run: RunDirectory
 
 
 def test_a_run_directory_that_cannot_be_written_to_is_no_reason_to_say_nothing(run: RunDirectory) -> None:
-    run.result.mkdir()
+    run.attempt(0).result.mkdir()
     assert "the agent on node1: killed by SIGKILL" in ended(str(run.path), "0", "137").stderr
 
 
@@ -446,10 +430,10 @@ def test_a_preempted_job_waits_for_slurm_to_end_it(
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        assert not run.result.exists()  # it is no failure while it may come back
+        assert not run.attempt(0).result.exists()  # it is no failure while it may come back
 
     line = outcome.ended(str(run.path), "0", "143", sleep=sleep)
     assert slept == ([3600.0] if waits else [])
     assert ("preempted; waiting for Slurm" in capsys.readouterr().err) == waits
     assert not waits or line == "meshrun: attempt 0 failed: job 12 was preempted by Slurm"
-    assert read_json(run.result)["status"] == "failed"
+    assert read_json(run.attempt(0).result)["status"] == "failed"

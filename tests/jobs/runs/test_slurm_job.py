@@ -107,7 +107,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 
 def test_a_result_that_is_there_is_told_without_asking(site: Site, capsys: Capture) -> None:
-    write_json(site.run.result, DONE)
+    write_json(site.run.attempt(0).result, DONE)
     assert main(["wait", "run"]) == 0
     out, err = capsys.readouterr()
     assert (out, err) == ("done in 5.0 s\n  total: 3\n", "")
@@ -116,7 +116,7 @@ def test_a_result_that_is_there_is_told_without_asking(site: Site, capsys: Captu
 
 @pytest.mark.parametrize("words", [["runs/one"], ["one"], ["./runs/one/"]], ids=str)
 def test_a_run_by_its_path_or_its_name(words: list[str], site: Site, capsys: Capture) -> None:
-    write_json(site.run.result, DONE)
+    write_json(site.run.attempt(0).result, DONE)
     Path("runs").mkdir()
     site.run.path.rename("runs/one")
     assert main(["wait", *words, "--json"]) == 0
@@ -127,7 +127,7 @@ def test_a_run_by_its_path_or_its_name(words: list[str], site: Site, capsys: Cap
 
 
 def test_a_failure_that_is_there(site: Site, capsys: Capture) -> None:
-    write_json(site.run.result, FAILED)
+    write_json(site.run.attempt(0).result, FAILED)
     site.state("FAILED", "NonZeroExitCode")
     assert main(["wait", "run"]) == 1
     err = capsys.readouterr().err
@@ -136,16 +136,16 @@ def test_a_failure_that_is_there(site: Site, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("err", [UNKNOWN, UNREACHABLE])
 def test_a_failure_of_long_ago_is_told_whatever_slurm_says(err: str, site: Site, capsys: Capture) -> None:
-    write_json(site.run.result, FAILED)
-    os.utime(site.run.result, (1e9, 1e9))
+    write_json(site.run.attempt(0).result, FAILED)
+    os.utime(site.run.attempt(0).result, (1e9, 1e9))
     site.squeue(err=err)
     assert main(["wait", "run"]) == 1
     assert "the job failed: rank 1 on n1" in capsys.readouterr().err
 
 
 def test_a_failure_of_long_ago_where_there_is_no_slurm(site: Site, capsys: Capture) -> None:
-    write_json(site.run.result, FAILED)
-    os.utime(site.run.result, (1e9, 1e9))
+    write_json(site.run.attempt(0).result, FAILED)
+    os.utime(site.run.attempt(0).result, (1e9, 1e9))
     (Path(site.env["SITE"]) / "sacct").unlink()
     assert main(["wait", "run"]) == 1
     assert "the job failed: rank 1 on n1" in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_the_queue_is_shown_when_it_changes(site: Site) -> None:
             if "RUNNING" in text:
                 site.run.metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 9, "loss": 0.25}\n')
             if "step 9" in text:
-                write_json(site.run.result, DONE)
+                write_json(site.run.attempt(0).result, DONE)
                 site.state("COMPLETED")
 
     submitted = site.run.submitted()
@@ -196,7 +196,7 @@ def test_a_reason_that_needs_it_is_explained(site: Site, later: Later, capsys: C
 
 def test_of_a_job_that_is_done_and_whose_ranks_stay_both_are_told(site: Site, later: Later, capsys: Capture) -> None:
     site.state("RUNNING")
-    later(0, lambda: (site.wait_for_answer(), write_json(site.run.result, DONE)))
+    later(0, lambda: (site.wait_for_answer(), write_json(site.run.attempt(0).result, DONE)))
     assert main(["wait", "run"]) == 0
     assert "the work is done, but Slurm still says RUNNING: threads or exit hooks" in capsys.readouterr().out
 
@@ -206,7 +206,7 @@ def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
 ) -> None:
     monkeypatch.setattr(slurm_job, "ASK_EVERY_S", (30.0, 60.0))
     site.state("RUNNING")
-    later(1.0, lambda: (site.state("FAILED"), write_json(site.run.result, FAILED)))
+    later(1.0, lambda: (site.state("FAILED"), write_json(site.run.attempt(0).result, FAILED)))
     before = time.monotonic()
     assert main(["wait", "run"]) == 1
     assert time.monotonic() - before < 20
@@ -215,17 +215,15 @@ def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
 
 @pytest.mark.parametrize("first", ["NODE_FAIL", "PREEMPTED", "REQUEUED"])
 def test_a_job_that_slurm_starts_again_has_not_ended(first: str, site: Site, later: Later, capsys: Capture) -> None:
-    write_json(site.run.result, {**FAILED, "failure": None})
-    site.run.attempt(0).make()
-    site.run.begin(0)
+    write_json(site.run.attempt(0).result, {**FAILED, "failure": None})
+    site.run.show_newest()
     site.run.metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.5}\n')
     site.states((first,), (first,), ("PENDING", "BeginTime"), ("PENDING", "BeginTime"), ("RUNNING",))
 
     def second() -> None:
-        site.run.attempt(1).make()
-        site.run.begin(1)
+        site.run.begin_attempt()
         site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n')
-        write_json(site.run.result, {**DONE, "attempt": 1})
+        write_json(site.run.attempt(1).result, {**DONE, "attempt": 1})
         site.state("COMPLETED")
 
     later(2.5, second)
@@ -241,7 +239,7 @@ def test_one_that_is_not_started_again_has(state: str, site: Site, capsys: Captu
     assert main(["wait", "run"]) == 1
     told = {"NODE_FAIL": "a host of job 12's failed", "PREEMPTED": "job 12 was preempted by Slurm"}[state]
     assert told in capsys.readouterr().err
-    assert read_json(site.run.result)["slurm_state"] == state
+    assert read_json(site.run.attempt(0).result)["slurm_state"] == state
 
 
 def test_a_host_that_took_the_job_with_it_is_named(
@@ -256,24 +254,25 @@ def test_a_host_that_took_the_job_with_it_is_named(
 
 
 def test_a_record_of_an_earlier_attempt_is_not_the_end(site: Site, later: Later, capsys: Capture) -> None:
-    write_json(site.run.result, FAILED)
+    write_json(site.run.attempt(0).result, FAILED)
     site.run.attempt(1).make()
     site.state("TIMEOUT", "TimeLimit")
     assert main(["wait", "run"]) == 1
     assert "job 12 reached its time limit; ask for more with --time" in capsys.readouterr().err
     assert read_json(site.run.result)["attempt"] == 1
+    assert read_json(site.run.attempt(0).result) == FAILED
 
 
 def test_a_done_job_that_slurm_calls_failed_is_done_and_it_is_said(site: Site, later: Later, capsys: Capture) -> None:
     site.state("RUNNING")
-    later(0.5, lambda: (write_json(site.run.result, DONE), site.state("FAILED", "NonZeroExitCode")))
+    later(0.5, lambda: (write_json(site.run.attempt(0).result, DONE), site.state("FAILED", "NonZeroExitCode")))
     assert main(["wait", "run"]) == 0
     assert "the work is done, but Slurm says FAILED (NonZeroExitCode)" in capsys.readouterr().out
 
 
 def test_a_completed_job_whose_result_comes_late(site: Site, later: Later) -> None:
     site.state("COMPLETED")
-    later(0.5, lambda: write_json(site.run.result, DONE))
+    later(0.5, lambda: write_json(site.run.attempt(0).result, DONE))
     assert main(["wait", "run"]) == 0
 
 
@@ -286,7 +285,7 @@ def test_a_completed_job_without_a_result_has_failed(site: Site, capsys: Capture
 
 def test_a_job_that_ends_while_its_last_processes_do_not(site: Site, capsys: Capture) -> None:
     site.state("COMPLETING")
-    write_json(site.run.result, FAILED)
+    write_json(site.run.attempt(0).result, FAILED)
     assert main(["wait", "run"]) == 1
     assert "rank 1 on n1: ValueError" in capsys.readouterr().err
 
@@ -311,7 +310,7 @@ def test_what_nobody_remembers(site: Site, capsys: Capture) -> None:
         f"meshrun: error: Slurm no longer knows job 12, and nothing in {site.run.path} says how it ended "
         "(accounting: Slurm accounting storage is disabled)\n"
     )
-    assert not site.run.result.exists()
+    assert not site.run.attempt(0).result.exists()
 
 
 ANYTHING = (b"\xff\xfe", b"", b"[1", b"[1]", b"null", b"1" * 5000, b"[" * 100_000)
@@ -340,8 +339,9 @@ def test_a_run_directory_may_hold_anything(
     write_json(attempt.failure(1), failure.to_json())
     write_json(site.run.metrics, {"step": 1, "total_steps": 2, "loss": 0.5, "strategy": "fsdp"})
     if which == "result":
-        write_json(site.run.result, {**FAILED, "failure": failure.to_json()})
-    path = attempt.failure(1) if "/" in which else getattr(site.run, which)
+        write_json(site.run.attempt(0).result, {**FAILED, "failure": failure.to_json()})
+    of_attempt = {"failures/1.json": attempt.failure(1), "result": attempt.result}
+    path = of_attempt[which] if which in of_attempt else getattr(site.run, which)
     contents: list[bytes | Callable[[], None]] = [*_otherwise(path)]
     contents += [path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
     for content in contents:
@@ -350,7 +350,7 @@ def test_a_run_directory_may_hold_anything(
         if which == "metrics":
             Display(site.run, Console(as_json=True)).update(ended=True)
         if which != "result":
-            site.run.result.unlink(missing_ok=True)
+            site.run.attempt(0).result.unlink(missing_ok=True)
         code = main(["wait", "run", "--json"])
         record = json.loads(capsys.readouterr().out)
         assert record["status"] != "crashed", (content, record)
@@ -368,7 +368,7 @@ def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys:
         site.wait_for_answer()
         site.state("RUNNING")
         site.wait_for_answer()
-        write_json(site.run.result, DONE)
+        write_json(site.run.attempt(0).result, DONE)
         site.state("COMPLETED")
 
     later(0, story)
@@ -387,7 +387,7 @@ def test_a_controller_that_does_not_come_back(site: Site, capsys: Capture, monke
     assert err.count("job 12: no answer from Slurm for ") >= 3  # before the first answer, and again and again
     assert "Slurm has not answered for" in err
     assert "job 12 may still be running; follow it: python submit.py wait run" in err
-    assert not site.run.result.exists()
+    assert not site.run.attempt(0).result.exists()
 
 
 def scripted(site: Site) -> str:
@@ -402,7 +402,7 @@ def scripted(site: Site) -> str:
 def test_the_job_of_another_that_has_the_number_now(recorded: bool, site: Site, capsys: Capture) -> None:
     scripted(site)
     if recorded:
-        write_json(site.run.result, {**FAILED, "failure": None})
+        write_json(site.run.attempt(0).result, {**FAILED, "failure": None})
     site.squeue("12|COMPLETED|N/A|n[0-1]|None|(null)")
     assert main(["wait", "run"]) == 1
     out, err = capsys.readouterr()
@@ -410,7 +410,7 @@ def test_the_job_of_another_that_has_the_number_now(recorded: bool, site: Site, 
         "rank 1 on n1: ValueError" if recorded else "says how it ended (Slurm has given its number to another job)"
     ) in err
     assert out == ""
-    assert site.run.result.exists() == recorded
+    assert site.run.attempt(0).result.exists() == recorded
 
 
 def test_a_job_whose_number_sbatch_could_not_give(site: Site, capsys: Capture) -> None:
@@ -428,7 +428,7 @@ def test_a_job_whose_number_sbatch_could_not_give(site: Site, capsys: Capture) -
 
 def test_a_job_that_ends_while_the_controller_is_away(site: Site, later: Later) -> None:
     site.squeue(err=UNREACHABLE)
-    later(0.5, lambda: write_json(site.run.result, DONE))
+    later(0.5, lambda: write_json(site.run.attempt(0).result, DONE))
     assert main(["wait", "run"]) == 0
 
 
@@ -436,7 +436,7 @@ def test_a_slow_controller_does_not_hold_up_the_progress(site: Site, later: Late
     say(site.env, "squeue", "12|COMPLETED|x|n0|None|/r/s.sh", before="exec sleep 20")
     shown: list[float] = []
     began = time.monotonic()
-    later(0.5, lambda: write_json(site.run.result, DONE))
+    later(0.5, lambda: write_json(site.run.attempt(0).result, DONE))
     later(0.5, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
     assert watch(site.run, Submitted("slurm", "12", "", ""), _Console(shown)) == 0
     assert shown[0] - began < 10
@@ -490,7 +490,7 @@ def test_a_late_comer_sees_the_last_lines_and_the_last_step(site: Site, later: L
     site.run.attempt(0).log(0).write_text(log)
     site.run.metrics.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 10_000)))
     site.state("RUNNING")
-    later(1.0, lambda: (write_json(site.run.result, DONE), site.state("COMPLETED")))
+    later(1.0, lambda: (write_json(site.run.attempt(0).result, DONE), site.state("COMPLETED")))
     assert main(["wait", "run"]) == 0
     shown = capsys.readouterr().out.splitlines()
     last = [*(f"line {number}" for number in range(99_990, 99_999)), "line 99999 \\x1b]0;title\\x07"]
@@ -523,7 +523,7 @@ def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later
 def test_of_a_job_that_has_ended_nobody_says_that_it_goes_on(
     site: Site, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    write_json(site.run.result, FAILED)
+    write_json(site.run.attempt(0).result, FAILED)
     site.state("FAILED", "NonZeroExitCode")
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr("sys.stdout", full)

@@ -117,7 +117,7 @@ def test_a_path_with_spaces_stays_one_word(tmp_path: Path) -> None:
     text = script.script(make_spec(tmp_path / "a b"), ClusterConfig(), {})
     assert f'#SBATCH --output="{tmp_path}/a b/slurm.log"' in text
     assert f"MESHRUN_RUN='{tmp_path}/a b'" in text
-    assert f"--agent '{tmp_path}/a b' \\" in text
+    assert f"--agent '{tmp_path}/a b' \"$MESHRUN_NUMBER\" \\" in text
 
 
 @pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])
@@ -147,7 +147,8 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
     cluster = ClusterConfig(srun_args=["--comment=a b; $HOME `id` \"x'"], command_prefix=["a b", "$c"])
     text = script.script(make_spec(run_dir), cluster, AWKWARD)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "run_dir": str(run_dir)}
-    (run_dir / "result.json").touch()
+    (run_dir / "attempt-0").mkdir()
+    (tmp_path / "srun").open("a").write('touch "$run_dir/attempt-1/result.json"\n')
     # The same names as the script would like for itself.
     env |= {"run": "mine", "status": "mine", "attempt": "mine"}
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
@@ -157,22 +158,30 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
     assert [got[name] for name in ("run", "status", "attempt")] == ["mine"] * 3
     words = (run_dir / "words").read_text().splitlines()
     assert cluster.srun_args[0] in words
-    assert words[-6:] == ["$c", sys.executable, "-u", str(processes.ENTRY), "--agent", str(run_dir)]
-    assert f"--output={run_dir}/attempt-0/agent-%t.log" in words
+    assert words[-7:] == ["$c", sys.executable, "-u", str(processes.ENTRY), "--agent", str(run_dir), "1"]
+    assert f"--output={run_dir}/attempt-1/agent-%t.log" in words
 
 
 def test_the_steps_exit_code_is_the_scripts(tmp_path: Path) -> None:
     """And whatever ends it, somebody is asked who failed: here a Python that only says what it was asked."""
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
     (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "run").mkdir()
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for setup, code in ((["true"], 7), (["(exit 3)", "touch went-on"], 3)):
+    for number, (setup, code) in enumerate(((["true"], 7), (["(exit 3)", "touch went-on"], 3))):
         text = script.script(make_spec(tmp_path / "run"), ClusterConfig(setup=setup), {})
         text = text.replace(f"{sys.executable} {processes.ENTRY}", "echo asked")
         done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env, cwd=tmp_path)
         assert done.returncode == code
-        assert done.stdout == f"asked --ended {tmp_path}/run 0 {code}\n"
+        assert done.stdout == f"asked --ended {tmp_path}/run {number} {code}\n"
     assert not (tmp_path / "went-on").exists()
+
+
+def test_a_script_that_can_make_no_attempts_folder_says_so_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    text = script.script(make_spec(tmp_path / "run"), ClusterConfig(), {})
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, timeout=20)
+    assert (done.returncode, done.stderr) == (1, f"meshrun: {tmp_path}/run/attempt-0 cannot be made\n")
 
 
 @pytest.mark.parametrize(
@@ -321,4 +330,4 @@ def test_the_script_tells_a_stopped_run_by_its_own_status(status: str, nested: s
     write_json(tmp_path / "result.json", {"status": status, "result": {"status": nested, "of": [{"status": nested}]}})
     line = next(line for line in (GOLDEN / "slurm.sbatch").read_text().splitlines() if "grep" in line)
     test = line.partition("if ")[2].partition("; then")[0]
-    assert subprocess.run(["bash", "-c", test], env={**os.environ, "MESHRUN_RUN": str(tmp_path)}).returncode == code
+    assert subprocess.run(["bash", "-c", test], env={**os.environ, "MESHRUN_ATTEMPT": str(tmp_path)}).returncode == code

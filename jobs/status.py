@@ -1,0 +1,51 @@
+"""status.json: where the ranks of an attempt were a moment ago, as the leader writes it and others read it. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.blame import LastSeen
+
+LISTED = 64
+"""The most ranks that are listed one by one: those that are furthest behind."""
+STUCK_S = 5.0
+"""Hosts report up to a second apart, so a rank that is behind for less than this is not singled out."""
+
+
+def status(ranks: Sequence[LastSeen], now: float) -> dict[str, Any]:
+    """What status.json holds.
+
+    Args:
+        ranks: where each rank is that has not ended.
+        now: seconds since the epoch.
+    """
+    behind = sorted(ranks, key=lambda rank: (rank.number, -rank.ago_s, rank.rank))[:LISTED]
+    return {
+        "written": round(now, 1),
+        "running": len(ranks),
+        "phases": dict(Counter(rank.phase for rank in ranks)),
+        "last_step": max((rank.number for rank in ranks), default=-1),
+        "behind": [
+            {"rank": r.rank, "host": r.host, "step": r.number, "phase": r.phase, "since_s": round(r.ago_s, 1)}
+            for r in behind
+        ],
+    }
+
+
+def in_words(record: Mapping[str, Any] | None) -> str:
+    """Where the ranks were; empty if no rank had ended a step, or the record is not as we write it."""
+    try:
+        assert record is not None
+        last, behind = int(record["last_step"]), record["behind"][0]
+        step, phase, since_s = int(behind["step"]), behind["phase"], float(behind["since_s"])
+        if last < 0:
+            return ""
+        words = f"its ranks had finished step {last}"
+        if step == last or since_s < STUCK_S:
+            return words
+        only = f"only step {step}" if step >= 0 else "none"
+        return f"{words}, but rank {behind['rank']} on {behind['host']} {only} (in {phase} for {since_s:.0f} s)"
+    except (AssertionError, LookupError, TypeError, ValueError):
+        return ""
