@@ -47,7 +47,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     except Interrupted as interruption:
         interrupts.ignore()
         if process is not None:
-            end(process, interruption.signum)
+            end(process)
             processes.kill_children(but=before)
         display.close()
         ended = {"status": "interrupted", "workload": spec.workload, "attempt": 0, "error": str(interruption)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from typing import Any
 
@@ -44,15 +43,10 @@ def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owne
     return process, submitted
 
 
-def end(process: Any, signum: int = signal.SIGTERM) -> None:
-    """Asks the agent to end its ranks and itself; kills it if it does not (the ranks die with it).
-
-    Args:
-        process: the agent's.
-        signum: what the result says it was interrupted by; an agent ignores a hang-up, which becomes SIGTERM.
-    """
+def end(process: Any) -> None:
+    """Asks the agent to end its ranks and itself; kills it if it does not (the ranks die with it)."""
     with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)
+        process.terminate()
     deadline = time.monotonic() + END_S
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
