@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -35,11 +36,19 @@ def raised() -> Iterator[None]:
     _raised = None
     ours = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
     before = {signum: signal.signal(signum, _interrupt) for signum in ours}
+    complain, sys.unraisablehook = sys.unraisablehook, _complain_of_others
     try:
         yield
     finally:
+        sys.unraisablehook = complain
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _complain_of_others(unraisable: sys.UnraisableHookArgs) -> None:
+    """What Python says of an exception that it must ignore, as in a callback of a weak reference; see `check`."""
+    if not isinstance(unraisable.exc_value, Interrupted):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
@@ -54,6 +63,12 @@ def unmasked() -> Iterator[None]:
         if _raised is not None:
             raise Interrupted(_raised) from error
         raise
+
+
+def check() -> None:
+    """Raises an interruption again that Python, or a library, has ignored: one came in a weak reference's callback."""
+    if _raised is not None:
+        raise Interrupted(_raised)
 
 
 @contextlib.contextmanager

@@ -34,10 +34,12 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     before: set[int] = set()
     process = None
     try:
+        interrupts.check()
         with interrupts.held():
             process, _ = start_local(spec, cluster, console, owned=True)
             before = processes.children() - {process.pid}
         while process.poll() is None:
+            interrupts.check()
             display.update()
             if result.lingers():
                 display.say(LINGERS)

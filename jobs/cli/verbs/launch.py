@@ -98,6 +98,7 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], conso
 
     submitted = None
     try:
+        interrupts.check()
         with interrupts.held(), _emptied_on((SubmissionError, OSError), run_dir, new, console):
             submitted = start_slurm(resolved.spec, resolved.cluster, console)
         _announce(resolved, console)  # not before: a refusal stays one line
@@ -118,6 +119,7 @@ def _let_go(resolved: Resolved, run_dir: RunDirectory, console: Console) -> int:
 
     submitted = None
     try:
+        interrupts.check()
         with interrupts.held():
             _, submitted = start_local(resolved.spec, resolved.cluster, console, owned=False)
             console.facts["job_id"] = submitted.job_id

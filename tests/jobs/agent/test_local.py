@@ -368,6 +368,17 @@ def test_a_signal_that_an_import_makes_another_exception_of_is_an_interruption(t
     assert (code, err) == (130, "meshrun: error: interrupted\n")
 
 
+def test_a_signal_that_an_import_swallows_is_an_interruption(typed: Submit, tmp_path: Path) -> None:
+    text = (ROOT / "tests" / "jobs" / "sample_workload.py").read_text()
+    swallow = "import signal as s\ntry:\n    os.kill(os.getpid(), s.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "mine.py").write_text(text.replace("ENTRY =", f"import os\n{swallow}ENTRY ="))
+    line = typed("mine:ENTRY", *TWO, *ENDLESS)
+    code, _, err = line.finish(30)
+    assert code == 130
+    assert "interrupted" in err
+    line.assert_nothing_left()
+
+
 def test_a_killed_line_takes_its_job_along(typed: Submit) -> None:
     line = typed("mine:ENTRY", *TWO, *ENDLESS)
     line.wait_for_step(1)
