@@ -93,5 +93,8 @@ def _line(mistake: Exception) -> str:
 
 def _dispatch(given: options.Options, console: Console) -> int:
     verb = commands.choose(given.words, given.flags())
-    code: int = importlib.import_module(verb.module).run(given, console)
+    # An exception in the middle of its import makes pydantic panic.
+    with interrupts.held():
+        module = importlib.import_module(verb.module)
+    code: int = module.run(given, console)
     return code

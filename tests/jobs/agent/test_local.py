@@ -353,7 +353,7 @@ def test_ctrl_c_at_any_moment_is_one_line_at_most(typed: Submit, milliseconds: i
     time.sleep(milliseconds / 1000)
     line.process.send_signal(signal.SIGINT)
     code, _, err = line.finish(20)
-    assert code == 130
+    assert code == 130, err
     assert err.count("\n") <= 1, err
     assert "Traceback" not in err
     line.assert_nothing_left()
