@@ -14,19 +14,20 @@ STUCK_S = 5.0
 """Hosts report up to a second apart, so a rank that is behind for less than this is not singled out."""
 
 
-def status(ranks: Sequence[LastSeen], now: float) -> dict[str, Any]:
+def status(ranks: Sequence[LastSeen], now: float, last_step: int = -1) -> dict[str, Any]:
     """What status.json holds.
 
     Args:
         ranks: where each rank is that has not ended.
         now: seconds since the epoch.
+        last_step: the last step that any rank, also one that has ended since, has finished; -1: none.
     """
     behind = sorted(ranks, key=lambda rank: (rank.number, -rank.ago_s, rank.rank))[:LISTED]
     return {
         "written": round(now, 1),
         "running": len(ranks),
         "phases": dict(Counter(rank.phase for rank in ranks)),
-        "last_step": max((rank.number for rank in ranks), default=-1),
+        "last_step": max([last_step, *(rank.number for rank in ranks)]),
         "behind": [
             {"rank": r.rank, "host": r.host, "step": r.number, "phase": r.phase, "since_s": round(r.ago_s, 1)}
             for r in behind
@@ -38,11 +39,14 @@ def in_words(record: Mapping[str, Any] | None) -> str:
     """Where the ranks were; empty if no rank had ended a step, or the record is not as we write it."""
     try:
         assert record is not None
-        last, behind = int(record["last_step"]), record["behind"][0]
-        step, phase, since_s = int(behind["step"]), behind["phase"], float(behind["since_s"])
+        last = int(record["last_step"])
         if last < 0:
             return ""
         words = f"its ranks had finished step {last}"
+        if not record["running"]:
+            return words
+        behind = record["behind"][0]
+        step, phase, since_s = int(behind["step"]), behind["phase"], float(behind["since_s"])
         if step == last or since_s < STUCK_S:
             return words
         only = f"only step {step}" if step >= 0 else "none"

@@ -109,6 +109,7 @@ class _Agent:
         """From the leader, where it is in this process."""
         self.told: set[tuple[int, bool]] = set()
         self.said_told = self.said_end = False
+        self.status_at = 0.0
         self.code = 1
 
     @property
@@ -220,7 +221,7 @@ class _Agent:
 
     def _watch(self) -> None:
         """Watches until the job is over and no process of this host is left."""
-        say_at, status_at, silent_s, last = 0.0, 0.0, 0.0, time.monotonic()
+        say_at, silent_s, last = 0.0, 0.0, time.monotonic()
         at_most_s = max(SILENT_S, self.spec.rendezvous_timeout_s)  # until the leader, too, has imported all
         while True:
             now = time.monotonic()
@@ -234,8 +235,8 @@ class _Agent:
                 if self.leader is not None:
                     for link in self.links.values():
                         link.send({})
-            if now >= status_at and self.leader is not None and self.meeting is not None:
-                status_at = now + STATUS_EVERY_S
+            if now >= self.status_at and self.leader is not None and self.meeting is not None:
+                self.status_at = now + STATUS_EVERY_S
                 self.meeting.write_status(self.leader.status())
             heard = self._hear()
             silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
@@ -309,7 +310,8 @@ class _Agent:
         told = self.signals.look()
         if told is not None and not self.said_told:
             self.said_told = True
-            self._say({"told": told})
+            self._say({**self._where(), "told": told})
+            self.status_at = 0.0  # where the ranks were is all that a cancelled job leaves
 
     # --- messages -----------------------------------------------------------------------------------------------------
 

@@ -237,7 +237,7 @@ class Leader:
     def status(self) -> dict[str, Any]:
         """Where the ranks are that have not ended, for whoever looks from outside."""
         running = [self._last_of(rank) for rank, seen in enumerate(self._seen) if not seen.ended]
-        return status(running, time.time())
+        return status(running, time.time(), max(seen.step for seen in self._seen))
 
     def fail(self, failure: Failure) -> None:
         """Ends the job with this as its root cause."""

@@ -34,3 +34,10 @@ def test_a_rank_that_is_behind_for_a_moment_is_not_singled_out() -> None:
 )
 def test_what_says_nothing_is_nothing(record: dict[str, Any] | None) -> None:
     assert in_words(record) == ""
+
+
+def test_of_ranks_that_have_all_ended_the_last_step_is_left() -> None:
+    assert in_words(status([], 1e9, last_step=7)) == "its ranks had finished step 7"
+    assert in_words(status([], 1e9)) == ""
+    starting = LastSeen(1, "node1", "", 4.8, "starting")
+    assert in_words(status([starting], 1e9, last_step=7)) == "its ranks had finished step 7"
