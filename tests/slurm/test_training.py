@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 SETTINGS = [
     *("model.dim=64", "model.n_heads=8", "model.n_kv_heads=4", "model.ffn_dim=96", "model.n_layers=2"),
-    *("steps=3", "seq_len=32", "global_batch_size=8", "microbatch_size=2", "warmup_steps=2", "grad_clip=0.5"),
+    *("steps=5", "seq_len=32", "global_batch_size=8", "microbatch_size=2", "warmup_steps=2", "grad_clip=0.5"),
     *("sample_tokens=0", "eval_windows=4", "export=true"),
 ]
 
@@ -30,7 +30,7 @@ def trained(folder: Path) -> tuple[list[tuple[Any, ...]], dict[str, bytes]]:
     """What must not differ by a bit: every step's loss and gradient norm, and the exported weights."""
     steps = rows(folder)
     weights = {path.name: path.read_bytes() for path in sorted((folder / "export").glob("*.safetensors"))}
-    assert len(steps) == 3
+    assert len(steps) == 5
     assert weights
     return [(step["step"], step["loss"], step["grad_norm"]) for step in steps], weights
 
@@ -51,13 +51,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int],
 
 def train_mnist(folder: Path, *words: str, env: dict[str, str] | None = None) -> tuple[dict[str, Any], Any]:
     """One fsdp_mnist job of 2 x 2 from the shell to its end; its result.json, and what must not differ by a bit."""
-    settings = ["data.source=digits", f"data.root={folder.parent / 'data'}", "steps=6", "eval_batch_size=64"]
+    settings = ["data.source=digits", f"data.root={folder.parent / 'data'}", "steps=12", "eval_batch_size=64"]
     line = ["fsdp_mnist", "--nodes", "2", "--gpus-per-node", "2", *words, *settings, "export=true"]
     record = finished(folder, *line, env=env)
     steps = rows(folder)
     measured = [record["result"][key] for key in ("heldout_accuracy", "heldout_loss")]
     weights = (folder / "export" / "model.safetensors").read_bytes()
-    assert len(steps) == 6
+    assert len(steps) == 12
     return record, ([(row["loss"], row["accuracy"]) for row in steps], measured, weights)
 
 

@@ -19,7 +19,7 @@ from workloads.tp_fsdp_llama2.config import Config
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
-STEPS = 8
+STEPS = 12
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 4)]
 # The norm of the gradient lies between 1.6 and 5.1 in these runs: every step is clipped.
 GRAD_CLIP = 0.5
