@@ -34,7 +34,6 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +42,7 @@ from jobs.errors import RunDirectoryError
 from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
+from workloads.whole_files import beside, written_beside
 
 
 def default_run_dir(workload: str) -> Path:
@@ -62,30 +62,19 @@ def keep_others_from_writing() -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes beside and renames, so that a reader sees the whole file or none."""
-    with _written_beside(path, text) as beside:
-        beside.replace(path)
+    with written_beside(path) as own:
+        _write_durably(own, text, path)
 
 
-@contextlib.contextmanager
-def _written_beside(path: Path, text: str) -> Iterator[Path]:
-    """Inside, the text is whole in a file beside `path`."""
-    beside = _beside(path)
+def _write_durably(own: Path, text: str, path: Path) -> None:
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with own.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        yield beside
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk names no file
         raise
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _beside(path: Path) -> Path:
-    """A name in the same folder that nobody else has."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,9 +92,10 @@ def write_new(path: Path, text: str) -> None:
     Raises:
         FileExistsError: it is there; nothing is overwritten, whoever wrote it a moment ago.
     """
-    with _written_beside(path, text) as beside:
+    with beside(path) as own:
+        _write_durably(own, text, path)
         try:
-            os.link(beside, path)
+            os.link(own, path)
         except FileExistsError:
             raise
         except OSError:  # a file system without links
@@ -295,10 +285,10 @@ class RunDirectory:
     def recorded(self, attempt: int | None = None) -> dict[str, Any] | None:
         """How an attempt ended, the newest one by default, but for what is not as we write it; None: not known."""
         there = self.last_attempt() if attempt is None else self.attempt(attempt)
+        if (record := _recorded(there.result)) is not None:
+            return record
         at_top = _recorded(self.result)  # an earlier version has left it only there
-        if at_top is not None and at_top.get("attempt", there.number) != there.number:
-            at_top = None
-        return _recorded(there.result) or at_top
+        return at_top if at_top is not None and at_top.get("attempt", there.number) == there.number else None
 
     def publish(self, record: dict[str, Any]) -> dict[str, Any]:
         """Leaves the record of how its attempt ended, unless one is there that counts more.
@@ -361,13 +351,12 @@ class RunDirectory:
     def _link(self, link: Path, file: Path) -> bool:
         """Whether there is such a link now."""
         # Relative, so that it leads to the same file where the run directory is copied or moved to.
-        target, beside = file.relative_to(self.path), _beside(link)
+        target = file.relative_to(self.path)
         try:
             if not link.is_symlink() or link.readlink() != target:
-                beside.symlink_to(target)
-                beside.replace(link)
+                with written_beside(link) as own:
+                    own.symlink_to(target)
         except OSError:
-            beside.unlink(missing_ok=True)
             return False
         return True
 
