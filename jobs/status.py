@@ -37,8 +37,9 @@ def status(ranks: Sequence[LastSeen], now: float, last_step: int = -1) -> dict[s
 
 def in_words(record: Mapping[str, Any] | None) -> str:
     """Where the ranks were; empty if no rank had ended a step, or the record is not as we write it."""
+    if record is None:
+        return ""
     try:
-        assert record is not None
         last = int(record["last_step"])
         if last < 0:
             return ""
@@ -51,5 +52,5 @@ def in_words(record: Mapping[str, Any] | None) -> str:
             return words
         only = f"only step {step}" if step >= 0 else "none"
         return f"{words}, but rank {behind['rank']} on {behind['host']} {only} (in {phase} for {since_s:.0f} s)"
-    except (AssertionError, LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         return ""

@@ -38,7 +38,10 @@ class Result:
         """How the newest attempt ended; None while that is not known: how an earlier one did is not the end."""
         newest = self.run_dir.last_attempt()
         try:
-            stat = newest.result.stat()
+            try:
+                stat = newest.result.stat()
+            except FileNotFoundError:
+                stat = self.run_dir.result.stat()  # an earlier version has left it only there
             seen = (newest.path, stat.st_ino, stat.st_mtime_ns)
         except OSError:
             self._seen = self._record = None

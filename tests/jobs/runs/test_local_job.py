@@ -165,3 +165,13 @@ def test_a_job_whose_agent_runs_has_not_failed_also_where_there_is_no_proc(
     assert not processes.runs(sleeper.pid, "600")
     sleeper.wait()
     assert not processes.runs(sleeper.pid, "600")
+
+
+def test_the_result_of_a_run_by_an_earlier_version_is_found(tmp_path: Path) -> None:
+    """It lies only at the top; a second attempt's is then another."""
+    run = local(tmp_path, 10**9, "gone")
+    run.attempt(0).make()
+    write_json(run.result, DONE)
+    assert result.Result(run).read() == DONE
+    run.attempt(1).make()
+    assert result.Result(run).read() is None
