@@ -71,7 +71,9 @@ class Meeting:
 
         self._answer, answer = os.pipe()
         # The agent's end closes when the agent ends, however it ends.
-        self._keep, keep = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._keep, keep = socket.socketpair()
+        self._keep.setblocking(False)
+        self._unsent = b""
         agent = os.getpid()
         self.pid: int | None = None
         """The child's; None for a thread."""
@@ -117,9 +119,10 @@ class Meeting:
         return None
 
     def write_status(self, status: dict[str, Any]) -> None:
-        """Has the child write this, on the leader; not while the child still waits for the file system."""
+        """Has the child write this, on the leader; not while it still waits for the file system with an earlier one."""
+        self._unsent = self._unsent or (json.dumps(status) + "\n").encode()
         with contextlib.suppress(OSError):
-            self._keep.send(json.dumps(status).encode(), socket.MSG_DONTWAIT)
+            self._unsent = self._unsent[self._keep.send(self._unsent) :]
 
     def _failed(self, why: str) -> MeetingFailed:
         info = self._info
@@ -167,7 +170,7 @@ def _meet(
         text = text[os.write(answer, text) :]
     os.close(answer)
     if info.rank == 0 and store is not None:  # the store ends with the last reference to it
-        while status := keep.recv(1 << 20):
+        for status in keep.makefile("rb"):
             with contextlib.suppress(OSError):
                 write_json(attempt.status, json.loads(status))
 

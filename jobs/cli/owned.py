@@ -48,13 +48,20 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
         display.close()
     except Interrupted as interruption:
         interrupts.ignore()
+        ended = {
+            "status": "interrupted",
+            "workload": spec.workload,
+            "attempt": run_dir.last_attempt().number,
+            "seconds": round(time.monotonic() - began, 3),
+            "error": str(interruption),
+        }
+        # Before the agent leaves its own, which knows only of the signal that ends it; what is done counts more.
+        with contextlib.suppress(OSError):
+            run_dir.publish(ended)
         if process is not None:
             end(process)
             processes.kill_children(but=before)
         display.close()
-        ended = {"status": "interrupted", "workload": spec.workload, "attempt": 0, "error": str(interruption)}
-        with contextlib.suppress(OSError):  # the agent leaves one, too, unless it was still being started
-            run_dir.publish(ended)
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step
             outcome = f"the job has ended; to see how: {come_back(run_dir)}"
         else:
