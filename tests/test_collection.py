@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_another_collection_finds_tests_of_the_same_names(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """By a process with a hash seed, a home and a temporary directory of its own, and at another time."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "--no-header"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
+        env={**environment, "PYTHONHASHSEED": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=250,

@@ -7,6 +7,7 @@ of all emulated hosts. It never computes, and it never waits: everything happens
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -130,6 +131,7 @@ class _Agent:
         try:
             self._start_meeting()  # hosts meet while this one goes on importing
             unsafe = ranks.preload(self.spec, self._check)
+            gc.enable()  # jobs/entry.py has switched it off
             if unsafe is not None:
                 log.warning("%s, so each rank is an interpreter of its own; starting takes longer", unsafe)
             met = self._met()

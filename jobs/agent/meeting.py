@@ -9,6 +9,7 @@ have the store's threads: there the meeting is a thread of the agent itself.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -147,6 +148,7 @@ def _meet_in_child(
     keep: socket.socket,
 ) -> NoReturn:
     processes.die_with_parent(agent)
+    gc.enable()
     # A signal for the job is the agent's to answer: ranks may still need the store while it ends them.
     for signum in OF_AN_AGENT:
         signal.signal(signum, signal.SIG_IGN)

@@ -63,7 +63,6 @@ def preload(spec: JobSpec, check: Callable[[], None]) -> str | None:
         with contextlib.suppress(Exception):  # of what is missing or broken, the ranks will say it
             importlib.import_module(module)
         check()
-    gc.collect()
     gc.freeze()  # keeps the collector from writing to, and so copying, the pages that the ranks share
     return processes.why_not_fork()
 
