@@ -43,16 +43,17 @@ def refusal(text: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("layout", ["cyclic", "arbitrary"])
+@pytest.mark.parametrize("layout", ["cyclic", "plane", "arbitrary"])
 def test_ranks_are_numbered_host_by_host_whatever_srun_does(slurm: Cluster, tmp_path: Path, layout: str) -> None:
     (tmp_path / "hosts.txt").write_text("node1\nnode0\nnode0\nnode1\n")
     words = {
         "cyclic": "srun --nodes=2 --ntasks-per-node=2 --distribution=cyclic",
+        "plane": "srun --nodes=2 --ntasks-per-node=2 --distribution=plane=1",
         "arbitrary": f"SLURM_HOSTFILE={tmp_path}/hosts.txt srun --ntasks=4 --distribution=arbitrary",
     }
     done = bash(f"{words[layout]} --kill-on-bad-exit=1 {LINE}", slurm, tmp_path)
     result = record(done)
-    first = "node0" if layout == "cyclic" else "node1"
+    first = "node1" if layout == "arbitrary" else "node0"
     assert result["result"]["hosts"] == [first] * 2 + [{"node0": "node1", "node1": "node0"}[first]] * 2
     assert (result["nodes"], result["gpus_per_node"], result["mesh"]) == (2, 2, {"dp": 4})
     run = Path(result["run_dir"])
@@ -61,7 +62,7 @@ def test_ranks_are_numbered_host_by_host_whatever_srun_does(slurm: Cluster, tmp_
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     placed = re.findall(r"\[rank (\d)/4 node \d\] INFO: .* the scheduler's number is (\d)", done.stderr)
     schedulers = [int(number) for _, number in sorted(placed)]
-    assert schedulers == ([0, 2, 1, 3] if layout == "cyclic" else [0, 3, 1, 2])
+    assert schedulers == ([0, 3, 1, 2] if layout == "arbitrary" else [0, 2, 1, 3])
 
 
 def test_the_components_of_a_heterogeneous_job_are_one_world(slurm: Cluster, tmp_path: Path) -> None:

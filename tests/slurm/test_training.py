@@ -89,7 +89,7 @@ def test_two_hosts_of_four(slurm: Cluster, tmp_path: Path, local: Callable[..., 
     assert trained(tmp_path / "run") == local(2, 4, 4)
 
 
-@pytest.mark.parametrize("distribution", ["cyclic", "arbitrary"])
+@pytest.mark.parametrize("distribution", ["cyclic", "plane=2", "arbitrary"])
 def test_how_slurm_would_deal_out_tasks_changes_nothing(
     distribution: str, slurm: Cluster, tmp_path: Path, local: Callable[..., Any]
 ) -> None:
