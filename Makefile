@@ -38,7 +38,7 @@ slurm: dev
 	@$(BIN)/python .ci/slurm_packages.py
 
 test: lint slurm
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: slurm
 	$(BIN)/python -m tests.benchmarks.start_up

@@ -50,13 +50,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests that use a cluster; first of all hooks, because -m looks at marks."""
+    """Marks the tests that use a cluster; first of all hooks, because -m looks at marks.
+
+    Files of long tests come first, so that no worker has one left for itself at the end: those with clusters, then
+    those with several processes.
+    """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if ANY in fixtures:
             item.add_marker("real_cluster")
         if ANY in fixtures or any(name in fixtures for name in HARNESS):
             item.add_marker("slurm")
+    slow: dict[Path, int] = {}
+    for item in items:
+        length = 2 if item.get_closest_marker("slurm") else 1 if item.get_closest_marker("dist") else 0
+        slow[item.path] = max(length, slow.get(item.path, 0))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(wrapper=True)
