@@ -28,11 +28,11 @@ class ClusterConfig(StrictModel):
     """What one cluster's users share: defaults, site settings, deadlines."""
 
     executor: Literal["auto", "slurm", "local", "debug"] = "auto"
-    """How jobs start; auto = slurm where sbatch is on PATH, else local."""
+    """How jobs start. auto: slurm where sbatch is on PATH, otherwise local."""
     nodes: int = Field(default=1, ge=1, le=MOST_NODES)
-    """Hosts of a job that does not say."""
+    """Hosts per job, unless --nodes says otherwise."""
     gpus_per_node: int = Field(default=1, ge=1, le=MOST_GPUS)
-    """GPUs (ranks) on each host of a job that does not say."""
+    """GPUs, and so ranks, per host, unless --gpus-per-node says otherwise."""
     time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
     """Time limit as Slurm writes it: 90 (minutes), 12:30:00, 2-12."""
     partition: str | None = None
@@ -42,32 +42,32 @@ class ClusterConfig(StrictModel):
     qos: str | None = None
     """Slurm quality of service."""
     max_nodes: int | None = Field(default=None, ge=1, le=MOST_NODES)
-    """The most hosts that a job may ask for here."""
+    """The most hosts that a job may request."""
     max_gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
-    """GPUs on each host: the most that a job may ask for."""
+    """The most GPUs per host that a job may request."""
     max_time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
-    """The longest time limit that a job may ask for, written as `time`."""
+    """The longest time limit that a job may request, in the same form as `time`."""
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster of CPUs)."""
+    """How GPUs are requested: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster without GPUs)."""
     gpu_type: str | None = None
     """The GPUs' type in the request, as in --gpus-per-node=h100:8."""
     gpu_memory_gb: float = Field(default=80, gt=0, le=10**6)
-    """Memory of one GPU in GB (10^9 bytes): a job that needs far more per rank is refused, and tp_fsdp chooses its mesh
-    by it."""
+    """Memory per GPU in GB (10^9 bytes). A job that needs far more per rank is refused, and tp_fsdp chooses its mesh by
+    it."""
     cpus_per_gpu: int | None = Field(default=None, ge=1, le=10**4)
-    """CPU cores for each rank."""
+    """CPU cores per rank."""
     mem_gb_per_gpu: float | None = Field(default=None, gt=0, le=10**6)
-    """Memory in GB for each rank."""
+    """Memory per rank in GB."""
     sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
-    """More sbatch options by their long names; true = the bare flag, false = without it."""
+    """More sbatch options by their long names. true: the bare flag; false: leave it out."""
     srun_args: list[str] = Field(default_factory=list)
-    """More arguments of srun, each one word."""
+    """More srun arguments, one word each."""
     setup: list[str] = Field(default_factory=list, repr=False)
-    """Shell lines on the first host before the ranks start (slurm)."""
+    """Shell lines that run on the first host before the ranks start (slurm)."""
     python: str | None = None
-    """The Python that ranks run (slurm), where it is not the submitting one: in a container, say."""
+    """The Python that runs the ranks (slurm), if it is not the submitting one, as in a container."""
     command_prefix: list[str] = Field(default_factory=list)
-    """Words before that Python (slurm), such as apptainer exec --nv image.sif."""
+    """Words in front of that Python (slurm), such as apptainer exec --nv image.sif."""
     env: dict[str, str] = Field(
         default_factory=dict, repr=False, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
     )
@@ -75,14 +75,14 @@ class ClusterConfig(StrictModel):
     interface: str | None = None
     """Network interface for rendezvous and gloo."""
     rendezvous_ports: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
-    """Ports that a job's first host may listen on, such as 29500-29599; a job of several hosts takes two; none =
-    whichever is free."""
+    """Ports that a job's first host may listen on, such as 29500-29599. A job of several hosts takes two. null: any
+    free port."""
     threads_per_rank: int = Field(default=1, ge=1, le=10**4)
-    """CPU threads of each rank's tensor operations."""
+    """CPU threads per rank for tensor operations."""
     cpu_binding: CpuBinding = "auto"
-    """Whether the CPUs of a host are divided among its ranks, near each one's GPU (auto), or shared (none)."""
+    """auto: divide a host's CPUs among its ranks, near each rank's GPU. none: all ranks share them."""
     rendezvous_timeout_s: float = Field(default=300, gt=0, le=10**7)
-    """Seconds in which all ranks must have found each other."""
+    """Seconds within which all ranks must have found each other."""
     collective_timeout_s: float = Field(default=600, gt=0, le=10**7)
     """Seconds that one collective may wait for its peers."""
 
@@ -118,7 +118,7 @@ class ClusterConfig(StrictModel):
     def _words(cls, value: list[str]) -> list[str]:
         for word in value:
             if not word or any(not c.isprintable() for c in word):
-                raise ValueError(f"{word!r} is empty or holds a line break; write one word an entry")
+                raise ValueError(f"{word!r} is empty or contains a line break; write one word per entry")
         return value
 
     @field_validator("srun_args")
@@ -133,7 +133,7 @@ class ClusterConfig(StrictModel):
     @classmethod
     def _list(cls, value: object) -> object:
         if isinstance(value, str):
-            raise ValueError("is one text; write a list: [...], or a line `- ...` for each")
+            raise ValueError("must be a list; write [...], or one line `- ...` per entry")
         return value
 
     @field_validator("partition", "account", "qos", "gpu_type", mode="before")
@@ -146,7 +146,7 @@ class ClusterConfig(StrictModel):
     def _setup(cls, value: list[str]) -> list[str]:
         for line in value:
             if "\0" in line or line.lstrip().startswith("#SBATCH"):
-                raise ValueError("setup holds shell lines; options of sbatch go under sbatch:")
+                raise ValueError("setup takes shell lines only; put sbatch options under sbatch:")
         return value
 
     @field_validator("python")
@@ -195,13 +195,13 @@ def name_mistake(name: str) -> str | None:
 def env_name_mistake(name: str) -> str | None:
     """Why `name` cannot be an environment variable of a job; None where it can."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        return f"'{name}' is not a variable's name (letters, digits and _)"
+        return f"'{name}' is not a variable's name; use letters, digits and _"
     if name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         return f"{name} is part of the job; use threads_per_rank (--threads-per-rank)"
     if name in OF_BASH:
-        return f"{name} is bash's own: a script cannot set it, or it changes by itself; choose another name"
+        return f"{name} is bash's own variable: a script cannot set it, or it changes by itself; choose another name"
     if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_", "SRUN_")) and name != "MESHRUN_DEVICE":
-        return f"{name} is the launcher's own; choose another name"
+        return f"{name} is set by the launcher; choose another name"
     return None
 
 
@@ -211,7 +211,7 @@ OF_BASH = (
     *("EPOCHSECONDS", "EUID", "FUNCNAME", "GROUPS", "HISTCMD", "LINENO", "OPTIND", "PIPESTATUS", "PPID", "RANDOM"),
     *("SECONDS", "SHELLOPTS", "SHLVL", "SRANDOM", "UID", "_"),
 )
-"""Variables that do not reach a rank as a script exports them."""
+"""Variables that do not reach a rank with the value that a script exports."""
 
 
 def env_value_mistake(name: str, value: str) -> str | None:
@@ -219,13 +219,15 @@ def env_value_mistake(name: str, value: str) -> str | None:
     if name == "MESHRUN_DEVICE" and value not in ("", "cpu"):
         return "the only value is cpu; otherwise leave it out"
     if "\0" in value:
-        return "its value holds a NUL byte"
+        return "its value contains a NUL byte; remove it"
     if "\r\n" in value:
-        return "its value holds a carriage return before a line break, and sbatch refuses such scripts; use \\n alone"
+        return (
+            "its value contains a carriage return before a line break, and sbatch refuses such scripts; use \\n alone"
+        )
     try:
         value.encode()
     except UnicodeEncodeError:
-        return "its value is not UTF-8, which the batch script is written in"
+        return "its value is not UTF-8, so the batch script cannot hold it; give another value"
     return None
 
 

@@ -116,26 +116,26 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
         error: not YAML, not a mapping, too large, a tag, a key that is not text or is given twice; names file and line.
     """
     lines: dict[Key, int] = {}
-    within: list[yaml.Node] = []
+    enclosing: list[yaml.Node] = []
     values = itertools.count(1)
 
-    def look_at(node: yaml.Node, path: Key) -> None:
+    def check_node(node: yaml.Node, path: Key) -> None:
         line = node.start_mark.line + 1
-        if any(node is outer for outer in within):
+        if any(node is outer for outer in enclosing):
             raise error(f"{source}:{line}: an alias (*name) makes a value part of itself; write it out")
-        if len(within) >= MOST_LEVELS:
+        if len(enclosing) >= MOST_LEVELS:
             raise error(f"{source}:{line}: {TOO_DEEP}; fix that line")
         if next(values) > MOST_VALUES:
             raise error(f"{source}:{line}: more than {MOST_VALUES:,} values, with what aliases stand for; give fewer")
-        within.append(node)
+        enclosing.append(node)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
-                look_at(item, path)
+                check_node(item, path)
         elif isinstance(node, yaml.MappingNode):
-            look_at_keys(node, path)
-        within.pop()
+            check_keys(node, path)
+        enclosing.pop()
 
-    def look_at_keys(node: yaml.MappingNode, path: Key) -> None:
+    def check_keys(node: yaml.MappingNode, path: Key) -> None:
         seen: dict[Any, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -152,7 +152,7 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
             seen[key] = line
             inner = (*path, *key.split("."))
             lines.setdefault(inner, line)
-            look_at(value_node, inner)
+            check_node(value_node, inner)
 
     loader: _Loader | None = None
     try:
@@ -160,7 +160,7 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
         node = loader.get_single_node()
         if node is None:
             return Document({}, source)
-        look_at(node, ())
+        check_node(node, ())
         data = loader.construct_document(node)
     except yaml.MarkedYAMLError as mistake:
         mark = mistake.problem_mark or mistake.context_mark

@@ -81,10 +81,10 @@ def _refuse_stand_ins(name: str, directory: str) -> None:
 
     Here it may go unnoticed: what is imported already stays as it is.
     """
-    for found in pkgutil.iter_modules([directory]):
-        if found.name in OF_A_RANK or found.name in sys.stdlib_module_names:
-            whose = "an installed module" if found.name in OF_A_RANK else "one of Python's own"
-            file = f"{found.name}{'/' if found.ispkg else '.py'}"
+    for module in pkgutil.iter_modules([directory]):
+        if module.name in OF_A_RANK or module.name in sys.stdlib_module_names:
+            whose = "an installed module" if module.name in OF_A_RANK else "one of Python's own"
+            file = f"{module.name}{'/' if module.ispkg else '.py'}"
             raise WorkloadError(
                 f"'{name}': {file} in {directory} has the name of {whose}, and the ranks would import it in its place; "
                 "rename it"
@@ -101,13 +101,15 @@ def _entry(where: str, name: str) -> WorkloadEntry:
         package = module_name.partition(".")[0]
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             # the module is there, and something that it imports is not
-            raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_words(error)}") from error
+            raise WorkloadError(
+                f"'{name}': importing {module_name} failed{_where(error)}: {_describe(error)}"
+            ) from error
         hint = "; it is looked for in the current directory and among the installed packages"
         if package in ("jobs", "workloads"):
             hint = f"; '{package}' is meshrun's own package, so yours must be called otherwise"
         raise WorkloadError(f"'{name}': no module named '{error.name}'{hint}") from None
     except (Exception, SystemExit) as error:  # a module that calls sys.exit() must not end the command as if done
-        raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_words(error)}") from error
+        raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_describe(error)}") from error
     if not hasattr(module, attribute):
         entries = [key for key, value in vars(module).items() if isinstance(value, WorkloadEntry)]
         known = f"; it has {', '.join(entries)}" if entries else "; define a WorkloadEntry there"
@@ -130,5 +132,5 @@ def _where(error: BaseException) -> str:
     return f" at {ours[-1].filename}:{ours[-1].lineno}" if ours else ""
 
 
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error.msg}" if isinstance(error, SyntaxError) else in_words(error)

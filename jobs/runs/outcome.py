@@ -1,4 +1,4 @@
-"""How a Slurm job ended of which the leader has left no result: Slurm's state, srun's log and what agents left -> one.
+"""The result of a Slurm job whose leader left none: from Slurm's state, srun's log and what agents left.
 
 The leader knows how every rank ended, and leaves the result itself. It cannot where Slurm ended the job (its time was
 up, a host failed, somebody cancelled it), where it or another agent was killed or could not start, and where the run
@@ -40,7 +40,7 @@ _ASKS_TO_END = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that is known of one attempt's end."""
+    """Everything that is known about one attempt's end."""
 
     workload: str
     attempt: int
@@ -92,19 +92,19 @@ class Evidence:
         return self.srun.cause
 
     @property
-    def told(self) -> AgentEnd | None:
-        """The first agent that a signal asked to end, which it did; srun then ends the others."""
+    def asked_to_end(self) -> AgentEnd | None:
+        """The first agent that ended because a signal asked it to; srun then ends the others."""
         return next((end for end in self.srun.first_ends if -end.code in _ASKS_TO_END), None)
 
-    def is_echo(self, failure: Failure) -> bool:
-        """Whether a failure only followed from what was done to the whole job: else the leader would have told it."""
-        if not (self.cause or self.told):
+    def is_cascading(self, failure: Failure) -> bool:
+        """Whether a failure only follows from the end of the whole job; otherwise the leader would have recorded it."""
+        if not (self.cause or self.asked_to_end):
             return False
         end = self.srun.end_on(failure.host)
-        return failure.kind == "killed" if end is None else end.echo or -end.code in _ASKS_TO_END
+        return failure.kind == "killed" if end is None else end.cascading or -end.code in _ASKS_TO_END
 
     def of_agent(self, end: AgentEnd) -> Failure:
-        """An agent's own failure, in the place of its first rank's."""
+        """An agent's own failure, which stands for its first rank's."""
         rank, log = end.number * self.gpus_per_node, self.logs.get(end.number, "")
         said = self.last_lines.get(end.number, "")
         failure = blame.failure_of_agent(end.code, rank, end.host, self.now, log, said)
@@ -113,70 +113,70 @@ class Evidence:
         return failure
 
 
-def outcome(seen: Evidence) -> dict[str, Any]:
+def outcome(evidence: Evidence) -> dict[str, Any]:
     """The record of a job that failed: whom to name, or what Slurm did. Pure.
 
     In this order: what the leader found; an agent that was killed, for whatever its loss has brought about; a rank's
     own failure; what Slurm did; an agent that ended by itself; the first rank that lost a peer; srun's complaint.
     """
-    failure, error = _killed_agent(seen) or _own_failure(seen), seen.leader_says
+    failure, error = _killed_agent(evidence) or _own_failure(evidence), evidence.leader_says
     if error:
         failure = None
     elif failure is None:
-        error = _what_slurm_did(seen) or _agent_that_ended(seen)
-        if not error and seen.failures:
-            failure = blame.blame(seen.failures)
+        error = _what_slurm_did(evidence) or _agent_that_ended(evidence)
+        if not error and evidence.failures:
+            failure = blame.blame(evidence.failures)
     return {
         "status": "failed",
-        "workload": seen.workload,
-        "attempt": seen.attempt,
-        "job_id": seen.job_id,
+        "workload": evidence.workload,
+        "attempt": evidence.attempt,
+        "job_id": evidence.job_id,
         # While the script is still there Slurm calls the job RUNNING or COMPLETING, which is no word on its end.
-        "slurm_state": seen.state.state if seen.state and seen.state.ended else None,
-        "error": error or (failure.headline() if failure else _without_an_agent(seen)),
+        "slurm_state": evidence.state.state if evidence.state and evidence.state.ended else None,
+        "error": error or (failure.headline() if failure else _without_an_agent(evidence)),
         "traceback": failure.traceback if failure else "",
         "failure": failure.to_json() if failure else None,
     }
 
 
-def _killed_agent(seen: Evidence) -> Failure | None:
-    killed = [end for end in seen.srun.first_ends if end.code < 0 and -end.code not in _ASKS_TO_END]
-    return seen.of_agent(killed[0]) if killed else None
+def _killed_agent(evidence: Evidence) -> Failure | None:
+    killed = [end for end in evidence.srun.first_ends if end.code < 0 and -end.code not in _ASKS_TO_END]
+    return evidence.of_agent(killed[0]) if killed else None
 
 
-def _own_failure(seen: Evidence) -> Failure | None:
-    own = [failure for failure in seen.failures if failure.own and not seen.is_echo(failure)]
+def _own_failure(evidence: Evidence) -> Failure | None:
+    own = [failure for failure in evidence.failures if failure.own and not evidence.is_cascading(failure)]
     return blame.blame(own) if own else None
 
 
-def _what_slurm_did(seen: Evidence) -> str:
-    job, cause = f"job {seen.job_id}", seen.cause
-    at = f"; {seen.ranks_were}" if seen.ranks_were else ""
+def _what_slurm_did(evidence: Evidence) -> str:
+    job, cause = f"job {evidence.job_id}", evidence.cause
+    at = f"; {evidence.ranks_were}" if evidence.ranks_were else ""
     if cause == "TIMEOUT":
-        limit = f" of {seen.time_min} min" if seen.time_min else ""
+        limit = f" of {evidence.time_min} min" if evidence.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"
     if cause == "CANCELLED":
-        by = f" by {_user(seen.state.by)}" if seen.state and seen.state.by else ""
-        never = seen.state is not None and not seen.srun.ends and not seen.logs
+        by = f" by {_user(evidence.state.by)}" if evidence.state and evidence.state.by else ""
+        never = evidence.state is not None and not evidence.srun.ends and not evidence.logs
         return f"{job} was cancelled{by}" + (" before it started" if never else at)
-    if cause == "STEP_ENDED" and seen.status is None:
+    if cause == "STEP_ENDED" and evidence.status is None:
         return f"the batch script of {job} was killed (someone's kill, or its host's memory was used up){at}"
     if cause == "STEP_ENDED":
         return f"srun of {job} was told to end (someone's kill, or a scancel of the step alone){at}"
     if cause == "PREEMPTED":
         return f"{job} was preempted by Slurm{at}"
     if cause == "NODE_FAIL":
-        which = first_few(seen.srun.lost_hosts or seen.down_hosts)
-        return (f"{which} failed, and {job} with it" if which else f"a host of {job}'s failed") + at
+        which = first_few(evidence.srun.lost_hosts or evidence.down_hosts)
+        return (f"{which} failed, and {job} with it" if which else f"a host of {job} failed") + at
     if cause == "BOOT_FAIL":
-        return f"a host of {job}'s did not start"
+        return f"a host of {job} did not start"
     if cause == "DEADLINE":
         return f"{job} could not end before its deadline"
     if cause == "OUT_OF_MEMORY":
         return f"{job} used more memory than it asked for; see mem_gb_per_gpu in the cluster config{at}"
-    if seen.told is not None:
-        signum = signal.Signals(-seen.told.code)
-        return f"{job} received {signum.name} on {seen.told.host} ({_ASKS_TO_END[signum]}){at}"
+    if evidence.asked_to_end is not None:
+        signum = signal.Signals(-evidence.asked_to_end.code)
+        return f"{job} received {signum.name} on {evidence.asked_to_end.host} ({_ASKS_TO_END[signum]}){at}"
     return ""
 
 
@@ -187,43 +187,45 @@ def _user(uid: str) -> str:
         return f"user {uid}"
 
 
-def _agent_that_ended(seen: Evidence) -> str:
-    """The line on the first agent that ended by itself and left no record; nothing where there is none.
+def _agent_that_ended(evidence: Evidence) -> str:
+    """One line about the first agent that ended by itself without a record; empty if there is none.
 
     Code 1 is that of every agent whose job has failed; another one says more.
     """
-    ends = seen.srun.first_ends
-    if not ends or (seen.fault and {end.code for end in ends} == {1}):
+    ends = evidence.srun.first_ends
+    if not ends or (evidence.fault and {end.code for end in ends} == {1}):
         return ""
-    return seen.of_agent(next((end for end in ends if end.code != 1), ends[0])).headline()
+    return evidence.of_agent(next((end for end in ends if end.code != 1), ends[0])).headline()
 
 
-def _without_an_agent(seen: Evidence) -> str:
-    """What there is to say where no agent has left anything."""
-    job = f"job {seen.job_id}"
-    if seen.srun.complaint:
-        code = f" with code {seen.status}" if seen.status is not None else ""
-        return f"{job}: srun ended{code}: {seen.srun.complaint} (log: {seen.srun_log})"
-    state = f" ({seen.state.state})" if seen.state else ""
-    if seen.fault and seen.slurm_log_exists:
-        return f"{job} ended{state}, and no agent could say how: {seen.fault} (log: {seen.srun_log})"
-    if not seen.logs and not seen.srun_began:
-        if not seen.slurm_log_exists:
+def _without_an_agent(evidence: Evidence) -> str:
+    """One line for a job of which no agent has left anything."""
+    job = f"job {evidence.job_id}"
+    if evidence.srun.complaint:
+        code = f" with code {evidence.status}" if evidence.status is not None else ""
+        return f"{job}: srun ended{code}: {evidence.srun.complaint} (log: {evidence.srun_log})"
+    state = f" ({evidence.state.state})" if evidence.state else ""
+    if evidence.fault and evidence.slurm_log_exists:
+        return f"{job} ended{state}, and no agent could say how: {evidence.fault} (log: {evidence.srun_log})"
+    if not evidence.logs and not evidence.srun_began:
+        if not evidence.slurm_log_exists:
             return (
-                f"{job} ended{state}, and its first host could not write {seen.slurm_log}; is the run directory still "
-                "there, and on a file system that every host sees (--run-dir)?"
+                f"{job} ended{state}, and its first host could not write {evidence.slurm_log}; is the run directory "
+                "still there, and on a file system that every host sees (--run-dir)?"
             )
-        said = f"; its last words: {seen.script_says}" if seen.script_says else ""
-        return f"{job} ended{state} before any rank was started{said} (log: {seen.slurm_log})"
-    if seen.status == 0 or (seen.state is not None and seen.state.state == "COMPLETED"):
-        log = seen.logs.get(0, seen.srun_log)
-        return f"{job}: every rank finished its work, and none has left a result (log: {log})"
-    if seen.status is not None:
-        number = seen.status - 128
+        last_words = f"; its last words: {evidence.script_says}" if evidence.script_says else ""
+        return f"{job} ended{state} before any rank was started{last_words} (log: {evidence.slurm_log})"
+    if evidence.status == 0 or (evidence.state is not None and evidence.state.state == "COMPLETED"):
+        log = evidence.logs.get(0, evidence.srun_log)
+        return f"{job}: every rank finished its work, but none left a result (log: {log})"
+    if evidence.status is not None:
+        number = evidence.status - 128
         name = f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number > 0 else ""
-        return f"{job}: srun ended with code {seen.status}{name} and no agent has given a reason (log: {seen.srun_log})"
-    were = f"; {seen.ranks_were}" if seen.ranks_were else ""
-    return f"{job} ended{state}, and no agent has left a result or said why{were} (log: {seen.srun_log})"
+        return (
+            f"{job}: srun ended with code {evidence.status}{name} and no agent gave a reason (log: {evidence.srun_log})"
+        )
+    were = f"; {evidence.ranks_were}" if evidence.ranks_were else ""
+    return f"{job} ended{state}, and no agent left a result or a reason{were} (log: {evidence.srun_log})"
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------
@@ -299,9 +301,9 @@ def _last_line(path: Path) -> str:
     return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
 
 
-def conclude(run: RunDirectory, seen: Evidence) -> dict[str, Any]:
-    """Leaves the record in the run directory, unless one is there that counts more; gives the one that counts."""
-    record = outcome(seen)
+def conclude(run: RunDirectory, evidence: Evidence) -> dict[str, Any]:
+    """Writes the record, unless one that counts more is there already; returns the one that counts."""
+    record = outcome(evidence)
     with contextlib.suppress(OSError):
         return run.publish(record)
     return record
@@ -331,26 +333,26 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
     run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
     record = run.recorded(number)
     if record is None:
-        seen = gather(run, number, status=int(status))
-        if _may_be_preempted(seen):
+        evidence = gather(run, number, status=int(status))
+        if _may_be_preempted(evidence):
             answer = query.ask_scontrol(
-                env.get("SLURM_JOB_ID", seen.job_id), environment.for_queries(env), within_s=_ASK_WITHIN_S
+                env.get("SLURM_JOB_ID", evidence.job_id), environment.for_queries(env), within_s=_ASK_WITHIN_S
             )
-            seen = replace(seen, state=answer if isinstance(answer, JobState) else None)
-            if seen.state is not None and seen.state.preempted:
+            evidence = replace(evidence, state=answer if isinstance(answer, JobState) else None)
+            if evidence.state is not None and evidence.state.preempted:
                 # A script that ends within the grace time has failed, and Slurm does not start it again.
                 line = "meshrun: preempted; waiting for Slurm to put the job back into the queue"
                 print(line, file=sys.stderr, flush=True)
                 sleep(_GRACE_AT_MOST_S)
-        record = conclude(run, seen)
+        record = conclude(run, evidence)
     if record["status"] in BY_ITSELF:
         return f"meshrun: attempt {number}: the work is {record['status']}, and srun ended with code {status} after it"
     return f"meshrun: attempt {number} failed: {record.get('error', '')}"
 
 
-def _may_be_preempted(seen: Evidence) -> bool:
-    """Whether a SIGTERM ended it, as a preemption with a grace time begins; only Slurm can tell it from somebody's."""
-    if seen.srun.cause:
-        return seen.srun.cause in ("CANCELLED", "STEP_ENDED")
-    codes = [end.code for end in seen.srun.first_ends]
-    return -signal.SIGTERM in codes if seen.srun.ends else seen.status == 128 + signal.SIGTERM
+def _may_be_preempted(evidence: Evidence) -> bool:
+    """Whether SIGTERM ended it, as at the start of a preemption's grace time; only Slurm knows whether it was one."""
+    if evidence.srun.cause:
+        return evidence.srun.cause in ("CANCELLED", "STEP_ENDED")
+    codes = [end.code for end in evidence.srun.first_ends]
+    return -signal.SIGTERM in codes if evidence.srun.ends else evidence.status == 128 + signal.SIGTERM

@@ -190,7 +190,7 @@ class SlurmJob:
         unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
         if isinstance(answer, NoAnswer):
             error = (
-                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.words}); job {self.job_id} may still "
+                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.detail}); job {self.job_id} may still "
                 f"be running; follow it: {come_back(self.run_dir)}"
             )
             return {**unknown, "error": error}
@@ -199,7 +199,7 @@ class SlurmJob:
         seen = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
         if seen.says_nothing:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
-                f" ({answer.words})" if isinstance(answer, Forgotten) and answer.words else ""
+                f" ({answer.detail})" if isinstance(answer, Forgotten) and answer.detail else ""
             )
             return {**unknown, "error": error}
         return outcome.conclude(self.run_dir, seen)
@@ -209,7 +209,7 @@ def line_of(job_id: str, answer: query.Answer) -> str:
     """The line on an answer that differs from the one before."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):
-        return f"{job}: Slurm does not answer ({answer.words}); meshrun keeps asking, and watches the run directory"
+        return f"{job}: Slurm does not answer ({answer.detail}); meshrun keeps asking, and watches the run directory"
     if isinstance(answer, Forgotten):
         return ""
     if answer.ended or answer.state == "COMPLETING":

@@ -65,7 +65,7 @@ class JobState:
 class Forgotten:
     """Slurm answers, and knows no such job: it ended longer ago than Slurm remembers (MinJobAge, often 5 minutes)."""
 
-    words: str = ""
+    detail: str = ""
     """More about it: that another job has its number now, or why accounting, which remembers longer, could not help."""
 
 
@@ -73,7 +73,7 @@ class Forgotten:
 class NoAnswer:
     """Slurm could not be asked: the controller restarts or is busy, or there is no Slurm here."""
 
-    words: str
+    detail: str
 
 
 Answer = JobState | Forgotten | NoAnswer
@@ -83,19 +83,19 @@ Answer = JobState | Forgotten | NoAnswer
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Output:
     code: int
-    out: str
-    err: str
+    stdout: str
+    stderr: str
 
 
 _LATE = "has not answered within"
 
 
-def _run(words: Sequence[str], env: Mapping[str, str], within_s: float, text: str = "") -> _Said | NoAnswer:
+def _run(command: Sequence[str], env: Mapping[str, str], within_s: float, text: str = "") -> _Output | NoAnswer:
     try:
         done = subprocess.run(
-            list(words),
+            list(command),
             env=dict(env),
             input=text,
             capture_output=True,
@@ -104,11 +104,11 @@ def _run(words: Sequence[str], env: Mapping[str, str], within_s: float, text: st
             timeout=within_s,
         )
     except subprocess.TimeoutExpired as error:
-        complaint = _words((error.stderr or b"").decode(errors="replace"))
-        return NoAnswer(f"{words[0]} {_LATE} {within_s:g} s{complaint and f' ({complaint})'}")
+        complaint = _one_line((error.stderr or b"").decode(errors="replace"))
+        return NoAnswer(f"{command[0]} {_LATE} {within_s:g} s{complaint and f' ({complaint})'}")
     except OSError as error:
-        return NoAnswer(f"{words[0]}: {error.strerror or error}")
-    return _Said(done.returncode, done.stdout, done.stderr)
+        return NoAnswer(f"{command[0]}: {error.strerror or error}")
+    return _Output(done.returncode, done.stdout, done.stderr)
 
 
 def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float = ANSWER_WITHIN_S) -> Answer:
@@ -123,7 +123,9 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
     """
     squeue = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_COLUMNS}"], env, within_s)
     queued = (
-        squeue if isinstance(squeue, NoAnswer) else read_squeue(squeue.code, squeue.out, squeue.err, job_id, script)
+        squeue
+        if isinstance(squeue, NoAnswer)
+        else read_squeue(squeue.code, squeue.stdout, squeue.stderr, job_id, script)
     )
     if isinstance(queued, JobState):
         if queued.state != "CANCELLED":
@@ -135,12 +137,12 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
     if isinstance(queued, Forgotten):
         # What has the number now may be in accounting without its script, at first.
         if isinstance(accounted, JobState):
-            return queued if queued.words == STRANGER and not accounted.ended else accounted
-        return Forgotten(queued.words or (accounted.words and f"accounting: {accounted.words}"))
+            return queued if queued.detail == STRANGER and not accounted.ended else accounted
+        return Forgotten(queued.detail or (accounted.detail and f"accounting: {accounted.detail}"))
     # The controller does not answer: what accounting calls an end is one; "running" may be long past.
     if isinstance(accounted, JobState) and accounted.state in LASTING:
         return accounted
-    if isinstance(squeue, NoAnswer) and _LATE not in squeue.words:  # no squeue here
+    if isinstance(squeue, NoAnswer) and _LATE not in squeue.detail:  # no squeue here
         shown = ask_scontrol(job_id, env, script, within_s)
         if not isinstance(shown, NoAnswer):
             return shown
@@ -148,24 +150,30 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
 
 
 def _ask_sacct(job_id: str, env: Mapping[str, str], script: str, within_s: float) -> Answer:
-    words = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}"]
-    said = _run([*words, "--format=JobID,State,NodeList,SubmitLine"], env, within_s)
-    if isinstance(said, _Said) and "Invalid field" in said.err:  # before 21.08
-        said = _run([*words, "--format=JobID,State,NodeList"], env, within_s)
-    return said if isinstance(said, NoAnswer) else read_sacct(said.code, said.out, said.err, job_id, script)
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}"]
+    output = _run([*command, "--format=JobID,State,NodeList,SubmitLine"], env, within_s)
+    if isinstance(output, _Output) and "Invalid field" in output.stderr:  # before 21.08
+        output = _run([*command, "--format=JobID,State,NodeList"], env, within_s)
+    return (
+        output
+        if isinstance(output, NoAnswer)
+        else read_sacct(output.code, output.stdout, output.stderr, job_id, script)
+    )
 
 
 def ask_scontrol(job_id: str, env: Mapping[str, str], script: str = "", within_s: float = ANSWER_WITHIN_S) -> Answer:
     """What the controller itself knows; the only one that says whether a job is being preempted."""
-    said = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
-    return said if isinstance(said, NoAnswer) else read_scontrol(said.code, said.out, said.err, script)
+    output = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
+    return output if isinstance(output, NoAnswer) else read_scontrol(output.code, output.stdout, output.stderr, script)
 
 
 def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:
     """The number of this user's job whose batch script lies in `folder`; empty where Slurm names none."""
-    words = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%o"]
-    said = _run(words, env, within_s)
-    rows = [] if isinstance(said, NoAnswer) or said.code else [row.split("|", 1) for row in said.out.splitlines()]
+    command = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%o"]
+    output = _run(command, env, within_s)
+    rows = (
+        [] if isinstance(output, NoAnswer) or output.code else [row.split("|", 1) for row in output.stdout.splitlines()]
+    )
     return next((job for job, *script in rows if script and Path(script[0]).parent == folder), "")
 
 
@@ -179,8 +187,8 @@ def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tu
     """
     if not nodes:
         return ()
-    said = _run(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--states=down", "--format=%N"], env, within_s)
-    return () if isinstance(said, NoAnswer) or said.code else tuple(dict.fromkeys(said.out.split()))
+    output = _run(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--states=down", "--format=%N"], env, within_s)
+    return () if isinstance(output, NoAnswer) or output.code else tuple(dict.fromkeys(output.stdout.split()))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ _COLUMNS = "%i|%T|%S|%N|%r|%o"
 STRANGER = "Slurm has given its number to another job"
 
 
-def _words(text: str) -> str:
+def _one_line(text: str) -> str:
     """A command's complaint on one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines)[:300]
@@ -216,7 +224,7 @@ def read_squeue(code: int, out: str, err: str, job_id: str, script: str = "") ->
             )
     if _is_unknown(err) or (code == 0 and not err.strip()):
         return Forgotten()
-    return NoAnswer(_words(err) or f"squeue ended with code {code}")
+    return NoAnswer(_one_line(err) or f"squeue ended with code {code}")
 
 
 def read_sacct(code: int, out: str, err: str, job_id: str, script: str = "") -> Answer:
@@ -231,24 +239,24 @@ def read_sacct(code: int, out: str, err: str, job_id: str, script: str = "") -> 
             return JobState(state.strip(), nodes=nodes, by=by.strip(), source="sacct")
     if code == 0 and not err.strip():
         return Forgotten()
-    return NoAnswer(_words(err) or f"sacct ended with code {code}")
+    return NoAnswer(_one_line(err) or f"sacct ended with code {code}")
 
 
 def read_scontrol(code: int, out: str, err: str, script: str = "") -> Answer:
-    """`scontrol --oneliner show job`: KEY=VALUE words; values that hold spaces are of no interest here."""
-    found = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", out))
-    if "JobState" not in found:
-        return Forgotten() if _is_unknown(err) else NoAnswer(_words(err) or f"scontrol ended with code {code}")
+    """`scontrol --oneliner show job`: KEY=VALUE pairs; values that contain spaces are not needed here."""
+    fields = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", out))
+    if "JobState" not in fields:
+        return Forgotten() if _is_unknown(err) else NoAnswer(_one_line(err) or f"scontrol ended with code {code}")
     if script not in out:
         return Forgotten(STRANGER)
-    state, start, restarts = found["JobState"], found.get("StartTime", ""), found.get("Restarts", "")
+    state, start, restarts = fields["JobState"], fields.get("StartTime", ""), fields.get("Restarts", "")
     return JobState(
         state=state,
-        reason="" if found.get("Reason", "None") == "None" else found["Reason"],
-        nodes="" if found.get("NodeList", "(null)") == "(null)" else found["NodeList"],
+        reason="" if fields.get("Reason", "None") == "None" else fields["Reason"],
+        nodes="" if fields.get("NodeList", "(null)") == "(null)" else fields["NodeList"],
         start=start if state in WAITING and re.match(r"\d{4}-", start) else "",
         restarts=int(restarts) if restarts.isdecimal() else None,
-        preempted=bool(re.match(r"\d{4}-", found.get("PreemptTime", ""))),
+        preempted=bool(re.match(r"\d{4}-", fields.get("PreemptTime", ""))),
         source="scontrol",
     )
 
@@ -314,25 +322,25 @@ UNSURE = ("node configuration is not available", "node not available", "partitio
 now, and (22.05) of host files; sbatch itself takes the latter, and refuses most of the former."""
 
 
-def check_reached(words: str) -> None:
+def check_reached(reply: str) -> None:
     """Refuses if sbatch could not reach a controller.
 
     Raises:
-        SubmissionError: these words of sbatch's say that no controller could refuse, or queue, a job.
+        SubmissionError: sbatch's reply says that no controller could refuse, or queue, a job.
     """
-    if _UNREACHABLE.search(words) and not LOST.search(words):
+    if _UNREACHABLE.search(reply) and not LOST.search(reply):
         raise SubmissionError(
-            f"Slurm does not answer ({words}); nothing is queued; try again later, check with `sinfo`, "
+            f"Slurm does not answer ({reply}); nothing is queued; try again later, check with `sinfo`, "
             "or use --executor local"
         )
 
 
-def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, str]) -> str:
+def would_queue(script: str, options: Mapping[str, str | bool], env: Mapping[str, str]) -> str:
     """Asks Slurm whether it would take a job; nothing is queued.
 
     Args:
         script: the batch script.
-        given: its options of sbatch, by their long names.
+        options: its options of sbatch, by their long names.
         env: the environment to ask in, as it is.
 
     Returns:
@@ -342,43 +350,45 @@ def would_queue(script: str, given: Mapping[str, str | bool], env: Mapping[str, 
         SubmissionError: it would refuse the job, in its own words; or it does not answer.
     """
     clean = environment.for_queries(env)
-    said = _run(["sbatch", "--test-only"], clean, SUBMISSION_WITHIN_S, script)
-    if isinstance(said, NoAnswer):
-        check_reached(said.words)
-        if _LATE not in said.words:
-            raise SubmissionError(f"{said.words}; nothing is queued")
-        return f"{said.words} whether Slurm would accept the job; it is submitted anyway"
-    words = "; ".join(dict.fromkeys(line.strip() for line in (said.err + said.out).splitlines() if line.strip()))
-    if said.code == 0:
-        return _without_a_number(words)
-    check_reached(words)
-    if LOST.search(words):
-        return f"sbatch --test-only says: {words}; the job is submitted anyway"
-    if any(unsure in words for unsure in UNSURE):
-        total = _hosts_of(str(given.get("partition", "")), clean)
-        if total is None or int(given["nodes"]) <= total:
-            return f"sbatch --test-only says: {words}; the job is submitted anyway"
-        words += f"; the partition has {total} hosts"
+    output = _run(["sbatch", "--test-only"], clean, SUBMISSION_WITHIN_S, script)
+    if isinstance(output, NoAnswer):
+        check_reached(output.detail)
+        if _LATE not in output.detail:
+            raise SubmissionError(f"{output.detail}; nothing is queued")
+        return f"{output.detail} whether Slurm would accept the job; it is submitted anyway"
+    reply = "; ".join(
+        dict.fromkeys(line.strip() for line in (output.stderr + output.stdout).splitlines() if line.strip())
+    )
+    if output.code == 0:
+        return _without_a_number(reply)
+    check_reached(reply)
+    if LOST.search(reply):
+        return f"sbatch --test-only says: {reply}; the job is submitted anyway"
+    if any(unsure in reply for unsure in UNSURE):
+        total = _hosts_of(str(options.get("partition", "")), clean)
+        if total is None or int(options["nodes"]) <= total:
+            return f"sbatch --test-only says: {reply}; the job is submitted anyway"
+        reply += f"; the partition has {total} hosts"
     raise SubmissionError(
-        f"sbatch would refuse the job: {words or f'exit code {said.code}'} (asked for: {_asked(given)})"
+        f"sbatch would refuse the job: {reply or f'exit code {output.code}'} (asked for: {_requested(options)})"
     )
 
 
-def _asked(given: Mapping[str, str | bool]) -> str:
-    """What a job asks for, in sbatch's words, without what every job has."""
+def _requested(options: Mapping[str, str | bool]) -> str:
+    """What a job requests, as sbatch options, without those that every job has."""
     ours = ("job-name", "distribution", "export", "requeue", "signal", "open-mode", "output", "ntasks-per-node")
-    rest = {name: value for name, value in given.items() if name not in ours}
+    rest = {name: value for name, value in options.items() if name not in ours}
     return " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in rest.items())
 
 
-def _without_a_number(words: str) -> str:
+def _without_a_number(reply: str) -> str:
     """The estimate of `sbatch --test-only`, without the number of a job that there will not be.
 
     Where a running job has no time limit, the estimate is a date in some other century, and is left out.
     """
-    match = re.search(r"Job \d+ to start at (\d{4}-\d\d-\d\d)(T\S+) using .*? on nodes (\S+) in partition (\S+)", words)
+    match = re.search(r"Job \d+ to start at (\d{4}-\d\d-\d\d)(T\S+) using .*? on nodes (\S+) in partition (\S+)", reply)
     if not match:
-        return words
+        return reply
     far = abs((date.fromisoformat(match[1]) - date.today()).days) > 90
     when = "" if far else f"; estimated start: {match[1]}{match[2]} on {match[3]}"
     return f"Slurm accepts the job in partition {match[4]}{when}"
@@ -386,11 +396,11 @@ def _without_a_number(words: str) -> str:
 
 def _hosts_of(partition: str, env: Mapping[str, str]) -> int | None:
     """How many hosts a partition has, in whatever state; the default one where none is named; None if not known."""
-    words = ["sinfo", "--noheader", "--format=%P %D", *([f"--partition={partition}"] if partition else [])]
-    said = _run(words, env, ANSWER_WITHIN_S)
-    if isinstance(said, NoAnswer) or said.code:
+    command = ["sinfo", "--noheader", "--format=%P %D", *([f"--partition={partition}"] if partition else [])]
+    output = _run(command, env, ANSWER_WITHIN_S)
+    if isinstance(output, NoAnswer) or output.code:
         return None
-    rows = [row.split() for row in said.out.splitlines()]
+    rows = [row.split() for row in output.stdout.splitlines()]
     if any(len(row) != 2 or not row[1].isdigit() for row in rows):
         return None
     return sum(int(count) for name, count in rows if partition or name.endswith("*")) or None

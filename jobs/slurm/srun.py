@@ -1,7 +1,7 @@
 """srun's stderr -> which agents ended badly, in which order, and whether something ended all of them. Pure.
 
 srun starts one task per host, its agent. It writes prose for people; the lines here were recorded from Slurm 22.05
-(tests/jobs/slurm/recorded). A line that is not understood is nobody's end.
+(tests/jobs/slurm/recorded). A line that is not understood is ignored.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class AgentEnd:
     host: str
     code: int
     """As subprocess has it: the exit status, or minus the signal that killed it."""
-    echo: bool
-    """srun or Slurm was already ending the others when it ended, so it says nothing of its own."""
+    cascading: bool
+    """srun or Slurm was already ending the others when it ended, so it is no cause."""
     out_of_memory: bool = False
 
 
@@ -44,7 +44,7 @@ class SrunLog:
     @property
     def first_ends(self) -> list[AgentEnd]:
         """The agents that ended before anything ended the others."""
-        return [end for end in self.ends if not end.echo]
+        return [end for end in self.ends if not end.cascading]
 
     def end_on(self, host: str) -> AgentEnd | None:
         return next((end for end in self.ends if end.host == host), None)
@@ -61,11 +61,11 @@ _SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals(
 
 
 def read(text: str) -> SrunLog:
-    """srun's stderr, read in order: what comes after the first end of anything is that end's echo."""
+    """srun's stderr, read in order: whatever ends after the first end only follows from it."""
     ends: list[AgentEnd] = []
     lost: list[str] = []
     cause = complaint = ""
-    over = False  # somebody or something has begun to end the whole step
+    over = False  # whether the whole step is being ended
     for line in map(str.rstrip, text.splitlines()):
         if match := _END.match(line):
             ends += _agent_ends(match[1], match[2], match[3], over)

@@ -120,10 +120,10 @@ FULL = "/run cannot be written to: No space left on device"
         (seen("step-cancelled", state="CANCELLED"), "job 12 was cancelled"),
         (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
         (seen("node-failure", [lost(0)]), "node1 failed, and job 12 with it"),
-        (seen(state="NODE_FAIL"), "a host of job 12's failed"),
+        (seen(state="NODE_FAIL"), "a host of job 12 failed"),
         (seen(state="NODE_FAIL", down_hosts=("node0",)), "node0 failed, and job 12 with it"),
         (seen("node-failure", state="NODE_FAIL", down_hosts=("node0",)), "node1 failed, and job 12 with it"),
-        (seen(state="BOOT_FAIL"), "a host of job 12's did not start"),
+        (seen(state="BOOT_FAIL"), "a host of job 12 did not start"),
         (seen(state="DEADLINE"), "job 12 could not end before its deadline"),
         (seen(state="OUT_OF_MEMORY"), "job 12 used more memory than it asked for"),
         (
@@ -146,9 +146,9 @@ FULL = "/run cannot be written to: No space left on device"
         (seen("too-many-nodes", status=1), "with code 1: srun: error: Only allocated 2 nodes asked for 4"),
         (
             seen(status=137),
-            "job 12: srun ended with code 137 (SIGKILL) and no agent has given a reason (log: /run/srun.log)",
+            "job 12: srun ended with code 137 (SIGKILL) and no agent gave a reason (log: /run/srun.log)",
         ),
-        (seen(status=7), "job 12: srun ended with code 7 and no agent has given a reason (log: /run/srun.log)"),
+        (seen(status=7), "job 12: srun ended with code 7 and no agent gave a reason (log: /run/srun.log)"),
         (
             replace(seen(state="FAILED", status=None), logs={}, script_says="module: command not found"),
             "job 12 ended (FAILED) before any rank was started; its last words: module: command not found (log: ",
@@ -159,7 +159,7 @@ FULL = "/run cannot be written to: No space left on device"
         ),
         (
             replace(seen(status=127), logs={}, srun_began=True),
-            "srun ended with code 127 and no agent has given a reason",
+            "srun ended with code 127 and no agent gave a reason",
         ),
         (
             replace(seen(state="FAILED", status=None), logs={}, script_says="/bin/false"),
@@ -174,9 +174,9 @@ FULL = "/run cannot be written to: No space left on device"
             replace(seen(status=0), logs={}, script_says="the licence is out"),
             "job 12 ended before any rank was started; its last words: the licence is out (log: /run/slurm.log)",
         ),
-        (seen(status=0), "job 12: every rank finished its work, and none has left a result (log: /run/agent-0.log)"),
-        (seen(state="COMPLETED", status=None), "job 12: every rank finished its work, and none has left a result"),
-        (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no agent has left a result or said why"),
+        (seen(status=0), "job 12: every rank finished its work, but none left a result (log: /run/agent-0.log)"),
+        (seen(state="COMPLETED", status=None), "job 12: every rank finished its work, but none left a result"),
+        (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no agent left a result or a reason"),
         (seen(status=7, fault=FULL), f"job 12 ended, and no agent could say how: {FULL} (log:"),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",

@@ -237,7 +237,7 @@ def test_a_job_that_slurm_starts_again_has_not_ended(first: str, site: Site, lat
 def test_one_that_is_not_started_again_has(state: str, site: Site, capsys: Capture) -> None:
     site.state(state)
     assert main(["wait", "run"]) == 1
-    told = {"NODE_FAIL": "a host of job 12's failed", "PREEMPTED": "job 12 was preempted by Slurm"}[state]
+    told = {"NODE_FAIL": "a host of job 12 failed", "PREEMPTED": "job 12 was preempted by Slurm"}[state]
     assert told in capsys.readouterr().err
     assert read_json(site.run.attempt(0).result)["slurm_state"] == state
 
@@ -280,7 +280,7 @@ def test_a_completed_job_without_a_result_has_failed(site: Site, capsys: Capture
     site.run.attempt(0).make().agent_log(0).touch()
     site.state("COMPLETED")
     assert main(["wait", "run"]) == 1
-    assert "every rank finished its work, and none has left a result" in capsys.readouterr().err
+    assert "every rank finished its work, but none left a result" in capsys.readouterr().err
 
 
 def test_a_job_that_ends_while_its_last_processes_do_not(site: Site, capsys: Capture) -> None:

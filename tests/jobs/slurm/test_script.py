@@ -231,8 +231,10 @@ def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
 
 
 def test_what_cannot_be_given_at_all_is_to_be_left_out() -> None:
-    assert options.option_mistake("wrap", "x") == "sbatch's --wrap is part of the job; leave it out"
-    assert options.srun_mistake("--qui") == "srun's --quiet is part of the job; leave it out"
+    assert options.option_mistake("wrap", "x") == (
+        "sbatch's --wrap has no meaning for a job that meshrun submits; leave it out"
+    )
+    assert options.srun_mistake("--qui") == "srun's --quiet would hide why ranks ended; leave it out"
 
 
 @pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CAN)
