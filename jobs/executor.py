@@ -152,7 +152,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
         except FailedJobError as error:
             words = " ".join(str(error).split())
             if getattr(error.__cause__, "returncode", None) in (124, 137, -9):
-                words = f"sbatch has not answered within {SUBMIT_WITHIN_S} s; {words}"
+                words = f"sbatch did not answer within {SUBMIT_WITHIN_S} s; {words}"
             elif not query.LOST.search(words):
                 query.check_reached(words)
                 raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None

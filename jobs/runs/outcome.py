@@ -1,9 +1,9 @@
-"""The result of a Slurm job whose leader left none: from Slurm's state, srun's log and what agents left.
+"""The result of a Slurm job whose leader wrote none, from Slurm's state, srun's log and the agents' files.
 
-The leader knows how every rank ended, and leaves the result itself. It cannot where Slurm ended the job (its time was
-up, a host failed, somebody cancelled it), where it or another agent was killed or could not start, and where the run
-directory cannot be written to. Then the batch script asks here (`jobs/entry.py --ended`), and so does whoever follows
-the job where the script could not, either. Both come to the same record, since both read the same files.
+Normally the leader writes the result, because it knows how every rank ended. It cannot do so if Slurm ended the job
+(time limit, failed host, scancel), if it or another agent was killed or could not start, or if the run directory is not
+writable. Then the batch script writes the result (`jobs/entry.py --ended`), and if it cannot either, `submit.py wait`
+does. Both reach the same result because both read the same files.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from jobs.slurm.srun import AgentEnd, SrunLog
 from jobs.status import in_words
 from workloads.errors import first_few
 
-_ASKS_TO_END = {
+_STOP_SIGNALS = {
     signal.SIGTERM: "preemption, or someone's kill",
     signal.SIGINT: "someone's scancel --signal=INT, or kill -INT",
 }
-"""The signals by which an agent ends its ranks and then itself, and whose they are."""
+"""The signals on which an agent ends its ranks and then itself, with their usual senders."""
 
-# --- who or what ended it ---------------------------------------------------------------------------------------------
+# --- the root cause --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that is known about one attempt's end."""
+    """Everything that is known about how one attempt ended."""
 
     workload: str
     attempt: int
@@ -49,41 +49,41 @@ class Evidence:
     now: float
     """Seconds since the epoch."""
     failures: Sequence[Failure] = ()
-    """What agents have left on disk: of their ranks, and of themselves."""
+    """The failures of ranks and agents that agents wrote to disk."""
     srun: SrunLog = field(default_factory=SrunLog)
     status: int | None = None
-    """srun's exit code, where it is known."""
+    """srun's exit code, if known."""
     state: JobState | None = None
-    """What Slurm says of the job, where it was asked."""
+    """The job's state in Slurm, if it was asked."""
     down_hosts: tuple[str, ...] = ()
-    """Those of its hosts that Slurm has lost, where it was asked."""
+    """The job's hosts that are down according to Slurm, if it was asked."""
     time_min: int | None = None
     logs: Mapping[int, str] = field(default_factory=dict)
-    """The log of each host's agent, by the host's number."""
+    """The log of each host's agent, by host number."""
     last_lines: Mapping[int, str] = field(default_factory=dict)
-    """The error that the log of an agent ends with, of those that ended first."""
-    leader_says: str = ""
-    """The root cause, where the leader could write it nowhere but into its log."""
-    ranks_were: str = ""
-    """Where its ranks were, as the leader last said."""
-    script_says: str = ""
-    """The end of slurm.log, for a job that never came to srun."""
+    """The error at the end of an agent's log, by host number, for the agents that failed first."""
+    leader_error: str = ""
+    """The root cause, if the leader could write it only to its log."""
+    last_progress: str = ""
+    """Where the ranks were, as the leader last reported."""
+    last_script_line: str = ""
+    """The last line of slurm.log, for a job that ended before srun started."""
     srun_began: bool = False
     srun_log: str = ""
     slurm_log: str = ""
     slurm_log_exists: bool = True
     fault: str = ""
-    """Why the run directory cannot be written to, where it cannot."""
+    """Why the run directory is not writable; empty if it is."""
 
     @property
-    def says_nothing(self) -> bool:
-        """Whether no agent, nor srun, nor Slurm has left a word on how it ended."""
+    def is_empty(self) -> bool:
+        """Whether neither an agent nor srun nor Slurm reported how the attempt ended."""
         log = self.srun
-        return not (self.failures or self.leader_says or log.ends or log.cause or log.complaint or self.state)
+        return not (self.failures or self.leader_error or log.ends or log.cause or log.complaint or self.state)
 
     @property
     def cause(self) -> str:
-        """The state of Slurm's that says that Slurm ended the job, or nothing."""
+        """The Slurm state in which Slurm itself ended the job; empty if it did not."""
         state = self.state.state if self.state else ""
         if state in ("TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"):
             return state
@@ -92,34 +92,35 @@ class Evidence:
         return self.srun.cause
 
     @property
-    def asked_to_end(self) -> AgentEnd | None:
-        """The first agent that ended because a signal asked it to; srun then ends the others."""
-        return next((end for end in self.srun.first_ends if -end.code in _ASKS_TO_END), None)
+    def stopped_agent(self) -> AgentEnd | None:
+        """The first agent that ended because of a stop signal; srun then ends the others."""
+        return next((end for end in self.srun.first_ends if -end.code in _STOP_SIGNALS), None)
 
     def is_cascading(self, failure: Failure) -> bool:
-        """Whether a failure only follows from the end of the whole job; otherwise the leader would have recorded it."""
-        if not (self.cause or self.asked_to_end):
+        """Whether a failure only followed from the end of the whole job; otherwise the leader would have named it."""
+        if not (self.cause or self.stopped_agent):
             return False
         end = self.srun.end_on(failure.host)
-        return failure.kind == "killed" if end is None else end.cascading or -end.code in _ASKS_TO_END
+        return failure.kind == "killed" if end is None else end.cascading or -end.code in _STOP_SIGNALS
 
     def of_agent(self, end: AgentEnd) -> Failure:
-        """An agent's own failure, which stands for its first rank's."""
+        """The failure of an agent, recorded under the number of its host's first rank."""
         rank, log = end.number * self.gpus_per_node, self.logs.get(end.number, "")
-        said = self.last_lines.get(end.number, "")
-        failure = blame.failure_of_agent(end.code, rank, end.host, self.now, log, said)
+        last_line = self.last_lines.get(end.number, "")
+        failure = blame.failure_of_agent(end.code, rank, end.host, self.now, log, last_line)
         if end.code < 0 and (end.out_of_memory or (self.state and self.state.state == "OUT_OF_MEMORY")):
             return replace(failure, message=blame.OUT_OF_MEMORY)
         return failure
 
 
 def outcome(evidence: Evidence) -> dict[str, Any]:
-    """The record of a job that failed: whom to name, or what Slurm did. Pure.
+    """The result of a job that failed, with its root cause. Pure.
 
-    In this order: what the leader found; an agent that was killed, for whatever its loss has brought about; a rank's
-    own failure; what Slurm did; an agent that ended by itself; the first rank that lost a peer; srun's complaint.
+    The root cause is the first of these that exists: what the leader found; a killed agent, because its loss explains
+    any later failure; a rank's own failure; what Slurm did; an agent that ended by itself; the first rank that lost a
+    peer; srun's error message.
     """
-    failure, error = _killed_agent(evidence) or _own_failure(evidence), evidence.leader_says
+    failure, error = _killed_agent(evidence) or _own_failure(evidence), evidence.leader_error
     if error:
         failure = None
     elif failure is None:
@@ -131,7 +132,7 @@ def outcome(evidence: Evidence) -> dict[str, Any]:
         "workload": evidence.workload,
         "attempt": evidence.attempt,
         "job_id": evidence.job_id,
-        # While the script is still there Slurm calls the job RUNNING or COMPLETING, which is no word on its end.
+        # While the batch script runs, the state is RUNNING or COMPLETING, which does not say how the job ended.
         "slurm_state": evidence.state.state if evidence.state and evidence.state.ended else None,
         "error": error or (failure.headline() if failure else _without_an_agent(evidence)),
         "traceback": failure.traceback if failure else "",
@@ -140,7 +141,7 @@ def outcome(evidence: Evidence) -> dict[str, Any]:
 
 
 def _killed_agent(evidence: Evidence) -> Failure | None:
-    killed = [end for end in evidence.srun.first_ends if end.code < 0 and -end.code not in _ASKS_TO_END]
+    killed = [end for end in evidence.srun.first_ends if end.code < 0 and -end.code not in _STOP_SIGNALS]
     return evidence.of_agent(killed[0]) if killed else None
 
 
@@ -151,7 +152,7 @@ def _own_failure(evidence: Evidence) -> Failure | None:
 
 def _what_slurm_did(evidence: Evidence) -> str:
     job, cause = f"job {evidence.job_id}", evidence.cause
-    at = f"; {evidence.ranks_were}" if evidence.ranks_were else ""
+    at = f"; {evidence.last_progress}" if evidence.last_progress else ""
     if cause == "TIMEOUT":
         limit = f" of {evidence.time_min} min" if evidence.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"
@@ -160,23 +161,24 @@ def _what_slurm_did(evidence: Evidence) -> str:
         never = evidence.state is not None and not evidence.srun.ends and not evidence.logs
         return f"{job} was cancelled{by}" + (" before it started" if never else at)
     if cause == "STEP_ENDED" and evidence.status is None:
-        return f"the batch script of {job} was killed (someone's kill, or its host's memory was used up){at}"
+        return f"the batch script of {job} was killed (someone's kill, or its host ran out of memory){at}"
     if cause == "STEP_ENDED":
-        return f"srun of {job} was told to end (someone's kill, or a scancel of the step alone){at}"
+        return f"the srun of {job} was terminated (someone's kill, or a scancel of the step alone){at}"
     if cause == "PREEMPTED":
         return f"{job} was preempted by Slurm{at}"
     if cause == "NODE_FAIL":
         which = first_few(evidence.srun.lost_hosts or evidence.down_hosts)
-        return (f"{which} failed, and {job} with it" if which else f"a host of {job} failed") + at
+        return (f"{which} failed, which ended {job}" if which else f"a host of {job} failed") + at
     if cause == "BOOT_FAIL":
         return f"a host of {job} did not start"
     if cause == "DEADLINE":
-        return f"{job} could not end before its deadline"
+        return f"{job} could not finish before its deadline"
     if cause == "OUT_OF_MEMORY":
-        return f"{job} used more memory than it asked for; see mem_gb_per_gpu in the cluster config{at}"
-    if evidence.asked_to_end is not None:
-        signum = signal.Signals(-evidence.asked_to_end.code)
-        return f"{job} received {signum.name} on {evidence.asked_to_end.host} ({_ASKS_TO_END[signum]}){at}"
+        return f"{job} used more memory than it requested; raise mem_gb_per_gpu in the cluster config{at}"
+    agent = evidence.stopped_agent
+    if agent is not None:
+        signum = signal.Signals(-agent.code)
+        return f"{job} received {signum.name} on {agent.host} ({_STOP_SIGNALS[signum]}){at}"
     return ""
 
 
@@ -188,9 +190,9 @@ def _user(uid: str) -> str:
 
 
 def _agent_that_ended(evidence: Evidence) -> str:
-    """One line about the first agent that ended by itself without a record; empty if there is none.
+    """The headline of the first agent that ended by itself and left no record; empty if there is none.
 
-    Code 1 is that of every agent whose job has failed; another one says more.
+    Every agent of a failed job exits with code 1, so an agent with another code is preferred.
     """
     ends = evidence.srun.first_ends
     if not ends or (evidence.fault and {end.code for end in ends} == {1}):
@@ -199,40 +201,39 @@ def _agent_that_ended(evidence: Evidence) -> str:
 
 
 def _without_an_agent(evidence: Evidence) -> str:
-    """One line for a job of which no agent has left anything."""
+    """The error of a job of which no agent left a record."""
     job = f"job {evidence.job_id}"
     if evidence.srun.complaint:
         code = f" with code {evidence.status}" if evidence.status is not None else ""
         return f"{job}: srun ended{code}: {evidence.srun.complaint} (log: {evidence.srun_log})"
     state = f" ({evidence.state.state})" if evidence.state else ""
     if evidence.fault and evidence.slurm_log_exists:
-        return f"{job} ended{state}, and no agent could say how: {evidence.fault} (log: {evidence.srun_log})"
+        return f"{job} ended{state}, and no agent could record why: {evidence.fault} (log: {evidence.srun_log})"
     if not evidence.logs and not evidence.srun_began:
         if not evidence.slurm_log_exists:
             return (
-                f"{job} ended{state}, and its first host could not write {evidence.slurm_log}; is the run directory "
-                "still there, and on a file system that every host sees (--run-dir)?"
+                f"{job} ended{state}, and its first host could not write {evidence.slurm_log}; make sure that the run "
+                "directory still exists, and that it is on a file system that every host mounts (--run-dir)"
             )
-        last_words = f"; its last words: {evidence.script_says}" if evidence.script_says else ""
-        return f"{job} ended{state} before any rank was started{last_words} (log: {evidence.slurm_log})"
+        last_line = f"; its last output: {evidence.last_script_line}" if evidence.last_script_line else ""
+        return f"{job} ended{state} before any rank was started{last_line} (log: {evidence.slurm_log})"
     if evidence.status == 0 or (evidence.state is not None and evidence.state.state == "COMPLETED"):
         log = evidence.logs.get(0, evidence.srun_log)
         return f"{job}: every rank finished its work, but none left a result (log: {log})"
     if evidence.status is not None:
         number = evidence.status - 128
         name = f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number > 0 else ""
-        return (
-            f"{job}: srun ended with code {evidence.status}{name} and no agent gave a reason (log: {evidence.srun_log})"
-        )
-    were = f"; {evidence.ranks_were}" if evidence.ranks_were else ""
-    return f"{job} ended{state}, and no agent left a result or a reason{were} (log: {evidence.srun_log})"
+        code = f"code {evidence.status}{name}"
+        return f"{job}: srun ended with {code}, and no agent left a reason (log: {evidence.srun_log})"
+    at = f"; {evidence.last_progress}" if evidence.last_progress else ""
+    return f"{job} ended{state}, and no agent left a result or a reason{at} (log: {evidence.srun_log})"
 
 
 # --- gathering --------------------------------------------------------------------------------------------------------
 
-_AT_MOST_BYTES = 1_000_000
-_LOGS = 8
-"""The most logs of agents that are looked into."""
+_MOST_BYTES = 1_000_000
+_MOST_LOGS = 8
+"""How many agents' logs are read at most."""
 
 
 def gather(
@@ -243,25 +244,25 @@ def gather(
     state: JobState | None = None,
     down_hosts: tuple[str, ...] = (),
 ) -> Evidence:
-    """Reads what an attempt has left on disk.
+    """Reads an attempt's files.
 
     Args:
         run: the run directory.
-        attempt: which incarnation.
-        status: srun's exit code, where it is known.
-        state: what Slurm says, where it was asked.
-        down_hosts: those of the job's hosts that Slurm has lost, where it was asked.
+        attempt: the attempt's number.
+        status: srun's exit code, if known.
+        state: the job's state in Slurm, if it was asked.
+        down_hosts: the job's hosts that are down according to Slurm, if it was asked.
     """
     job = read_json(run.job) or {}
     resources = job["resources"] if isinstance(job.get("resources"), dict) else {}
     per_node = resources.get("gpus_per_node")
-    there = run.attempt(attempt)
-    log = srun.with_the_reason(srun.read(_text(there.srun_log)), _text(run.slurm_log))
-    failures = [Failure.from_json(read_json(there.failure(rank))) for rank in sorted(there.failed())]
-    ended_first = [end.number for end in log.first_ends][:_LOGS]
+    files = run.attempt(attempt)
+    log = srun.with_the_reason(srun.read(_text(files.srun_log)), _text(run.slurm_log))
+    failures = [Failure.from_json(read_json(files.failure(rank))) for rank in sorted(files.failed())]
+    ended_first = [end.number for end in log.first_ends][:_MOST_LOGS]
     submitted = run.submitted()
-    leaders_log = end_of(there.agent_log(0), 10_000)
-    _, is_said, leader_says = leaders_log.rpartition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")
+    leader_log = end_of(files.agent_log(0), 10_000)
+    _, found, leader_error = leader_log.rpartition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")
     return Evidence(
         workload=str(job.get("workload", "")),
         attempt=attempt,
@@ -274,13 +275,13 @@ def gather(
         state=state,
         down_hosts=down_hosts,
         time_min=resources.get("time_min"),
-        logs=there.agent_logs(),
-        last_lines={n: line for n in ended_first if (line := blame.error_at_end(end_of(there.agent_log(n), 10_000)))},
-        leader_says=leader_says.partition("\n")[0] if is_said else "",
-        ranks_were=in_words(read_json(there.status)),
-        script_says=_last_line(run.slurm_log),
-        srun_began=there.srun_log.exists(),
-        srun_log=str(there.srun_log),
+        logs=files.agent_logs(),
+        last_lines={n: line for n in ended_first if (line := blame.error_at_end(end_of(files.agent_log(n), 10_000)))},
+        leader_error=leader_error.partition("\n")[0] if found else "",
+        last_progress=in_words(read_json(files.status)),
+        last_script_line=_last_line(run.slurm_log),
+        srun_began=files.srun_log.exists(),
+        srun_log=str(files.srun_log),
         slurm_log=str(run.slurm_log),
         slurm_log_exists=run.slurm_log.exists(),
         fault=run.fault(),
@@ -288,10 +289,10 @@ def gather(
 
 
 def _text(path: Path) -> str:
-    """A log's text; of a very long one, its beginning."""
+    """A log's text, or the beginning of a very long one."""
     try:
         with open_regular(path) as file:
-            return file.read(_AT_MOST_BYTES).decode("utf-8", errors="replace")
+            return file.read(_MOST_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""
 
@@ -302,7 +303,7 @@ def _last_line(path: Path) -> str:
 
 
 def conclude(run: RunDirectory, evidence: Evidence) -> dict[str, Any]:
-    """Writes the record, unless one that counts more is there already; returns the one that counts."""
+    """Writes the result to the run directory unless it has a more informative one; returns the one that stays."""
     record = outcome(evidence)
     with contextlib.suppress(OSError):
         return run.publish(record)
@@ -313,19 +314,19 @@ def conclude(run: RunDirectory, evidence: Evidence) -> dict[str, Any]:
 
 _ASK_WITHIN_S = 5.0
 _GRACE_AT_MOST_S = 3600.0
-"""Seconds that a preempted job waits for Slurm to end it; a grace time is minutes."""
+"""Seconds that a preempted job waits for Slurm to end it; a grace time is a few minutes."""
 
 
 def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], None] = time.sleep) -> str:
-    """What the batch script runs when it ends and srun has failed, was not reached or left no result: sees to one.
+    """Makes sure that an attempt has a result; the batch script runs this at its end unless srun succeeded.
 
-    A preempted job does not come back from here: Slurm ends the script, and what it would have left is no failure.
+    For a preempted job this does not return: Slurm ends the script, and a requeued attempt is not a failure.
 
     Args:
         run_dir: the run directory.
-        attempt: the script's incarnation.
-        status: the script's exit code, which is srun's where that was reached.
-        sleep: waits; for tests.
+        attempt: the attempt's number.
+        status: the script's exit code, which is srun's if srun was started.
+        sleep: for tests.
 
     Returns:
         One line for the script's log.
@@ -340,18 +341,18 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
             )
             evidence = replace(evidence, state=answer if isinstance(answer, JobState) else None)
             if evidence.state is not None and evidence.state.preempted:
-                # A script that ends within the grace time has failed, and Slurm does not start it again.
-                line = "meshrun: preempted; waiting for Slurm to put the job back into the queue"
+                # Must not end within the grace time, otherwise Slurm counts the job as failed and does not requeue it.
+                line = "meshrun: preempted; waiting for Slurm to requeue the job"
                 print(line, file=sys.stderr, flush=True)
                 sleep(_GRACE_AT_MOST_S)
         record = conclude(run, evidence)
     if record["status"] in BY_ITSELF:
-        return f"meshrun: attempt {number}: the work is {record['status']}, and srun ended with code {status} after it"
+        return f"meshrun: attempt {number}: the work is {record['status']}, but then srun ended with code {status}"
     return f"meshrun: attempt {number} failed: {record.get('error', '')}"
 
 
 def _may_be_preempted(evidence: Evidence) -> bool:
-    """Whether SIGTERM ended it, as at the start of a preemption's grace time; only Slurm knows whether it was one."""
+    """Whether SIGTERM ended the attempt, as in a preemption with a grace time. Only Slurm knows whether it was one."""
     if evidence.srun.cause:
         return evidence.srun.cause in ("CANCELLED", "STEP_ENDED")
     codes = [end.code for end in evidence.srun.first_ends]

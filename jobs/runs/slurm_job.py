@@ -144,7 +144,7 @@ class SlurmJob:
 
     def has_ended(self) -> bool:
         if isinstance(self.answer, JobState):
-            return self.answer.state in query.LASTING
+            return self.answer.state in query.FINAL
         return self.result.read() is not None
 
     def is_over(self) -> bool:
@@ -190,26 +190,26 @@ class SlurmJob:
         unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
         if isinstance(answer, NoAnswer):
             error = (
-                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.detail}); job {self.job_id} may still "
+                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.reason}); job {self.job_id} may still "
                 f"be running; follow it: {come_back(self.run_dir)}"
             )
             return {**unknown, "error": error}
         attempt = self.run_dir.last_attempt().number
         down = query.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
-        seen = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
-        if seen.says_nothing:
+        evidence = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
+        if evidence.is_empty:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
                 f" ({answer.detail})" if isinstance(answer, Forgotten) and answer.detail else ""
             )
             return {**unknown, "error": error}
-        return outcome.conclude(self.run_dir, seen)
+        return outcome.conclude(self.run_dir, evidence)
 
 
 def line_of(job_id: str, answer: query.Answer) -> str:
     """The line on an answer that differs from the one before."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):
-        return f"{job}: Slurm does not answer ({answer.detail}); meshrun keeps asking, and watches the run directory"
+        return f"{job}: Slurm does not answer ({answer.reason}); meshrun keeps asking and watches the run directory"
     if isinstance(answer, Forgotten):
         return ""
     if answer.ended or answer.state == "COMPLETING":

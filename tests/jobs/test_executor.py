@@ -115,9 +115,9 @@ def asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) ->
     [
         (
             "exec sleep 60",
-            "sbatch has not answered within 0.2 s whether Slurm would accept the job; it is submitted anyway",
+            "sbatch --test-only: sbatch did not answer within 0.2 s; the job is submitted anyway",
         ),
-        (f"cat >/dev/null; echo {LOST} >&2; exit 1", f"says: {LOST}; the job is submitted anyway"),
+        (f"cat >/dev/null; echo {LOST} >&2; exit 1", f"--test-only: {LOST}; the job is submitted anyway"),
     ],
     ids=["late", "lost"],
 )
@@ -209,7 +209,7 @@ def test_sbatch_has_a_deadline_also_where_signals_are_held_back(
     monkeypatch.setattr(executor, "FIND_AFTER_S", ())
     spec = make_spec(tmp_path / "run")
     RunDirectory.create(spec.run_dir)
-    with pytest.raises(JobFailed, match=r"sbatch has not answered within 0.3 s"):
+    with pytest.raises(JobFailed, match=r"sbatch did not answer within 0.3 s"):
         executor.submit(spec, ClusterConfig(), owned=False)
 
 

@@ -118,7 +118,7 @@ def test_the_queue_then_progress_then_the_result(cluster: str, request: pytest.F
     path.write_text(json.dumps({**json.loads(path.read_text()), "job_id": occupy(slurm)}))
     again = come_back(slurm, line)
     assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr.endswith("says how it ended (Slurm has given its number to another job)\n")
+    assert again.stderr.endswith("says how it ended (another job has this number now)\n")
 
 
 def test_a_run_that_a_signal_stops_is_not_done(slurm: Cluster, follow: Follow) -> None:

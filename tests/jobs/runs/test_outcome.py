@@ -91,10 +91,13 @@ FULL = "/run cannot be written to: No space left on device"
         (seen("leader-killed", [error(3, message="ValueError: no answer")]), "the leader on node0: killed by SIGKILL"),
         # The leader has found the root cause, and could not write it down.
         (
-            seen("job-failed", [error(2)], leader_says="rank 3 on node1: ValueError: first (log: /run/rank-3.log)"),
+            seen("job-failed", [error(2)], leader_error="rank 3 on node1: ValueError: first (log: /run/rank-3.log)"),
             "rank 3 on node1: ValueError: first (log: /run/rank-3.log)",
         ),
-        (seen("job-failed", fault=FULL, status=1), f"job 12 ended, and no agent could say how: {FULL} (log: /run/sru"),
+        (
+            seen("job-failed", fault=FULL, status=1),
+            f"job 12 ended, and no agent could record why: {FULL} (log: /run/sru",
+        ),
         (seen("no-such-python", fault=FULL, status=2), "the leader on node0: exited with code 2"),
         # It has not, but agents have left what their ranks met with.
         (seen("job-failed", [lost(1), error(3), lost(0)]), "rank 3 on node1: ValueError: mine (log: /run/rank-3.log)"),
@@ -109,23 +112,26 @@ FULL = "/run cannot be written to: No space left on device"
         (seen("scancel"), "job 12 was cancelled"),
         (replace(seen(), logs={}, state=JobState("CANCELLED", by="0")), "job 12 was cancelled by root before it star"),
         (
-            seen("scancel", [lost(1)], ranks_were="its ranks had finished step 9"),
+            seen("scancel", [lost(1)], last_progress="its ranks had finished step 9"),
             "job 12 was cancelled; its ranks had finished step 9",
         ),
         (
-            seen("batch-script-killed", state="FAILED", status=None, ranks_were="its ranks had finished step 9"),
-            "the batch script of job 12 was killed (someone's kill, or its host's memory was used up); its ranks",
+            seen("batch-script-killed", state="FAILED", status=None, last_progress="its ranks had finished step 9"),
+            "the batch script of job 12 was killed (someone's kill, or its host ran out of memory); its ranks had",
         ),
-        (seen("step-cancelled", status=137), "srun of job 12 was told to end (someone's kill, or a scancel of the st"),
+        (
+            seen("step-cancelled", status=137),
+            "the srun of job 12 was terminated (someone's kill, or a scancel of the s",
+        ),
         (seen("step-cancelled", state="CANCELLED"), "job 12 was cancelled"),
         (seen("preemption", state="PREEMPTED"), "job 12 was preempted by Slurm"),
-        (seen("node-failure", [lost(0)]), "node1 failed, and job 12 with it"),
+        (seen("node-failure", [lost(0)]), "node1 failed, which ended job 12"),
         (seen(state="NODE_FAIL"), "a host of job 12 failed"),
-        (seen(state="NODE_FAIL", down_hosts=("node0",)), "node0 failed, and job 12 with it"),
-        (seen("node-failure", state="NODE_FAIL", down_hosts=("node0",)), "node1 failed, and job 12 with it"),
+        (seen(state="NODE_FAIL", down_hosts=("node0",)), "node0 failed, which ended job 12"),
+        (seen("node-failure", state="NODE_FAIL", down_hosts=("node0",)), "node1 failed, which ended job 12"),
         (seen(state="BOOT_FAIL"), "a host of job 12 did not start"),
-        (seen(state="DEADLINE"), "job 12 could not end before its deadline"),
-        (seen(state="OUT_OF_MEMORY"), "job 12 used more memory than it asked for"),
+        (seen(state="DEADLINE"), "job 12 could not finish before its deadline"),
+        (seen(state="OUT_OF_MEMORY"), "job 12 used more memory than it requested"),
         (
             seen("SIGTERM", [terminated(rank) for rank in range(4)]),
             "job 12 received SIGTERM on node1 (preemption, or someone's kill)",
@@ -146,38 +152,38 @@ FULL = "/run cannot be written to: No space left on device"
         (seen("too-many-nodes", status=1), "with code 1: srun: error: Only allocated 2 nodes asked for 4"),
         (
             seen(status=137),
-            "job 12: srun ended with code 137 (SIGKILL) and no agent gave a reason (log: /run/srun.log)",
+            "job 12: srun ended with code 137 (SIGKILL), and no agent left a reason (log: /run/srun.log)",
         ),
-        (seen(status=7), "job 12: srun ended with code 7 and no agent gave a reason (log: /run/srun.log)"),
+        (seen(status=7), "job 12: srun ended with code 7, and no agent left a reason (log: /run/srun.log)"),
         (
-            replace(seen(state="FAILED", status=None), logs={}, script_says="module: command not found"),
-            "job 12 ended (FAILED) before any rank was started; its last words: module: command not found (log: ",
+            replace(seen(state="FAILED", status=None), logs={}, last_script_line="module: command not found"),
+            "job 12 ended (FAILED) before any rank was started; its last output: module: command not found (log: ",
         ),
         (
-            replace(seen(status=127), logs={}, script_says="module: command not found"),
-            "job 12 ended before any rank was started; its last words: module: command not found (log: ",
+            replace(seen(status=127), logs={}, last_script_line="module: command not found"),
+            "job 12 ended before any rank was started; its last output: module: command not found (log: ",
         ),
         (
             replace(seen(status=127), logs={}, srun_began=True),
-            "srun ended with code 127 and no agent gave a reason",
+            "srun ended with code 127, and no agent left a reason",
         ),
         (
-            replace(seen(state="FAILED", status=None), logs={}, script_says="/bin/false"),
-            "job 12 ended (FAILED) before any rank was started; its last words: /bin/false (log: ",
+            replace(seen(state="FAILED", status=None), logs={}, last_script_line="/bin/false"),
+            "job 12 ended (FAILED) before any rank was started; its last output: /bin/false (log: ",
         ),
         (
             replace(seen(state="FAILED", status=None), logs={}, slurm_log_exists=False),
-            "job 12 ended (FAILED), and its first host could not write /run/slurm.log; is the run directory",
+            "job 12 ended (FAILED), and its first host could not write /run/slurm.log; make sure that the run",
         ),
         # Nothing failed, and there is no result.
         (
-            replace(seen(status=0), logs={}, script_says="the licence is out"),
-            "job 12 ended before any rank was started; its last words: the licence is out (log: /run/slurm.log)",
+            replace(seen(status=0), logs={}, last_script_line="the licence is out"),
+            "job 12 ended before any rank was started; its last output: the licence is out (log: /run/slurm.log)",
         ),
         (seen(status=0), "job 12: every rank finished its work, but none left a result (log: /run/agent-0.log)"),
         (seen(state="COMPLETED", status=None), "job 12: every rank finished its work, but none left a result"),
         (seen(state="FAILED", status=None), "job 12 ended (FAILED), and no agent left a result or a reason"),
-        (seen(status=7, fault=FULL), f"job 12 ended, and no agent could say how: {FULL} (log:"),
+        (seen(status=7, fault=FULL), f"job 12 ended, and no agent could record why: {FULL} (log:"),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
@@ -309,7 +315,7 @@ def test_why_slurm_ended_it_is_in_the_batch_scripts_own_log(run: RunDirectory) -
     assert judge(run)["error"] == "job 12 reached its time limit of 5 min; ask for more with --time"
 
 
-def test_where_the_ranks_were_is_in_the_leaders_status(run: RunDirectory) -> None:
+def test_where_the_last_progress_is_in_the_leaders_status(run: RunDirectory) -> None:
     begin(run, 0, "scancel")
     ranks = [LastSeen(0, "node0", "9", 0.5, "data"), LastSeen(1, "node1", "8", 40.2, "forward")]
     write_json(run.attempt(0).status, status(ranks, 1e9))
@@ -370,7 +376,7 @@ def test_what_the_leader_has_left_is_said_and_stays(run: RunDirectory, monkeypat
     assert outcome.ended(str(run.path), "0", "1") == "meshrun: attempt 0 failed: rank 3 on node1: mine"
     assert read_json(run.attempt(0).result) == record
     write_json(run.attempt(0).result, {"status": "done", "attempt": 0})
-    line = "meshrun: attempt 0: the work is done, and srun ended with code 7 after it"
+    line = "meshrun: attempt 0: the work is done, but then srun ended with code 7"
     assert outcome.ended(str(run.path), "0", "7") == line
     # That of an earlier attempt is not this one's.
     begin(run, 1, "leader-killed")

@@ -250,7 +250,7 @@ def test_a_host_that_took_the_job_with_it_is_named(
     site.state("NODE_FAIL")
     say(site.env, "sinfo", "n0")
     assert main(["wait", "run"]) == 1
-    assert "the job failed: n0 failed, and job 12 with it" in capsys.readouterr().err
+    assert "the job failed: n0 failed, which ended job 12" in capsys.readouterr().err
 
 
 def test_a_record_of_an_earlier_attempt_is_not_the_end(site: Site, later: Later, capsys: Capture) -> None:
@@ -406,9 +406,7 @@ def test_the_job_of_another_that_has_the_number_now(recorded: bool, site: Site, 
     site.squeue("12|COMPLETED|N/A|n[0-1]|None|(null)")
     assert main(["wait", "run"]) == 1
     out, err = capsys.readouterr()
-    assert (
-        "rank 1 on n1: ValueError" if recorded else "says how it ended (Slurm has given its number to another job)"
-    ) in err
+    assert ("rank 1 on n1: ValueError" if recorded else "says how it ended (another job has this number now)") in err
     assert out == ""
     assert site.run.attempt(0).result.exists() == recorded
 

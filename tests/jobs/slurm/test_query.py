@@ -53,7 +53,7 @@ def test_squeue(out: str, state: JobState) -> None:
 
 SCRIPT = ".submission_file_1.sh"
 OURS, THEIRS = f"/a|b c/submitit/{SCRIPT}", "/runs/submitit/.submission_file_2.sh"
-STRANGER = Forgotten("Slurm has given its number to another job")
+NUMBER_REUSED = Forgotten("another job has this number now")
 
 
 @pytest.mark.parametrize("theirs", [THEIRS, "(null)", "/bin/bash"])
@@ -62,24 +62,24 @@ def test_a_number_that_is_another_jobs_now(theirs: str) -> None:
     row = "12|RUNNING|x|n1|None|"
     running = JobState("RUNNING", nodes="n1")
     assert read_squeue(0, row + OURS, "", "12", SCRIPT) == running
-    assert read_squeue(0, row + theirs, "", "12", SCRIPT) == STRANGER
+    assert read_squeue(0, row + theirs, "", "12", SCRIPT) == NUMBER_REUSED
     assert read_squeue(0, row, "", "12", SCRIPT) == running  # of a Slurm that does not say
     failed = "12|FAILED|n1"
     assert read_sacct(0, f"{failed}|sbatch {OURS}", "", "12", SCRIPT) == JobState("FAILED", nodes="n1", source="sacct")
-    assert read_sacct(0, f"{failed}|sbatch {theirs}", "", "12", SCRIPT) == STRANGER
+    assert read_sacct(0, f"{failed}|sbatch {theirs}", "", "12", SCRIPT) == NUMBER_REUSED
     assert isinstance(read_sacct(0, f"{failed}|", "", "12", SCRIPT), JobState)
     assert isinstance(read_sacct(0, failed, "", "12", SCRIPT), JobState)
     assert isinstance(read_scontrol(0, SHOWN.replace("/a b/job.sh x=1", OURS), "", SCRIPT), JobState)
-    assert read_scontrol(0, SHOWN.replace("/a b/job.sh x=1", theirs), "", SCRIPT) == STRANGER
+    assert read_scontrol(0, SHOWN.replace("/a b/job.sh x=1", theirs), "", SCRIPT) == NUMBER_REUSED
 
 
 def test_whoever_has_the_number_now_is_not_taken_for_ours(site: dict[str, str]) -> None:
     say(site, "squeue", f"12|RUNNING|x|n1|None|{THEIRS}")
     say(site, "sacct", err=DISABLED, code=1)
-    assert query.ask("12", site, SCRIPT) == STRANGER
+    assert query.ask("12", site, SCRIPT) == NUMBER_REUSED
     for row in (f"COMPLETED|n1|sbatch {THEIRS}", "PENDING|n1|"):
         say(site, "sacct", f"12|{row}")
-        assert query.ask("12", site, SCRIPT) == STRANGER
+        assert query.ask("12", site, SCRIPT) == NUMBER_REUSED
     say(site, "sacct", f"12|TIMEOUT|n1|sbatch {OURS}")  # of an accounting that keeps both
     assert query.ask("12", site, SCRIPT) == JobState("TIMEOUT", nodes="n1", source="sacct")
     # An end of long ago is none of ours, while the controller is away.
@@ -255,5 +255,5 @@ def test_a_command_that_hangs_is_left(site: dict[str, str]) -> None:
     for command in ("squeue", "sacct"):
         say(site, command, before="exec sleep 600")
     before = time.monotonic()
-    assert query.ask("12", site, within_s=0.3) == NoAnswer("squeue has not answered within 0.3 s")
+    assert query.ask("12", site, within_s=0.3) == NoAnswer("squeue did not answer within 0.3 s")
     assert time.monotonic() - before < 10

@@ -199,8 +199,8 @@ def test_a_script_that_can_make_no_attempts_folder_says_so_and_ends(tmp_path: Pa
         ("time-min", "3-00", "use --time"),
         ("time", "10", "use --time"),
         ("output", "x", "--run-dir"),
-        ("array", "0-3", "one submit.py line per job"),
-        ("gres", "gpu:4", "GPUs are part of the job"),
+        ("array", "0-3", "run submit.py once per job"),
+        ("gres", "gpu:4", "the job already asks for its GPUs"),
         ("signal", "USR1@60", "ranks handle only USR2"),
         ("signal", "B:USR2@60", "ranks handle only USR2"),
         ("distribution", "diagonal", "must start with block"),
@@ -232,9 +232,12 @@ def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
 
 def test_what_cannot_be_given_at_all_is_to_be_left_out() -> None:
     assert options.option_mistake("wrap", "x") == (
-        "sbatch's --wrap has no meaning for a job that meshrun submits; leave it out"
+        "sbatch's --wrap is not supported, because meshrun writes the batch script and reads sbatch's answer; "
+        "leave it out"
     )
-    assert options.srun_mistake("--qui") == "srun's --quiet would hide why ranks ended; leave it out"
+    assert options.srun_mistake("--qui") == (
+        "srun's --quiet would hide how the agents ended, which meshrun reads; leave it out"
+    )
 
 
 @pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CAN)
