@@ -1,4 +1,4 @@
-"""cluster_configs/*.yaml -> ClusterConfig; unknown keys are refused, with file and line."""
+"""cluster_configs/*.yaml -> ClusterConfig; an unknown key is refused with file and line."""
 
 from __future__ import annotations
 
@@ -21,70 +21,70 @@ from workloads.errors import did_you_mean
 from workloads.meanings import meanings
 
 _TEXT_OR_NUMBER: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
-"""For editors: what is text here may look like a number in YAML."""
+"""For editors: this text may look like a number in YAML."""
 
 
 class ClusterConfig(StrictModel):
-    """What one cluster's users share: defaults, site settings, deadlines."""
+    """What all jobs on a cluster share: default shape, site options, timeouts."""
 
     executor: Literal["auto", "slurm", "local", "debug"] = "auto"
-    """How jobs start. auto: slurm where sbatch is on PATH, otherwise local."""
+    """How jobs start; auto means slurm if sbatch is on PATH, otherwise local."""
     nodes: int = Field(default=1, ge=1, le=MOST_NODES)
-    """Hosts per job, unless --nodes says otherwise."""
+    """Hosts per job, if --nodes is not given."""
     gpus_per_node: int = Field(default=1, ge=1, le=MOST_GPUS)
-    """GPUs, and so ranks, per host, unless --gpus-per-node says otherwise."""
+    """GPUs, and so ranks, per host, if --gpus-per-node is not given."""
     time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
-    """Time limit as Slurm writes it: 90 (minutes), 12:30:00, 2-12."""
+    """Time limit, if --time is not given, as Slurm writes it: 90 (minutes), 12:30:00, 2-12."""
     partition: str | None = None
-    """Slurm partition."""
+    """Slurm partition, if --partition is not given."""
     account: str | None = None
-    """Slurm account."""
+    """Slurm account, if --account is not given."""
     qos: str | None = None
-    """Slurm quality of service."""
+    """Slurm quality of service, if --qos is not given."""
     max_nodes: int | None = Field(default=None, ge=1, le=MOST_NODES)
-    """The most hosts that a job may request."""
+    """The maximum number of hosts per job."""
     max_gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
-    """The most GPUs per host that a job may request."""
+    """The maximum number of GPUs per host."""
     max_time: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
-    """The longest time limit that a job may request, in the same form as `time`."""
+    """The maximum time limit of a job, in the format of `time`."""
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are requested: --gpus-per-node=8, --gres=gpu:8, or not at all (a cluster without GPUs)."""
+    """How a job requests its GPUs: --gpus-per-node=8, --gres=gpu:8, or not at all (a CPU cluster)."""
     gpu_type: str | None = None
-    """The GPUs' type in the request, as in --gpus-per-node=h100:8."""
+    """The GPU type in that request, as in --gpus-per-node=h100:8."""
     gpu_memory_gb: float = Field(default=80, gt=0, le=10**6)
-    """Memory per GPU in GB (10^9 bytes). A job that needs far more per rank is refused, and tp_fsdp chooses its mesh by
-    it."""
+    """Memory per GPU in GB (10^9 bytes). tp_fsdp chooses its mesh by it, and a job that needs far more per rank is
+    refused."""
     cpus_per_gpu: int | None = Field(default=None, ge=1, le=10**4)
     """CPU cores per rank."""
     mem_gb_per_gpu: float | None = Field(default=None, gt=0, le=10**6)
-    """Memory per rank in GB."""
+    """Host memory per rank in GB, which Slurm counts as 2^30 bytes."""
     sbatch: dict[str, str | int | bool | None] = Field(default_factory=dict)
-    """More sbatch options by their long names. true: the bare flag; false: leave it out."""
+    """Other sbatch options by their long names; true gives the bare flag, false leaves it out."""
     srun_args: list[str] = Field(default_factory=list)
-    """More srun arguments, one word each."""
+    """Other srun arguments, one per entry, such as --mpi=none."""
     setup: list[str] = Field(default_factory=list, repr=False)
     """Shell lines that run on the first host before the ranks start (slurm)."""
     python: str | None = None
-    """The Python that runs the ranks (slurm), if it is not the submitting one, as in a container."""
+    """The Python that runs the ranks (slurm), if it is not the one that submits, such as one in a container."""
     command_prefix: list[str] = Field(default_factory=list)
-    """Words in front of that Python (slurm), such as apptainer exec --nv image.sif."""
+    """The command in which that Python runs (slurm), one word per entry, such as apptainer exec --nv image.sif."""
     env: dict[str, str] = Field(
         default_factory=dict, repr=False, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
     )
-    """Environment variables for every rank."""
+    """Environment variables of every rank."""
     interface: str | None = None
-    """Network interface for rendezvous and gloo."""
+    """Network interface for the rendezvous, gloo and NCCL."""
     rendezvous_ports: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
-    """Ports that a job's first host may listen on, such as 29500-29599. A job of several hosts takes two. null: any
-    free port."""
+    """Ports on which a job's first host may listen, such as 29500-29599; a job of several hosts needs two. null allows
+    any free port."""
     threads_per_rank: int = Field(default=1, ge=1, le=10**4)
     """CPU threads per rank for tensor operations."""
     cpu_binding: CpuBinding = "auto"
-    """auto: divide a host's CPUs among its ranks, near each rank's GPU. none: all ranks share them."""
+    """auto divides a host's CPUs among its ranks, close to each rank's GPU; none lets the ranks share all CPUs."""
     rendezvous_timeout_s: float = Field(default=300, gt=0, le=10**7)
-    """Seconds within which all ranks must have found each other."""
+    """Seconds within which all ranks must have joined the rendezvous."""
     collective_timeout_s: float = Field(default=600, gt=0, le=10**7)
-    """Seconds that one collective may wait for its peers."""
+    """Seconds that a collective may wait for the other ranks."""
 
     @field_validator("time", "max_time", mode="before")
     @classmethod
@@ -107,18 +107,18 @@ class ClusterConfig(StrictModel):
     @field_validator("sbatch")
     @classmethod
     def _sbatch(cls, value: dict[str, str | int | bool | None]) -> dict[str, str | int | bool | None]:
-        for name, given in value.items():
-            mistake = options.option_mistake(name, given)
+        for name, option in value.items():
+            mistake = options.option_mistake(name, option)
             if mistake:
                 raise ValueError(f"'{name}': {mistake}")
         return value
 
     @field_validator("srun_args", "command_prefix")
     @classmethod
-    def _words(cls, value: list[str]) -> list[str]:
+    def _arguments(cls, value: list[str]) -> list[str]:
         for word in value:
             if not word or any(not c.isprintable() for c in word):
-                raise ValueError(f"{word!r} is empty or contains a line break; write one word per entry")
+                raise ValueError(f"{word!r} is empty or contains a line break; write one argument per entry")
         return value
 
     @field_validator("srun_args")
@@ -146,7 +146,7 @@ class ClusterConfig(StrictModel):
     def _setup(cls, value: list[str]) -> list[str]:
         for line in value:
             if "\0" in line or line.lstrip().startswith("#SBATCH"):
-                raise ValueError("setup takes shell lines only; put sbatch options under sbatch:")
+                raise ValueError("must contain only shell lines; write options of sbatch under sbatch:")
         return value
 
     @field_validator("python")
@@ -173,12 +173,12 @@ class ClusterConfig(StrictModel):
             mistake = env_name_mistake(str(name))
             if mistake:
                 raise ValueError(mistake)
-        for name, given in value.items():
-            mistake = env_value_mistake(str(name), given) if isinstance(given, str) else None
+        for name, text in value.items():
+            mistake = env_value_mistake(str(name), text) if isinstance(text, str) else None
             if mistake:
                 raise ValueError(f"for {name}: {mistake}")
-            if given is None or isinstance(given, (bool, list, dict)):
-                raise ValueError(f"the value of {name} is not text; write it in quotes")
+            if text is None or isinstance(text, (bool, list, dict)):
+                raise ValueError(f"the value of {name} is not text; put it in quotes")
         # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
         return {
             str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
@@ -186,22 +186,22 @@ class ClusterConfig(StrictModel):
 
 
 def name_mistake(name: str) -> str | None:
-    """Why `name` cannot be a partition, account, qos or interface; None where it can."""
+    """Why `name` cannot be a partition, account, qos or interface; None if it can."""
     if not name or name.startswith("-") or any(c.isspace() or not c.isprintable() for c in name):
         return "must be a name without spaces or a leading dash"
     return None
 
 
 def env_name_mistake(name: str) -> str | None:
-    """Why `name` cannot be an environment variable of a job; None where it can."""
+    """Why `name` cannot be an environment variable of a job; None if it can."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        return f"'{name}' is not a variable's name; use letters, digits and _"
+        return f"'{name}' is not a valid variable name; use letters, digits and _"
     if name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        return f"{name} is part of the job; use threads_per_rank (--threads-per-rank)"
+        return f"{name} is set from threads_per_rank; use that, or --threads-per-rank"
     if name in OF_BASH:
-        return f"{name} is bash's own variable: a script cannot set it, or it changes by itself; choose another name"
+        return f"{name} is one of bash's own variables, which a script cannot set reliably; choose another name"
     if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_", "SRUN_")) and name != "MESHRUN_DEVICE":
-        return f"{name} is set by the launcher; choose another name"
+        return f"{name} is reserved for meshrun and Slurm; choose another name"
     return None
 
 
@@ -215,19 +215,19 @@ OF_BASH = (
 
 
 def env_value_mistake(name: str, value: str) -> str | None:
-    """Why `value` cannot be that of a job's environment variable `name`; None where it can."""
+    """Why `value` cannot be the value of a job's environment variable `name`; None if it can."""
     if name == "MESHRUN_DEVICE" and value not in ("", "cpu"):
         return "the only value is cpu; otherwise leave it out"
     if "\0" in value:
         return "its value contains a NUL byte; remove it"
     if "\r\n" in value:
         return (
-            "its value contains a carriage return before a line break, and sbatch refuses such scripts; use \\n alone"
+            "its value contains a carriage return before a line break, which sbatch refuses in a script; use \\n alone"
         )
     try:
         value.encode()
     except UnicodeEncodeError:
-        return "its value is not UTF-8, so the batch script cannot hold it; give another value"
+        return "its value is not UTF-8, the encoding of the batch script; encode it as UTF-8"
     return None
 
 
@@ -242,7 +242,7 @@ def json_schema() -> str:
 
 
 def shipped_configs() -> Path:
-    """The directory of the configs that come with meshrun, in a checkout and in a wheel alike."""
+    """The directory of the configs that come with meshrun, both in a checkout and in a wheel."""
     return Path(__file__).resolve().parent.parent / "cluster_configs"
 
 
@@ -254,10 +254,12 @@ def find_cluster(name: str) -> Path:
     """
     looks_like_path = os.sep in name or name.endswith((".yaml", ".yml"))
     if looks_like_path:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises where there is no such user)
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises for an unknown user)
         if path.is_file():
             return path.resolve()
-        raise ClusterConfigError(f"--cluster {name}: no such file; give a YAML file or a name of cluster_configs/")
+        raise ClusterConfigError(
+            f"--cluster {name}: no such file; give a YAML file, or the name of one in cluster_configs/"
+        )
     places = [Path.cwd() / "cluster_configs", shipped_configs()]
     for place in places:
         path = place / f"{name}.yaml"
@@ -265,15 +267,16 @@ def find_cluster(name: str) -> Path:
             return path.resolve()
     known = sorted({path.stem for place in places if place.is_dir() for path in place.glob("*.yaml")})
     raise ClusterConfigError(
-        f"--cluster {name}: no such cluster{did_you_mean(name, known)}; known: {', '.join(known)}; or give a path"
+        f"--cluster {name}: no such cluster{did_you_mean(name, known)}; known: {', '.join(known)}; "
+        "use one of them, or give a path"
     )
 
 
 def load_cluster(path: Path) -> ClusterConfig:
-    """Reads one cluster file.
+    """Reads one cluster config.
 
     Raises:
-        ClusterConfigError: with file and line.
+        ClusterConfigError: the file is invalid; the message names file and line.
     """
     document = read_yaml(path, ClusterConfigError)
     config, _ = build(ClusterConfig, document, error=ClusterConfigError, what="key")
@@ -281,10 +284,10 @@ def load_cluster(path: Path) -> ClusterConfig:
 
 
 def choose_executor(flag: str | None, cluster: str | None) -> tuple[ExecutorName, Path, ClusterConfig, str]:
-    """What `--executor` and `--cluster` come to.
+    """Chooses the executor and the cluster config from `--executor`, `--cluster` and whether sbatch is on PATH.
 
     Returns:
-        The executor, the cluster file, its config, and the reason in a few words.
+        The executor, the path of the cluster config, the config, and the reason in a few words.
     """
     has_sbatch = shutil.which("sbatch") is not None
     if cluster is None:

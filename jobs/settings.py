@@ -1,6 +1,6 @@
-"""YAML files and key=value words -> one typed, validated configuration; and its description for people.
+"""YAML files and key=value arguments -> one typed, validated configuration; and its description for `list`.
 
-Torch-free. Used for a workload's settings, for cluster files, and for the flags.
+Torch-free. Workload settings, cluster configs and flags are read with it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from workloads.meanings import meanings
 
 Model = TypeVar("Model", bound=BaseModel)
 Key = tuple[str, ...]
-"""A setting's place: ("model", "dim")."""
+"""A setting's path: ("model", "dim")."""
 
 
 # --- YAML as people mean it -------------------------------------------------------------------------------------------
 
 
 MOST_BYTES = 2**20
-"""Of a file; PyYAML takes seconds to read as many. A word of the command line is never longer."""
+"""Size limit of a file: PyYAML takes seconds to read this much. A command line argument is never longer."""
 MOST_LEVELS = 50
 MOST_VALUES = 100_000
-"""Aliases counted as if they were written out: nine lines of them can stand for a billion values."""
+"""Counted after aliases are expanded: nine lines of aliases can expand to a billion values."""
 TOO_DEEP = f"it is nested more than {MOST_LEVELS} levels deep"
 
 
@@ -113,30 +113,31 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     """Reads a YAML mapping.
 
     Raises:
-        error: not YAML, not a mapping, too large, a tag, a key that is not text or is given twice; names file and line.
+        error: the text is not YAML, not a mapping, too large or deep, or has a tag, a key that is not a string or a
+            repeated key; the message names file and line.
     """
     lines: dict[Key, int] = {}
-    enclosing: list[yaml.Node] = []
+    ancestors: list[yaml.Node] = []
     values = itertools.count(1)
 
     def check_node(node: yaml.Node, path: Key) -> None:
         line = node.start_mark.line + 1
-        if any(node is outer for outer in enclosing):
-            raise error(f"{source}:{line}: an alias (*name) makes a value part of itself; write it out")
-        if len(enclosing) >= MOST_LEVELS:
+        if any(node is outer for outer in ancestors):
+            raise error(f"{source}:{line}: an alias (*name) makes a value contain itself; write the value out")
+        if len(ancestors) >= MOST_LEVELS:
             raise error(f"{source}:{line}: {TOO_DEEP}; fix that line")
         if next(values) > MOST_VALUES:
-            raise error(f"{source}:{line}: more than {MOST_VALUES:,} values, with what aliases stand for; give fewer")
-        enclosing.append(node)
+            raise error(f"{source}:{line}: more than {MOST_VALUES:,} values after aliases are expanded; give fewer")
+        ancestors.append(node)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 check_node(item, path)
         elif isinstance(node, yaml.MappingNode):
             check_keys(node, path)
-        enclosing.pop()
+        ancestors.pop()
 
     def check_keys(node: yaml.MappingNode, path: Key) -> None:
-        seen: dict[Any, int] = {}
+        first_lines: dict[Any, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag in (
@@ -145,11 +146,11 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
                 "tag:yaml.org,2002:null",
                 "tag:yaml.org,2002:bool",
             ):
-                raise error(f"{source}:{line}: a key must be a name; quote it if it is meant as text")
+                raise error(f"{source}:{line}: a key must be a name; quote the key if it is text")
             key = key_node.value
-            if key in seen:
-                raise error(f"{source}:{line}: '{key}' is given twice (first on line {seen[key]}); keep one")
-            seen[key] = line
+            if key in first_lines:
+                raise error(f"{source}:{line}: '{key}' is given twice (first on line {first_lines[key]}); keep one")
+            first_lines[key] = line
             inner = (*path, *key.split("."))
             lines.setdefault(inner, line)
             check_node(value_node, inner)
@@ -165,29 +166,29 @@ def load_yaml(text: str, source: str, error: type[UserError] = SettingsError) ->
     except yaml.MarkedYAMLError as mistake:
         mark = mistake.problem_mark or mistake.context_mark
         line = mark.line + 1 if mark else 1
-        # An unquoted password that begins with * is an alias for YAML, and is not shown.
+        # Must not show the alias's name: an unquoted password that begins with * is an alias in YAML.
         problem = re.sub(" alias '.*", " alias (*name)", str(mistake.problem or mistake.context))
-        raise error(f"{source}:{line}: not valid YAML: {problem}; fix that line, or quote what is text") from None
+        raise error(f"{source}:{line}: not valid YAML: {problem}; fix that line, or quote its text") from None
     except (yaml.YAMLError, ValueError) as mistake:
         raise error(f"{source}: not valid YAML: {' '.join(str(mistake).split())}") from None
     finally:
         if loader is not None:
             loader.dispose()
     if not isinstance(data, dict):
-        raise error(f"{source}: holds a {type(data).__name__}; write a mapping, one `key: value` a line")
+        raise error(f"{source}: contains a {type(data).__name__}; write a mapping, one `key: value` per line")
     return Document(data, source, lines)
 
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
-    """YAML that `load_yaml` reads back as it was."""
+    """YAML that `load_yaml` reads back as the same data."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
-    """Reads a YAML file; `error` where it cannot be read."""
+    """Reads a YAML file; raises `error` if it cannot be read."""
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)  # no more: it may be a device that never ends
+            data = file.read(MOST_BYTES + 1)  # must be limited: the path may name an endless device
         text = data.decode()
     except OSError as mistake:
         raise error(f"{path}: cannot be read: {mistake.strerror}; give a YAML file") from None
@@ -203,7 +204,7 @@ def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
 
 @dataclass(frozen=True)
 class Override:
-    """One `key=value` word of the command line."""
+    """One `key=value` argument of the command line."""
 
     path: Key
     text: str
@@ -217,20 +218,20 @@ _RANGE = re.compile(r"^[-+]?\d+\.\.[-+]?\d+$")
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """`["steps=20", "model.dim=64"]` -> overrides; a word without `=`, an empty or a repeated key is refused."""
+    """`["steps=20", "model.dim=64"]` -> overrides. Refuses an argument without `=`, an empty key and a repeated key."""
     overrides: list[Override] = []
     for key, text in key_values(words, error=SettingsError).items():
         if _is_sweep(text):
             raise SettingsError(
                 f"{key}={text}: lists (a,b) and ranges (1..4) are reserved for sweeps, which this version does not "
-                "run; give one value (text with a comma: key='\"a,b\"'; a list: key=[a,b])"
+                "support; give one value (text with a comma: key='\"a,b\"'; a list: key=[a,b])"
             )
         overrides.append(Override(tuple(key.split(".")), text))
     return overrides
 
 
 def _is_sweep(text: str) -> bool:
-    """Whether Hydra would take this value for a sweep: a comma outside quotes and brackets, or a range."""
+    """Whether Hydra would read this value as a sweep: a comma outside quotes and brackets, or a range."""
     if _RANGE.match(text.strip()):
         return True
     depth, quote = 0, ""
@@ -260,21 +261,21 @@ def build(
     what: str = "setting",
     help_line: str = "",
 ) -> tuple[Model, list[str]]:
-    """The configuration from its file and the words of the command line, which win; defaults fill the rest.
+    """Builds a configuration from a file and key=value arguments, which win over the file; defaults fill the rest.
 
-    A group that has a field `preset` may be given as one word: `model=7b` is `model.preset=7b`; on the command
-    line that replaces the whole group that the file gave.
+    A group with a field `preset` may be given as one value: `model=7b` means `model.preset=7b`. On the command line
+    that replaces the whole group from the file.
 
     Args:
         cls: the pydantic model to fill; unknown keys are refused with a suggestion.
         document: the YAML file, if any; nested mappings and dotted keys mean the same.
-        overrides: the key=value words.
-        error: what to raise.
-        what: what a key is called in messages.
-        help_line: where all keys are listed, appended to messages about unknown ones.
+        overrides: the key=value arguments.
+        error: the exception to raise.
+        what: the word for a key in messages.
+        help_line: where all keys are listed; appended to messages about unknown keys.
 
     Returns:
-        The configuration, and a notice for each value of the file that the command line replaced unseen.
+        The configuration, and a notice for each group of the file that a preset on the command line replaced.
     """
     tree: dict[str, Any] = {}
     source: dict[Key, str] = {}
@@ -293,7 +294,7 @@ def build(
         group = _group(annotation)
         if override in overrides:
             value = _parse_value(override, annotation)
-        else:  # it was GROUP.preset=...
+        else:  # the argument was GROUP.preset=...
             value = {"preset": _parse_value(override, _field(cls, (*override.path, "preset")).annotation)}
         if group is not None and not (value is None and type(None) in _options(annotation)):
             dropped = [path for path in source if path[: len(override.path)] == override.path and source[path]]
@@ -314,7 +315,7 @@ def build(
 
 
 def _whole_groups(overrides: Sequence[Override]) -> list[Override]:
-    """`model.preset=7b` means what `model=7b` does."""
+    """The overrides with `model.preset=7b` written as `model=7b`, which means the same."""
     whole = [replace(o, path=o.path[:-1]) if o.path[1:] and o.path[-1] == "preset" else o for o in overrides]
     keys = [override.key for override in whole]
     for key in keys:
@@ -332,11 +333,11 @@ def validate(
     help_line: str = "",
     spell: Mapping[str, str] | None = None,
 ) -> Model:
-    """`tree` as a `cls`, or one line that says which value broke which rule.
+    """Validates `tree` as a `cls`; the error names on one line which values broke which rules.
 
     Args:
-        source: by path, where a value came from ("file:3: "), put before its message.
-        spell: by key, how the user wrote it ("--nodes ").
+        source: the origin of each value by path ("file:3: "), which precedes the message about it.
+        spell: the user's spelling of a key ("--nodes ").
     """
     try:
         return cls.model_validate(tree)
@@ -348,30 +349,30 @@ def validate(
             key = ".".join(path)
             message = mistake["msg"].removeprefix("Value error, ")
             message = re.sub(r", unable to (parse|interpret) .*", "", message.replace("Input should be", "must be"))
-            given = ""
+            value = ""
             if path:
-                given = "..." if _is_secret(cls, path) else _show(_get(tree, path))
-            wanted = mistake.get("ctx", {}).get("expected", "")
-            hint = did_you_mean(given, re.findall(r"'([^']+)'", str(wanted)))
-            start = (source or {}).get(path, "")
-            shown = f"{start}{(spell or {}).get(key, key + '=')}{given}: " if path else start
+                value = "..." if _is_secret(cls, path) else _show(_get(tree, path))
+            expected = mistake.get("ctx", {}).get("expected", "")
+            hint = did_you_mean(value, re.findall(r"'([^']+)'", str(expected)))
+            origin = (source or {}).get(path, "")
+            prefix = f"{origin}{(spell or {}).get(key, key + '=')}{value}: " if path else origin
             if mistake["type"] == "missing":
-                messages.append(f"{start}{key}: has no default and must be given; add {key}=...")
+                messages.append(f"{origin}{key}: has no default and must be given; add {key}=...")
                 continue
             messages.append(
-                f"{shown}{message if message[1:2].isupper() or not path else message[:1].lower() + message[1:]}{hint}"
+                f"{prefix}{message if message[1:2].isupper() or not path else message[:1].lower() + message[1:]}{hint}"
             )
         more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
         raise error("; ".join(messages[:3]) + more + (f"; {help_line}" if help_line else "")) from None
 
 
 def _is_secret(cls: type[BaseModel], path: Key) -> bool:
-    """Whether the setting's value may be a secret, which no message shows: Field(repr=False)."""
+    """Whether a setting may hold a secret, which messages must not show: Field(repr=False)."""
     return not _field(cls, path).repr
 
 
 def _known_part(cls: type[BaseModel], path: Key) -> Key:
-    """The part of a pydantic location that is keys of ours (unions add the branch's name)."""
+    """The keys in a pydantic location, without the branch names that unions add."""
     known: list[str] = []
     group: type[BaseModel] | None = cls
     for part in path:
@@ -385,7 +386,7 @@ def _known_part(cls: type[BaseModel], path: Key) -> Key:
 def _flatten(
     cls: type[BaseModel] | None, data: Mapping[Any, Any], at: Key, document: Document | None
 ) -> list[tuple[Key, Any]]:
-    """Leaves by path; a value is a leaf where the class has no group of settings at that place."""
+    """The leaves with their paths. A value is a leaf if the class has no group of settings at its path."""
     leaves: list[tuple[Key, Any]] = []
     for key, value in data.items():
         parts = tuple(str(key).split("."))
@@ -419,7 +420,9 @@ def _check_path(cls: type[BaseModel], path: Key, where: str, error: type[UserErr
     for depth, part in enumerate(path):
         if group is None:
             parent = ".".join(path[:depth])
-            raise error(f"{where}unknown {what} '{'.'.join(path)}': {parent} has no parts{_dot(help_line)}")
+            raise error(
+                f"{where}unknown {what} '{'.'.join(path)}': {parent} is not a group of settings{_dot(help_line)}"
+            )
         if part not in group.model_fields:
             every = _all_paths(cls)
             close = did_you_mean(".".join(path), every) or did_you_mean(path[-1], every)
@@ -451,7 +454,7 @@ def _field(cls: type[BaseModel], path: Key) -> FieldInfo:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; a plain type is its own only one."""
+    """The alternatives of a union; for a plain type, the type itself."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)
@@ -478,7 +481,7 @@ def _takes(annotation: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _parse_value(override: Override, annotation: Any) -> Any:
-    """The text as YAML, except where the setting wants text: there it is taken as it stands."""
+    """An override's text parsed as YAML, unless the setting is a string: then the text itself."""
     text = override.text
     stripped = text.strip()
     if stripped in ("null", "None", "~") and type(None) in _options(annotation):
@@ -490,7 +493,7 @@ def _parse_value(override: Override, annotation: Any) -> Any:
     if annotation is bool and stripped in ("True", "False"):
         return stripped == "True"
     if "\n" in stripped and not quoted and not structured:
-        return text  # a second line would be a second key of the YAML below, and be lost
+        return text  # must not go into the YAML below, otherwise the second line would be lost as another key
     try:
         return load_yaml(f"value: {text}", override.key).data["value"]
     except SettingsError as mistake:
@@ -499,16 +502,16 @@ def _parse_value(override: Override, annotation: Any) -> Any:
         return text
 
 
-def as_words(settings: Mapping[str, Any], at: str = "") -> list[str]:
-    """Settings as the key=value words that give them on the command line, quoted for the shell."""
-    words: list[str] = []
+def as_key_values(settings: Mapping[str, Any], at: str = "") -> list[str]:
+    """Settings as key=value arguments for the command line, quoted for the shell."""
+    arguments: list[str] = []
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            words += as_words(value, f"{at}{name}.")
+            arguments += as_key_values(value, f"{at}{name}.")
             continue
         plain = isinstance(value, str) and re.fullmatch(r"(?!null$|None$)[A-Za-z_/][\w./:@+-]*", value) is not None
-        words.append(shlex.quote(f"{at}{name}={value if plain else json.dumps(value, ensure_ascii=False)}"))
-    return words
+        arguments.append(shlex.quote(f"{at}{name}={value if plain else json.dumps(value, ensure_ascii=False)}"))
+    return arguments
 
 
 def _put(tree: dict[str, Any], path: Key, value: Any) -> None:
@@ -534,7 +537,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-# --- described for people ---------------------------------------------------------------------------------------------
+# --- described for `list` ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -548,15 +551,15 @@ class Setting:
 
 
 def describe(cls: type[BaseModel]) -> list[Setting]:
-    """Every setting of a configuration, groups flattened to dotted keys, in the order of the class.
+    """Every setting of a configuration in the order of the class, with groups flattened to dotted keys.
 
-    Defaults are those of a configuration in which nothing is given, so one that follows from another is shown too.
+    The defaults come from an instance, so a default that is computed from another setting is shown too.
     """
     try:
-        given_nothing: BaseModel | None = cls()
+        defaults: BaseModel | None = cls()
     except ValidationError:
-        given_nothing = None  # some setting is required
-    return _describe(cls, given_nothing, "")
+        defaults = None  # some setting is required
+    return _describe(cls, defaults, "")
 
 
 def _describe(cls: type[BaseModel], instance: BaseModel | None, at: str) -> list[Setting]:
@@ -574,14 +577,14 @@ def _describe(cls: type[BaseModel], instance: BaseModel | None, at: str) -> list
 
 
 def type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in a user's words: `int > 0`, `fp32|bf16|fp64`, `float or null`."""
+    """A type as `list` shows it: `int > 0`, `fp32|bf16|fp64`, `float or null`."""
     if typing.get_origin(annotation) is typing.Annotated:
         inner, *more = typing.get_args(annotation)
         return type_name(inner, [*metadata, *more])
     options = _options(annotation)
     if len(options) > 1:
-        named = [type_name(option, metadata if option is not type(None) else ()) for option in options]
-        return " or ".join(named)
+        names = [type_name(option, metadata if option is not type(None) else ()) for option in options]
+        return " or ".join(names)
     if annotation is type(None):
         return "null"
     if typing.get_origin(annotation) is Literal:

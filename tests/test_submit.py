@@ -106,7 +106,7 @@ def site(config: str, *words: str, says: list[str]) -> Bad:
 SHORT = {"short.txt": "too short"}
 BAD = [
     # the line itself
-    Bad([], ["which workload?", "tp_fsdp", "--help"]),
+    Bad([], ["no workload is given", "tp_fsdp", "--help"]),
     Bad(["tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
     Bad(["lst"], ["'lst'", "did you mean 'list'?"]),
     Bad(["mnist"], ["'mnist': no such workload", "did you mean 'fsdp_mnist'?"]),
@@ -114,9 +114,7 @@ BAD = [
     Bad(["plan", "tp_fsdp"], ["'plan' is reserved", "see submit.py --help"]),
     Bad(["resume"], ["'resume' is reserved"]),
     Bad(["list", "tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
-    Bad(
-        ["list", "tp_fsdp", "more"], ["list takes at most one word after it and got 2; write submit.py list [WORKLOAD]"]
-    ),
+    Bad(["list", "tp_fsdp", "more"], ["list takes at most one argument and got 2; write submit.py list [WORKLOAD]"]),
     Bad(["tp_fsdp", "--node", "2"], ["unknown flag --node", "did you mean '--nodes'?"]),
     Bad(["tp_fsdp", "--gpus-per-nod=2"], ["unknown flag --gpus-per-nod", "did you mean '--gpus-per-node'?"]),
     Bad(["tp_fsdp", "-x"], ["unknown flag -x", "--help"]),
@@ -139,8 +137,8 @@ BAD = [
     Bad(["tp_fsdp", "--time", "5270401"], ["--time 5270401", "at most ten years"]),
     Bad(["tp_fsdp", "--time", "0"], ["--time 0", "longer than zero"]),
     Bad(["tp_fsdp", "--env", "FOO"], ["--env without a '='", "KEY=VALUE"]),
-    Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=...", "'A-B' is not a variable's name"]),
-    Bad(["tp_fsdp", "--env", "=1"], ["--env =...", "not a variable's name"]),
+    Bad(["tp_fsdp", "--env", "A-B=1"], ["--env A-B=...", "'A-B' is not a valid variable name"]),
+    Bad(["tp_fsdp", "--env", "=1"], ["--env =...", "not a valid variable name"]),
     Bad(["tp_fsdp", "--env", "A=1", "--env", "A=2"], ["--env A is given twice"]),
     Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=...", "--threads-per-rank"]),
     *(
@@ -259,7 +257,7 @@ BAD = [
     Bad(["list", "--no-wait"], ["--no-wait: is a flag of submit.py WORKLOAD, not of submit.py list"]),
     Bad(["list", "--config", ""], ["--config: is a flag of submit.py WORKLOAD, not of submit.py list"]),
     Bad(["tp_fsdp", "model=160m", "model.preset=1b"], ["model", "both given"]),
-    Bad(["tp_fsdp", "--env", "MESHRUN_X=1"], ["MESHRUN_X", "set by the launcher"]),
+    Bad(["tp_fsdp", "--env", "MESHRUN_X=1"], ["MESHRUN_X", "reserved for meshrun and Slurm"]),
     Bad(["tp_fsdp", "--env", "MESHRUN_DEVICE=cuda"], ["MESHRUN_DEVICE", "the only value is cpu"]),
     Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=2"], ["OMP_NUM_THREADS", "--threads-per-rank"]),
     Bad(["tp_fsdp", "--executor", "slurm"], ["sbatch", "not found on PATH", "--executor local"]),
@@ -290,11 +288,11 @@ BAD = [
     site("max_nodes: 1\nnodes: 2", says=["nodes: 2", "at most 1 (max_nodes)"]),
     site("env: {MESHRUN_DEVICE: cuda}", says=["c.yaml:2", "for MESHRUN_DEVICE: the only value is cpu"]),
     site("env: {BAR: true}", says=["c.yaml:2", "the value of BAR is not text", "in quotes"]),
-    site("setup: module load cuda", says=["c.yaml:2", "setup=...", "must be a list"]),
+    site("setup: module load cuda", says=["c.yaml:2", "setup=...", "must be a list; write [...]"]),
     site("sbatch: {comment: true}", says=["c.yaml:2", "comment=VALUE"]),
     slurm("--env", "UID=5", says=["--env UID=...", "bash's own"]),
-    slurm("--env", "RANDOM=5", says=["--env RANDOM=...", "it changes by itself"]),
-    slurm("--env", "SRUN_DEBUG=3", says=["SRUN_DEBUG", "set by the launcher"]),
+    slurm("--env", "RANDOM=5", says=["--env RANDOM=...", "cannot set reliably"]),
+    slurm("--env", "SRUN_DEBUG=3", says=["SRUN_DEBUG", "reserved for meshrun and Slurm"]),
     slurm("--env", "A=x\udcffy", says=["--env A: its value is not UTF-8"]),
     slurm("--env", "A=x\r\ny", says=["--env A: its value contains a carriage return before a line break", "\\n alone"]),
     site('env: {A: "x\\0y"}', says=["c.yaml:2", "for A: its value contains a NUL"]),
@@ -710,7 +708,7 @@ def light_modules() -> list[str]:
     import jobs
 
     found = [m.name for m in pkgutil.walk_packages(jobs.__path__, "jobs.")]
-    entries = [built_in.where.partition(":")[0] for built_in in registry.BUILT_IN.values()]
+    entries = [built_in.entry.partition(":")[0] for built_in in registry.BUILT_IN.values()]
     configs = [f"{entry}.config" for entry in entries]
     return ["submit", *(m for m in found if m not in LATE), *ALSO, *entries, *configs]
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class BuiltIn(NamedTuple):
-    """What is known of a built-in before anything of it is imported."""
+    """What is known about a built-in workload before it is imported."""
 
-    where: str
-    """As a user would name it: package.module:ENTRY."""
+    entry: str
+    """Its entry, written like a user's own: package.module:ENTRY."""
     summary: str
     """One line for `list`."""
 
@@ -28,18 +28,18 @@ class BuiltIn(NamedTuple):
 BUILT_IN = {
     "fsdp_mnist": BuiltIn(
         "workloads.fsdp_mnist:ENTRY",
-        "CNN on MNIST: parameters, gradients, optimizer states sharded (FSDP2), beside HSDP, DDP, one process",
+        "CNN on MNIST with FSDP2; HSDP, DDP and a single process for comparison",
     ),
     "pipeline_mlp": BuiltIn(
         "workloads.pipeline_mlp:ENTRY",
-        "MLP over a pipeline of ranks: naive, GPipe, 1F1B, interleaved, zero bubble; timeline and bubble measured",
+        "pipeline-parallel MLP: naive, GPipe, 1F1B, interleaved and zero-bubble schedules, bubble measured",
     ),
     "tp_fsdp": BuiltIn(
         "workloads.tp_fsdp_llama2:ENTRY",
         "Llama-2-style language model: tensor + sequence parallel within a host, FSDP2 across hosts",
     ),
 }
-"""By the name that the command line gives it."""
+"""The built-in workloads by their names on the command line."""
 
 
 def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
@@ -47,73 +47,73 @@ def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
 
     Args:
         name: a key of `BUILT_IN`, or `package.module:ENTRY`.
-        import_path: directories that a user's module is looked for in, before all others. Built-ins ignore it, so
-            that nothing in the directory where the line was typed can stand in for a library.
+        import_path: directories that are searched for a user's module before all others. Built-ins ignore it, so
+            that no file in the current directory can replace a library.
 
     Raises:
         WorkloadError: there is no such workload, module or entry.
     """
     if name in BUILT_IN:
-        return _entry(BUILT_IN[name].where, name)
+        return _entry(BUILT_IN[name].entry, name)
     if ":" not in name:
         close = did_you_mean(name, BUILT_IN)
         raise WorkloadError(
             f"'{name}': no such workload{close}; known: {', '.join(BUILT_IN)}; your own: package.module:ENTRY"
         )
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
-        raise WorkloadError(f"'{name}': write a module and a name in it, package.module:ENTRY")
+        raise WorkloadError(f"'{name}': not a valid name of a workload; write package.module:ENTRY")
     for directory in reversed(import_path):
-        _refuse_stand_ins(name, directory)
+        _refuse_shadowing(name, directory)
         if directory not in sys.path:
             sys.path.insert(0, directory)
     return _entry(name, name)
 
 
-OF_A_RANK = (
+RANK_MODULES = (
     *("torch", "torchvision", "triton", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "filelock"),
     *("typing_extensions", "pydantic", "pydantic_core", "yaml", "safetensors", "tqdm"),
 )
-"""Installed modules that a rank imports, beside Python's own."""
+"""The installed modules that a rank imports, besides the standard library."""
 
 
-def _refuse_stand_ins(name: str, directory: str) -> None:
-    """Refuses a user's directory with a module that a rank would import in place of one that it needs.
+def _refuse_shadowing(name: str, directory: str) -> None:
+    """Refuses a user's directory with a module that would shadow one that the ranks import.
 
-    Here it may go unnoticed: what is imported already stays as it is.
+    This process may not notice the shadowing, because it has already imported the real module.
     """
     for module in pkgutil.iter_modules([directory]):
-        if module.name in OF_A_RANK or module.name in sys.stdlib_module_names:
-            whose = "an installed module" if module.name in OF_A_RANK else "one of Python's own"
+        if module.name in RANK_MODULES or module.name in sys.stdlib_module_names:
+            other = "an installed module" if module.name in RANK_MODULES else "a module of Python's standard library"
             file = f"{module.name}{'/' if module.ispkg else '.py'}"
             raise WorkloadError(
-                f"'{name}': {file} in {directory} has the name of {whose}, and the ranks would import it in its place; "
+                f"'{name}': {file} in {directory} has the name of {other}, and the ranks would import it instead; "
                 "rename it"
             )
 
 
-def _entry(where: str, name: str) -> WorkloadEntry:
+def _entry(path: str, name: str) -> WorkloadEntry:
     from workloads.base import WorkloadConfig, WorkloadEntry  # late: the names alone need no pydantic
 
-    module_name, _, attribute = where.partition(":")
+    module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         package = module_name.partition(".")[0]
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            # the module is there, and something that it imports is not
+            # The module exists, but something that it imports does not.
             raise WorkloadError(
-                f"'{name}': importing {module_name} failed{_where(error)}: {_describe(error)}"
+                f"'{name}': importing {module_name} failed{_where(error)}: {_message(error)}"
             ) from error
-        hint = "; it is looked for in the current directory and among the installed packages"
+        hint = "; it must be in the current directory or an installed package"
         if package in ("jobs", "workloads"):
-            hint = f"; '{package}' is meshrun's own package, so yours must be called otherwise"
+            hint = f"; '{package}' is meshrun's own package, so rename yours"
         raise WorkloadError(f"'{name}': no module named '{error.name}'{hint}") from None
-    except (Exception, SystemExit) as error:  # a module that calls sys.exit() must not end the command as if done
-        raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_describe(error)}") from error
+    except (Exception, SystemExit) as error:  # sys.exit() in a module must not end the command as if it had succeeded
+        raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_message(error)}") from error
     if not hasattr(module, attribute):
         entries = [key for key, value in vars(module).items() if isinstance(value, WorkloadEntry)]
         known = f"; it has {', '.join(entries)}" if entries else "; define a WorkloadEntry there"
-        file = getattr(module, "__file__", None) or "no file: built in, or a directory without __init__.py"
+        file = getattr(module, "__file__", None) or "built in, or a directory without __init__.py"
         raise WorkloadError(f"'{name}': module {module_name} ({file}) has no '{attribute}'{known}")
     entry = getattr(module, attribute)
     if not isinstance(entry, WorkloadEntry):
@@ -124,13 +124,13 @@ def _entry(where: str, name: str) -> WorkloadEntry:
 
 
 def _where(error: BaseException) -> str:
-    """` at file:line`, of the last frame that is not the import machinery's."""
+    """` at file:line` of the last frame outside the import machinery."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    ours = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    return f" at {ours[-1].filename}:{ours[-1].lineno}" if ours else ""
+    relevant = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    return f" at {relevant[-1].filename}:{relevant[-1].lineno}" if relevant else ""
 
 
-def _describe(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {error.msg}" if isinstance(error, SyntaxError) else in_words(error)

@@ -1,6 +1,6 @@
-"""The one table of verbs: how each is written, which file runs it, which flags it takes. --help is made from it.
+"""The one table of verbs: each verb's usage, its file and its flags. --help is made from it.
 
-A new verb is one row here and one file in jobs/cli/verbs, which has `run(given: Options, console: Console) -> int`.
+A new verb is one row here and one file in jobs/cli/verbs with `run(given: Options, console: Console) -> int`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from workloads.errors import did_you_mean
 class Flag(NamedTuple):
     name: str
     value: str
-    """What stands for the value in --help; empty for a switch."""
+    """The placeholder for the value in --help; empty for a switch."""
     meaning: str
     kind: Literal["once", "repeated", "switch", "yes or no"] = "once"
 
@@ -25,26 +25,26 @@ class Verb(NamedTuple):
     name: str
     module: str
     usage: str
-    """What follows the verb's name on the line."""
+    """The arguments after the verb's name, as --help shows them."""
     meaning: str
     flags: tuple[Flag, ...]
     least: int = 0
-    """The fewest words that follow the name."""
+    """The minimum number of arguments after the name."""
     most: int | None = None
-    """The most; None if there is no limit."""
+    """The maximum number; None if there is no limit."""
 
 
-JSON = Flag("--json", "", "one JSON object on stdout, everything else on stderr", "switch")
+JSON = Flag("--json", "", "print one JSON object to stdout and everything else to stderr", "switch")
 _LAUNCH = (
-    Flag("--nodes", "N", "hosts (default: the cluster config's)"),
+    Flag("--nodes", "N", "number of hosts (default: the cluster config's)"),
     Flag("--gpus-per-node", "G", "GPUs, and so ranks, per host (default: the cluster config's)"),
-    Flag("--cluster", "NAME|PATH", "cluster_configs/NAME.yaml here, then the shipped one; or a path"),
+    Flag("--cluster", "NAME|PATH", "cluster config: a name in ./cluster_configs, the name of a shipped one, or a path"),
     Flag(
         "--executor",
         "auto|slurm|local|debug",
-        "auto = slurm where sbatch is on PATH, else local; debug = one rank in this very process",
+        "auto (the default): slurm if sbatch is on PATH, otherwise local; debug: one rank in this process",
     ),
-    Flag("--config", "FILE", "settings as YAML; key=value on the command line wins over the file"),
+    Flag("--config", "FILE", "YAML file of settings; key=value on the command line overrides it"),
     Flag("--time", "TIME", "time limit: minutes (90), 12:30:00 or 2-12"),
     Flag("--partition", "NAME", "Slurm partition"),
     Flag("--account", "NAME", "Slurm account"),
@@ -53,21 +53,23 @@ _LAUNCH = (
     Flag(
         "--sbatch",
         "KEY[=VALUE]",
-        "any other option of sbatch by its long name, such as mail-user=me@site or exclusive; may be repeated",
+        "any other sbatch option by its long name, such as mail-user=me@site or exclusive; may be repeated",
         "repeated",
     ),
     Flag("--threads-per-rank", "T", "CPU threads per rank for tensor operations (default: the cluster config's)"),
     Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
-    Flag("--run-dir", "DIR", "a new or empty run directory (default: runs/<utc time>-<workload>-<short id>)"),
-    Flag("--profile", "FIRST:LAST", "profile these steps, both included, counted from 1: trace and top operators"),
-    Flag("--profile-ranks", "R,R|all", "the ranks to profile (default: 0)"),
-    Flag("--profile-memory", "", "also take a snapshot of CUDA memory over those steps", "switch"),
-    Flag("--dry-run", "", "print the resolved job, the mesh and the exact submission; run and write nothing", "switch"),
+    Flag("--run-dir", "DIR", "run directory, new or empty (default: runs/<utc time>-<workload>-<short id>)"),
+    Flag("--profile", "FIRST:LAST", "profile the steps from FIRST to LAST, counted from 1: traces and top operators"),
+    Flag("--profile-ranks", "R,R|all", "ranks to profile (default: 0)"),
+    Flag("--profile-memory", "", "also take a snapshot of CUDA memory during those steps", "switch"),
+    Flag(
+        "--dry-run", "", "print the resolved job, the mesh and the exact submission; start and write nothing", "switch"
+    ),
     Flag(
         "--wait",
         "",
-        "follow the job to its end, however long it queues (default: local jobs only). Ctrl-C ends a local job, and "
-        "leaves a Slurm job running; `submit.py wait RUN` comes back to it",
+        "follow the job until it ends (the default for local jobs only). Ctrl-C ends a local job but leaves a Slurm "
+        "job running, which `submit.py wait RUN` follows again",
         "yes or no",
     ),
 )
@@ -76,16 +78,16 @@ LAUNCH = Verb(
     "WORKLOAD",
     "jobs.cli.verbs.launch",
     "[options] [key=value ...]",
-    "a built-in (see list) or package.module:ENTRY, and its settings",
+    "the name of a built-in workload (see list) or package.module:ENTRY; key=value sets one of its settings",
     (*_LAUNCH, JSON),
 )
-"""What a line without a verb does."""
+"""What a command line without a verb does."""
 VERBS = (
     Verb(
         "list",
         "jobs.cli.verbs.list",
         "[WORKLOAD]",
-        "lists the workloads, or a workload's settings: type, default, meaning",
+        "lists the workloads, or the settings of one workload: type, default, meaning",
         (JSON,),
         most=1,
     ),
@@ -93,7 +95,7 @@ VERBS = (
         "wait",
         "jobs.cli.verbs.wait",
         "RUN",
-        "follows the job of a run directory (its path, or its name in ./runs), or says how it ended",
+        "follows the job of a run directory (a path, or a name in ./runs), or prints how it ended",
         (JSON,),
         least=1,
         most=1,
@@ -102,9 +104,9 @@ VERBS = (
 RESERVED = (
     *("plan", "status", "logs", "explain", "cancel", "resume", "resubmit", "report", "compare", "doctor", "clean"),
 )
-"""Words that will be verbs; no workload is called so."""
+"""Names of future verbs, which no workload may have."""
 
-DESCRIPTION = "Runs a workload on a Slurm cluster or on this machine: one line, one job, one rank per GPU."
+DESCRIPTION = "Runs a distributed PyTorch workload on a Slurm cluster or on this machine, one rank per GPU."
 EPILOG = """\
 examples:
   submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200 model.dim=512
@@ -112,7 +114,7 @@ examples:
   submit.py my_package.my_module:ENTRY --gpus-per-node 2
   submit.py wait runs/NAME
 
-exit codes: 0 done, 1 the job failed, 2 your mistake, 130 interrupted
+exit codes: 0 success, 1 the job failed, 2 invalid input (nothing was started), 130 interrupted
 """
 
 
@@ -121,8 +123,8 @@ def flags() -> list[Flag]:
     return list(dict.fromkeys(flag for verb in (LAUNCH, *VERBS) for flag in verb.flags))
 
 
-def line_of(verb: Verb) -> str:
-    """How a verb is written, without its flags: `submit.py wait RUN`."""
+def usage_of(verb: Verb) -> str:
+    """A verb's usage without its flags: `submit.py wait RUN`."""
     return f"submit.py {verb.name} {verb.usage}"
 
 
@@ -130,22 +132,24 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
     """The verb that a command line means.
 
     Args:
-        words: the words of the line that are no flags.
-        given_flags: the names of its flags.
+        words: the arguments that are not flags.
+        given_flags: the names of the flags.
 
     Raises:
         CommandLineError: the verb or workload is unknown, or does not take these flags or this many arguments.
     """
     known = f"known: {', '.join(registry.BUILT_IN)}; your own: package.module:ENTRY"
     if not words:
-        raise CommandLineError(f"which workload? {known}; see submit.py --help")
+        raise CommandLineError(f"no workload is given; {known}; see submit.py --help")
     first = words[0]
     by_name = {verb.name: verb for verb in VERBS}
     if first in by_name:
         _check(by_name[first], words[1:], given_flags)
         return by_name[first]
     if first in RESERVED:
-        raise CommandLineError(f"'{first}' is reserved, and this version has no such verb; see submit.py --help")
+        raise CommandLineError(
+            f"'{first}' is reserved for a verb that this version does not have; see submit.py --help"
+        )
     if ":" not in first and first not in registry.BUILT_IN:
         if "=" in first:
             key = first.partition("=")[0]
@@ -157,14 +161,12 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
 
 
 def _check(verb: Verb, words: Sequence[str], given_flags: Sequence[str]) -> None:
-    """Refuses the flags of other verbs, and too many or too few words."""
+    """Refuses other verbs' flags, and too many or too few arguments."""
     for name in given_flags:
         takers = [v for v in (LAUNCH, *VERBS) if name.replace("--no-", "--", 1) in [flag.name for flag in v.flags]]
         if verb not in takers:
-            theirs = " and ".join(f"submit.py {taker.name}" for taker in takers)
-            raise CommandLineError(f"{name}: is a flag of {theirs}, not of submit.py {verb.name}; leave it out")
+            owners = " and ".join(f"submit.py {taker.name}" for taker in takers)
+            raise CommandLineError(f"{name}: is a flag of {owners}, not of submit.py {verb.name}; leave it out")
     if len(words) < verb.least or (verb.most is not None and len(words) > verb.most):
-        takes = "one word" if verb.least else "at most one word"
-        raise CommandLineError(
-            f"{verb.name} takes {takes} after it and got {len(words) or 'none'}; write {line_of(verb)}"
-        )
+        takes = "one argument" if verb.least else "at most one argument"
+        raise CommandLineError(f"{verb.name} takes {takes} and got {len(words) or 'none'}; write {usage_of(verb)}")

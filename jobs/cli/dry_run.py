@@ -10,7 +10,7 @@ from jobs import executor
 from jobs.cli.console import Console
 from jobs.cli.resolve import Resolved
 from jobs.rank.numbering import mesh_table
-from jobs.settings import as_words
+from jobs.settings import as_key_values
 
 
 def show(resolved: Resolved, plan: str | None, console: Console) -> None:
@@ -31,8 +31,8 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
         console.say(f"prepare: {plan}")
     console.say(f"run directory: {spec.run_dir}\n")
     console.say("settings:")
-    words = " ".join(as_words(spec.settings))
-    console.say(_indent(textwrap.fill(words, 110, break_long_words=False, break_on_hyphens=False)) + "\n")
+    settings = " ".join(as_key_values(spec.settings))
+    console.say(_indent(textwrap.fill(settings, 110, break_long_words=False, break_on_hyphens=False)) + "\n")
     console.say(f"mesh: {resolved.mesh}, on {spec.resources.shape} ranks")
     console.say(_indent(mesh_table(resolved.mesh, hosts)) + "\n")
     if spec.executor != "slurm":  # else both are in the script

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     width = max(len(f"{verb.name} {verb.usage}") for verb in commands.VERBS)
     parser = _Parser(
         prog="submit.py",
-        usage="\n       ".join(map(commands.line_of, verbs)),
+        usage="\n       ".join(map(commands.usage_of, verbs)),
         epilog=commands.EPILOG,
         description=commands.DESCRIPTION
         + f"\n\nWORKLOAD is {commands.LAUNCH.meaning}.\n\nverbs:\n"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from jobs.errors import ClusterConfigError, SettingsError
-from jobs.settings import as_words, build, describe, dump_yaml, load_yaml, parse_overrides, read_yaml, type_name
+from jobs.settings import as_key_values, build, describe, dump_yaml, load_yaml, parse_overrides, read_yaml, type_name
 from workloads.base import WorkloadConfig
 
 
@@ -146,12 +146,12 @@ def test_merge_keys_and_anchors_work() -> None:
         ("".join(f"a{i}: &a{i} [*a{i - 1}]\n" if i else "a0: &a0 []\n" for i in range(60)), ["50 levels deep"]),
         (
             "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]\n" if i else "a0: &a0 1\n" for i in range(10)),
-            ["more than 100,000 values, with what aliases stand for"],
+            ["more than 100,000 values after aliases are expanded"],
         ),
         ("a: 1\n---\nb: 2\n", ["exp.yaml", "not valid YAML"]),
-        ("a: *nowhere\n", ["exp.yaml:1", "found undefined alias (*name)", "quote what is text"]),
+        ("a: *nowhere\n", ["exp.yaml:1", "found undefined alias (*name)", "quote its text"]),
         ("a: \x07\n", ["exp.yaml", "not valid YAML"]),
-        ("a: &a\n  b: *a\n", ["exp.yaml:1", "part of itself"]),
+        ("a: &a\n  b: *a\n", ["exp.yaml:1", "contain itself"]),
         ("a: &a [*a]\n", ["exp.yaml:1", "itself"]),
         ("a: " + "9" * 5000, ["exp.yaml", "not valid YAML"]),
     ],
@@ -270,7 +270,7 @@ def test_words_get_the_type_of_their_setting(word: str, value: Any) -> None:
         (["stepss=5"], ["unknown setting 'stepss'", "did you mean 'steps'?", "see list"]),
         (["dim=5"], ["unknown setting 'dim'", "did you mean 'model.dim'?"]),
         (["model.dimm=5"], ["did you mean 'model.dim'?"]),
-        (["steps.x=5"], ["unknown setting 'steps.x'", "steps has no parts"]),
+        (["steps.x=5"], ["unknown setting 'steps.x'", "steps is not a group of settings"]),
         (["steps=0"], ["steps=0", "greater than 0"]),
         (["steps=abc"], ["steps=abc", "integer"]),
         (["steps=1.5"], ["steps=1.5", "integer"]),
@@ -426,7 +426,7 @@ def test_a_preset_by_its_own_name_replaces_the_files_group_as_the_groups_name_do
         build(Config, document, parse_overrides(["model.preset=7b", "model=small"]))
 
 
-def test_settings_as_words_can_be_typed_again() -> None:
+def test_settings_as_key_values_can_be_typed_again() -> None:
     class Data(WorkloadConfig):
         path: str | tuple[str, ...] | None = None
         note: str | None = None
@@ -445,5 +445,5 @@ def test_settings_as_words_can_be_typed_again() -> None:
         {"data": {"path": "*.bin", "note": "12"}, "text": "true", "lr": 0.1},
     ):
         config = Config.model_validate(typed)
-        words = shlex.split(" ".join(as_words(config.model_dump(mode="json"))))
+        words = shlex.split(" ".join(as_key_values(config.model_dump(mode="json"))))
         assert build(Config, None, parse_overrides(words))[0] == config

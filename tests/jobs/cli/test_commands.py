@@ -36,7 +36,7 @@ def test_a_row_and_a_file_are_a_verb(monkeypatch: pytest.MonkeyPatch, capsys: py
             "list --nodes 2",
             "--nodes: is a flag of submit.py WORKLOAD and submit.py greet, not of submit.py list; leave",
         ),
-        ("greet", "greet takes one word after it and got none; write submit.py greet WHOM"),
+        ("greet", "greet takes one argument and got none; write submit.py greet WHOM"),
         ("greeet you", "'greeet': no such workload or verb (did you mean 'greet'?)"),
     ):
         assert main(line.split()) == 2

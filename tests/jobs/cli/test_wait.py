@@ -17,9 +17,9 @@ JOB = json.dumps({"workload": "mine", "settings": {"steps": 9}, "resources": {"n
 DEBUG = json.dumps({"workload": "mine", "executor": "debug"})
 RUN = {"run/job.json": JOB, "run/submission.json": "{}"}
 BAD = [
-    Bad(["wait"], ["wait takes one word after it and got none; write submit.py wait RUN"]),
-    Bad(["wait", "a", "b"], ["wait takes one word after it and got 2"]),
-    Bad(["wait", "run", "steps=3"], ["wait takes one word after it and got 2"], RUN),
+    Bad(["wait"], ["wait takes one argument and got none; write submit.py wait RUN"]),
+    Bad(["wait", "a", "b"], ["wait takes one argument and got 2"]),
+    Bad(["wait", "run", "steps=3"], ["wait takes one argument and got 2"], RUN),
     Bad(["wait", ""], ["'': is no run directory (an unset shell variable?)"]),
     Bad(["wait", "gone"], ["'gone': no such run directory, here or below ./runs"]),
     Bad(["wait", "20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
