@@ -1,7 +1,7 @@
-"""What ended each rank -> the one that ended the job. Pure; used wherever ranks are watched.
+"""The failures of a job's ranks -> the root cause. Pure; used wherever ranks are watched.
 
-When a rank dies, its peers fail within a tenth of a second with connection errors of their own, and often print
-them first. So order alone does not decide: a failure that is only the loss of a peer is blamed when there is no other.
+When a rank dies, its peers fail within a tenth of a second with connection errors, and often print them first. So the
+order alone does not decide: the loss of a peer is a cascading failure, and the root cause only if there is no other.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from workloads.errors import first_few, in_words
 from workloads.steps.board import PHASES
 
 ENDS = "this rank ends: "
-"""What a rank logs when an exception has ended it, after its record is written; its traceback follows in the log."""
+"""Begins the line that a rank logs when an exception ends it, after its record is written; the traceback follows."""
 
 OUT_OF_MEMORY = "killed by SIGKILL: its host's memory, or the job's share of it, was used up"
 
-VANISHED = "ended and said nothing: it was killed (out of memory, or someone's kill -9), or its host failed"
-"""What is said of an agent of which nobody knows how it ended."""
+VANISHED = "ended without a record: it was killed (out of memory, or someone's kill -9), or its host failed"
+"""The message for an agent if it is not known how it ended."""
 
 LONGEST_TRACEBACK, LONGEST_PART = 40_000, 8_000
-"""Characters of a recorded traceback, and of one frame or message in it, whose frames must survive a long message."""
+"""Maximum characters of a recorded traceback, and of one frame or message in it, so that long messages do not displace
+frames."""
 
 Kind = Literal["error", "exit", "killed", "agent", "lost_peer", "unreachable"]
-"""agent: it is the agent of the rank's host that ended. The last two are about others: whom this rank lost, or could
-never reach, which rank 0 knows nothing of."""
+"""agent: the agent of the rank's host ended. The last two are about other ranks: this rank lost a peer, or could never
+reach rank 0, which rank 0 does not notice."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Failure:
 
     @property
     def own(self) -> bool:
-        """Whether it is this rank's own doing, and not what it met with in another."""
+        """Whether the failure began in this rank, and is not the loss of another."""
         return self.kind not in ("lost_peer", "unreachable")
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Failure:
 
     @staticmethod
     def from_json(record: dict[str, Any] | None) -> Failure | None:
-        """What `to_json` gave; None where it is not that."""
+        """The failure from `to_json`'s record; None if the record is damaged."""
         try:
             failure = Failure(**record or {})
         except TypeError:
@@ -71,22 +72,22 @@ class Failure:
         return failure if numbers and all(isinstance(text, str) for text in texts) else None
 
     def headline(self) -> str:
-        """One line for people: who, where, what, and the log."""
+        """One line for the user: who, where, what, and the log."""
         who = f"rank {self.rank}" if self.kind != "agent" else "the leader" if self.rank == 0 else "the agent"
         return f"{who} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
 
 
 @dataclass(frozen=True)
 class LastSeen:
-    """Where a rank was last seen."""
+    """A rank's last reported progress."""
 
     rank: int
     host: str
     step: str = ""
-    """The last step that it ended; empty: none."""
+    """The last step that it finished; empty if there is none."""
     ago_s: float = 0.0
     phase: str = ""
-    """What it was in then; empty: not known."""
+    """Its phase at that time; empty if not known."""
 
     @property
     def number(self) -> int:
@@ -95,18 +96,20 @@ class LastSeen:
     def __str__(self) -> str:
         phase = f" ({self.phase})" if self.phase else ""
         return (
-            f"last in step {self.step}{phase}, {self.ago_s:.0f} s ago" if self.step else f"has not ended a step{phase}"
+            f"last in step {self.step}{phase}, {self.ago_s:.0f} s ago"
+            if self.step
+            else f"has not finished a step{phase}"
         )
 
 
-# What gloo, NCCL and the store say when it is the other side that went away, each with a mark of its own: a user's
-# "connection refused" by some server is the user's.
+# The messages of gloo, NCCL and the store when the peer is gone. Each needs a mark of theirs, otherwise the "connection
+# refused" of a user's own server would match.
 _LOST_PEER = re.compile(
     r"gloo/transport|\[c10d\]|\bnccl|tcpstore|socketpoll|store->|watchdog caught collective"
     r"|connection closed by peer \[|timed out waiting \d+ms|wait timeout after \d+ms|application timeout caused pair",
     re.IGNORECASE,
 )
-# What they say of this rank's own device or host, or its use of them.
+# Their messages about this rank's own device, host or arguments.
 _OWN = re.compile(
     r"cuda error|cuda failure|invalid (usage|argument)|internal error|duplicate gpu|out of memory"
     r"|no space left|too many open files|cannot allocate memory|shared memory segment",
@@ -115,10 +118,10 @@ _OWN = re.compile(
 _WATCHDOG = re.compile(
     r"watchdog (?:caught collective operation timeout|thread terminated with exception)", re.IGNORECASE
 )
-"""What a rank's log says before NCCL's watchdog aborts it."""
+"""The line in a rank's log before NCCL's watchdog aborts the rank."""
 
 
-_ALIKE = re.compile(r"\bworkloads/(base\.py|steps/|training/)")
+_SHARED_CODE = re.compile(r"\bworkloads/(base\.py|steps/|training/)")
 
 
 def _is_of_a_peer(text: str) -> bool:
@@ -126,11 +129,11 @@ def _is_of_a_peer(text: str) -> bool:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Whether an exception is the rank's own, or only says that a peer is gone (anywhere in its chain of causes)."""
-    seen: set[int] = set()
+    """Whether an exception began in this rank, or its chain of causes contains the loss of a peer."""
+    visited: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    while cause is not None and id(cause) not in visited:
+        visited.add(id(cause))
         name = type(cause).__name__
         if name == "UnreachableError":
             return "unreachable"
@@ -145,7 +148,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def failure_of(error: BaseException, rank: int, host: str, when: float, log: str) -> Failure:
-    """The record a rank leaves of the exception that ended it."""
+    """The record of an exception that ended a rank."""
     if isinstance(error, SystemExit):
         message = f"called sys.exit({error.code!r}) before its work was done"
     else:
@@ -162,13 +165,13 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
 
 
 def _traceback(error: BaseException, log: str) -> str:
-    """The traceback, shortened where it is enormous; the rank's log has all of it."""
+    """The traceback, shortened if it is very long; the rank's log has all of it."""
     parts = traceback.format_exception(type(error), error, _from_the_workload_on(error))
     return shortened("".join(shortened(part, LONGEST_PART, log) for part in parts), LONGEST_TRACEBACK, log)
 
 
 def _from_the_workload_on(error: BaseException) -> TracebackType | None:
-    """The traceback without its first frames where they are only the launcher's."""
+    """The traceback without the launcher's frames at its beginning."""
     trace = error.__traceback__
     ours = "jobs.rank.run"
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__") == ours:
@@ -179,19 +182,21 @@ def _from_the_workload_on(error: BaseException) -> TracebackType | None:
 def failure_of_exit(
     code: int, rank: int, host: str, when: float, log: str, end_of_log: str = "", *, is_done: bool = False
 ) -> Failure:
-    """The record of a rank that ended without leaving one itself.
+    """The record of a rank that ended without writing one.
 
     Args:
-        code: as subprocess has it: the exit status, or minus the signal that killed it.
+        code: as in subprocess: the exit status, or minus the signal that killed the rank.
         end_of_log: the end of the rank's log; read for SIGABRT and for an exit code other than 0.
-        is_done: whether its work was done by then.
+        is_done: whether its work was done before.
     """
     if code == -signal.SIGABRT:
         lines = end_of_log.splitlines()
         last = max((place for place, line in enumerate(lines) if _WATCHDOG.search(line)), default=len(lines))
-        if _is_of_a_peer("\n".join(lines[last : last + 4])):  # NCCL says why on the lines after its error's name
-            words = " ".join(lines[last][lines[last].lower().rindex("watchdog") :].split())
-            return Failure(rank, host, when, "lost_peer", f"aborted by NCCL: {words}"[:2000], log=log)
+        if _is_of_a_peer(
+            "\n".join(lines[last : last + 4])
+        ):  # NCCL gives the reason on the lines after the error's name
+            reason = " ".join(lines[last][lines[last].lower().rindex("watchdog") :].split())
+            return Failure(rank, host, when, "lost_peer", f"aborted by NCCL: {reason}"[:2000], log=log)
     if code < 0:
         try:
             name = signal.Signals(-code).name
@@ -204,23 +209,23 @@ def failure_of_exit(
         after = " after its work was done" if is_done else ""
         return Failure(rank, host, when, "killed", f"killed by {name}{hint}{after}", log=log)
     relation = "after" if is_done else "before"
-    said = f": {line}" if code and (line := error_at_end(end_of_log)) else ""
-    return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done{said}", log=log)
+    error = f": {line}" if code and (line := error_at_end(end_of_log)) else ""
+    return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done{error}", log=log)
 
 
 def failure_of_agent(code: int | None, rank: int, host: str, when: float, log: str, end_of_log: str = "") -> Failure:
-    """The record of an agent that left none, in the place of its host's first rank; see failure_of_exit.
+    """The record of an agent that wrote none, under the number of its host's first rank; see failure_of_exit.
 
     Args:
-        code: its exit status, or minus the signal that killed it; None where nobody knows.
+        code: its exit status, or minus the signal that killed it; None if not known.
     """
     if code is None:
         message = VANISHED
     elif code < 0:
         message = failure_of_exit(code, rank, host, when, log).message
     else:
-        said = error_at_end(end_of_log)
-        message = f"exited with code {code}" + (f": {said}" if said else "")
+        error = error_at_end(end_of_log)
+        message = f"exited with code {code}" + (f": {error}" if error else "")
     return Failure(rank, host, when, "agent", message, log=log)
 
 
@@ -230,22 +235,22 @@ _ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b|\berror: |no such f
 def error_at_end(log: str) -> str:
     """The last line of a log, if it looks like an error."""
     line = next((" ".join(line.split())[:300] for line in reversed(log.splitlines()) if line.strip()), "")
-    line = re.sub(r"^\[rank\d+\]: ", "", line)  # torch's, once there is a process group
+    line = re.sub(r"^\[rank\d+\]: ", "", line)  # torch's prefix once there is a process group
     return line if _ERROR.search(line) else ""
 
 
 def root_cause(
     lost: Sequence[Failure], seen: Mapping[int, LastSeen], running: Collection[int] = (), done: Collection[int] = ()
 ) -> Failure:
-    """The failure of a job in which no rank failed by itself: some gave up on others.
+    """The root cause in a job in which every failure is the loss of a peer.
 
-    The cause is the rank that is behind: one that others had to wait for has ended fewer steps, or it had not given up
-    itself, or it waits in another place than most.
+    It is the rank for which the others waited: it had not given up itself, has finished fewer steps, or waited at
+    another line than most.
 
     Args:
-        lost: of those that gave up; none is `own`.
-        seen: where the ranks in `lost`, `running` and `done` were last seen.
-        running: ranks that still ran at that time.
+        lost: the failures of the ranks that gave up; none is `own`.
+        seen: the last progress of the ranks in `lost`, `running` and `done`.
+        running: ranks that were still running at that time.
         done: ranks that had returned from their work.
     """
     first = blame(lost)
@@ -267,7 +272,7 @@ def root_cause(
     if done:
         late = others[min(few)]
         message = (
-            f"was still in its work{_at(late)} ({seen[late.rank]}) when {len(done)} others had returned from theirs"
+            f"was still working{_at(late)} ({seen[late.rank]}) when {len(done)} others had returned from their work"
         )
         return replace(late, message=f"{message}: {late.message}"[:2000])
     if few is behind:
@@ -279,15 +284,15 @@ def root_cause(
     return _undecided(first, seen[first.rank], [seen[rank] for rank in sorted({*ranks} - {first.rank})])
 
 
-def _places(seen: Sequence[LastSeen]) -> dict[int, tuple[int, int]]:
-    """How far each rank has come: its step, and its phase in that step where all name theirs."""
+def _places(progress: Sequence[LastSeen]) -> dict[int, tuple[int, int]]:
+    """Each rank's progress: its step, and its phase within the step if all ranks report one."""
     order = {phase: number for number, phase in enumerate(PHASES)}
-    is_named = all(one.phase in order and one.phase not in ("training", "other") for one in seen)
-    return {one.rank: (one.number, order[one.phase] if is_named else 0) for one in seen}
+    is_named = all(rank.phase in order and rank.phase not in ("training", "other") for rank in progress)
+    return {rank.rank: (rank.number, order[rank.phase] if is_named else 0) for rank in progress}
 
 
 def _elsewhere(first: int, others: Mapping[int, Failure], seen: Mapping[int, LastSeen]) -> tuple[list[int], list[int]]:
-    """The ranks that waited in another place than most, and the others; none where there are no most."""
+    """The ranks that waited at another place than most, and the others; both empty if there is no majority."""
     places = {rank: (seen[rank].number, _frames(others[rank])) for rank in sorted(others, key=lambda r: r == first)}
     (number, frames), count = Counter(places.values()).most_common(1)[0]
     if 2 * count < len(others):
@@ -297,29 +302,30 @@ def _elsewhere(first: int, others: Mapping[int, Failure], seen: Mapping[int, Las
 
 
 def _apart(others: Mapping[int, Failure], seen: Mapping[int, LastSeen], rank: int, rest: Sequence[int]) -> Failure:
-    """The failure of a rank that waited for `rest`, which waited for it."""
-    one, other = others[rank], others[rest[0]]
+    """The failure of a rank that waited at another place than the ranks in `rest`."""
+    failure, other = others[rank], others[rest[0]]
     them = f"rank {other.rank}" if len(rest) == 1 else f"{len(rest)} others"
     return replace(
-        one,
-        message=f"waited{_at(one)} ({seen[rank]}), and {them}{_at(other)} ({seen[other.rank]}); did a rank skip a "
-        f"collective, or call an extra one? {one.message}"[:2000],
+        failure,
+        message=f"waited{_at(failure)} ({seen[rank]}), and {them}{_at(other)} ({seen[other.rank]}); a rank may have "
+        f"skipped a collective or called an extra one: {failure.message}"[:2000],
     )
 
 
 def _frames(failure: Failure) -> tuple[tuple[str, ...], ...]:
-    """The places of a traceback, outermost first: (file, line, function).
+    """The frames of a traceback, outermost first: (file, line, function).
 
-    Without torch's own, nor what is below a call of ours that all ranks make alike: in it each may wait elsewhere.
+    Leaves out torch's frames, and everything below a call into shared code (_SHARED_CODE), where ranks that made the
+    same call may still wait at different lines.
     """
-    found = re.findall(r'^  File "(.+)", line (\d+), in (\S+)', failure.traceback, re.MULTILINE)
-    frames = [frame for frame in found if not re.search(r"(site|dist)-packages/torch/", frame[0])]
-    ours = (place for place, frame in enumerate(frames) if place and _ALIKE.search(frame[0]))
-    return tuple(frames[: next(ours, len(frames))])
+    matches = re.findall(r'^  File "(.+)", line (\d+), in (\S+)', failure.traceback, re.MULTILINE)
+    frames = [frame for frame in matches if not re.search(r"(site|dist)-packages/torch/", frame[0])]
+    shared = (place for place, frame in enumerate(frames) if place and _SHARED_CODE.search(frame[0]))
+    return tuple(frames[: next(shared, len(frames))])
 
 
 def _at(failure: Failure) -> str:
-    """` at train.py:52 in step`, where a rank waited; empty where its traceback does not tell."""
+    """` at train.py:52 in step`, where a rank waited; empty if its traceback has no such frame."""
     frames = _frames(failure)
     if not frames:
         return ""
@@ -328,44 +334,47 @@ def _at(failure: Failure) -> str:
 
 
 def _silent(failure: Failure, waited: LastSeen, cause: LastSeen, also: Sequence[LastSeen]) -> Failure:
-    """`failure` gave up on ranks that still ran; the traceback shows what it waited in."""
+    """The root cause if `failure` gave up on ranks that were still running; the traceback shows where it waited."""
     more = _list(also)
-    message = f"did not fail, but still ran ({cause}) when rank {failure.rank} on {waited.host} ({waited})"
-    return _instead(
-        failure, cause.rank, cause.host, f"{message} gave up waiting" + (f"; so did {more}" if more else "")
+    message = f"did not fail, but was still running ({cause}) when rank {failure.rank} on {waited.host} ({waited})"
+    return _attributed(
+        failure,
+        cause.rank,
+        cause.host,
+        f"{message} gave up waiting" + (f"; also still running: {more}" if more else ""),
     )
 
 
 def _undecided(failure: Failure, waited: LastSeen, rest: Sequence[LastSeen]) -> Failure:
-    """`failure` gave up first, and nothing tells which rank kept it waiting: where each of them was."""
+    """`failure` gave up first, and it is not known which rank it waited for: lists where each of them was."""
     if not rest:
         return failure
-    message = f"gave up waiting ({waited}), and nothing tells for which of {_list(rest)}: {failure.message}"
+    message = f"gave up waiting ({waited}), and it is not known for which of {_list(rest)}: {failure.message}"
     return replace(failure, message=message[:2000])
 
 
-def _list(seen: Sequence[LastSeen]) -> str:
-    return first_few([f"rank {one.rank} on {one.host} ({one})" for one in seen], 7)
+def _list(ranks: Sequence[LastSeen]) -> str:
+    return first_few([f"rank {rank.rank} on {rank.host} ({rank})" for rank in ranks], 7)
 
 
 def _left_early(failure: Failure, done: Sequence[LastSeen]) -> Failure:
-    """`failure` lost ranks that had returned from their work."""
-    first, also = done[0], first_few([f"rank {one.rank}" for one in done[1:]], 7)
+    """The root cause if `failure` lost ranks that had returned from their work."""
+    first, also = done[0], first_few([f"rank {rank.rank}" for rank in done[1:]], 7)
     message = f"returned from its work ({first})" + (f" (and {also})" if also else "")
-    message += f" while rank {failure.rank} was still in its own, and lost it"
-    return _instead(failure, first.rank, first.host, message)
+    message += f" while rank {failure.rank} was still working and lost its peer"
+    return _attributed(failure, first.rank, first.host, message)
 
 
-def _instead(failure: Failure, rank: int, host: str, message: str) -> Failure:
-    """The failure as one of another rank, whose log lies beside."""
+def _attributed(failure: Failure, rank: int, host: str, message: str) -> Failure:
+    """The failure attributed to another rank, whose log is in the same folder."""
     log = str(Path(failure.log).with_name(f"rank-{rank}.log")) if failure.log else ""
     return replace(failure, rank=rank, host=host, message=f"{message}: {failure.message}"[:2000], log=log)
 
 
 def blame(failures: Sequence[Failure]) -> Failure:
-    """The failure that ended the job: the earliest that is not merely the loss of a peer, else the earliest.
+    """The root cause: the earliest failure that is a rank's own; otherwise the earliest of all.
 
-    Who could not reach rank 0 knows why the ranks did not meet; the others know only that they did not.
+    A rank that could not reach rank 0 takes precedence over ranks that only waited: it knows why the rendezvous failed.
     """
     assert failures
     own = [failure for failure in failures if failure.own]

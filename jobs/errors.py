@@ -2,24 +2,24 @@
 
 MeshrunError
 ├── UserError                exit 2: one line, no traceback, nothing was started
-│   ├── CommandLineError     a flag, a verb, a workload's name
-│   ├── SettingsError        key=value or an experiment's YAML
-│   ├── ClusterConfigError   a file of cluster_configs/
-│   ├── RunDirectoryError    a run directory that is in use, or cannot be made
-│   ├── ResourceError        a shape, or a size, that does not fit
-│   └── SubmissionError      the scheduler refused
+│   ├── CommandLineError     a flag, a verb, the name of a workload
+│   ├── SettingsError        a key=value argument or a YAML file of settings
+│   ├── ClusterConfigError   a cluster config
+│   ├── RunDirectoryError    a run directory that is in use or cannot be created
+│   ├── ResourceError        a job that is too large
+│   └── SubmissionError      the scheduler refused the job
 ├── JobFailed                exit 1: the job ran and failed; names the rank, the host and the log
-│   └── SubmissionUnknown    whether the job is queued is not known, or it cannot be followed
-├── TopologyError            in a rank: the environment names no rank, hosts hold unequal numbers of them, or a host has
-│                            not the network interface that it should have
-└── RendezvousError          in a rank: the others did not come in time, or are not of this job
-    └── UnreachableError     where rank 0 is announced this rank does not find it
+│   └── SubmissionUnknown    it is not known whether the job is queued, or the job cannot be followed
+├── TopologyError            in a rank: the environment does not describe a rank, hosts have unequal numbers of ranks,
+│                            or a host lacks the required network interface
+└── RendezvousError          in a rank: the other ranks did not join in time, or belong to another job
+    └── UnreachableError     this rank cannot reach rank 0 at its published address
 
-Interrupted                  exit 130: Ctrl-C, a hang-up, a termination; like KeyboardInterrupt no Exception, so that no
-                             `except Exception` on its way, a user's own least of all, takes it for a failure
-└── OutputLost               stdout, or stderr, can no longer be written
+Interrupted                  exit 130: SIGINT (Ctrl-C), SIGHUP or SIGTERM. A BaseException like KeyboardInterrupt, so
+                             that no `except Exception`, such as one in a user's module, mistakes it for a failure
+└── OutputLost               stdout or stderr can no longer be written
 
-WorkloadError (workloads/errors.py) is taken in: before the job starts it is the user's mistake, exit 2.
+A WorkloadError (workloads/errors.py) that is raised before the job starts counts as the user's mistake: exit 2.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class MeshrunError(Exception):
-    """Base of all; `exit_code` is what the command line returns for it."""
+    """Base class; the command line exits with `exit_code`."""
 
     exit_code = EXIT_FAILED
 
 
 class UserError(MeshrunError):
-    """The user's mistake: what was given, which rule it broke, what to do, on one line."""
+    """The user's mistake; the message says on one line what was given, which rule it broke and what to do."""
 
     exit_code = EXIT_USER_ERROR
 
@@ -69,7 +69,7 @@ class SubmissionError(UserError):
 
 
 class JobFailed(MeshrunError):
-    """The job ran and failed. The message names rank, host and log; `traceback` is that rank's own, if it left one."""
+    """The job ran and failed. The message names rank, host and log; `traceback` is that rank's, if it left one."""
 
     def __init__(self, message: str, traceback: str = "") -> None:
         super().__init__(message)
@@ -96,7 +96,7 @@ class UnreachableError(RendezvousError):
 
 
 class Interrupted(BaseException):
-    """A signal asked this process, or the one that the job belongs to, to end."""
+    """A signal asked this process, or the one that owns the job, to end."""
 
     exit_code = EXIT_INTERRUPTED
 
@@ -109,7 +109,7 @@ class Interrupted(BaseException):
 
 
 class OutputLost(Interrupted):
-    """stdout, or stderr, can no longer be written: its reader is gone, or its disk is full."""
+    """stdout or stderr can no longer be written, because its reader is gone or its disk is full."""
 
     def __init__(self, stream: str, why: OSError) -> None:
         BaseException.__init__(self, f"{stream} cannot be written ({why.strerror or why})")
@@ -117,37 +117,37 @@ class OutputLost(Interrupted):
 
 
 USER_ERRORS = (UserError, WorkloadError)
-"""What ends in one line and exit 2 when it is raised before the job starts."""
+"""The errors that end with one line and exit 2 if they are raised before the job starts."""
 
 
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that a terminal would obey, or could not show."""
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that control a terminal or cannot be displayed."""
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin, with each character that a terminal would obey as its escape: `\\x1b`."""
-    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """Text of unknown origin with every control character replaced by its escape: `\\x1b`."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 LONGEST = 1000
-"""Characters of a message: a dozen lines of a terminal."""
+"""Maximum characters of a message: a dozen lines of a terminal."""
 
 
 def one_line(text: str) -> str:
-    """A message of any text: on one line, control characters escaped, and the middle of a very long one left out.
+    """Text as a message: on one line, with control characters escaped and the middle of a very long text left out.
 
-    What was given is at its beginning and what to do at its end.
+    The middle matters least: a message begins with what was given and ends with what to do.
     """
     return shortened(printable(" ".join(text.split())), LONGEST)
 
 
 def shortened(text: str, longest: int, whole: str = "") -> str:
-    """`text` with its middle left out where it is longer than `longest` characters.
+    """`text` with its middle left out if it is longer than `longest` characters.
 
     Args:
         text: any text.
-        longest: the most characters that are kept, including those of the note on what was left out.
-        whole: where the whole text is; empty: nowhere.
+        longest: the maximum length, including the note about the omission.
+        whole: where the whole text can be found, if anywhere.
     """
     if len(text) <= longest:
         return text

@@ -25,18 +25,18 @@ from jobs.spec import JobSpec
 
 @dataclass(frozen=True)
 class Submission:
-    """What is handed to submitit, and what that comes to."""
+    """What is handed to submitit, and the resulting script or command."""
 
     parameters: dict[str, Any]
-    """What the scheduler is asked for."""
+    """The options that the scheduler gets."""
     text: str
     """The batch script (slurm), or the command (local, debug)."""
     env: dict[str, str]
-    """Variables that every rank gets."""
+    """Environment variables of every rank."""
 
 
 def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
-    """The submission of a job: pure, so that `--dry-run` prints exactly what would happen."""
+    """The submission of a job. Pure, so that `--dry-run` prints exactly what would be submitted."""
     env = spec.rank_env
     if spec.executor == "slurm":
         return Submission(slurm_parameters(spec, cluster), script.script(spec, cluster, env), env)
@@ -47,9 +47,9 @@ def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
 
 
 def slurm_parameters(spec: JobSpec, cluster: ClusterConfig) -> dict[str, Any]:
-    """What the script asks of sbatch and of srun."""
-    given = script.options(spec, cluster)
-    return {"sbatch": given, "srun": script.srun_arguments(spec, cluster, given), "setup": cluster.setup}
+    """The script's options of sbatch and of srun, and the site's setup lines."""
+    options = script.options(spec, cluster)
+    return {"sbatch": options, "srun": script.srun_arguments(spec, cluster, options), "setup": cluster.setup}
 
 
 def _time(spec: JobSpec) -> dict[str, int]:
@@ -57,24 +57,24 @@ def _time(spec: JobSpec) -> dict[str, int]:
 
 
 def _agent_command(spec: JobSpec, attempt: int) -> list[str]:
-    """What starts the agent of a local job."""
+    """The command that starts the agent of a local job."""
     return [sys.executable, "-u", str(processes.ENTRY), "--agent", str(spec.run_dir), str(attempt)]
 
 
 SUBMIT_WITHIN_S = 120
-"""Seconds that sbatch gets to queue a job; it tries again by itself where the controller is busy."""
+"""Time limit of sbatch in seconds; it retries by itself if the controller is busy."""
 FIND_AFTER_S = (0.0, 1.0, 4.0)
-"""Seconds before each look into the queue for a job that may be there."""
+"""Seconds to wait before each search of the queue for a job that may have been queued."""
 
 
 def check_slurm(submission: Submission) -> str:
-    """Asks Slurm whether it would take the job, before anything is written.
+    """Asks Slurm whether it would accept the job, before anything is written.
 
     Returns:
-        Slurm's own words on when and where it would start; may be empty.
+        When and where the job would start, according to Slurm; may be empty.
 
     Raises:
-        SubmissionError: sbatch or srun is not on the PATH, or sbatch would refuse the job, in its own words.
+        SubmissionError: sbatch or srun is not on PATH, or sbatch would refuse the job; quotes sbatch.
     """
     missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     if missing:
@@ -87,7 +87,7 @@ def check_slurm(submission: Submission) -> str:
 
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Inside, this process's environment is what a job may be submitted from; submitit's sbatch inherits it."""
+    """Removes variables that would change the submission; sbatch, which submitit starts, inherits this environment."""
     before = dict(os.environ)
     kept = environment.clean(before)
     for name in set(before) - set(kept):
@@ -104,15 +104,15 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
 
     Args:
         spec: the job.
-        cluster: its cluster.
-        owned: local jobs only: whether the job ends with this process.
+        cluster: its cluster config.
+        owned: whether the job ends with this process (local jobs only).
 
     Returns:
         submitit's job: a LocalJob or a SlurmJob.
 
     Raises:
-        SubmissionError: sbatch refused, in its own words; nothing is queued.
-        SubmissionUnknown: something broke after sbatch was called.
+        SubmissionError: sbatch refused the job, and nothing is queued; quotes sbatch.
+        SubmissionUnknown: something failed after sbatch was called.
     """
     from jobs.job import Job
 
@@ -138,10 +138,10 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             return submission.text
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            # It may have inherited that SIGTERM is held back, hence the second word.
+            # sbatch may have inherited a blocked SIGTERM, hence --kill-after.
             return ["timeout", "--kill-after=5", str(SUBMIT_WITHIN_S), "sbatch", str(submission_file_path)]
 
-    # What sbatch says on stderr is in the error, too; submitit would print it beside.
+    # submitit would also print sbatch's stderr, which the error contains anyway.
     with warnings.catch_warnings(), _clean_environment(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -150,27 +150,27 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             executor.update_parameters(nodes=resources.nodes, ntasks_per_node=resources.gpus_per_node)
             return executor.submit(job)
         except FailedJobError as error:
-            words = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             if getattr(error.__cause__, "returncode", None) in (124, 137, -9):
-                words = f"sbatch did not answer within {SUBMIT_WITHIN_S} s; {words}"
-            elif not query.LOST.search(words):
-                query.check_reached(words)
-                raise SubmissionError(f"sbatch refused the job: {words or type(error).__name__}") from None
-        except (RuntimeError, OSError) as error:  # what it has answered cannot be read, or not be kept
-            words = f"the submission broke off: {type(error).__name__}: {' '.join(str(error).split())}"
+                message = f"sbatch did not answer within {SUBMIT_WITHIN_S} s; {message}"
+            elif not query.LOST.search(message):
+                query.check_reached(message)
+                raise SubmissionError(f"sbatch refused the job: {message or type(error).__name__}") from None
+        except (RuntimeError, OSError) as error:  # sbatch's answer could not be parsed or saved
+            message = f"the submission failed midway: {type(error).__name__}: {' '.join(str(error).split())}"
         for seconds in FIND_AFTER_S:
             time.sleep(seconds)
             job_id = query.find(run.submitit, environment.for_queries(os.environ))
             if job_id:
                 return executor.job_class(folder=run.submitit, job_id=job_id)
         raise SubmissionUnknown(
-            f"whether the job is queued is not known: {words}; look with `squeue --me`, and cancel it if it is; "
+            f"it is not known whether the job is queued: {message}; check with `squeue --me`, and cancel it if it is; "
             f"once it runs, `submit.py wait {shlex.quote(str(spec.run_dir))}` follows it"
         )
 
 
 def debug_env(spec: JobSpec) -> dict[str, str]:
-    """The variables of the one rank that the debug executor runs in this process."""
+    """The environment variables of the single rank that the debug executor runs in this process."""
     from jobs.rank.identity import local_env
 
     return local_env(0, 1, 1, f"debug-{os.getpid()}")

@@ -1,4 +1,4 @@
-"""What this machine has, as far as can be told without importing torch: GPUs, memory, and which torch is installed."""
+"""This machine's GPUs, memory and kind of torch, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def gpu_count(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
-    """GPUs that a process with this environment would see; 0 where the installed torch cannot use any.
+    """GPUs that a process with this environment would see; 0 if the installed torch cannot use any.
 
-    The ranks ask torch itself and decide; this is for what is said and checked before they start.
+    This is for messages and checks before the ranks start. The ranks ask torch itself.
     """
     if not torch_sees_gpus():
         return 0
@@ -23,12 +23,12 @@ def gpu_count(env: Mapping[str, str], dev: Path = Path("/dev")) -> int:
     visible = env.get("CUDA_VISIBLE_DEVICES", env.get("HIP_VISIBLE_DEVICES"))
     if visible is None:
         return present
-    named = 0
+    listed = 0
     for part in visible.split(","):  # CUDA stops at the first entry that is not a device
         if not part.strip() or part.strip().startswith("-"):
             break
-        named += 1
-    return min(present, named)
+        listed += 1
+    return min(present, listed)
 
 
 def torch_sees_gpus() -> bool:
@@ -45,13 +45,13 @@ def torch_sees_gpus() -> bool:
 
 
 def available_memory_bytes(own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that new processes here can have: what is free or reclaimable, within the control groups' limits.
+    """Memory in bytes that new processes can use: what is free or reclaimable, within the limits of the control groups.
 
-    A limit of any group that this process is in counts: a batch system's or a login session's lies far below the root.
+    The limit of every enclosing group counts: a batch system or a login session sets one far below the root.
 
     Args:
-        own_groups: the groups that this process is in (cgroups(7)).
-        mounted: where they are mounted.
+        own_groups: the file that lists this process's groups (cgroups(7)).
+        mounted: where the groups are mounted.
     """
     limits: list[float] = [_available_by_kernel()]
     for root, group, version in memory_groups(own_groups, mounted):
@@ -60,7 +60,7 @@ def available_memory_bytes(own_groups: Path = Path("/proc/self/cgroup"), mounted
             if version == 2
             else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         )
-        # In a container that has only its own part mounted, the upper part of the path is not there.
+        # A container may mount only its own part of the tree, so the upper part of the path may not exist.
         limits += [_available_in(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(root)]
     return int(min(limits))
 
@@ -68,27 +68,27 @@ def available_memory_bytes(own_groups: Path = Path("/proc/self/cgroup"), mounted
 def memory_groups(
     own_groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> list[tuple[Path, Path, int]]:
-    """The control groups that may count this process's memory: the root of each one's tree, its folder, and 1 or 2.
+    """The control groups that may limit this process's memory: each tree's root, the group's folder, the version.
 
     Args:
-        own_groups: the groups that this process is in (cgroups(7)).
-        mounted: where they are mounted.
+        own_groups: the file that lists this process's groups (cgroups(7)).
+        mounted: where the groups are mounted.
     """
     try:
         lines = own_groups.read_text().splitlines()
     except OSError:
         return []
-    found = []
+    groups = []
     for _, controllers, own in (line.split(":", 2) for line in lines):
         if controllers == "":
-            found.append((mounted, mounted / own.lstrip("/"), 2))
+            groups.append((mounted, mounted / own.lstrip("/"), 2))
         elif "memory" in controllers.split(","):
-            found.append((mounted / "memory", mounted / "memory" / own.lstrip("/"), 1))
-    return found
+            groups.append((mounted / "memory", mounted / "memory" / own.lstrip("/"), 1))
+    return groups
 
 
 def _available_in(group: Path, limit_file: str, used_file: str, reclaimable: str) -> float:
-    """What a control group leaves; infinite where it sets no limit."""
+    """The memory that a control group has left; infinite if it sets no limit."""
     try:
         limit, used = ((group / name).read_text().strip() for name in (limit_file, used_file))
         cached = re.search(rf"^{reclaimable} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)

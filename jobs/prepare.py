@@ -1,7 +1,7 @@
-"""The process in which a workload's `prepare` runs, before the job is submitted (jobs/cli/preparation.py starts it).
+"""The process in which a workload's `prepare` runs before the job is submitted; jobs/cli/preparation.py starts it.
 
-It reads its job from the run directory, as a rank does, and answers through a pipe, in JSON lines: `called`, then one
-of `returned`, `refused` and `stopped`.
+It reads its job from the run directory, as a rank does, and answers through a pipe in JSON lines: `called`, then one of
+`returned`, `refused` and `stopped`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from workloads.base import WorkloadError
 
 
 def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
-    """Prepares the job of a run directory, and answers.
+    """Runs `prepare` for the job of a run directory, and answers.
 
     Args:
-        run_dir: the job's.
-        parent: who started this process.
+        run_dir: the job's run directory.
+        parent: the process id of the process that started this one.
         owner: the read end of a pipe that the parent holds open.
-        results: where the answer goes.
+        results: the write end of the pipe for the answer.
 
     Returns:
         The exit code.
@@ -46,12 +46,12 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
         spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
         entry = registry.load(spec.workload, spec.import_path)
         config = entry.config.model_validate(spec.settings)
-        _say(results, {"called": True})  # prepare's time begins here
+        _say(results, {"called": True})  # the time limit of prepare begins here
         line = entry.call("prepare", config, RunDirectory(run_dir).data)
         if line is not None and not isinstance(line, str):
             raise WorkloadError(
-                f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line on what "
-                "was prepared"
+                f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line that "
+                "says what was prepared"
             )
         if os.getpid() != this:  # a child that prepare forked and did not end must not answer
             os._exit(0)
@@ -74,10 +74,10 @@ def _say(results: int, answer: dict[str, Any]) -> None:
 
 
 def _end_with(owner: int, results: int) -> None:
-    """Starts a watcher process that ends this process's group when the owner is gone.
+    """Starts a watcher process that kills this process's group when the owner is gone.
 
-    The kernel would end this process alone (`die_with_parent`), and only on Linux. No thread, which forking in a
-    user's `prepare` would make unsafe; and no child of this process, for which a user's `os.wait` would wait.
+    The kernel would kill only this process (`die_with_parent`), and only on Linux. The watcher must not be a thread,
+    otherwise forking in a user's `prepare` is unsafe, nor a child, otherwise a user's `os.wait` waits for it.
     """
     group = os.getpid()
     child = os.fork()

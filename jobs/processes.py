@@ -1,6 +1,6 @@
-"""Processes of this machine: who runs below us, that none outlives us, and how this one waits and leaves.
+"""Processes of this machine: finding and killing children, dying with a parent, and how this process exits.
 
-Where it is not Linux, orphans are not adopted and no rank dies with its parent; groups of processes have to do.
+On systems other than Linux, orphans are not adopted and ranks do not die with their parent; process groups must do.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ T = TypeVar("T")
 ENTRY = Path(__file__).with_name("entry.py")
 """The first file that every process of a job runs."""
 OWNER_FD = "MESHRUN_OWNER_FD"
-"""A local job's read end of a pipe that the waiting command line holds open: its end is the owner's."""
+"""The variable with a local job's read end of a pipe that the command line holds open; it closes when that one ends."""
 LEAVE_WITHIN_S = 5
-"""Seconds that a failed rank gets to end by itself."""
+"""Seconds that a failed rank gets to exit by itself."""
 SAY_AFTER_S = 5
-"""A rank that has not ended so long after its work says what keeps it."""
+"""Seconds after its work was done at which a rank that is still running logs why."""
 DONE_IDLE_S = 60
-"""Seconds without anything written or computed after which a rank whose work is done is ended."""
+"""Seconds without output or CPU time after which a rank whose work is done is ended."""
 DONE_WITHIN_S = 3600
 """Seconds after which a rank whose work is done is ended in any case."""
 _MOST_OPEN_FILES = 1 << 20
-"""More helps no job, and what walks through all possible descriptors before it starts a program walks for minutes."""
+"""No job needs more, and programs that close all possible descriptors before they start another would take minutes."""
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -56,30 +56,30 @@ def _prctl(option: int, argument: int) -> None:
 
 
 def why_not_fork() -> str | None:
-    """Why a child of this process that goes on to work must not be forked now; None where it may be."""
+    """Why this process must not fork a child that works on; None if it may."""
     if sys.platform != "linux":
         return f"forking is not safe on {sys.platform}"
     threads = len(list(Path("/proc/self/task").iterdir()))
-    # A lock that another thread holds at the fork would stay held in the child.
-    return f"{threads} threads run in the agent after its imports" if threads > 1 else None
+    # A lock that another thread holds during the fork would stay held in the child.
+    return f"the agent has {threads} threads after its imports" if threads > 1 else None
 
 
 def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when its parent ends, even by SIGKILL."""
+    """Makes the kernel kill this process when its parent ends, even if the parent is killed."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def adopt_orphans(wanted: bool = True) -> None:
-    """Processes whose parent ends below this one become its children, so that they can be found and ended."""
+    """Makes orphans among this process's descendants its children, so that they can be found and ended."""
     _prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
 def children() -> set[int]:
-    """Direct children of this process, also those that have ended and were not waited for.
+    """Direct children of this process, including zombies.
 
-    An ended one counts: what it had started is ours by then, and may not have been seen yet in the same look.
+    Zombies count: the orphans that one left are our children by then, but may be missing from the same listing.
     """
     import psutil
 
@@ -87,17 +87,17 @@ def children() -> set[int]:
 
 
 def runs(pid: int, argument: str) -> bool:
-    """Whether a process runs that was started with `argument`, which tells it from a later one with the same id."""
+    """Whether process `pid` runs and was started with `argument`; a later process with the same id was not."""
     import psutil
 
     try:
         return argument in psutil.Process(pid).cmdline()
-    except psutil.Error:  # there is none, it has ended and only nobody has asked how, or it is another user's
+    except psutil.Error:  # it does not exist, is a zombie, or belongs to another user
         return False
 
 
 def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
-    """Kills every child but those named, and the orphans that each death may hand down, until none is left."""
+    """Kills every child except those in `but`, including the orphans that each death hands down, until none is left."""
     deadline = time.monotonic() + within_s
     while (left := children() - but) and time.monotonic() < deadline:
         for pid in left:
@@ -110,32 +110,32 @@ def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
 
 
 def look_again_in_s(waited_s: float) -> float:
-    """Seconds until a rank that has waited so long for a file looks again: 0.01 at first, 2 in the end.
+    """Seconds until a rank that has waited `waited_s` for a file looks again: 0.01 at first, 2 in the end.
 
-    With jitter, since thousands of ranks that were started together ask one file system's metadata server.
+    The jitter spreads the load of thousands of ranks on the file system's metadata server.
     """
-    often = min(0.25, 0.01 + waited_s / 4)
-    seldom = min(2.0, 0.25 + (waited_s - 10) / 20)
-    return max(often, seldom) * random.uniform(0.75, 1)
+    early = min(0.25, 0.01 + waited_s / 4)
+    late = min(2.0, 0.25 + (waited_s - 10) / 20)
+    return max(early, late) * random.uniform(0.75, 1)
 
 
 def leave_soon() -> None:
-    """Ends this process LEAVE_WITHIN_S from now, if it has not ended by itself.
+    """Ends this process after LEAVE_WITHIN_S if it has not ended by itself.
 
-    The other ranks are ended when a failed one is gone, which a thread of the user's, or a communicator that waits for
-    its peers, could put off for ever.
+    The other ranks are ended once a failed one is gone. A user's thread, or a communicator that waits for its peers,
+    could delay that forever.
     """
     faulthandler.dump_traceback_later(LEAVE_WITHIN_S, exit=True)
 
 
 def as_rank(work: Callable[[], T]) -> T:
-    """Does a rank's work, and sees to it that this process then ends, and says with its exit code how that went.
+    """Runs a rank's work, and makes sure that this process then exits with a code that tells how the work ended.
 
     Returns:
         What `work` returns.
 
     Raises:
-        BaseException: what ended the work; SystemExit(1) for one that would be success, in the middle of the work.
+        BaseException: what ended the work; SystemExit(1) instead of SystemExit(0), which would look like success.
     """
     try:
         value = work()
@@ -149,58 +149,58 @@ def as_rank(work: Callable[[], T]) -> T:
 
 
 def leave_done() -> None:
-    """Ends this process, whose work is done, if its threads and exit hooks do not let it end by itself.
+    """Ends this process, whose work is done, if threads or exit hooks keep it from ending by itself.
 
-    They get as long as they, or programs that they run, write or compute, up to DONE_WITHIN_S: they may be saving. A
-    thread that only waits would hold the job's hosts for ever.
+    As long as they, or programs that they run, write or compute, they may be saving, and get up to DONE_WITHIN_S. A
+    thread that only waits would hold the job's hosts forever.
     """
-    _end_where_python_cannot()
-    threading.Thread(target=_see_off, name="see off", daemon=True).start()
+    _end_late_in_exit()
+    threading.Thread(target=_watch_exit, name="watch exit", daemon=True).start()
 
 
-def _end_where_python_cannot() -> None:
-    """Ends this process if it does not come here again: Python stops its threads before the last part of its exit."""
+def _end_late_in_exit() -> None:
+    """Ends this process unless called again in time: Python stops its threads before the last part of its exit."""
     faulthandler.dump_traceback_later(2 * DONE_IDLE_S, exit=True)
 
 
-def _see_off() -> None:
+def _watch_exit() -> None:
     activity, idle = _activity(), 0
-    for waited in itertools.count(1):  # seconds in which this process could run: a suspended job loses none
+    for waited in itertools.count(1):  # seconds in which this process could run; a suspended job loses no time
         time.sleep(1)
-        _end_where_python_cannot()
+        _end_late_in_exit()
         before, activity = activity, _activity()
         idle = 0 if activity[0] != before[0] or activity[1] - before[1] > 0.05 else idle + 1
         if waited == SAY_AFTER_S:
             log.warning(
-                "the work is done, but this rank still runs: %s; it is ended once it has written and computed nothing "
-                "for %d s, or after %d s", _what_runs(), DONE_IDLE_S, DONE_WITHIN_S
+                "the work is done, but this rank is still running: %s; it will be ended after %d s without output or "
+                "CPU time, at the latest after %d s", _what_runs(), DONE_IDLE_S, DONE_WITHIN_S
             )  # fmt: skip
         if idle >= DONE_IDLE_S or waited >= DONE_WITHIN_S:
-            log.warning("this rank is ended %d s after its work was done: %s", waited, _what_runs())
+            log.warning("ending this rank %d s after its work was done: %s", waited, _what_runs())
             os._exit(0)
 
 
 def _what_runs() -> str:
-    """The threads that keep this process from ending."""
+    """What keeps this process from ending."""
     names = [t.name for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     return f"threads {first_few(names)} (start them with daemon=True or join them)" if names else "its exit hooks"
 
 
 def _activity() -> tuple[int, float]:
-    """What this process and those below it, such as a copying program's, have written, and the seconds they computed.
+    """The bytes that this process and its descendants have written, and their CPU seconds, as the kernel counts them.
 
-    As the kernel counts it. A sum over other processes than before is another sum, which is activity too.
+    If the set of processes changes, so do the sums, and that counts as activity too.
     """
     written, ticks = 0, 0
     for pid in _family(os.getpid()):
-        with contextlib.suppress(OSError, ValueError):  # it has just ended, or may not be looked at
+        with contextlib.suppress(OSError, ValueError):  # the process has just ended, or is not readable
             ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
             written += int(Path(f"/proc/{pid}/io").read_text().partition("wchar:")[2].partition("\n")[0])
     return written, ticks / os.sysconf("SC_CLK_TCK") or time.process_time()
 
 
 def _family(pid: int) -> Iterator[int]:
-    """A process and those below it; psutil would look at every process of the host for that."""
+    """A process and its descendants. psutil would read every process of the host for that."""
     yield pid
     with contextlib.suppress(OSError):
         for below in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -209,31 +209,31 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a forked process as Python ends one: after its threads and exit hooks, with its open files written.
+    """Ends a forked process as Python does: waits for threads, runs exit hooks, flushes open files.
 
-    Python would then take every module apart, which takes a process that has loaded torch a third of a second.
+    It skips the destruction of every module, which takes a third of a second once torch is loaded.
     """
-    for step in (threading._shutdown, atexit._run_exitfuncs, _write_open_files):  # type: ignore[attr-defined]
+    for step in (threading._shutdown, atexit._run_exitfuncs, _flush_open_files):  # type: ignore[attr-defined]
         try:
             step()
-        except BaseException:  # must not keep the others from saving
+        except BaseException:  # must not keep the other steps from running
             traceback.print_exc()
     os._exit(code)
 
 
-def _write_open_files() -> None:
-    for thing in gc.get_objects():
-        if issubclass(type(thing), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)):
+def _flush_open_files() -> None:
+    for file in gc.get_objects():
+        if issubclass(type(file), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)):
             with contextlib.suppress(OSError, ValueError):
-                thing.flush()
+                file.flush()
 
 
 def allow_open_files(world_size: int, host: str) -> None:
-    """Lets this process hold open what a rank of so many needs, as far as the hard limit goes.
+    """Raises the soft limit of open files to what a rank of `world_size` needs.
 
     Without an agent, every rank has a connection to rank 0's store, and a collective that gathers at one rank connects
-    it with every other. With TORCH_GLOO_LAZY_INIT=0 gloo connects every rank with every other, for itself and for the
-    mesh's groups: about three descriptors for each. The soft limit that sbatch takes along from a login shell is mostly
+    it to every other. With TORCH_GLOO_LAZY_INIT=0, gloo connects every pair of ranks, for the default group and for the
+    mesh's groups: about three descriptors per peer. The soft limit that sbatch propagates from a login shell is usually
     1024.
 
     Raises:
@@ -244,45 +244,45 @@ def allow_open_files(world_size: int, host: str) -> None:
     soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if hard < needed:
         raise ResourceError(
-            f"{world_size} ranks need up to {needed} open files each, and the hard limit on {host} is {hard}; raise it "
-            "where the job is submitted (`ulimit -Hn`, which Slurm takes along), or LimitNOFILE of slurmd, or ask for "
-            "fewer ranks"
+            f"{world_size} ranks need up to {needed} open files each, but the hard limit on {host} is {hard}; raise it "
+            "where you submit the job (`ulimit -Hn`, which Slurm propagates) or in slurmd's LimitNOFILE, or use fewer "
+            "ranks"
         )
-    wanted = min(hard, max(needed, _MOST_OPEN_FILES))
-    if soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # what the kernel allows may be less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
+    target = min(hard, max(needed, _MOST_OPEN_FILES))
+    if soft < target:
+        with contextlib.suppress(OSError, ValueError):  # the kernel may allow less than its limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, limits[1]))
 
 
 def ancestry() -> tuple[tuple[int, str], ...]:
-    """This process and those above it, nearest first: each one's id and the name that it was called by.
+    """This process and its ancestors, nearest first, each as its id and name.
 
-    A name is the first word of a command line, or the title that a daemon gave itself (`slurmstepd: [123.0]`).
-    Where nothing above can have been hidden (by a container's own process numbers, or a /proc that shows only one's
-    own) the last pair is `(0, "kernel")`. Empty where Linux's /proc does not tell.
+    A name is the first word of the command line, or the title that a daemon gave itself (`slurmstepd: [123.0]`). The
+    last pair is `(0, "kernel")` if no ancestor can be hidden by a container's process numbers or by a /proc that shows
+    only one's own processes. Empty if there is no usable /proc.
     """
     try:
         pid = int(Path("/proc/self").readlink().name)
     except (OSError, ValueError):
         return ()
-    if pid != os.getpid():  # another namespace's /proc: its numbers mean nothing here
+    if pid != os.getpid():  # the /proc of another namespace, with other numbers
         return ()
-    found: list[tuple[int, str]] = []
-    while pid > 0 and len(found) < 1000:
+    ancestors: list[tuple[int, str]] = []
+    while pid > 0 and len(ancestors) < 1000:
         try:
             name = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
             _, _, rest = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")
         except OSError:
-            return tuple(found)
-        found.append((pid, name.decode(errors="replace")))
+            return tuple(ancestors)
+        ancestors.append((pid, name.decode(errors="replace")))
         pid = int(rest.split()[1])
-    return (*found, (0, "kernel")) if _sees_all() else tuple(found)
+    return (*ancestors, (0, "kernel")) if _sees_all() else tuple(ancestors)
 
 
 def _sees_all() -> bool:
-    """Whether this process's /proc is the machine's own, or the one in which the host's slurmd is."""
+    """Whether this process's /proc is the host's own, or at least shows the host's slurmd."""
     try:
-        if os.readlink("/proc/self/ns/pid") == _INITIAL_PID_NAMESPACE:  # noqa: PTH115 (no path, but a name)
+        if os.readlink("/proc/self/ns/pid") == _INITIAL_PID_NAMESPACE:  # noqa: PTH115 (a name, not a path)
             return True
     except OSError:
         return False

@@ -132,7 +132,7 @@ BAD = [
     Bad(["tp_fsdp", "--executor", "slurm", "--dry-run", "--qos", "a b"], ["--qos 'a b'", "without spaces"]),
     Bad(["tp_fsdp", "--time", "soon"], ["--time soon", "12:30:00"]),
     Bad(["tp_fsdp", "--nodes", "9" * 20], ["--nodes 99", "less than or equal to 65536"]),
-    Bad(["tp_fsdp", "--nodes", "65536", "--gpus-per-node", "1024"], ["67,108,864 ranks", "at most 1,048,576"]),
+    Bad(["tp_fsdp", "--nodes", "65536", "--gpus-per-node", "1024"], ["is 67,108,864 ranks", "at most 1,048,576"]),
     Bad(["tp_fsdp", "--time", "9" * 20], ["--time 99", "at most ten years"]),
     Bad(["tp_fsdp", "--time", "5270401"], ["--time 5270401", "at most ten years"]),
     Bad(["tp_fsdp", "--time", "0"], ["--time 0", "longer than zero"]),
@@ -284,7 +284,7 @@ BAD = [
     Bad(["tp_fsdp", "--mail-user=x"], ["unknown flag --mail-user", "--sbatch mail-user=..."]),
     Bad(["tp_fsdp", "-N", "2"], ["unknown flag -N", "is --nodes here"]),
     Bad(["tp_fsdp", "--gres", "gpu:2"], ["unknown flag --gres", "--gpus-per-node"]),
-    Bad(["tp_fsdp", "--wait", "--no-wait"], ["--no-wait comes after another --wait", "keep one"]),
+    Bad(["tp_fsdp", "--wait", "--no-wait"], ["--no-wait repeats or contradicts an earlier --wait", "keep one"]),
     site("max_nodes: 1\nnodes: 2", says=["nodes: 2", "at most 1 (max_nodes)"]),
     site("env: {MESHRUN_DEVICE: cuda}", says=["c.yaml:2", "for MESHRUN_DEVICE: the only value is cpu"]),
     site("env: {BAR: true}", says=["c.yaml:2", "the value of BAR is not text", "in quotes"]),
@@ -330,7 +330,14 @@ BAD = [
     site("gpu_request: gpus", says=["c.yaml:2", "gpu_request", "gpus-per-node"]),
     site("gpu_type: h 100", says=["c.yaml:2", "gpu_type", "without spaces"]),
     site("rendezvous_ports: 1-2", says=["c.yaml:2", "rendezvous_ports", "29500-29599"]),
-    site("rendezvous_ports: 29500", "--executor", "slurm", "--nodes", "2", says=["29500 alone", "takes two ports"]),
+    site(
+        "rendezvous_ports: 29500",
+        "--executor",
+        "slurm",
+        "--nodes",
+        "2",
+        says=["rendezvous_ports: 29500 in", "needs two on its first host"],
+    ),
     site("rendezvous_ports: 30000-29999", says=["c.yaml:2", "rendezvous_ports", "FIRST-LAST"]),
     site('python: ""', says=["c.yaml:2", "python"]),
     site("mem_gb_per_gpu: 4", "--sbatch", "mem=0", says=["--sbatch mem", "mem_gb_per_gpu: 4", "keep one"]),
@@ -467,7 +474,7 @@ def test_with_json_a_job_that_may_be_queued_is_one_object_too(
     assert (record["status"], record["exit_code"], record["run_dir"]) == ("unknown", 1, str(tmp_path / "run"))
     assert record.get("job_id") == (None if lost else "42")
     assert err.endswith(f"meshrun: error: {record['error']}\n")
-    says = "whether the job is queued is not known" if lost else "job 42 is queued but cannot be followed"
+    says = "it is not known whether the job is queued" if lost else "job 42 is queued but cannot be followed"
     assert record["error"].startswith(says)
 
 
@@ -512,7 +519,7 @@ def test_sbatchs_own_variables_are_read_once_and_shown(
     for line in ("--account=mine", "--partition=gpu", "--time=60", "--reservation=r", "--distribution=block"):
         assert f"#SBATCH {line}\n" in out
     assert "account mine, from SBATCH_ACCOUNT in your environment" in out
-    assert "SBATCH_DISTRIBUTION=cyclic in your environment is not used" in out
+    assert "SBATCH_DISTRIBUTION=cyclic in your environment is ignored" in out
     monkeypatch.setenv("SBATCH_ACCOUNT", "a b")
     assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 2
     assert "--account 'a b' (from SBATCH_ACCOUNT)" in capsys.readouterr().err
@@ -539,7 +546,7 @@ def test_slurms_variables_that_are_dropped_are_said(
 ) -> None:
     monkeypatch.setenv("SLURM_CLUSTERS", "other")
     assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 0
-    assert "SLURM_CLUSTERS=other in your environment is not used" in capsys.readouterr().out
+    assert "SLURM_CLUSTERS=other in your environment is ignored" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # in a job there are dozens, and none is meant
     assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 0
     assert "SLURM_CLUSTERS" not in capsys.readouterr().out

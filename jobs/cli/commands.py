@@ -42,7 +42,8 @@ _LAUNCH = (
     Flag(
         "--executor",
         "auto|slurm|local|debug",
-        "auto (the default): slurm if sbatch is on PATH, otherwise local; debug: one rank in this process",
+        "auto: slurm if sbatch is on PATH, otherwise local; debug: one rank in this process (default: the cluster "
+        "config's)",
     ),
     Flag("--config", "FILE", "YAML file of settings; key=value on the command line overrides it"),
     Flag("--time", "TIME", "time limit: minutes (90), 12:30:00 or 2-12"),

@@ -1,4 +1,4 @@
-"""One command's output: lines for people on stdout, or on stderr if stdout carries one JSON object."""
+"""One command's output: lines for the user on stdout, or on stderr if stdout carries one JSON object."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Console:
     """One command's output.
 
     Args:
-        as_json: stdout gets exactly one JSON object, at the end; everything else goes to stderr, also what a user's
-            module or hook prints.
+        as_json: stdout gets exactly one JSON object, at the end; everything else goes to stderr, including the output
+            of a user's module or hook.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -26,14 +26,13 @@ class Console:
                 # A terminal that cannot show a character must not end a job.
                 stream.reconfigure(errors="backslashreplace")
                 with contextlib.suppress(OSError):
-                    os.set_blocking(
-                        stream.fileno(), True
-                    )  # a non-blocking pipe that is full looks like one without a reader
+                    # Must be blocking, otherwise a full pipe looks like one without a reader.
+                    os.set_blocking(stream.fileno(), True)
         self.as_json = as_json
         self.job_started = False
-        """Once true, an error is the job's and not the user's."""
+        """Whether an error is now the job's and no longer the user's mistake."""
         self.facts: dict[str, Any] = {}
-        """What the JSON object also holds, however the command ends."""
+        """Further entries of the JSON object, however the command ends."""
         self._finished = False
         self._stdout = sys.stdout
         self.stream = sys.stderr if as_json else sys.stdout
@@ -43,10 +42,10 @@ class Console:
         return contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
 
     def say(self, text: str = "") -> None:
-        """A line for people.
+        """Prints a line for the user.
 
         Raises:
-            OutputLost: it cannot be written; not where stdout is kept for the one object, which is what counts there.
+            OutputLost: the line cannot be written; not with --json, where only the JSON object matters.
         """
         if self.as_json:
             self.complain(text)
@@ -54,12 +53,12 @@ class Console:
             self._write(printable(text) + "\n", self.stream)
 
     def complain(self, text: str) -> None:
-        """A line on stderr; the command goes on even if it cannot be written."""
+        """Prints a line to stderr; the command continues even if that fails."""
         with contextlib.suppress(OutputLost):
             self.pass_on(printable(text) + "\n")
 
     def pass_on(self, text: str) -> None:
-        """Text on stderr, as it is.
+        """Prints text to stderr unchanged.
 
         Raises:
             OutputLost: it cannot be written.
@@ -82,7 +81,7 @@ class Console:
             self._write(json.dumps(to_json({**self.facts, **record}), allow_nan=False) + "\n", self._stdout)
 
     def flush(self) -> None:
-        """Writes what others have printed, such as argparse and a user's hook.
+        """Writes what was printed without this class, such as by argparse or a user's hook.
 
         Raises:
             OutputLost: it cannot be written.
@@ -94,7 +93,7 @@ class Console:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            # Python would try to write the rest of the buffer again at exit, and complain.
+            # Otherwise Python would write the rest of the buffer again at exit, and print an error.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise OutputLost("stderr" if stream is sys.stderr else "stdout", error) from None

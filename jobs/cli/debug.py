@@ -1,4 +1,4 @@
-"""One rank in this very process: a debugger, a breakpoint and a profiler see it as any other program."""
+"""One rank in this process, so that debuggers, breakpoints and profilers work as in any other program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(spec: JobSpec, console: Console) -> int:
         The exit code.
 
     Raises:
-        JobFailed: it failed; its traceback has been shown.
+        JobFailed: the rank failed; its traceback has been printed.
     """
     began = time.monotonic()
     os.environ.update(spec.rank_env)
@@ -34,7 +34,7 @@ def run(spec: JobSpec, console: Console) -> int:
     ended = {"workload": spec.workload, "attempt": run_dir.begin_attempt().number}
     try:
         record = Job(spec)()
-    except (Exception, SystemExit) as error:  # sys.exit(0) in the middle of the work is no success
+    except (Exception, SystemExit) as error:  # sys.exit(0) before the work is done is a failure
         console.complain(traceback.format_exc().rstrip())
         message = f"rank 0 on {socket.gethostname()}: {blame.failure_of(error, 0, '', 0, '').message}"
         run_dir.publish({**ended, "status": "failed", "error": message})

@@ -19,7 +19,7 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
     Args:
         resolved: the job.
         plan: what its workload's `prepare` would do, if anything.
-        console: where it is shown.
+        console: where it is printed.
     """
     spec = resolved.spec
     submission = executor.render(spec, resolved.cluster)
@@ -35,8 +35,8 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
     console.say(_indent(textwrap.fill(settings, 110, break_long_words=False, break_on_hyphens=False)) + "\n")
     console.say(f"mesh: {resolved.mesh}, on {spec.resources.shape} ranks")
     console.say(_indent(mesh_table(resolved.mesh, hosts)) + "\n")
-    if spec.executor != "slurm":  # else both are in the script
-        console.say("environment of every rank:")
+    if spec.executor != "slurm":  # otherwise both are in the script
+        console.say("environment variables of every rank:")
         console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(submission.env.items()))) + "\n")
         console.say("submission parameters:")
         console.say(_indent(yaml.safe_dump(submission.parameters or "none", sort_keys=False)) + "\n")

@@ -1,4 +1,4 @@
-"""Whether a job fits: what its cluster config allows, a GPU's memory, this machine's."""
+"""Whether a job fits the limits of its cluster config, a GPU's memory and this machine's memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from jobs.spec import MOST_RANKS, ResourceSpec, parse_minutes
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 RANK_AT_LEAST_BYTES = 150 * 10**6
-"""Memory of a rank that has imported torch and done nothing else; for a workload without an estimate."""
+"""Memory of a rank that has only imported torch; used for a workload without an estimate."""
 
 
 def check_limits(
     given: Options, cluster: ClusterConfig, path: Path, resources: ResourceSpec, from_env: Mapping[str, str]
 ) -> None:
-    """Refuses a job that is larger than its cluster config allows, or than any job may be.
+    """Refuses a job that exceeds the limits of its cluster config or of meshrun.
 
     Raises:
-        ResourceError: it has too many ranks, hosts or GPUs, or too long a time limit.
+        ResourceError: the job has too many ranks, hosts or GPUs, or too long a time limit.
     """
     if resources.shape.world_size > MOST_RANKS:
         raise ResourceError(
-            f"{resources.shape} are {resources.shape.world_size:,} ranks: a job has at most {MOST_RANKS:,}; use fewer"
+            f"{resources.shape} is {resources.shape.world_size:,} ranks, but a job may have at most {MOST_RANKS:,}; "
+            "use fewer"
         )
     at_most = f"{shown(path)} allows at most"
     if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
@@ -37,7 +38,7 @@ def check_limits(
         flag = "--gpus-per-node" if given.gpus_per_node is not None else "gpus_per_node:"
         raise ResourceError(
             f"{flag} {resources.gpus_per_node}: {at_most} {cluster.max_gpus_per_node} (max_gpus_per_node); "
-            "ask for fewer, and for more --nodes"
+            "ask for fewer, and for more --nodes instead"
         )
     if cluster.max_time is not None and resources.time_min is not None:
         longest = parse_minutes(cluster.max_time)
@@ -50,7 +51,7 @@ def check_limits(
 def rank_bytes(
     workload: str, entry: WorkloadEntry, config: WorkloadConfig, resources: ResourceSpec, device: str
 ) -> int | None:
-    """The workload's estimate of one rank's peak memory; None if it makes none."""
+    """The workload's estimate of one rank's peak memory in bytes; None if it has no estimate."""
     if not entry.memory_bytes:
         return None
     estimate = entry.call("memory_bytes", config, resources.shape, device)
@@ -60,9 +61,9 @@ def rank_bytes(
 
 
 def check_rank(workload: str, needed: int | None, resources: ResourceSpec, on_gpus: bool, cluster: Path) -> list[str]:
-    """Warns if a rank's estimated peak memory is more than it will have, as far as the cluster config tells.
+    """Warns if a rank's estimated peak memory exceeds what the cluster config gives it.
 
-    Estimates were up to 1.4 times what was measured, so there is a margin before the job is refused.
+    Estimates were up to 1.4 times the measured peak, so a job is refused only beyond a margin.
 
     Raises:
         ResourceError: a rank needs more than 1.5 times the memory it will have.
@@ -75,7 +76,7 @@ def check_rank(workload: str, needed: int | None, resources: ResourceSpec, on_gp
         return []
     gigabytes = f"{needed / 1e9:,.{0 if needed >= 1e10 else 2}f}"
     line = (
-        f"{workload} needs an estimated {gigabytes} GB per rank, and {name} in {shown(cluster)} is "
+        f"{workload} needs an estimated {gigabytes} GB per rank, but {name} in {shown(cluster)} is "
         f"{getattr(resources, name):g}"
     )
     if needed > 1.5 * limit:
@@ -83,19 +84,21 @@ def check_rank(workload: str, needed: int | None, resources: ResourceSpec, on_gp
     return [f"warning: {line}; it may run out of memory"]
 
 
-def check_this_machine(workload: str, needed: int | None, resources: ResourceSpec, gpus: int, kept_off: str) -> str:
-    """Says which devices the ranks will use; refuses a job whose ranks cannot fit this machine's memory together."""
+def check_this_machine(
+    workload: str, needed: int | None, resources: ResourceSpec, gpus: int, no_gpu_reason: str
+) -> str:
+    """One line on the devices that the ranks will use. Refuses a job whose ranks need more memory than is available."""
     world_size = resources.shape.world_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     if gpus >= world_size:
         return f"{ranks} on this machine, one GPU each ({gpus} visible), nccl"
-    why = kept_off or "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
+    why = no_gpu_reason or "no GPU is visible" if gpus == 0 else f"only {gpus} GPU(s) are visible"
     each = RANK_AT_LEAST_BYTES if needed is None else needed
     available = machine.available_memory_bytes()
     if each * world_size > available:
         raise ResourceError(
             f"{workload} needs about {_gib(each * world_size)} for {ranks} on the CPU of this machine "
-            f"({_gib(each)} each), and {_gib(available)} are available; use a smaller model or batch, "
+            f"({_gib(each)} each), but only {_gib(available)} are available; use a smaller model or batch, "
             "fewer ranks, or a cluster"
         )
     return f"{ranks} on this machine's CPU over gloo ({why})"

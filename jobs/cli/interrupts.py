@@ -1,4 +1,4 @@
-"""Ctrl-C, a hang-up of the terminal and a termination, as one exception that can be held back for a moment."""
+"""SIGINT (Ctrl-C), SIGHUP and SIGTERM as one exception that can be held back."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def raised() -> Iterator[None]:
     """Inside, the signals raise Interrupted.
 
-    What this process was started to ignore (under nohup, or in a script's background) it goes on ignoring.
+    Signals that this process was started to ignore (under nohup, or in a script's background) stay ignored.
     """
     global _raised
     _raised = None
-    ours = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
-    before = {signum: signal.signal(signum, _interrupt) for signum in ours}
-    complain, sys.unraisablehook = sys.unraisablehook, _complain_of_others
+    handled = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, _interrupt) for signum in handled}
+    complain, sys.unraisablehook = sys.unraisablehook, _report_others
     try:
         yield
     finally:
@@ -45,17 +45,17 @@ def raised() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _complain_of_others(unraisable: sys.UnraisableHookArgs) -> None:
-    """What Python says of an exception that it must ignore, as in a callback of a weak reference; see `check`."""
+def _report_others(unraisable: sys.UnraisableHookArgs) -> None:
+    """Prints an exception that Python must ignore, such as in the callback of a weak reference; see `check`."""
     if not isinstance(unraisable.exc_value, Interrupted):
         sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
 def unmasked() -> Iterator[None]:
-    """Inside, an interruption is raised as Interrupted, even if code on its way turned it into another exception.
+    """Inside, an interruption is raised as Interrupted, even if other code turned it into another exception.
 
-    An import may report it as the module's SyntaxError, a library as an error of its own.
+    For instance, an import may report it as a SyntaxError of the module, or a library as an error of its own.
     """
     try:
         yield
@@ -66,14 +66,14 @@ def unmasked() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises an interruption again that Python, or a library, has ignored: one came in a weak reference's callback."""
+    """Raises an interruption again that Python or a library ignored, such as one in a weak reference's callback."""
     if _raised is not None:
         raise Interrupted(_raised)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside, signals wait; one that arrived is raised at the end, unless another exception is."""
+    """Inside, signals wait. One that arrived is raised at the end, unless another exception is raised."""
     global _held, _came
     _held, _came = True, None
     try:
@@ -86,10 +86,10 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Inside, signals reach neither this process nor the programs it starts; one that arrived is pending at the end.
+    """Inside, signals reach neither this process nor the programs that it starts; one that arrived is pending after.
 
-    Blocking keeps a signal for later, but a shell that is started takes that off; what it was started to ignore, it
-    goes on ignoring. What is both is kept (`sig_ignored` in Linux's kernel/signal.c).
+    Blocking keeps a signal for later, but a shell unblocks it at its start. Ignoring is inherited by a shell. A signal
+    that is both blocked and ignored stays pending (`sig_ignored` in Linux's kernel/signal.c).
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in SIGNALS}
@@ -102,13 +102,13 @@ def blocked() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From here on this process only cleans up; a second Ctrl-C must not leave processes behind."""
+    """Ignores the signals while this process cleans up, because a second Ctrl-C must not leave processes behind."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def as_python_does() -> None:
-    """Ctrl-C is KeyboardInterrupt again and the others end the process: what a debugger and a bare script expect."""
+    """Ctrl-C raises KeyboardInterrupt again and the other signals end the process, as a debugger expects."""
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)

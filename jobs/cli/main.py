@@ -1,4 +1,4 @@
-"""argv -> the verb's file; every error -> one line and an exit code."""
+"""Runs the verb of a command line; turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from jobs.errors import (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command line; with --json, whatever happens, one object is printed.
+    """Runs one command line; with --json it prints exactly one object, whatever happens.
 
     Returns:
-        The exit code: 0 done, 1 the job failed, 2 the user's mistake, 130 interrupted.
+        The exit code: 0 success, 1 the job failed, 2 the user's mistake, 130 interrupted.
     """
     console = Console(as_json="--json" in argv)
     try:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt) as interruption:
         if not isinstance(interruption, OutputLost):
             console.error("interrupted")
-        elif not interruption.reader_is_gone:  # `| head` has read what it wanted
+        elif not interruption.reader_is_gone:  # a reader such as `head` is gone, which is no error
             console.error(str(interruption))
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
@@ -76,7 +76,7 @@ def _run(argv: Sequence[str], console: Console) -> int:
 
 
 def _line(mistake: Exception) -> str:
-    """The line that refuses a user's mistake; empty if the error is not one."""
+    """The line about a user's mistake; empty if the error is not one."""
     if isinstance(mistake, ModuleNotFoundError):
         if (mistake.name or "").partition(".")[0] in ("jobs", "workloads"):
             return ""
@@ -85,7 +85,7 @@ def _line(mistake: Exception) -> str:
             ".venv/bin/python, or `pip install -e .`"
         )
     if isinstance(mistake, OSError):
-        # Python names no path where the current directory has been removed.
+        # The error has no path if the current directory was removed.
         path = mistake.filename or ("the current directory" if isinstance(mistake, FileNotFoundError) else "")
         return f"{path}: {mistake.strerror}; give another path" if path else str(mistake)
     return str(mistake)
@@ -93,7 +93,7 @@ def _line(mistake: Exception) -> str:
 
 def _dispatch(given: options.Options, console: Console) -> int:
     verb = commands.choose(given.words, given.flags())
-    # An exception in the middle of its import makes pydantic panic.
+    # Must not be interrupted, otherwise the import of pydantic panics.
     with interrupts.held():
         module = importlib.import_module(verb.module)
     code: int = module.run(given, console)

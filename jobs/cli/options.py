@@ -1,4 +1,4 @@
-"""argv -> Options: flags and words, with a suggestion for a misspelled one."""
+"""argv -> Options: flags and other arguments, with a suggestion for a misspelled flag."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SLURMS_LONG = (
     *("--mail-", "--exclusive", "--constraint", "--reservation", "--dependency", "--begin", "--comment", "--nodelist"),
     *("--exclude", "--mem", "--signal", "--hold", "--requeue", "--no-requeue", "--nice", "--licenses", "--export"),
 )
-"""What people who know sbatch type; the refusal says what to write here."""
+"""sbatch's flags, for which the refusal says what to write instead."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line, split but not yet validated: numbers are still text."""
+    """The command line, split but not validated: numbers are still text."""
 
     words: list[str] = field(default_factory=list)
-    """The verb or the workload, then what follows it."""
+    """The verb or the workload, then its arguments."""
     nodes: str | None = None
     gpus_per_node: str | None = None
     cluster: str | None = None
@@ -51,10 +51,10 @@ class Options:
     json: bool = False
 
     def flags(self) -> list[str]:
-        """The names of the flags that were given: `--nodes`, `--no-wait`."""
-        given = [name for name, value in vars(self).items() if name != "words" and value not in (None, [], False)]
+        """The names of the flags on the command line: `--nodes`, `--no-wait`."""
+        names = [name for name, value in vars(self).items() if name != "words" and value not in (None, [], False)]
         switched_off = ["--no-wait"] if self.wait is False else []
-        return [f"--{name.replace('_', '-')}" for name in given] + switched_off
+        return [f"--{name.replace('_', '-')}" for name in names] + switched_off
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,16 +65,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _OnceOrNot(argparse.BooleanOptionalAction):
-    """`--wait` or `--no-wait`, and not both."""
+    """Accepts `--wait` or `--no-wait`, but not both."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if getattr(namespace, self.dest) is not None:
-            raise CommandLineError(f"{option_string} comes after another --wait or --no-wait; keep one")
+            raise CommandLineError(f"{option_string} repeats or contradicts an earlier --wait or --no-wait; keep one")
         super().__call__(parser, namespace, values, option_string)
 
 
 class _Once(argparse.Action):
-    """Stores a value, and refuses a second one: a flag given twice is a mistake in one of them."""
+    """Stores a value and refuses a second one, because one of the two is a mistake."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if getattr(namespace, self.dest) is not None:
@@ -112,7 +112,7 @@ def parse(argv: Sequence[str]) -> Options:
     """Splits the command line; flags and words may come in any order.
 
     Raises:
-        CommandLineError: an unknown flag (with a suggestion), a flag without its value or given twice.
+        CommandLineError: a flag is unknown (with a suggestion), lacks its value, or is given twice.
         SystemExit: after printing --help.
     """
     parser = _parser()

@@ -1,4 +1,4 @@
-"""A local job that belongs to this command line: started, shown, and ended with it."""
+"""A local job that belongs to this command line: starts it, shows its progress, and ends it on an interruption."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from jobs.spec import JobSpec
 
 
 def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
-    """Starts a local job and sees it to its end; an interruption ends it.
+    """Starts a local job and follows it until it ends; an interruption ends the job.
 
     Returns:
         The exit code.
     """
     run_dir = RunDirectory(spec.run_dir)
     began = time.monotonic()
-    # If the agent is killed, this process inherits what its ranks had started, and ends it.
+    # If the agent is killed, this process inherits the processes that its ranks started, and ends them.
     processes.adopt_orphans()
     display, result = Display(run_dir, console), Result(run_dir)
     before: set[int] = set()
@@ -55,7 +55,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             "seconds": round(time.monotonic() - began, 3),
             "error": str(interruption),
         }
-        # Before the agent leaves its own, which knows only of the signal that ends it; what is done counts more.
+        # Must come before the agent's own result, which knows only its signal; a result that is done is kept.
         with contextlib.suppress(OSError):
             run_dir.publish(ended)
         if process is not None:
@@ -63,9 +63,9 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             processes.kill_children(but=before)
         display.close()
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step
-            outcome = f"the job has ended; to see how: {come_back(run_dir)}"
+            outcome = f"the job had already ended; see its result with: {come_back(run_dir)}"
         else:
-            outcome = "the job was ended, and none of its processes is left"
+            outcome = "the job and all of its processes were ended"
         console.error(f"{interruption}; {outcome}")
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
@@ -77,6 +77,6 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
     elif record["status"] in BY_ITSELF and process.returncode != 0:
         record["warnings"] = [
             *record.get("warnings", ()),
-            f"the agent ended with code {process.returncode} after the work was done",
+            f"the agent exited with code {process.returncode} after the work was done",
         ]
     return report_end(record, console, time.monotonic() - began)

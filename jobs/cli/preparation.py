@@ -1,8 +1,8 @@
-"""A workload's `prepare`, started in a process of its own (jobs/prepare.py), with a deadline.
+"""Runs a workload's `prepare` in a process of its own (jobs/prepare.py), with a deadline.
 
-It can neither hang nor crash who submits. A preparation may import torch, download and tokenize; the line that submits
-stays light and answers to Ctrl-C. What the process prints comes through one pipe and is shown, what it comes to through
-another: a user's words are never read as an answer.
+So it can neither hang nor crash the command line, which stays light and responds to Ctrl-C while a preparation imports
+torch, downloads or tokenizes. The process's output comes through one pipe and is shown; its answer comes through
+another, so that output is never read as an answer.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 POLL_S = 0.05
 SAY_AFTER_S = 10.0
-"""Seconds of silence after which a line says that the preparation is being waited for."""
+"""Seconds without output after which a line says what the command line is waiting for."""
 START_S = 120.0
-"""Seconds for starting Python and importing the workload on a loaded machine; they do not count as `prepare`'s time."""
+"""Time limit in seconds for starting Python and importing the workload; it does not count as `prepare`'s time."""
 STOP_S = 2.0
 """Seconds between SIGINT, on which `finally` clauses run, and SIGKILL."""
 DRAIN_S = 1.0
-"""Seconds for reading what is left in the pipes when the preparation has ended."""
+"""Time limit in seconds for reading the rest of the pipes when the preparation has ended."""
 TAIL = 4000
-"""Characters of output that are kept for a refusal."""
+"""Characters of output that are kept for an error message."""
 
 
 def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
     """One line on what a workload's `prepare` would do.
 
     Returns:
-        None where there is nothing to prepare, and so nothing to start.
+        None if there is nothing to prepare.
 
     Raises:
-        WorkloadError: its `plan`, or the deadline that it gives its preparation, is invalid.
+        WorkloadError: the workload's `plan` or `prepare_timeout_s` is invalid.
     """
     if entry.prepare is None:
         return None
@@ -56,27 +56,27 @@ def plan(entry: WorkloadEntry, config: WorkloadConfig) -> str | None:
             f"workload {entry.name}: prepare_timeout_s={timeout_s!r}: must be a number of seconds above 0"
         )
     if entry.plan is None:
-        return "would run; the workload has no `plan` that says what it would do"
+        return "would run; the workload has no `plan` to describe it"
     line = entry.call("plan", config)
     if line is not None and not isinstance(line, str):
         raise WorkloadError(
-            f"workload {entry.name}: plan returned a {type(line).__name__}; return one line on what prepare would do, "
-            "or None if there is nothing to prepare"
+            f"workload {entry.name}: plan returned a {type(line).__name__}; return one line that says what prepare "
+            "would do, or None if there is nothing to prepare"
         )
     return None if line is None else one_line(line)
 
 
 class Preparation:
-    """A workload's `prepare`, started; whoever starts one ends it, whatever happens.
+    """A running `prepare`. The caller must call `end`, whatever happens.
 
     Args:
         entry: the workload.
-        spec: the job; its run directory describes it already.
-        what: the plan's line.
-        show: gets what the preparation prints, as it comes.
+        spec: the job, which is already described in its run directory.
+        what: the line from `plan`.
+        show: receives the preparation's output as it comes.
 
     Raises:
-        WorkloadError: no process can be started.
+        WorkloadError: the process cannot be started.
     """
 
     def __init__(self, entry: WorkloadEntry, spec: JobSpec, what: str, show: Callable[[str], None]) -> None:
@@ -89,18 +89,18 @@ class Preparation:
         self._tail = ""
         self._answer = b""
         self._before = processes.children()
-        # This process inherits what the preparation leaves behind, even in other sessions, and ends it.
+        # This process inherits the processes that the preparation leaves behind, even in other sessions.
         processes.adopt_orphans()
-        owner, self._owner = os.pipe()  # the write end closes when this process ends, however it ends
+        owner, self._owner = os.pipe()  # the write end closes when this process ends, even if it is killed
         self._results, results = os.pipe()
         run_dir, parent = str(spec.run_dir), str(os.getpid())
         command = [sys.executable, "-u", str(processes.ENTRY), "--prepare", run_dir, parent, str(owner), str(results)]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), spec.threads_per_rank)
         try:
-            # A session of its own: the terminal's Ctrl-C and hang-up reach only the command line, which decides.
+            # In a session of its own, so that the terminal's signals reach only the command line.
             self._process = subprocess.Popen(
                 command,
-                # A login node has many cores and many users.
+                # Few threads, because a login node has many users.
                 env={**{name: str(count) for name, count in threads.items()}, **os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -113,7 +113,7 @@ class Preparation:
             for end in (self._owner, self._results):
                 os.close(end)
             raise WorkloadError(
-                f"workload {entry.name}: no process could be started for prepare: {error.strerror or error}"
+                f"workload {entry.name}: the process for prepare could not be started: {error.strerror or error}"
             ) from None
         finally:
             for end in (owner, results):
@@ -126,17 +126,17 @@ class Preparation:
             self._selector.register(end, selectors.EVENT_READ)
 
     def outcome(self) -> str | None:
-        """Waits for the end, and shows meanwhile what is printed.
+        """Waits for the preparation to end, and shows its output.
 
         Returns:
             What `prepare` returned: a line, or None.
 
         Raises:
-            WorkloadError: it refused, it crashed, or its time is over.
+            WorkloadError: `prepare` refused, crashed or took too long.
         """
-        said = False
+        notified = False
         while True:
-            # Must be asked before reading, otherwise what it wrote just before its end could be missed.
+            # Must come before reading, otherwise its last output could be missed.
             ended = self._process.poll() is not None
             if ended:
                 self._end_rest()
@@ -145,7 +145,7 @@ class Preparation:
                 self._read(POLL_S)
             answer = self._read_answer()
             if answer is not None and "refused" in answer:
-                self._drain()  # what was printed before is in the other pipe
+                self._drain()  # earlier output is still in the other pipe
                 raise WorkloadError(answer["refused"])
             if ended:
                 return self._returned(answer)
@@ -154,21 +154,21 @@ class Preparation:
             if self._called is None and time.monotonic() > self._began + START_S:
                 self._stop()
                 raise WorkloadError(
-                    f"workload {self._entry.name}: the process for prepare did not get as far as calling it "
-                    f"within {START_S:g} s and was killed{self._last_output()}; is this machine overloaded, or the "
-                    "file system that holds Python?"
+                    f"workload {self._entry.name}: the process for prepare did not call it within {START_S:g} s and "
+                    f"was killed{self._last_output()}; this machine, or the file system that holds Python, may be "
+                    "overloaded; try again later"
                 )
             if self._called is not None and time.monotonic() > self._called + self._entry.prepare_timeout_s:
                 raise WorkloadError(self._too_late(answer))
-            # A preparation that prints needs no such line, and it could land in the middle of one of its own.
-            if not said and not self._tail and time.monotonic() - self._began > SAY_AFTER_S:
-                said = True
+            # Only without output, otherwise this line could land in the middle of one of the preparation's.
+            if not notified and not self._tail and time.monotonic() - self._began > SAY_AFTER_S:
+                notified = True
                 at_most = self._entry.prepare_timeout_s
                 limit = f", at most {at_most:g} s" if math.isfinite(at_most) else ""
                 self._show(f"meshrun: waiting for workload {self._entry.name}: prepare{self._doing()}{limit}\n")
 
     def end(self) -> None:
-        """Ends the process, if it still runs, and everything below it; its further output is not shown."""
+        """Ends the process and its descendants if they still run; further output is not shown."""
         self._stop()
         self._end_rest()
         processes.adopt_orphans(False)
@@ -195,11 +195,11 @@ class Preparation:
         what, timeout_s = f"workload {self._entry.name}: prepare", f"{self._entry.prepare_timeout_s:g} s"
         if answer is not None:
             return (
-                f"{what} has returned, but its process did not end within {timeout_s}: a thread or a process that it "
+                f"{what} returned, but its process did not end within {timeout_s}: a thread or a process that it "
                 f"started was still running and was killed{self._last_output()}; wait for it in prepare, or make it a "
                 "daemon"
             )
-        last_output = self._last_output()  # taken before it is told to stop, because it may print about that
+        last_output = self._last_output()  # must come before stopping it, which may print more
         answer = self._stop()
         at = f" (it was at {answer['stopped']})" if answer is not None and "stopped" in answer else ""
         return (
@@ -208,10 +208,10 @@ class Preparation:
         )
 
     def _stop(self) -> dict[str, Any] | None:
-        """Ends the process: with SIGINT, as a terminal would, then with SIGKILL.
+        """Ends the process with SIGINT, as Ctrl-C would, then with SIGKILL.
 
         Returns:
-            Its answer, should it have given one.
+            Its answer, if it gave one.
         """
         for signum, patience in ((signal.SIGINT, STOP_S), (signal.SIGKILL, 5.0)):
             if self._process.poll() is not None:
@@ -224,7 +224,7 @@ class Preparation:
         return self._read_answer()
 
     def _end_rest(self) -> None:
-        """Ends what the process has left behind."""
+        """Ends the processes that the preparation left behind."""
         if self._process.poll() is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -251,13 +251,13 @@ class Preparation:
         return anything
 
     def _drain(self) -> None:
-        # Normally nobody is left to write; the deadline is for a process that could not be ended.
+        # Normally no writer is left; the deadline is for a process that could not be killed.
         deadline = time.monotonic() + DRAIN_S
         while self._read(0) and time.monotonic() < deadline:
             pass
 
     def _read_answer(self) -> dict[str, Any] | None:
-        """The answer of `prepare`, if it has come: the first line that is not `called`."""
+        """The answer of `prepare`, if it has arrived: the first line that is not `called`."""
         for line in self._answer.split(b"\n")[:-1]:
             answer: dict[str, Any] = json.loads(line)
             if "called" not in answer:

@@ -1,4 +1,4 @@
-"""What a running job shows: rank 0's log and steps, read from the run directory; a bar on a terminal, else lines."""
+"""A running job's progress, read from the run directory: rank 0's log and steps, as a bar on a terminal or as lines."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from jobs.runs.tail import Tail
 
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10
-"""Lines of rank 0's log that are shown of what a running job had logged before."""
+"""How many earlier lines of rank 0's log are shown for a job that is already running."""
 LEAST_BAR = 5
-"""Columns of a terminal that are left to the bar itself."""
+"""Minimum width of the bar itself in columns."""
 NEWEST_EVERY_S = 1.0
-"""Looking for a newer attempt lists the run directory, which costs a shared file system something."""
+"""Seconds between two checks for a newer attempt, which list the run directory on a shared file system."""
 
 
 class Display:
     """The progress of one job, attempt after attempt.
 
     Args:
-        run_dir: where it leaves its traces.
-        console: where they are shown.
-        from_the_start: else only the last lines of what was there before are shown.
+        run_dir: the job's run directory.
+        console: where the progress is shown.
+        from_the_start: whether earlier output is shown completely; otherwise only its last lines.
     """
 
     def __init__(self, run_dir: RunDirectory, console: Console, from_the_start: bool = True) -> None:
@@ -40,7 +40,7 @@ class Display:
         self.console = console
         self.total_steps = _total_steps(run_dir)
         self.bar: Any = None
-        # A terminal of no width (a bare pty) shows no bar.
+        # A terminal of width 0 (a bare pty) cannot show a bar.
         self.on_terminal = (
             console.stream.isatty()
             and os.environ.get("TERM") != "dumb"
@@ -49,14 +49,14 @@ class Display:
         if self.on_terminal:
             from tqdm import tqdm
 
-            tqdm.get_lock()  # may start a helper process, which must not be taken for one of the job's
+            tqdm.get_lock()  # may start a helper process, which must not be mistaken for one of the job's
         self.looked = time.monotonic()
         self.metrics = Tail(run_dir.metrics)
         self._begin(run_dir.last_attempt().number)
         self.late = not from_the_start
 
     def _begin(self, number: int) -> None:
-        """Turns to an attempt; the steps of the one before stay in the file until this one's rank 0 puts them aside."""
+        """Starts to follow an attempt. Its rank 0 moves the steps of the previous attempt out of the metrics file."""
         self.number = number
         attempt = self.run_dir.attempt(number)
         self.log = Tail(attempt.log(0))
@@ -68,26 +68,26 @@ class Display:
         self.close()
 
     def update(self, ended: bool = False) -> None:
-        """Shows what is new; with `ended`, also a last line without a newline."""
+        """Shows new output; with `ended`, also a last line without a newline."""
         if ended or time.monotonic() - self.looked >= NEWEST_EVERY_S:
             self.looked = time.monotonic()
             newest = self.run_dir.last_attempt().number
             if newest > self.number:
                 self._begin(newest)
-                self.say(f"attempt {newest} begins: the job was started again")
+                self.say(f"attempt {newest} begins: the job was restarted")
         for line in self.launcher.lines(ended, self.late):
             if "[agent] WARNING: " in line:
                 self.say(line)
         for line in self.srun.lines(ended, self.late):
-            if _OF_INTEREST.search(line):
+            if _SRUN_WAITS.search(line):
                 self.say(line)
-        told = (line for line in self.log.lines(ended, self.late) if not _NOISE.search(line))
-        lines = map(_plain, self._until_rank_0_ends(told))
+        log_lines = (line for line in self.log.lines(ended, self.late) if not _NOISE.search(line))
+        lines = map(_plain, self._until_rank_0_ends(log_lines))
         for line in deque(lines, LINES_BEFORE) if self.late else lines:
             self.say(line)
         steps = []
         for line in self.metrics.lines(ended, self.late):
-            with contextlib.suppress(ValueError, RecursionError):  # no JSON
+            with contextlib.suppress(ValueError, RecursionError):  # not JSON
                 steps.append(json.loads(line))
         steps = [metrics for metrics in steps if isinstance(metrics, dict)]
         for metrics in steps[-1:] if self.late else steps:
@@ -95,14 +95,14 @@ class Display:
         self.late = False
 
     def _until_rank_0_ends(self, lines: Iterable[str]) -> Iterator[str]:
-        """Rank 0's log without its own failure: the root cause is reported once, at the end."""
+        """Rank 0's log without its own failure, because the root cause is reported once, at the end."""
         for line in lines:
             self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
             if not self.rank_0_ended:
                 yield line
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Prints a line above the bar."""
         if self.bar is not None:
             self.bar.clear()
         self.console.say(line)
@@ -113,13 +113,13 @@ class Display:
         step = metrics.get("step")
         if not isinstance(step, int):
             return
-        total = metrics.get("total_steps")  # of a workload whose settings say epochs
+        total = metrics.get("total_steps")  # from a workload whose settings count epochs
         self.total_steps = total if isinstance(total, int) else self.total_steps
         if self.on_terminal:
             if self.bar is None:
                 from tqdm import tqdm
 
-                # Its clock begins now: the rate is that of the steps from here on.
+                # The bar's clock starts now, so its rate covers only the steps from here on.
                 self.bar = tqdm(
                     total=self.total_steps,
                     initial=step,
@@ -141,7 +141,7 @@ class Display:
             self.console.say(f"{which}step {step}{of}  {'  '.join(_watched(metrics))}")
 
     def _show_beside_the_bar(self, metrics: list[str]) -> None:
-        """As many of the metrics as there is room for, each whole: tqdm would cut the last in mid-number."""
+        """Shows as many whole metrics as fit beside the bar; tqdm would cut the last one in the middle of a number."""
         for count in range(len(metrics), -1, -1):
             self.bar.set_postfix_str("  ".join(metrics[:count]), refresh=False)
             shape = self.bar.format_dict
@@ -155,34 +155,34 @@ class Display:
 
 
 def _total_steps(run_dir: RunDirectory) -> int | None:
-    """The last step, where the job's settings name it."""
+    """The last step, if the job's settings name it."""
     settings = (read_json(run_dir.job) or {}).get("settings")
     steps = settings.get("steps") if isinstance(settings, dict) else None
     return steps if isinstance(steps, int) else None
 
 
 _STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-"""A terminal's control sequence, such as a color's."""
+"""A terminal's control sequence, such as a color."""
 
 
 def _plain(line: str) -> str:
-    """What a terminal shows of a line in the end: no colors, and only the last of what overwrote each other."""
+    """A line without colors and without the text that carriage returns overwrote."""
     return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
 
 
 _NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
-"""A warning in rank 0's log without consequence: torch wanted a host's name for a message and uses its address."""
-_OF_INTEREST = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)
-"""Lines of srun that say why a step has to wait."""
+"""A harmless warning in rank 0's log: torch could not find a host's name for a message and uses the address."""
+_SRUN_WAITS = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)
+"""srun's lines that say why a step has to wait."""
 _SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "accuracy", "heldout_loss")
 
 
 def _watched(metrics: dict[str, Any]) -> list[str]:
-    """The metrics that people watch, briefly."""
+    """The metrics to show, formatted briefly."""
     numbers = {}
     for key, value in metrics.items():
         if isinstance(value, (int, float)) and key != "step":
-            with contextlib.suppress(OverflowError):  # a whole number of 400 digits
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
                 numbers[key] = float(value)
     shown = [key for key in _SHOWN if key in numbers] or list(numbers)[:5]
     return [printable(f"{key} {numbers[key]:{'.0f' if 1000 <= abs(numbers[key]) < 1e9 else '.4g'}}") for key in shown]

@@ -10,12 +10,12 @@ from jobs.runs import report
 
 
 def report_end(record: dict[str, Any], console: Console, seconds: float | None) -> int:
-    """Prints what the job came to.
+    """Prints the job's result.
 
     Args:
-        record: what result.json holds.
-        console: where it is shown.
-        seconds: how long it took; None if nobody knows.
+        record: the content of result.json.
+        console: where it is printed.
+        seconds: how long the job took; None if not known.
 
     Returns:
         The exit code.

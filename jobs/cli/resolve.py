@@ -1,4 +1,4 @@
-"""The command line, its YAML files and this machine -> one JobSpec: everything decided, nothing done."""
+"""The command line, its YAML files and this machine -> one JobSpec. Decides everything, and starts nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXECUTORS = ("auto", "slurm", "local", "debug")
 
 
 class _Flags(StrictModel):
-    """The flags that are numbers or times, typed; the rest is text and checked where it is used."""
+    """The flags that are numbers, typed. The others are text and checked where they are used."""
 
     nodes: int | None = Field(default=None, ge=1, le=MOST_NODES)
     gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
@@ -39,7 +39,7 @@ class _Flags(StrictModel):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A job that could be started now."""
+    """A job that is ready to start."""
 
     spec: JobSpec
     cluster: ClusterConfig
@@ -47,14 +47,14 @@ class Resolved:
     config: WorkloadConfig
     mesh: MeshSpec
     announcements: tuple[str, ...]
-    """One line for each thing that was chosen without being asked for."""
+    """One line for each choice that the user did not make explicitly."""
 
 
 def resolve(given: Options) -> Resolved:
-    """The job that a command line describes.
+    """The job that a command line describes. Writes and starts nothing.
 
     Raises:
-        UserError, WorkloadError: whatever cannot work, before anything is written or started.
+        UserError, WorkloadError: the job cannot work.
     """
     _check_given(given)
     workload, words = given.words[0], given.words[1:]
@@ -92,17 +92,17 @@ def resolve(given: Options) -> Resolved:
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {fit.shown(cluster_path)}")
     env = {**cluster.env, **_env(given)}
-    kept_off = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
-    on_gpus = cluster.gpu_request != "none" and not kept_off
-    gpus_here = 0 if kept_off else machine.gpu_count(os.environ)
+    no_gpu_reason = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
+    on_gpus = cluster.gpu_request != "none" and not no_gpu_reason
+    gpus_here = 0 if no_gpu_reason else machine.gpu_count(os.environ)
     if which in ("local", "debug"):
         on_gpus = gpus_here >= resources.shape.world_size
     rank_bytes = fit.rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
     if which in ("local", "debug"):
-        announcements.append(fit.check_this_machine(workload, rank_bytes, resources, gpus_here, kept_off))
+        announcements.append(fit.check_this_machine(workload, rank_bytes, resources, gpus_here, no_gpu_reason))
         if given.profile_memory and not on_gpus:
             raise CommandLineError(
-                "--profile-memory: works on CUDA only, and the ranks run on this machine's CPU; leave it out"
+                "--profile-memory: needs CUDA, but the ranks run on this machine's CPU; leave it out"
             )
     if on_gpus or which == "slurm":
         announcements += fit.check_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
@@ -143,8 +143,8 @@ def _ports(cluster: ClusterConfig, resources: ResourceSpec, executor: str) -> tu
     first, last = parse_ports(cluster.rendezvous_ports)
     if first == last and executor == "slurm" and resources.nodes > 1:
         raise CommandLineError(
-            f"rendezvous_ports of the cluster config is {first} alone, and a job of several hosts takes two ports on "
-            "its first host; give a range such as 29500-29599"
+            f"rendezvous_ports: {first} in the cluster config is one port, but a job of several hosts needs two on its "
+            "first host; give a range such as 29500-29599"
         )
     return first, last
 
@@ -157,7 +157,7 @@ def _check_given(given: Options) -> None:
 
 
 def _check_run(entry: WorkloadEntry) -> None:
-    """Refuses a misspelled `run` now, not on every rank; what it imports may exist on the compute nodes only."""
+    """Refuses a misspelled `run` before the ranks start. Importing it may need modules of the compute nodes."""
     if not isinstance(entry.run, str):
         return
     module, _, attribute = entry.run.partition(":")
@@ -166,38 +166,38 @@ def _check_run(entry: WorkloadEntry) -> None:
     except (ImportError, ValueError):
         exists = False
     if not exists or (module in sys.modules and not hasattr(sys.modules[module], attribute)):
-        raise WorkloadError(f"workload {entry.name}: run='{entry.run}' cannot be found")
+        raise WorkloadError(f"workload {entry.name}: run='{entry.run}' cannot be found; write module:function")
 
 
 def _plain(workload: str, config: WorkloadConfig) -> dict[str, Any]:
-    """The settings as the ranks will read them again."""
+    """The settings as plain data, checked to be the same when the ranks read them."""
     plain = config.model_dump(mode="json")
     try:
         same = type(config).model_validate(plain) == config
     except ValidationError as error:
         raise WorkloadError(
-            f"workload {workload}: its settings cannot be read back from the file that they are written to "
+            f"workload {workload}: its settings cannot be read back from job.json "
             f"({' '.join(str(error.errors()[0]['loc']).split())}: {error.errors()[0]['msg']}); use plain fields"
         ) from None
     if not same:
         raise WorkloadError(
-            f"workload {workload}: its settings change when they are written to a file and read back; use plain fields"
+            f"workload {workload}: its settings change when written to job.json and read back; use plain fields"
         )
     return plain
 
 
 def _only_for_slurm(cluster: ClusterConfig) -> list[str]:
-    """A notice of the cluster config's keys that a local job does not use."""
+    """A notice about keys of the cluster config that a local job ignores."""
     names = (
         *("setup", "partition", "account", "qos", "cpus_per_gpu", "mem_gb_per_gpu"),
         *("gpu_type", "sbatch", "srun_args", "python", "command_prefix"),
     )
     unused = [name for name in names if getattr(cluster, name)]
-    return [f"not used by a local job: {', '.join(unused)} of the cluster config"] if unused else []
+    return [f"a local job ignores {', '.join(unused)} of the cluster config"] if unused else []
 
 
 def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What sbatch would take from the environment, by option, and a notice for each variable, used or not."""
+    """The sbatch options from the environment, and a notice for each such variable, used or ignored."""
     from_env, notices = {}, []
     for name, value in sorted(env.items()):
         if not name.startswith("SBATCH_"):
@@ -206,26 +206,28 @@ def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]
                 and "SLURM_JOB_ID" not in env
                 and name not in environment.OF_THE_SITE
             ):
-                notices.append(f"{name}={value} in your environment is not used; give it with --sbatch or srun_args")
+                notices.append(f"{name}={value} in your environment is ignored; use --sbatch or srun_args instead")
             continue
         option = environment.FROM_ENVIRONMENT.get(name)
         if option is None:
-            notices.append(f"{name}={value} in your environment is not used; to use it, give it with --sbatch")
+            notices.append(f"{name}={value} in your environment is ignored; use --sbatch instead")
         else:
             from_env[option] = value
-            notices.append(f"{option} {value}, from {name} in your environment, unless the command line says otherwise")
+            notices.append(
+                f"{option} {value} comes from {name} in your environment, unless the command line overrides it"
+            )
     return from_env, notices
 
 
 def _sbatch_options(
     given: Options, cluster: ClusterConfig, which: str, from_env: Mapping[str, str]
 ) -> dict[str, str | bool]:
-    """The extra sbatch options: the command line wins over the environment, which wins over the cluster config."""
+    """The extra sbatch options. The command line overrides the environment, which overrides the cluster config."""
     if which != "slurm":
         for flag, value in (("--sbatch", " ".join(given.sbatch)), ("--job-name", given.job_name)):
             if value:
                 raise CommandLineError(
-                    f"{flag} {value}: is for Slurm, and this job runs with --executor {which}; leave it out"
+                    f"{flag} {value}: applies to Slurm only, but this job runs with --executor {which}; leave it out"
                 )
         return {}
     if given.job_name is not None and (not given.job_name or any(not c.isprintable() for c in given.job_name)):
@@ -237,31 +239,31 @@ def _sbatch_options(
     for name, text in from_env.items():
         if name in ("partition", "account", "qos", "time"):
             continue
-        if wrong := option_mistake(name, text):
-            raise CommandLineError(f"{name} '{text}' in the environment (SBATCH_{name.upper()}): {wrong}")
+        if mistake := option_mistake(name, text):
+            raise CommandLineError(f"{name} '{text}' in the environment (SBATCH_{name.upper()}): {mistake}")
         options[name] = text
-    seen: set[str] = set()
+    names: set[str] = set()
     for word in given.sbatch:
         name, equals, text = word.partition("=")
-        # As in YAML: true is the bare flag, false is without it. Elsewhere they are words: comment=true.
-        words: dict[str, str | bool] = {"true": True, "false": False} if name in ALONE else {}
-        meant = words.get(text, text) if equals else True
-        if mistake := option_mistake(name, meant):
+        # As in YAML, true is the bare flag and false leaves it out; for other options they are text: comment=true.
+        switches: dict[str, str | bool] = {"true": True, "false": False} if name in ALONE else {}
+        option = switches.get(text, text) if equals else True
+        if mistake := option_mistake(name, option):
             raise CommandLineError(f"--sbatch {word!r}: {mistake}")
-        if name in seen:
+        if name in names:
             raise CommandLineError(f"--sbatch {name} is given twice; keep one")
-        seen.add(name)
-        _add(options, name, meant)
-    if cluster.mem_gb_per_gpu is not None and (twice := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
+        names.add(name)
+        _add(options, name, option)
+    if cluster.mem_gb_per_gpu is not None and (conflicts := {"mem", "mem-per-cpu", "mem-per-gpu"} & set(options)):
         raise CommandLineError(
-            f"--sbatch {sorted(twice)[0]}: conflicts with mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g} in the cluster "
-            "config; keep one"
+            f"--sbatch {sorted(conflicts)[0]}: conflicts with mem_gb_per_gpu: {cluster.mem_gb_per_gpu:g} in the "
+            "cluster config; keep one"
         )
     return options
 
 
 def _add(options: dict[str, str | bool], name: str, value: str | bool) -> None:
-    """Adds an option, replacing an earlier one; `no-requeue` is the same option as `requeue: false`."""
+    """Adds an option or replaces it; `no-requeue` means `requeue: false`."""
     if name == "no-requeue":
         name, value = "requeue", value is False
     options[name] = value
@@ -287,18 +289,18 @@ def _resources(
     except ValueError as mistake:
         origin = " (from SBATCH_TIMELIMIT)" if given.time is None and "time" in from_env else ""
         raise CommandLineError(f"--time {time}{origin}: {mistake}") from None
-    named: dict[str, Any] = {}
+    queue: dict[str, Any] = {}
     for name in ("partition", "account", "qos"):
         flag = getattr(given, name)
         if flag is not None and which != "slurm":
             raise CommandLineError(
-                f"--{name} {flag}: is for Slurm, and this job runs with --executor {which}; leave it out"
+                f"--{name} {flag}: applies to Slurm only, but this job runs with --executor {which}; leave it out"
             )
         chosen = flag if flag is not None else from_env.get(name)
-        if chosen is not None and (wrong := name_mistake(chosen)):
+        if chosen is not None and (problem := name_mistake(chosen)):
             origin = f" (from SBATCH_{name.upper()})" if flag is None else ""
-            raise CommandLineError(f"--{name} '{chosen}'{origin}: {wrong}")
-        named[name] = chosen if chosen is not None else getattr(cluster, name)
+            raise CommandLineError(f"--{name} '{chosen}'{origin}: {problem}")
+        queue[name] = chosen if chosen is not None else getattr(cluster, name)
     return ResourceSpec(
         nodes=flags.nodes or cluster.nodes,
         gpus_per_node=flags.gpus_per_node or cluster.gpus_per_node,
@@ -306,7 +308,7 @@ def _resources(
         cpus_per_gpu=cluster.cpus_per_gpu,
         gpu_memory_gb=cluster.gpu_memory_gb,
         mem_gb_per_gpu=cluster.mem_gb_per_gpu,
-        **named,
+        **queue,
     )
 
 
@@ -315,7 +317,9 @@ def _env(given: Options) -> dict[str, str]:
     for word in given.env:
         name, equals, value = word.partition("=")
         if not equals:
-            raise CommandLineError("--env without a '=': write KEY=VALUE")  # the word itself may be the secret
+            raise CommandLineError(
+                "--env without a '=': write KEY=VALUE"
+            )  # must not show the text, which may be a secret
         mistake = env_name_mistake(name)
         if mistake:
             raise CommandLineError(f"--env {name}=...: {mistake}")

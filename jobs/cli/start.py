@@ -1,4 +1,4 @@
-"""Hands a job to its executor, and writes down what it became."""
+"""Hands a job to its executor and records the submission."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from jobs.run_dir import RunDirectory, Submitted
 from jobs.spec import JobSpec
 
 END_S = 10.0
-"""Seconds that an interrupted job gets to end its ranks, before its agent is killed (and they with it)."""
+"""Seconds that an interrupted job gets to end its ranks before its agent, and with it the ranks, is killed."""
 
 
 def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owned: bool) -> tuple[Any, Submitted]:
-    """Starts a local job. The caller holds signals back meanwhile (`interrupts.held`).
+    """Starts a local job. The caller must hold back signals (`interrupts.held`).
 
     Args:
-        spec: the job; its run directory describes it already.
-        cluster: its cluster.
-        console: learns that there is a job.
+        spec: the job, which is already described in its run directory.
+        cluster: its cluster config.
+        console: is told that the job has started.
         owned: whether the job ends with this process.
 
     Returns:
-        The agent's process, and what was written down of it.
+        The agent's process and the recorded submission.
     """
     process = executor.submit(spec, cluster, owned=owned)._process
     run_dir = RunDirectory(spec.run_dir)
-    argument = str(run_dir.path)  # of the line that executor.render gives
+    argument = str(run_dir.path)  # part of the command line from executor.render
     submitted = Submitted.now("local", str(process.pid), argument)
     try:
         run_dir.record_submission(submitted)
     except OSError:
-        end(process)  # otherwise nobody could find it again
+        end(process)  # otherwise the process could not be found again
         raise
     console.job_started = True
     return process, submitted
 
 
 def end(process: Any) -> None:
-    """Asks the agent to end its ranks and itself; kills it if it does not (the ranks die with it)."""
+    """Asks the agent to end its ranks and itself; kills it after END_S, and the ranks die with it."""
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     deadline = time.monotonic() + END_S
@@ -57,12 +57,12 @@ def end(process: Any) -> None:
 
 
 def start_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Submitted:
-    """Queues a job. The caller holds signals back meanwhile (`interrupts.held`).
+    """Queues a job. The caller must hold back signals (`interrupts.held`).
 
     Raises:
-        SubmissionError, SubmissionUnknown: as executor.submit; also where the job's number cannot be written down.
+        SubmissionError, SubmissionUnknown: as executor.submit; also if the job's number cannot be recorded.
     """
-    # A terminal sends Ctrl-C to sbatch too, which must not end in the middle of its request: it inherits the block.
+    # A terminal sends Ctrl-C to sbatch too, which must not end during its request; it inherits the block.
     with interrupts.blocked():
         job = executor.submit(spec, cluster, owned=False)
     submitted = Submitted.now("slurm", str(job.job_id))
@@ -72,7 +72,7 @@ def start_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Subm
         RunDirectory(spec.run_dir).record_submission(submitted)
     except OSError as error:
         raise SubmissionUnknown(
-            f"job {job.job_id} is queued but cannot be followed, because its number could not be written down "
-            f"({error.strerror}); look with squeue, and end it with scancel {job.job_id}"
+            f"job {job.job_id} is queued but cannot be followed, because its number could not be recorded "
+            f"({error.strerror}); check it with squeue, or end it with scancel {job.job_id}"
         ) from error
     return submitted

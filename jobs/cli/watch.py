@@ -1,6 +1,6 @@
-"""Watches a job that goes on by itself: its place in the queue, rank 0's progress, then how it ended.
+"""Follows a job that runs independently of this command: its state in the queue, rank 0's progress, its result.
 
-Such a job belongs to Slurm, or to itself: the watcher may leave, and come back with `submit.py wait`.
+The command may stop following at any time, and `submit.py wait` follows the job again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from jobs.runs.tracker import Tracker, track
 
 
 def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from_the_start: bool = True) -> int:
-    """Watches a job to its end. A queue has no deadline, so neither has this.
+    """Follows a job until it ends. A queue has no deadline, so neither has this.
 
     Args:
-        run_dir: the job's.
-        submitted: what it became.
-        console: where it is shown.
-        from_the_start: the job was submitted just now; otherwise earlier output is not shown again.
+        run_dir: the job's run directory.
+        submitted: the recorded submission.
+        console: where the progress is shown.
+        from_the_start: whether the job was submitted just now; otherwise earlier output is not repeated.
 
     Returns:
-        The exit code: the job's, or 130 where the wait was interrupted and the job left to itself.
+        The exit code of the job, or 130 if the wait was interrupted and the job keeps running.
     """
     began = time.monotonic()
     console.facts |= {"run_dir": str(run_dir.path), "job_id": submitted.job_id}
@@ -57,7 +57,7 @@ def _until_over(job: Tracker, display: Display, from_the_start: bool) -> None:
 
     over = job.was_over()
     while not over and not from_the_start and not job.is_known():
-        # Of a job that ended long ago, only the end is shown.
+        # For a job that ended long ago, only the result is shown.
         over = is_over()
         job.pause()
     if over or is_over():
@@ -77,7 +77,7 @@ def _say_news(job: Tracker, display: Display) -> None:
 
 
 def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
-    """Says how to follow a job that was submitted just now and is not waited for.
+    """Prints how to follow a job that was just submitted without --wait.
 
     Returns:
         The exit code.
@@ -90,7 +90,7 @@ def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
 def detached(
     run_dir: RunDirectory, submitted: Submitted, console: Console, why: BaseException, has_ended: bool = False
 ) -> int:
-    """Says how to follow a job that is left to itself, or how to see the end of one whose end could not be shown.
+    """Prints how to follow a job that keeps running, or how to see the result of one that has ended.
 
     Returns:
         The exit code of an interruption.
@@ -98,7 +98,7 @@ def detached(
     interrupts.ignore()
     job = f"{'job' if submitted.executor == 'slurm' else 'process'} {submitted.job_id}"
     if has_ended:
-        console.complain(f"meshrun: {why}; {job} has ended; to see how: {come_back(run_dir)}")
+        console.complain(f"meshrun: {why}; {job} has ended; see its result with: {come_back(run_dir)}")
     else:
         line = f"{why}; {job} keeps running; follow it: {come_back(run_dir)}; end it: {_end_line(submitted)}"
         console.complain(f"meshrun: {line}")
@@ -108,5 +108,5 @@ def detached(
 
 
 def _end_line(submitted: Submitted) -> str:
-    """The line that ends a job."""
+    """The command that ends a job."""
     return f"{'scancel' if submitted.executor == 'slurm' else 'kill'} {submitted.job_id}"

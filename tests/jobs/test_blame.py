@@ -62,10 +62,31 @@ def waits(rank: int, *places: tuple[str, int], kind: Kind = "lost_peer") -> Fail
     ("lost", "running", "done", "steps", "named", "says"),
     [
         # Who had not given up, however many had: of those the one that is behind, wherever it is listed.
-        ({0: REDUCE, 1: REDUCE, 3: REDUCE}, {2}, {}, {}, 2, "did not fail, but still ran (last in step 7, 3 s ago) wh"),
-        ({1: REDUCE, 3: REDUCE}, {0, 2}, {}, {2: "6"}, 2, "did not fail, but still ran (last in step 6"),
-        ({1: REDUCE, 3: REDUCE}, {0, 2}, {}, {2: ""}, 2, "did not fail, but still ran (has not ended a step)"),
-        ({3: REDUCE}, {0, 1, 2}, {}, {2: "6", 0: "10"}, 2, "did rank 0 on host0 (last in step 10, 3 s ago), rank 1 on"),
+        (
+            {0: REDUCE, 1: REDUCE, 3: REDUCE},
+            {2},
+            {},
+            {},
+            2,
+            "did not fail, but was still running (last in step 7, 3 s ago)",
+        ),
+        ({1: REDUCE, 3: REDUCE}, {0, 2}, {}, {2: "6"}, 2, "did not fail, but was still running (last in step 6"),
+        (
+            {1: REDUCE, 3: REDUCE},
+            {0, 2},
+            {},
+            {2: ""},
+            2,
+            "did not fail, but was still running (has not finished a step)",
+        ),
+        (
+            {3: REDUCE},
+            {0, 1, 2},
+            {},
+            {2: "6", 0: "10"},
+            2,
+            "also still running: rank 0 on host0 (last in step 10, 3 s ago), rank 1 on",
+        ),
         # Where all have given up: the one that is a step behind, or waits elsewhere.
         ({0: REDUCE, 1: REDUCE, 2: REDUCE, 3: REDUCE}, {}, {}, {2: "6"}, 2, "waited at mine.py:53 in run (last in st"),
         (
@@ -107,8 +128,8 @@ def waits(rank: int, *places: tuple[str, int], kind: Kind = "lost_peer") -> Fail
         ({0: REDUCE, 1: END_STEP, 2: (("/me/mine.py", 60),)}, {}, {}, {}, 2, "Timed out"),
         # Some have returned: few of them left too early; if they are most, the others are late.
         ({0: REDUCE, 1: REDUCE, 3: REDUCE}, {}, {2}, {}, 2, "returned from its work (last in step 7, 3 s ago) while r"),
-        ({2: REDUCE}, {}, {0, 1, 3}, {}, 2, "was still in its work at mine.py:53 in run (last in step 7, 3 s ago) whe"),
-        ({0: REDUCE}, {2}, {0, 1, 3}, {}, 2, "did not fail, but still ran"),
+        ({2: REDUCE}, {}, {0, 1, 3}, {}, 2, "was still working at mine.py:53 in run (last in step 7, 3 s ago) when"),
+        ({0: REDUCE}, {2}, {0, 1, 3}, {}, 2, "did not fail, but was still running"),
     ],
 )
 def test_of_all_that_gave_up_the_one_that_they_waited_for_is_named(

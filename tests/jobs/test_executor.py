@@ -192,7 +192,10 @@ def test_a_controller_that_is_lost_in_the_middle_may_have_queued_the_job(
     monkeypatch.setattr(executor, "FIND_AFTER_S", (0.0, 0.0))
     spec = make_spec(tmp_path / "run")
     RunDirectory.create(spec.run_dir)
-    with pytest.raises(JobFailed, match=f"not known: .*once it runs, `submit.py wait {spec.run_dir}` follows it"):
+    with pytest.raises(
+        JobFailed,
+        match=f"not known whether the job is queued: .*once it runs, `submit.py wait {spec.run_dir}` follows it",
+    ):
         executor.submit(spec, ClusterConfig(), owned=False)
     assert spec.run_dir.is_dir()
     # It is found by its script, which only it has; a controller that was too busy may be asked again.

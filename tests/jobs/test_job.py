@@ -167,7 +167,7 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_said_in_one_line(
 ) -> None:
     done = limited(tmp_path, f"{gloo_connects}ulimit -Sn 1024; ulimit -Hn 1024", world_size=512)
     assert done.returncode == 1
-    expected = f"512 ranks need up to {needed} open files each, and the hard limit on host0 is 1024; raise it "
+    expected = f"512 ranks need up to {needed} open files each, but the hard limit on host0 is 1024; raise it "
     assert json.loads((tmp_path / "r" / "attempt-0" / "failures" / "0.json").read_text())["message"].startswith(
         f"ResourceError: {expected}"
     )

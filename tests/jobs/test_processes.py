@@ -59,7 +59,7 @@ def test_a_rank_that_is_done_ends_when_nothing_of_it_works_any_more() -> None:
     for name, written in (("saves", 80), ("copies", 40)):
         out, err, code = ended[name]
         assert (len(out), code) == (written, 0), err
-        assert "the work is done, but this rank still runs: threads saver" in err
+        assert "the work is done, but this rank is still running: threads saver" in err
         assert "is ended" not in err.replace("it is ended", "")
     for name in ("waits", "never ends"):
         out, err, code = ended[name]

@@ -218,7 +218,7 @@ def test_a_job_whose_submission_was_not_answered_runs_and_can_be_followed(
         (folder / name).chmod(0o755)
     line = follow(slurm, env={**slurm.env, "PATH": f"{folder}:{slurm.env['PATH']}"})
     assert code(line) == 1
-    assert "whether the job is queued is not known" in err(line)
+    assert "it is not known whether the job is queued" in err(line)
     assert job_id(line)  # the job itself has left it
     back = come_back(slurm, line)
     assert back.returncode == 0, back.stderr

@@ -1,4 +1,4 @@
-"""`submit.py WORKLOAD ...`: a dry run's print, or a submitted job."""
+"""`submit.py WORKLOAD ...`: prints a dry run, or submits and follows a job."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def run(given: Options, console: Console) -> int:
         The exit code.
 
     Raises:
-        UserError, WorkloadError: before anything was written or started.
-        JobFailed, Interrupted: a job that was waited for ended so.
+        UserError, WorkloadError: the job is invalid; nothing was started.
+        JobFailed, Interrupted: the job that this command followed failed, or was interrupted.
     """
     resolved = resolve(given)
     spec = resolved.spec
     plan = preparation.plan(resolved.entry, resolved.config)
     if given.dry_run:
         dry_run.show(resolved, plan, console)
-        gc.freeze()  # otherwise Python's last garbage collection takes a tenth of the whole command's time
+        gc.freeze()  # otherwise the last garbage collection takes a tenth of the command's time
         return 0
     if spec.executor == "slurm":
-        words = executor.check_slurm(executor.render(spec, resolved.cluster))
-        resolved = replace(resolved, announcements=(*resolved.announcements, *([words] if words else [])))
+        estimate = executor.check_slurm(executor.render(spec, resolved.cluster))
+        resolved = replace(resolved, announcements=(*resolved.announcements, *([estimate] if estimate else [])))
     new = [path for path in (spec.run_dir, *spec.run_dir.parents) if not path.exists()]
     keep_others_from_writing()
     run_dir = RunDirectory.create(spec.run_dir)
@@ -66,10 +66,10 @@ def run(given: Options, console: Console) -> int:
 
 
 def _prepare(resolved: Resolved, plan: str, console: Console) -> str | None:
-    """Has the workload prepare its data, in a process of its own.
+    """Lets the workload prepare its data in a process of its own.
 
     Returns:
-        The line that `prepare` returned, if it did.
+        The line that `prepare` returned, if any.
     """
     started = None
     try:
@@ -92,7 +92,7 @@ def _announce(resolved: Resolved, console: Console) -> None:
 
 
 def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], console: Console, wait: bool) -> int:
-    """Submits a Slurm job, and watches it where that is asked for."""
+    """Submits a Slurm job, and follows it with --wait."""
     from jobs.cli import watch
     from jobs.cli.start import start_slurm
 
@@ -101,7 +101,7 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], conso
         interrupts.check()
         with interrupts.held(), _emptied_on((SubmissionError, OSError), run_dir, new, console):
             submitted = start_slurm(resolved.spec, resolved.cluster, console)
-        _announce(resolved, console)  # not before: a refusal stays one line
+        _announce(resolved, console)  # not earlier, so that a refusal stays one line
         console.say(f"submitted job {submitted.job_id}")
         if not wait:
             return watch.leave(run_dir, submitted, console)
@@ -113,7 +113,7 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], conso
 
 
 def _let_go(resolved: Resolved, run_dir: RunDirectory, console: Console) -> int:
-    """Starts a local job that goes on without this command line."""
+    """Starts a local job that keeps running when this command ends."""
     from jobs.cli import watch
     from jobs.cli.start import start_local
 
@@ -123,7 +123,7 @@ def _let_go(resolved: Resolved, run_dir: RunDirectory, console: Console) -> int:
         with interrupts.held():
             _, submitted = start_local(resolved.spec, resolved.cluster, console, owned=False)
             console.facts["job_id"] = submitted.job_id
-        console.say(f"started as process {submitted.job_id}; it goes on without this terminal")
+        console.say(f"started as process {submitted.job_id}; it keeps running without this terminal")
         return watch.leave(run_dir, submitted, console)
     except Interrupted as interruption:
         if submitted is None:
@@ -138,19 +138,19 @@ def _emptied_on(
     new: Sequence[Path],
     console: Console,
 ) -> Iterator[None]:
-    """Empties a run directory in which nothing was started, so that the corrected line can name it again.
+    """Empties a run directory in which nothing was started, so that a corrected command can use it again.
 
     Args:
-        error: the exceptions that mean that nothing was started.
-        run_dir: the directory; a symbolic link or a mount point that existed before stays.
-        new: which of it and its parents did not exist before, innermost first.
+        error: the exceptions after which nothing was started.
+        run_dir: the directory; a symbolic link or mount point that existed before is kept.
+        new: the directory and its parents, innermost first, as far as they did not exist before.
         console: no longer reports the directory.
     """
     try:
         yield
     except error:
         console.facts.pop("run_dir", None)
-        with contextlib.suppress(OSError):  # such as not empty, because another run has taken it
+        with contextlib.suppress(OSError):  # for example if another run uses the directory by now
             for path in run_dir.path.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)

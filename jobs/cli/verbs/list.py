@@ -1,4 +1,4 @@
-"""`submit.py list [WORKLOAD]`: the workloads, or one's settings."""
+"""`submit.py list [WORKLOAD]`: prints the workloads, or the settings of one workload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workloads import registry
 
 
 def run(given: Options, console: Console) -> int:
-    """Prints what there is to run.
+    """Prints the workloads, or the settings of one.
 
     Returns:
         The exit code, 0.
@@ -26,7 +26,7 @@ def run(given: Options, console: Console) -> int:
         console.say("\nA workload's settings: submit.py list WORKLOAD. Your own workload: package.module:ENTRY.")
         console.finish({"workloads": [{"name": n, "summary": s} for n, s in summaries.items()]})
         return 0
-    from jobs.settings import describe  # late: the workloads' names need no pydantic
+    from jobs.settings import describe  # late, because the names of the workloads need no pydantic
 
     entry = registry.load(names[0], (str(Path.cwd()),))
     summary = registry.BUILT_IN[names[0]].summary if names[0] in registry.BUILT_IN else entry.summary

@@ -1,4 +1,4 @@
-"""`submit.py wait RUN`: follows a job that was left to itself, or says how it ended."""
+"""`submit.py wait RUN`: follows a submitted job, or prints how it ended."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jobs.runs.find import find, submission, why_not_submitted
 
 
 def run(given: Options, console: Console) -> int:
-    """Follows the job of a run directory to its end.
+    """Follows the job of a run directory until it ends.
 
     Returns:
-        The exit code: the job's, or 130 where the wait was interrupted and the job left to itself.
+        The exit code of the job, or 130 if the wait was interrupted and the job keeps running.
 
     Raises:
-        CommandLineError: there is no such run, or nothing to wait for.
+        CommandLineError: there is no such run, or it has no job to wait for.
     """
     run_dir = find(given.words[1])
     submitted = submission(run_dir)

@@ -75,7 +75,7 @@ ENDS = {
     "SIGKILL": (3, "killed by SIGKILL (out of memory, or someone's kill -9)", False),
     "SIGSEGV": (3, "killed by SIGSEGV", False),
     "out of memory": (3, "killed by SIGKILL: its host's memory, or the job's share of it, was used up", False),
-    "watchdog": (0, "did not fail, but still ran (last in step 1 (data), ", False),
+    "watchdog": (0, "did not fail, but was still running (last in step 1 (data), ", False),
 }
 """What rank 3 of 4 does in step 2: the rank that is the root cause, what is said of it, whether with a traceback."""
 
@@ -101,7 +101,7 @@ def test_of_eight_ranks_the_one_that_hangs_is_named_with_its_phase(place: Place)
     line = place.submit("--nodes", "2", "--gpus-per-node", "4", "does=hang in data", "on_rank=5", "steps=100000")
     code, out, err = line.finish(120)
     assert code == 1, out + err
-    says = f"rank 5 on {place.hosts[1]}: did not fail, but still ran (last in step 1 (data), "
+    says = f"rank 5 on {place.hosts[1]}: did not fail, but was still running (last in step 1 (data), "
     assert f"meshrun: error: the job failed: {says}" in err.splitlines()[-1]
     assert " gave up waiting" in err.splitlines()[-1]
     line.assert_nothing_left()

@@ -219,7 +219,7 @@ def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(t
     assert code == 1
     # It did not fail; but it is not the one that gave up on it who is to blame.
     last = err.splitlines()[-1]
-    assert "the job failed: rank 1 on host0: did not fail, but still ran (last in step 1 (training), " in last
+    assert "the job failed: rank 1 on host0: did not fail, but was still running (last in step 1 (training), " in last
     # Of two there is no majority, so both are told, each with its step and phase.
     assert re.search(r" when rank 0 on host0 \(last in step 1 \(training\), \d+ s ago\) gave up waiting: ", last)
     assert last.endswith("rank-1.log)")
@@ -256,7 +256,7 @@ def test_rank_0_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Pat
     code, _, err = line.finish()
     assert code == 1
     assert "RendezvousError: missing: rank 0 on host0, which has not come within 3 s" in err.splitlines()[-1]
-    assert "rank 0 on host0: did not fail, but still ran" in err.splitlines()[-1]
+    assert "rank 0 on host0: did not fail, but was still running" in err.splitlines()[-1]
     line.assert_nothing_left()
 
 
@@ -425,7 +425,7 @@ def test_no_wait_goes_on_without_its_starter(typed: Submit) -> None:
     line = typed("mine:ENTRY", *TWO, "steps=60", "pause_seconds=0.05", "--no-wait", start_new_session=True)
     code, out, _ = line.finish()
     assert code == 0
-    assert "it goes on without this terminal" in out
+    assert "it keeps running without this terminal" in out
     line.wait_for_step(1)
     for pid in line.left():
         os.kill(pid, 0)
@@ -556,5 +556,5 @@ def test_where_forking_is_not_safe_ranks_are_interpreters_of_their_own(tmp_path:
     out, err, record = agent_of(tmp_path, f"import os; os.fork = None; {thread}", at_end="a script")
     assert (out, record["status"], record["result"]["total"]) == ("", "done", 9.0), err
     assert_ended_like_a_script(tmp_path)
-    assert "threads run in the agent" in err
+    assert "threads after its imports" in err
     assert json.loads((tmp_path / "run" / "attempt-0" / "status.json").read_text())["running"] == 2

@@ -259,7 +259,9 @@ def test_its_time_begins_when_it_is_called(prepared: Type, tmp_path: Path) -> No
 def test_a_process_that_never_comes_to_it_is_ended_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "return", SLOW_TO_START.format(600))
     monkeypatch.setattr(preparation, "START_S", 3.0)
-    with pytest.raises(WorkloadError, match=r"did not get as far as calling it within 3 s and was killed.*; is this"):
+    with pytest.raises(
+        WorkloadError, match=r"did not call it within 3 s and was killed.*; this machine, or the file system"
+    ):
         outcome(tmp_path, monkeypatch, "sleeps")
 
 
@@ -382,7 +384,7 @@ def test_a_reader_that_leaves_ends_it(prepared: Type, tmp_path: Path) -> None:
     ("more", "plan"),
     [
         (", plan=lambda config: 'fetches\\nnine files'", "fetches nine files"),
-        ("", "would run; the workload has no `plan` that says what it would do"),
+        ("", "would run; the workload has no `plan` to describe it"),
         (", plan=lambda config: None", None),
     ],
     ids=["line", "no plan", "nothing"],

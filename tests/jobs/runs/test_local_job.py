@@ -79,7 +79,7 @@ def test_a_local_job_that_is_killed(typed: Callable[..., Line], tmp_path: Path) 
     os.kill(int(json.loads((line.run_dir / "submission.json").read_text())["job_id"]), signal.SIGKILL)
     _, err = back.communicate(timeout=60)
     assert back.returncode == 1
-    assert "the leader on host0: ended and said nothing: it was killed" in err.splitlines()[-1]
+    assert "the leader on host0: ended without a record: it was killed" in err.splitlines()[-1]
 
 
 def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirectory:
@@ -93,7 +93,7 @@ def local(tmp_path: Path, pid: int, argument: str, host: str = "") -> RunDirecto
 def test_a_process_that_only_has_the_same_number_is_another(tmp_path: Path, capsys: Capture) -> None:
     local(tmp_path, os.getpid(), "another's")
     assert main(["wait", "run"]) == 1
-    assert "the leader on host0: ended and said nothing: it was killed" in capsys.readouterr().err
+    assert "the leader on host0: ended without a record: it was killed" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -528,6 +528,6 @@ def test_of_a_job_that_has_ended_nobody_says_that_it_goes_on(
         assert main(["wait", "run"]) == 130
     err = capsys.readouterr().err
     assert err == (
-        "meshrun: stdout cannot be written (No space left on device); job 12 has ended; to see how: "
+        "meshrun: stdout cannot be written (No space left on device); job 12 has ended; see its result with: "
         "python submit.py wait run\n"
     )
