@@ -190,7 +190,7 @@ class SlurmJob:
         unknown: dict[str, Any] = {"status": "unknown", "workload": workload, "traceback": "", "failure": None}
         if isinstance(answer, NoAnswer):
             error = (
-                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.reason}); job {self.job_id} may still "
+                f"Slurm has not answered for {UNREACHABLE_S / 60:g} min ({answer.detail}); job {self.job_id} may still "
                 f"be running; follow it: {come_back(self.run_dir)}"
             )
             return {**unknown, "error": error}
@@ -209,7 +209,7 @@ def line_of(job_id: str, answer: query.Answer) -> str:
     """The line on an answer that differs from the one before."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):
-        return f"{job}: Slurm does not answer ({answer.reason}); meshrun keeps asking and watches the run directory"
+        return f"{job}: Slurm does not answer ({answer.detail}); meshrun keeps asking and watches the run directory"
     if isinstance(answer, Forgotten):
         return ""
     if answer.ended or answer.state == "COMPLETING":

@@ -1,4 +1,4 @@
-"""Which options of sbatch and srun a person may add to a job, and which are refused."""
+"""The options of sbatch and srun that a job is given, and which of them a person may add."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OWNED = {
     "test-only": "is not supported; use --dry-run",
     **dict.fromkeys(
         ("wrap", "parsable", "quiet", "help", "usage", "version"),
-        "is not supported, because meshrun writes the batch script and reads sbatch's answer; leave it out",
+        "has no meaning for a job that meshrun submits; leave it out",
     ),
 }
 """sbatch options that the job decides, each with the rest of the sentence that refuses it."""
@@ -51,7 +51,7 @@ SRUN_OWNED = {
     **dict.fromkeys(
         ("-K", "--kill-on-bad-exit", "--export", "--multi-prog", "-W", "--wait"), "is set by meshrun; leave it out"
     ),
-    **dict.fromkeys(("-Q", "--quiet"), "would hide how the agents ended, which meshrun reads; leave it out"),
+    **dict.fromkeys(("-Q", "--quiet"), "would hide why agents ended; leave it out"),
 }
 """srun options that the job decides, each with the rest of the sentence that refuses it."""
 _SRUN_LETTERS_ALONE = "EHIKOQVXZklsuv"

@@ -71,7 +71,7 @@ class Forgotten:
 class NoAnswer:
     """Slurm gave no answer: the controller is restarting or busy, or Slurm is not installed here."""
 
-    reason: str
+    detail: str
 
 
 Answer = JobState | Forgotten | NoAnswer
@@ -136,12 +136,11 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
         # Accounting may list the new job of that number without its script at first.
         if isinstance(accounted, JobState):
             return queued if queued.detail == NUMBER_REUSED and not accounted.ended else accounted
-        why = accounted.detail if isinstance(accounted, Forgotten) else accounted.reason
-        return Forgotten(queued.detail or (why and f"accounting: {why}"))
+        return Forgotten(queued.detail or (accounted.detail and f"accounting: {accounted.detail}"))
     # The controller does not answer. A final state in accounting is reliable; RUNNING may be out of date.
     if isinstance(accounted, JobState) and accounted.state in FINAL:
         return accounted
-    if isinstance(squeue, NoAnswer) and _TIMED_OUT not in squeue.reason:  # squeue is not installed
+    if isinstance(squeue, NoAnswer) and _TIMED_OUT not in squeue.detail:  # squeue is not installed
         shown = ask_scontrol(job_id, env, script, within_s)
         if not isinstance(shown, NoAnswer):
             return shown
@@ -151,22 +150,26 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
 def _ask_sacct(job_id: str, env: Mapping[str, str], script: str, within_s: float) -> Answer:
     command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}"]
     output = _run([*command, "--format=JobID,State,NodeList,SubmitLine"], env, within_s)
-    if isinstance(output, _Output) and "Invalid field" in output.err:  # Slurm before 21.08
+    if isinstance(output, _Output) and "Invalid field" in output.stderr:  # Slurm before 21.08
         output = _run([*command, "--format=JobID,State,NodeList"], env, within_s)
-    return output if isinstance(output, NoAnswer) else read_sacct(output.code, output.out, output.err, job_id, script)
+    return (
+        output
+        if isinstance(output, NoAnswer)
+        else read_sacct(output.code, output.stdout, output.stderr, job_id, script)
+    )
 
 
 def ask_scontrol(job_id: str, env: Mapping[str, str], script: str = "", within_s: float = ANSWER_WITHIN_S) -> Answer:
     """What the controller itself knows. Only this query tells whether a job is being preempted."""
     output = _run(["scontrol", "--oneliner", "show", "job", job_id], env, within_s)
-    return output if isinstance(output, NoAnswer) else read_scontrol(output.code, output.out, output.err, script)
+    return output if isinstance(output, NoAnswer) else read_scontrol(output.code, output.stdout, output.stderr, script)
 
 
 def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:
     """The number of this user's job whose batch script is in `folder`; empty if Slurm lists no such job."""
     command = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%o"]
     output = _run(command, env, within_s)
-    lines = [] if isinstance(output, NoAnswer) or output.code else output.out.splitlines()
+    lines = [] if isinstance(output, NoAnswer) or output.code else output.stdout.splitlines()
     rows = [line.split("|", 1) for line in lines]
     return next((job for job, *script in rows if script and Path(script[0]).parent == folder), "")
 
@@ -182,7 +185,7 @@ def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tu
     if not nodes:
         return ()
     output = _run(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--states=down", "--format=%N"], env, within_s)
-    return () if isinstance(output, NoAnswer) or output.code else tuple(dict.fromkeys(output.out.split()))
+    return () if isinstance(output, NoAnswer) or output.code else tuple(dict.fromkeys(output.stdout.split()))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -361,11 +364,13 @@ def would_queue(script: str, options: Mapping[str, str | bool], env: Mapping[str
     clean = environment.for_queries(env)
     output = _run(["sbatch", "--test-only"], clean, SUBMISSION_WITHIN_S, script)
     if isinstance(output, NoAnswer):
-        check_reached(output.reason)
-        if _TIMED_OUT not in output.reason:
-            raise SubmissionError(f"{output.reason}; nothing is queued")
-        return f"sbatch --test-only: {output.reason}; the job is submitted anyway"
-    message = "; ".join(dict.fromkeys(line.strip() for line in (output.err + output.out).splitlines() if line.strip()))
+        check_reached(output.detail)
+        if _TIMED_OUT not in output.detail:
+            raise SubmissionError(f"{output.detail}; nothing is queued")
+        return f"sbatch --test-only: {output.detail}; the job is submitted anyway"
+    message = "; ".join(
+        dict.fromkeys(line.strip() for line in (output.stderr + output.stdout).splitlines() if line.strip())
+    )
     if output.code == 0:
         return _without_a_number(message)
     check_reached(message)
@@ -409,7 +414,7 @@ def _hosts_of(partition: str, env: Mapping[str, str]) -> int | None:
     output = _run(command, env, ANSWER_WITHIN_S)
     if isinstance(output, NoAnswer) or output.code:
         return None
-    rows = [row.split() for row in output.out.splitlines()]
+    rows = [row.split() for row in output.stdout.splitlines()]
     if any(len(row) != 2 or not row[1].isdigit() for row in rows):
         return None
     return sum(int(count) for name, count in rows if partition or name.endswith("*")) or None

@@ -232,12 +232,9 @@ def test_arguments_of_srun_that_cannot_be_added(word: str) -> None:
 
 def test_what_cannot_be_given_at_all_is_to_be_left_out() -> None:
     assert options.option_mistake("wrap", "x") == (
-        "sbatch's --wrap is not supported, because meshrun writes the batch script and reads sbatch's answer; "
-        "leave it out"
+        "sbatch's --wrap has no meaning for a job that meshrun submits; leave it out"
     )
-    assert options.srun_mistake("--qui") == (
-        "srun's --quiet would hide how the agents ended, which meshrun reads; leave it out"
-    )
+    assert options.srun_mistake("--qui") == "srun's --quiet would hide why agents ended; leave it out"
 
 
 @pytest.mark.parametrize("word", SRUN_ARGUMENTS_THAT_CAN)
