@@ -1,4 +1,4 @@
-"""The first file that a job's process runs. Standard library only, at first.
+"""The first file that a job's process runs. It imports only the standard library at first.
 
     python jobs/entry.py --agent RUN_DIR ATTEMPT    the agent of a host, which starts the host's ranks
     python jobs/entry.py --rank RUN_DIR AGENT       one rank, where ranks cannot be forked
@@ -7,9 +7,8 @@
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
                                                     in a Slurm job's batch script, after srun has failed
 
-`python -m` would put the current directory first on the path: in a directory that has a `jobs/` or `workloads/` of its
-own, the wrong packages would be imported. Here the packages are taken from where this very file is, whatever the path
-says, before anything else is imported.
+`python -m` would put the current directory first on the path: in a directory with its own `jobs/` or `workloads/`, it
+would import the wrong packages. This file imports the packages next to it, whatever the path is, before anything else.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""What holds `jobs` and `workloads`: the checkout, or site-packages."""
+"""The folder that contains `jobs` and `workloads`: the checkout, or site-packages."""
 
 
 def pin(root: Path = ROOT) -> None:
     """Loads `jobs` and `workloads` from `root`, so that no later import can find others."""
-    # A script's own directory comes first on the path; here that is jobs/ itself, and nobody means that.
+    # Python puts a script's own directory first on the path; here that would be jobs/ itself.
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if entry and os.path.realpath(entry) != here]
     sys.path.insert(0, str(root))
@@ -42,7 +41,7 @@ def main() -> None:
     if what == "--ended":
         _ended(*arguments)
         return
-    # What a scheduler sends to every process of a job kills whoever has no handler; the agent sets its own.
+    # A scheduler sends these signals to every process of a job, and they kill a process without a handler.
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     pin()
@@ -50,7 +49,7 @@ def main() -> None:
         gc.disable()  # imports leave next to no garbage, and looking for it would take a tenth of their time
         from jobs.agent.signals import Signals
 
-        signals = Signals()  # from here on none is lost, however long the imports take
+        signals = Signals()  # must come before the imports, so that no signal is lost
         from jobs.agent.agent import main as agent
 
         agent(Path(arguments[0]), int(arguments[1]), signals)
@@ -65,18 +64,22 @@ def main() -> None:
 
 
 def _ended(*arguments: str) -> None:
-    """Says who failed; whatever becomes of that, the script goes on to its own exit code."""
+    """Prints the root cause. Never raises, so that the batch script continues to its own exit code."""
     try:
         pin()
         from jobs.runs.outcome import ended
 
         print(ended(*arguments), file=sys.stderr, flush=True)
     except BaseException as error:
-        print(f"meshrun: who failed could not be told: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"meshrun: the root cause could not be determined: {type(error).__name__}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
     main()
 elif __name__ == "__mp_main__":
-    # A process that multiprocessing has spawned from one of ours runs this file again, before it opens its own pickle.
+    # A process that multiprocessing spawned from one of ours runs this file again before it reads its pickle.
     pin()

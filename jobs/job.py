@@ -1,4 +1,4 @@
-"""The job as it is submitted; `python -m jobs.job` runs one rank of it, under a launcher of one's own.
+"""The job as it is submitted; `python -m jobs.job` runs one rank of it under your own launcher.
 
 torchrun --nproc-per-node 4 -m jobs.job tp_fsdp steps=20
 """
@@ -26,12 +26,12 @@ class Job:
         """The job of a run directory.
 
         Raises:
-            OSError: its description is not there.
+            OSError: the directory has no job.json.
         """
         return Job(JobSpec.model_validate_json(RunDirectory(run_dir).job.read_bytes()))
 
     def __call__(self) -> dict[str, Any] | None:
-        from jobs.rank.run import run_rank  # late: who submits runs no rank
+        from jobs.rank.run import run_rank  # late, because the submitting process runs no rank
 
         return run_rank(self.spec, os.environ)
 

@@ -13,13 +13,13 @@ from jobs.processes import OWNER_FD
 
 
 class LocalExecutor(submitit_local.LocalExecutor):
-    """submitit's local executor that starts one agent; what submitit pickles is not read.
+    """submitit's local executor that starts one agent, which does not read submitit's pickle.
 
     Args:
         folder: for submitit's files.
-        command: what starts the agent.
+        command: the command that starts the agent.
         log_file: the agent's stdout and stderr.
-        owned: whether the job ends with this process (a waiting command line), whatever ends that.
+        owned: whether the job ends with this process, even if this process is killed.
         env: variables for the agent and so for every rank.
     """
 
@@ -34,11 +34,11 @@ class LocalExecutor(submitit_local.LocalExecutor):
         env = {**os.environ, **self.env}
         pass_fds: tuple[int, ...] = ()
         if self.owned:
-            read_end, self._write_end = os.pipe()  # the write end closes when this process ends, however it ends
+            read_end, self._write_end = os.pipe()  # the write end closes when this process ends, even if it is killed
             env[OWNER_FD] = str(read_end)
             pass_fds = (read_end,)
         with self.log_file.open("ab") as output:
-            # A session of its own: the terminal's Ctrl-C and hang-up reach the command line, which decides.
+            # In a session of its own, so that the terminal's signals reach only the command line.
             process = subprocess.Popen(
                 self.command,
                 env=env,

@@ -1,4 +1,4 @@
-"""JobSpec and ResourceSpec: what is to run, where and how; frozen, validated, torch-free, pickled with the job."""
+"""JobSpec and ResourceSpec: what a job runs, where and how. Frozen, validated, torch-free, pickled with the job."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ CpuBinding = Literal["auto", "none"]
 RESOLVER = "timeout:1 attempts:1"
 """RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
 MOST_NODES, MOST_GPUS, MOST_RANKS = 2**16, 2**10, 2**20
-"""Of a job; of a host; of a job. Slurm itself has at most 65,533 hosts."""
+"""Limits: hosts per job, GPUs per host, ranks per job. Slurm itself supports at most 65,533 hosts."""
 MOST_MINUTES = 10 * 366 * 24 * 60
 
 
 class ResourceSpec(StrictModel):
-    """What a job asks the scheduler for."""
+    """The resources that a job requests."""
 
     nodes: int = Field(default=1, ge=1, le=MOST_NODES)
     """Hosts."""
     gpus_per_node: int = Field(default=1, ge=1, le=MOST_GPUS)
-    """GPUs, and so ranks, on each host."""
+    """GPUs, and so ranks, per host."""
     time_min: int | None = Field(default=None, ge=1)
-    """Time limit in minutes; none = the partition's."""
+    """Time limit in minutes; None means the partition's."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     cpus_per_gpu: int | None = Field(default=None, ge=1)
-    """CPU cores for each rank."""
+    """CPU cores per rank."""
     mem_gb_per_gpu: float | None = Field(default=None, gt=0)
-    """Memory in GB (of 1024 MB) for each rank."""
+    """Memory per rank in GB (of 1024 MB)."""
     gpu_memory_gb: float = Field(default=80, gt=0)
-    """Memory of one GPU in GB (10^9 bytes)."""
+    """Memory per GPU in GB (10^9 bytes)."""
 
     @property
     def shape(self) -> Shape:
@@ -46,14 +46,14 @@ class ResourceSpec(StrictModel):
 
 
 class ProfileSpec(StrictModel):
-    """Which steps torch's profiler runs for, and on which ranks."""
+    """The steps and ranks that torch's profiler records."""
 
     first: int = Field(ge=1)
     last: int = Field(ge=1)
     """Included."""
     ranks: tuple[int, ...] = (0,)
     memory: bool = False
-    """Whether CUDA's allocator is recorded, too."""
+    """Whether CUDA's allocator is recorded too."""
 
     def __str__(self) -> str:
         ranks = first_few([*map(str, self.ranks)])
@@ -61,41 +61,41 @@ class ProfileSpec(StrictModel):
 
 
 class JobSpec(StrictModel):
-    """One job, resolved: nothing in it is decided again later.
+    """One resolved job. No part of it is decided again later.
 
-    It is also written to the run directory, so it holds plain data only.
+    It contains only plain data, because it is written to the run directory.
     """
 
     workload: str
     """A built-in's name, or a user's package.module:ENTRY."""
     settings: dict[str, Any]
-    """The workload's settings, every one, as plain data."""
+    """All of the workload's settings as plain data."""
     resources: ResourceSpec
     executor: ExecutorName | Literal["torchrun"]
     cluster: str
-    """The cluster config that was used: its path; "none" under torchrun."""
+    """The path of the cluster config; "none" under torchrun."""
     run_dir: Path
     """Absolute."""
     import_path: tuple[str, ...] = ()
     """Directories that a user's own module is imported from."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables for every rank."""
+    """Environment variables of every rank."""
     threads_per_rank: int = Field(default=1, ge=1)
-    """CPU threads of a rank's tensor operations. Part of the job, since it changes the last bits of results."""
+    """CPU threads per rank for tensor operations. Part of the job, because it changes the last bits of results."""
     cpu_binding: CpuBinding = "auto"
     """Whether an agent divides its host's CPUs among its ranks (`jobs.agent.binding`)."""
     rendezvous_timeout_s: float = Field(default=300, gt=0)
-    """Seconds in which all ranks must have found each other."""
+    """Seconds within which all ranks must have joined the rendezvous."""
     collective_timeout_s: float = Field(default=600, gt=0)
-    """Seconds that one collective operation may wait for its peers."""
+    """Seconds that a collective may wait for the other ranks."""
     interface: str | None = None
-    """Network interface for rendezvous and gloo; none = the one that leads to the other hosts."""
+    """Network interface for the rendezvous, gloo and NCCL; None means the one that leads to the other hosts."""
     rendezvous_ports: tuple[int, int] | None = None
-    """First and last port that the first host may listen on; none = whichever is free."""
+    """First and last port on which the first host may listen; None means any free port."""
     job_name: str | None = None
-    """The name in the scheduler's queue; none = the workload's."""
+    """The name in the scheduler's queue; None means the workload's."""
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
-    """More sbatch options by their long names; true = the bare flag, false = without it."""
+    """Other sbatch options by their long names; True gives the bare flag, False leaves it out."""
     profile: ProfileSpec | None = None
 
     @property
@@ -120,7 +120,7 @@ def parse_ports(text: str) -> tuple[int, int]:
     """`29500-29599` or `29500` -> the first and the last port.
 
     Raises:
-        ValueError: any other text, or ports that are none.
+        ValueError: any other text, or an invalid port.
     """
     match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text.strip())
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -136,7 +136,7 @@ def parse_minutes(text: str) -> int:
     `days-hours:minutes:seconds` (https://slurm.schedmd.com/sbatch.html#OPT_time).
 
     Raises:
-        ValueError: any other text, or no time at all.
+        ValueError: any other text, or a time limit of zero.
     """
     match = re.fullmatch(r"(?:(\d{1,99})-)?(\d{1,99})(?::(\d{1,99}))?(?::(\d{1,99}))?", text.strip())
     if not match:

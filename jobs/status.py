@@ -9,18 +9,18 @@ from typing import Any
 from jobs.blame import LastSeen
 
 LISTED = 64
-"""The most ranks that are listed one by one: those that are furthest behind."""
+"""How many ranks are listed at most: the ones that are furthest behind."""
 STUCK_S = 5.0
 """Hosts report up to a second apart, so a rank that is behind for less than this is not singled out."""
 
 
 def status(ranks: Sequence[LastSeen], now: float, last_step: int = -1) -> dict[str, Any]:
-    """What status.json holds.
+    """The content of status.json.
 
     Args:
-        ranks: where each rank is that has not ended.
+        ranks: the progress of each rank that has not ended.
         now: seconds since the epoch.
-        last_step: the last step that any rank, also one that has ended since, has finished; -1: none.
+        last_step: the last step that any rank, including one that has ended, has finished; -1 if none.
     """
     behind = sorted(ranks, key=lambda rank: (rank.number, -rank.ago_s, rank.rank))[:LISTED]
     return {
@@ -36,7 +36,7 @@ def status(ranks: Sequence[LastSeen], now: float, last_step: int = -1) -> dict[s
 
 
 def in_words(record: Mapping[str, Any] | None) -> str:
-    """Where the ranks were; empty if no rank had ended a step, or the record is not as we write it."""
+    """A sentence on where the ranks were; empty if no rank had finished a step or the record is damaged."""
     if record is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Finds a run again: its directory by a path or a name, and which job it became."""
+"""Finds a run by the path or name of its directory, and its submission."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from workloads.errors import did_you_mean
 
 
 def find(name: str) -> RunDirectory:
-    """The run directory of that path, or of that name below ./runs.
+    """The run directory at that path, or with that name in ./runs.
 
     Raises:
-        CommandLineError: there is none, with a close match; or it is something else.
+        CommandLineError: there is no such directory (suggests a close match), or it is not a run directory.
     """
     runs = Path.cwd() / "runs"
     if not name.strip():
-        raise CommandLineError("'': is no run directory (an unset shell variable?); give the path of one")
+        raise CommandLineError("'': is not a run directory (an unset shell variable?); give the path of one")
     for path in (Path(name).expanduser(), runs / name):
         try:
             if path.exists():
@@ -31,15 +31,15 @@ def find(name: str) -> RunDirectory:
     else:
         names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
         close = did_you_mean(Path(name).name, names)
-        raise CommandLineError(f"'{name}': no such run directory, here or below ./runs{close}; give the path of one")
+        raise CommandLineError(f"'{name}': no such run directory, here or in ./runs{close}; give the path of one")
     run_dir = RunDirectory(path.absolute())
     if not run_dir.job.is_file():
-        raise CommandLineError(f"'{name}': is not a run directory: it has no job.json; give the path of one")
+        raise CommandLineError(f"'{name}': is not a run directory, because it has no job.json; give the path of one")
     return run_dir
 
 
 def submission(run_dir: RunDirectory) -> Submitted | None:
-    """Which job a run became; where sbatch's answer was lost, Slurm is asked, and its number is written down."""
+    """The submission of a run. If sbatch's answer was lost, asks Slurm for the job's number and records it."""
     submitted = run_dir.submitted()
     if submitted is None and run_dir.script:
         job_id = query.find(run_dir.submitit, environment.for_queries(os.environ))
@@ -57,17 +57,19 @@ def why_not_submitted(run_dir: RunDirectory) -> str:
         )
     if run_dir.script:
         return (
-            f"{run_dir.path}: sbatch could not say whether it queued the job, and Slurm knows none with its script; "
-            "look again later, or submit it again with another --run-dir"
+            f"{run_dir.path}: sbatch could not tell whether it queued the job, and Slurm knows no job with its script; "
+            "try again later, or submit it again with another --run-dir"
         )
-    return f"{run_dir.path}: has no submission.json: no job of it was submitted; submit it again with another --run-dir"
+    return (
+        f"{run_dir.path}: has no submission.json, so its job was not submitted; submit it again with another --run-dir"
+    )
 
 
 def come_back(run_dir: RunDirectory) -> str:
-    """The line that follows a run again, spelled as this command line was, so that it can be pasted."""
+    """The command that follows a run again, with the same program name as this command, so that it can be pasted."""
     path = run_dir.path
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     program = sys.argv[0] if sys.argv and Path(sys.argv[0]).name in ("submit.py", "meshrun") else "submit.py"
-    typed = ["python", program] if program.endswith(".py") else [Path(program).name]
-    return shlex.join([*typed, "wait", str(path)])
+    command = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return shlex.join([*command, "wait", str(path)])

@@ -1,4 +1,4 @@
-"""A local job that goes on by itself: a process of this machine, or of another one."""
+"""A local job that runs independently of this command, on this machine or another one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jobs.runs.tail import last_lines
 
 POLL_S = 0.1
 ELSEWHERE_POLL_S = 1.0
-"""The same, of a job of another machine: its run directory lies on a file system that many hosts share."""
+"""The same for a job on another machine, whose run directory is on a shared file system."""
 RESULT_WITHIN_S = 1.0
-"""Seconds that the result may come after the agent's end."""
+"""Seconds that the result may appear after the agent's end."""
 
 
 class LocalJob:
@@ -32,9 +32,7 @@ class LocalJob:
         self.here = submitted.host == socket.gethostname()
         self._news: list[str] = []
         if not self.here and not self.was_over():
-            self._news.append(
-                f"the job runs on {submitted.host}; from this machine only its result tells that it has ended"
-            )
+            self._news.append(f"the job runs on {submitted.host}; this machine learns of its end only from its result")
 
     def _runs(self) -> bool:
         return processes.runs(int(self.submitted.job_id), self.submitted.process_argument)
@@ -70,13 +68,13 @@ class LocalJob:
 
 
 def without_result(run_dir: RunDirectory, code: int | None = None) -> dict[str, Any]:
-    """The record of a local job whose agent could not leave one.
+    """The record of a local job whose agent could not write one.
 
-    Its log may still end with the failure: a line more finds room on a disk that has none for another file.
+    The agent's log may still end with the failure: a full disk can have room for a line but not for another file.
 
     Args:
-        run_dir: the job's.
-        code: how the agent ended, as subprocess has it; None where nobody knows.
+        run_dir: the job's run directory.
+        code: how the agent ended, as in subprocess; None if not known.
     """
     attempt, fault = run_dir.last_attempt(), run_dir.fault()
     log = attempt.agent_log()

@@ -1,4 +1,4 @@
-"""The words on how a run ended: result.json's record -> lines for people. Pure, but for a failed rank's log."""
+"""result.json's record -> lines for the user. Pure, except that it reads a failed rank's log."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jobs.runs.tail import last_lines
 
 
 def done(record: Mapping[str, Any], seconds: float | None) -> Iterator[str]:
-    """The lines on a job that is done.
+    """The lines about a job that is done.
 
     Args:
-        record: what result.json holds.
-        seconds: how long it took; None if nobody knows.
+        record: the content of result.json.
+        seconds: how long the job took; None if not known.
     """
     yield "done" if seconds is None else f"done in {seconds:.1f} s"
     for warning in record.get("warnings", ()):
@@ -25,7 +25,7 @@ def done(record: Mapping[str, Any], seconds: float | None) -> Iterator[str]:
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """A result for people: a line a value, and below its name what has lines of its own."""
+    """A result as lines: one per value; a value of several lines follows below its name."""
     for key, value in result.items():
         if isinstance(value, Mapping) and (
             len(str(value)) > 100 or any(isinstance(item, (Mapping, list)) for item in value.values())
@@ -42,18 +42,18 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def details(record: Mapping[str, Any]) -> str:
-    """What is known of a failure beyond its line: the traceback, or the end of its log; may be empty."""
+    """The details of a failure: its traceback or the end of its log; may be empty."""
     failure = record.get("failure") or {}
     if record.get("traceback"):
         return str(record["traceback"]).rstrip()
     if isinstance(failure.get("log"), str) and (tail := last_lines(Path(failure["log"]))):
-        whose = "agent" if failure.get("kind") == "agent" else "rank"
-        return f"the end of the {whose}'s log:\n{tail}"
+        owner = "agent" if failure.get("kind") == "agent" else "rank"
+        return f"the end of the {owner}'s log:\n{tail}"
     return ""
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """The line on a job that is not done."""
+    """The line about a job that is not done."""
     status = record["status"]
     what = {"failed": "the job failed: ", "unknown": ""}.get(status, f"the job was {status}: ")
     return what + record.get("error", "no reason is known")

@@ -1,4 +1,4 @@
-"""The newest attempt's result.json, of a run that may still go on."""
+"""The newest attempt's result.json of a run that may still be running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from jobs.run_dir import BY_ITSELF, RunDirectory
 
 LINGERS_S = 6.0
-"""By then, a rank whose work is done has logged what keeps it from ending (jobs/processes.py)."""
+"""After this time, a rank whose work is done has logged why it is still running (jobs/processes.py)."""
 LINGERS = "the work is done, but threads or exit hooks of a rank are still running; see the logs of the ranks"
 
 
@@ -35,13 +35,13 @@ class Result:
         return self._is_told
 
     def read(self) -> dict[str, Any] | None:
-        """How the newest attempt ended; None while that is not known: how an earlier one did is not the end."""
+        """The newest attempt's result, or None while it has none; an earlier attempt's result does not count."""
         newest = self.run_dir.last_attempt()
         try:
             try:
                 stat = newest.result.stat()
             except FileNotFoundError:
-                stat = self.run_dir.result.stat()  # an earlier version has left it only there
+                stat = self.run_dir.result.stat()  # an earlier version of meshrun wrote it only there
             seen = (newest.path, stat.st_ino, stat.st_mtime_ns)
         except OSError:
             self._seen = self._record = None

@@ -1,4 +1,4 @@
-"""A job of Slurm's: what Slurm says of it, weighed against what it leaves in its run directory."""
+"""A Slurm job: combines its state in Slurm with the files in its run directory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jobs.slurm import environment, query
 from jobs.slurm.query import Forgotten, JobState, NoAnswer
 
 POLL_S = 1.0
-"""Seconds between two looks at the run directory, which lies on a file system that many hosts share."""
+"""Seconds between two reads of the run directory, which is on a shared file system."""
 ASK_EVERY_S = (1.0, 10.0)
-"""Seconds between two questions to Slurm, at first and in the end; a change on disk is asked about at once."""
+"""Seconds between two queries of Slurm, at first and later; a change on disk causes a query at once."""
 RESULT_WITHIN_S = 10.0
-"""Seconds that a shared file system may take to show here what another host has written."""
+"""Seconds that a shared file system may take to show another host's writes."""
 RECORD_WITHIN_S = 2.0
-"""The same for a failure's record, without which the rest of the run directory tells as much."""
+"""The same for the record of a failure, which the rest of the run directory can replace."""
 COMPLETING_S = 90.0
-"""Seconds that a failed job may be COMPLETING: a host that is gone keeps it there until Slurm starts the job again."""
+"""Seconds that a failed job may be COMPLETING; a lost host keeps it in that state until Slurm restarts the job."""
 STAYS_S = 10.0
-"""Seconds after which a state that a restart may follow is taken for the end."""
+"""Seconds after which a state that a restart could follow counts as the end."""
 UNREACHABLE_S = 600.0
 """Seconds without any answer from Slurm after which meshrun stops waiting; the job is left alone."""
 LONG_AGO_S = 30.0
@@ -37,7 +37,7 @@ SILENT_S = (15.0, 60.0)
 
 
 class SlurmJob:
-    """A tracker (jobs/runs/tracker.py) of a job of Slurm's."""
+    """A tracker (jobs/runs/tracker.py) of a Slurm job."""
 
     def __init__(self, run_dir: RunDirectory, submitted: Submitted) -> None:
         self.run_dir, self.job_id = run_dir, submitted.job_id
@@ -54,7 +54,7 @@ class SlurmJob:
         """Changes of result.json, and the size of slurm.log, which announces a requeue that may be over soon."""
         self._kind = ""
         self._since = 0.0
-        """Since when Slurm has given the same answer."""
+        """When Slurm first gave the current answer."""
         self._result_since: float | None = None
         self._answered = time.monotonic()
         """When Slurm last answered; at first, when the wait began."""
@@ -63,10 +63,10 @@ class SlurmJob:
         self._shown = ""
         self._shown_start: datetime | None = None
 
-    # What Slurm says.
+    # Asking Slurm.
 
     def _ask(self) -> None:
-        """Asks in a thread of its own: a busy controller may take half a minute, during which progress is shown."""
+        """Asks in a thread, so that progress is shown while a busy controller takes half a minute to answer."""
         if (now := time.monotonic()) > self._say_at and not isinstance(self.answer, (JobState, Forgotten)):
             self._say_at = now + SILENT_S[1]
             limit = f"meshrun stops waiting after {UNREACHABLE_S / 60:g} min without one"
@@ -96,7 +96,7 @@ class SlurmJob:
     def _ask_now(self) -> None:
         try:
             self._coming.append(query.ask(self.job_id, self.env, self.script))
-        except Exception as error:  # the job goes on, whatever went wrong with one question
+        except Exception as error:  # a failed query does not end the job
             self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
         self._heard.set()
 
@@ -129,11 +129,11 @@ class SlurmJob:
         return isinstance(self.answer, JobState) and self.answer.waits
 
     def pause(self) -> None:
-        """Until it is time to look again, or Slurm has answered."""
+        """Waits until it is time to poll again, or Slurm has answered."""
         self._heard.wait(POLL_S)
         self._heard.clear()
 
-    # Whether that is the end.
+    # Whether the job is over.
 
     def was_over(self) -> bool:
         record = self.result.read()
@@ -148,7 +148,7 @@ class SlurmJob:
         return self.result.read() is not None
 
     def is_over(self) -> bool:
-        """Asks Slurm, when it is time to, and weighs its answer against what is on disk."""
+        """Asks Slurm when it is time to, and combines its answer with the files on disk."""
         record = self.result.read()
         self._ask()
         now = time.monotonic()
@@ -206,7 +206,7 @@ class SlurmJob:
 
 
 def line_of(job_id: str, answer: query.Answer) -> str:
-    """The line on an answer that differs from the one before."""
+    """The line about a new answer."""
     job = f"job {job_id}"
     if isinstance(answer, NoAnswer):
         return f"{job}: Slurm does not answer ({answer.detail}); meshrun keeps asking and watches the run directory"

@@ -1,4 +1,4 @@
-"""The lines that were added to a file since the last look."""
+"""The lines that were added to a file since the last read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from jobs.run_dir import open_regular
 
 LATE_BYTES = 64 * 1024
-"""How much of a file's end is read for someone who comes late; a log of days may not fit into memory."""
+"""How much of a file's end is read with `late`; the log of several days may not fit into memory."""
 AT_ONCE_BYTES = 4 * 1024 * 1024
 
 
 class Tail:
-    """The whole lines that were added to a file since the last look."""
+    """The complete lines that were added to a file since the last read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,8 +26,8 @@ class Tail:
         """The new lines, at most AT_ONCE_BYTES of them unless `ended`.
 
         Args:
-            ended: nothing will be added; what has no newline is a line too.
-            late: of a file that is read for the first time, only the end is wanted.
+            ended: nothing more will be added, so a last line without a newline counts.
+            late: reads only the end of a file that is read for the first time.
         """
         while new := self._read(late):
             *whole, self.rest = (self.rest + new).split(b"\n")
@@ -45,7 +45,7 @@ class Tail:
         try:
             with open_regular(self.path) as file:
                 stat = os.fstat(file.fileno())
-                if stat.st_ino != self.inode:  # another file by this name: an earlier attempt's was put aside
+                if stat.st_ino != self.inode:  # a new file with this name: an earlier attempt's was moved away
                     self.inode, self.position, self.rest = stat.st_ino, 0, b""
                     if late and stat.st_size > LATE_BYTES:
                         file.seek(stat.st_size - LATE_BYTES)
@@ -59,5 +59,5 @@ class Tail:
 
 
 def last_lines(path: Path, count: int = 30) -> str:
-    """The last lines of a file; empty where it cannot be read."""
+    """The last lines of a file; empty if it cannot be read."""
     return "\n".join(list(Tail(path).lines(ended=True, late=True))[-count:])

@@ -1,4 +1,4 @@
-"""How a job that goes on by itself stands: one protocol for every executor. Prints nothing."""
+"""The state of a job that runs independently: one protocol for every executor. Prints nothing."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from jobs.runs.slurm_job import SlurmJob
 
 
 class Tracker(Protocol):
-    """One job, looked at again and again until it is over."""
+    """One job, polled until it is over."""
 
     @property
     def waits(self) -> bool:
-        """Whether it has no hosts (yet), so that its run directory does not change."""
+        """Whether the job is waiting for hosts, so that its run directory does not change."""
 
     def was_over(self) -> bool:
-        """Whether it is over for certain, without asking anybody."""
+        """Whether the job is certainly over, without asking the scheduler."""
 
     def is_known(self) -> bool:
-        """Whether the scheduler has been asked, and the job goes on."""
+        """Whether the scheduler was asked and the job has not ended."""
 
     def is_over(self) -> bool:
-        """Looks again; whether that is the end."""
+        """Polls again; returns whether the job is over."""
 
     def has_ended(self) -> bool:
-        """Whether it has ended, as far as is known by now."""
+        """Whether the job has ended, as far as is known."""
 
     def news(self) -> list[str]:
-        """The lines for people that came up since the last call."""
+        """The new lines for the user since the last call."""
 
     def pause(self) -> None:
-        """Until it is time to look again."""
+        """Waits until it is time to poll again."""
 
     def record(self) -> dict[str, Any]:
-        """How it ended, as result.json holds it; written down where nobody else could."""
+        """The job's result as in result.json; writes it if no other process could."""
 
 
 def track(run_dir: RunDirectory, submitted: Submitted) -> Tracker:
-    """The tracker of what a run directory became."""
+    """The tracker for a run's submission."""
     return (SlurmJob if submitted.executor == "slurm" else LocalJob)(run_dir, submitted)

@@ -416,7 +416,10 @@ def test_a_job_whose_number_sbatch_could_not_give(site: Site, capsys: Capture) -
     script = scripted(site)
     site.squeue(err=UNREACHABLE)
     assert main(["wait", "run"]) == 2
-    assert "sbatch could not say whether it queued the job, and Slurm knows none" in capsys.readouterr().err
+    assert (
+        "sbatch could not tell whether it queued the job, and Slurm knows no job with its script"
+        in capsys.readouterr().err
+    )
     answer = f'case "$*" in *--me*) echo "13|{script}"; exit;; esac'
     say(site.env, "squeue", f"13|CANCELLED|N/A||None|{script}", before=answer)
     assert main(["wait", "run"]) == 1
