@@ -68,7 +68,7 @@ def waits(rank: int, *places: tuple[str, int], kind: Kind = "lost_peer") -> Fail
             {},
             {},
             2,
-            "did not fail, but was still running (last in step 7, 3 s ago)",
+            "did not fail, but was still running (last in step 7, 3 s ago) when",
         ),
         ({1: REDUCE, 3: REDUCE}, {0, 2}, {}, {2: "6"}, 2, "did not fail, but was still running (last in step 6"),
         (

@@ -315,7 +315,7 @@ def test_why_slurm_ended_it_is_in_the_batch_scripts_own_log(run: RunDirectory) -
     assert judge(run)["error"] == "job 12 reached its time limit of 5 min; ask for more with --time"
 
 
-def test_where_the_last_progress_is_in_the_leaders_status(run: RunDirectory) -> None:
+def test_where_the_ranks_were_is_in_the_leaders_status(run: RunDirectory) -> None:
     begin(run, 0, "scancel")
     ranks = [LastSeen(0, "node0", "9", 0.5, "data"), LastSeen(1, "node1", "8", 40.2, "forward")]
     write_json(run.attempt(0).status, status(ranks, 1e9))
