@@ -14,18 +14,18 @@ OF_TORCHRUN = (
 )
 DEVICES_OF_A_JOB = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 INTERFACES_OF_A_RANK = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Which a rank of ours has set for itself; elsewhere they are the user's."""
+"""meshrun sets these in its ranks; elsewhere they are the user's."""
 OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG", "SLURM_TIME_FORMAT", "SLURM_HOSTFILE")
-"""How commands find their cluster (without SLURM_CONF they may find none); SLURM_HOSTFILE is what arbitrary
-distribution reads, and nothing else does."""
+"""Variables by which Slurm's commands find their cluster, some only with SLURM_CONF. SLURM_HOSTFILE is read only by
+arbitrary distribution."""
 
 
 def clean(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment to submit from: without what a surrounding job, step or launcher says of itself.
+    """The environment for a submission, without the variables of a surrounding job, step or launcher.
 
-    A job that is submitted from inside a job would inherit its array, its GPU count (srun then dies with "Step
-    requested GRES but job doesn't have GRES"), its rank. SBATCH_* variables would win over the script's lines: those
-    that say where a job runs were read when it was resolved, and are in the script.
+    A job that is submitted from inside another job would inherit its array, its rank, and its GPU count (srun then
+    fails with "Step requested GRES but job doesn't have GRES"). SBATCH_* variables would override the script's options;
+    the ones that are used (FROM_ENVIRONMENT) are already in the script.
     """
     in_a_job, in_a_rank = "SLURM_JOB_ID" in env, "MESHRUN_PROCID" in env
     return {
@@ -50,11 +50,11 @@ FROM_ENVIRONMENT = {
     "SBATCH_RESERVATION": "reservation",
     "SBATCH_WCKEY": "wckey",
 }
-"""Variables of sbatch's own that people keep in their profile, and the option each stands for."""
+"""sbatch's variables that users set in their profiles, with the option of each."""
 
 
 def for_queries(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment to ask in: without the user's preferences for other columns and other dates."""
-    ours = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
-    kept = {name: value for name, value in clean(env).items() if not name.startswith(ours)}
+    """The environment for queries, without the user's preferences for columns and date formats."""
+    preferences = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
+    kept = {name: value for name, value in clean(env).items() if not name.startswith(preferences)}
     return {**kept, "SLURM_TIME_FORMAT": "standard"}

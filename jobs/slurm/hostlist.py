@@ -1,4 +1,4 @@
-"""Slurm's notations: `rack[1-2]-n[01-08],gpu7` and `4(x2),1`. Pure."""
+"""Expands Slurm's notations `rack[1-2]-n[01-08],gpu7` and `4(x2),1`. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def expand_counts(text: str) -> list[int]:
     """SLURM_TASKS_PER_NODE: `4(x2),1` -> [4, 4, 1].
 
     Raises:
-        TopologyError: it reads otherwise, or there are more than MOST_HOSTS.
+        TopologyError: the text has another form, or more than MOST_HOSTS counts.
     """
     counts: list[int] = []
     for part in text.split(","):
@@ -26,10 +26,10 @@ def expand_counts(text: str) -> list[int]:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """SLURM_NODELIST: `rack[1-2]-n[01-02],gpu7` -> every host, in order; the last bracket counts fastest.
+    """SLURM_NODELIST: `rack[1-2]-n[01-02],gpu7` -> every host, in order; the last bracket varies fastest.
 
     Raises:
-        TopologyError: it cannot be read, or there are more than MOST_HOSTS.
+        TopologyError: the text has another form, or more than MOST_HOSTS hosts.
     """
     hosts: list[str] = []
     for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+|[\[\]]", text):
@@ -43,25 +43,25 @@ def expand_hosts(text: str) -> list[str]:
             if not names:
                 break
         if names in ([], [""]):
-            raise TopologyError(f"node list '{shown(text)}': cannot be read")
+            raise TopologyError(f"node list '{shown(text)}': cannot be parsed")
         hosts += names
     return hosts
 
 
 def _expand_ranges(text: str) -> list[str]:
-    """The inside of a bracket: `01-03,7` -> 01, 02, 03, 7. Empty where it cannot be read, or is too long."""
-    found: list[str] = []
+    """The inside of a bracket: `01-03,7` -> 01, 02, 03, 7. Empty if it has another form or is too long."""
+    names: list[str] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
         if not match:
             return []
         first, last = int(match[1]), int(match[2] or match[1])
-        if not 0 <= last - first < MOST_HOSTS - len(found):
+        if not 0 <= last - first < MOST_HOSTS - len(names):
             return []
-        found += [f"{number:0{len(match[1])}}" for number in range(first, last + 1)]
-    return found
+        names += [f"{number:0{len(match[1])}}" for number in range(first, last + 1)]
+    return names
 
 
 def shown(text: str) -> str:
-    """A variable's value for one line of a message."""
+    """A variable's value, shortened and escaped for a message."""
     return text[:40].encode("unicode_escape").decode() + ("..." if len(text) > 40 else "")
