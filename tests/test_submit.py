@@ -518,7 +518,7 @@ def test_sbatchs_own_variables_are_read_once_and_shown(
     out, _ = capsys.readouterr()
     for line in ("--account=mine", "--partition=gpu", "--time=60", "--reservation=r", "--distribution=block"):
         assert f"#SBATCH {line}\n" in out
-    assert "account mine, from SBATCH_ACCOUNT in your environment" in out
+    assert "account mine comes from SBATCH_ACCOUNT in your environment" in out
     assert "SBATCH_DISTRIBUTION=cyclic in your environment is ignored" in out
     monkeypatch.setenv("SBATCH_ACCOUNT", "a b")
     assert main(["tp_fsdp", "--executor", "slurm", "--dry-run"]) == 2

@@ -43,7 +43,7 @@ def expand_hosts(text: str) -> list[str]:
             if not names:
                 break
         if names in ([], [""]):
-            raise TopologyError(f"node list '{shown(text)}': cannot be parsed")
+            raise TopologyError(f"node list '{shown(text)}': cannot be read")
         hosts += names
     return hosts
 

@@ -267,7 +267,7 @@ def test_a_process_that_never_comes_to_it_is_ended_and_said(tmp_path: Path, monk
 
 def test_a_thread_that_goes_on_is_waited_for_and_said(prepared: Type) -> None:
     body = "threading.Thread(target=time.sleep, args=(600,)).start()"
-    check_refused(prepared(body, more=", prepare_timeout_s=1"), "prepare has returned, but", "a thread or a process")
+    check_refused(prepared(body, more=", prepare_timeout_s=1"), "prepare returned, but", "a thread or a process")
 
 
 def entry(**given: Any) -> WorkloadEntry:

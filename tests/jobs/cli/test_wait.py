@@ -24,7 +24,7 @@ BAD = [
     Bad(["wait", "gone"], ["'gone': no such run directory, here or in ./runs"]),
     Bad(["wait", "20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
     Bad(["wait", "runs/20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
-    Bad(["wait", "runs"], ["'runs': is not a run directory: it has no job.json"], {"runs/a/job.json": JOB}),
+    Bad(["wait", "runs"], ["'runs': is not a run directory, because it has no job.json"], {"runs/a/job.json": JOB}),
     Bad(["wait", "file"], ["'file': is not a run directory"], {"file": "x"}),
     Bad(["wait", "r" * 300], ["r" * 300, "too long"]),
     Bad(["wait", "run"], ["run: has no submission.json, so its job was not submitted"], {"run/job.json": JOB}),

@@ -189,7 +189,7 @@ def test_a_reason_that_needs_it_is_explained(site: Site, later: Later, capsys: C
     out, err = capsys.readouterr()
     assert out.splitlines()[:2] == [
         "job 12: PENDING (PartitionNodeLimit)",  # in 70 years is no estimate
-        "  the partition has, or allows, fewer hosts than --nodes asks for; cancel the job and ask for fewer",
+        "  the partition has, or allows, fewer hosts than --nodes asks for; cancel the job and submit it with fewer",
     ]
     assert err == "meshrun: error: the job failed: job 12 was cancelled before it started\n"
 
