@@ -65,7 +65,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step
             outcome = f"the job had already ended; see its result with: {come_back(run_dir)}"
         else:
-            outcome = "the job and all of its processes were ended"
+            outcome = "the job was ended, and all of its processes are gone"
         console.error(f"{interruption}; {outcome}")
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})

@@ -246,7 +246,7 @@ def test_a_rank_that_returns_before_the_others_is_named(typed: Submit) -> None:
     assert code == 1
     last = err.splitlines()[-1]
     assert "the job failed: rank 1 on host0: returned from its work (last in step 1 (ended), " in last
-    assert " while rank 0 was still in its own, and lost it: " in last
+    assert " while rank 0 was still working and lost its peer: " in last
     line.assert_nothing_left()
 
 
