@@ -85,6 +85,9 @@ class ClusterConfig(StrictModel):
     """Seconds within which all ranks must have joined the rendezvous."""
     collective_timeout_s: float = Field(default=600, gt=0, le=10**7)
     """Seconds that a collective may wait for the other ranks."""
+    grace_s: float = Field(default=20, ge=0, le=10**7)
+    """Seconds after SIGTERM that ranks on Slurm get to end their step and save; Slurm itself ends a job after its
+    KillWait (scancel) or GraceTime (preemption)."""
 
     @field_validator("time", "max_time", mode="before")
     @classmethod

@@ -8,16 +8,18 @@ runs/20261122-081530-tp_fsdp-3f9c/
     result.json         the same
     data/ export/       what was prepared for the ranks; the final weights
     checkpoints/        of the run, not of an attempt: the next one goes on from them
+    lease.json          which start of the job has the directory, and where; see jobs/agent/lease.py
     slurm.log           Slurm's own words, and what the site's set-up printed
     submitit/           submitit's pickles and the rendered submission
     attempt-0/          what one incarnation alone wrote
         rendezvous.json     where rank 0's store listens
         rank-3.log          everything a rank printed and logged
+        failure.json        of a failed attempt: the root cause, where it was, what was decided; from the leader
         failures/3.json     what ended a rank
         done/3              a rank that finished its work
         profile/rank-0.json.gz  with --profile: a rank's trace; rank-0.txt its operators; rank-0-memory.pickle
         agent-0.log         each host's agent's own words
-        srun.log            srun's own words
+        srun.log            srun's own words; a link, in an attempt that was restarted in place
         metrics.jsonl       one line per step, from rank 0
         status.json         where the ranks were a moment ago, from the leader
         result.json         how it ended
@@ -42,7 +44,7 @@ from jobs.errors import RunDirectoryError
 from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
-from workloads.whole_files import beside, written_beside
+from workloads.whole_files import beside, is_there, written_beside
 
 
 def default_run_dir(workload: str) -> Path:
@@ -132,6 +134,21 @@ BY_ITSELF = ("done", "stopped")
 """How a run ended whose ranks have all returned from their work; it stands, whatever becomes of them afterwards."""
 
 
+TIME_LIMIT, PREEMPTION = "time limit", "preemption"
+"""Why a run was stopped, in its result's `stopped_by`; until the batch script has asked Slurm, a signal's name."""
+UNDECIDED = ("SIGUSR2", "SIGTERM")
+"""Signals that stop a run, which may go on then: by what Slurm says of it, the batch script decides."""
+
+
+def is_undecided(record: dict[str, Any]) -> bool:
+    """Whether a Slurm job's run was stopped, and its batch script has not yet decided what becomes of it.
+
+    Where nobody says by what it was stopped, Slurm has ended its leader at once.
+    """
+    by = record.get("stopped_by", UNDECIDED[0])
+    return record["status"] == "stopped" and by in UNDECIDED and "decision" not in record
+
+
 def _weight(record: dict[str, Any] | None) -> tuple[bool, ...]:
     """What orders records of how an attempt ended; see RunDirectory.publish."""
     if record is None:
@@ -167,6 +184,9 @@ _OF_A_RESULT: dict[str, Any] = {
     "traceback": str,
     "failure": (dict, type(None)),
     "warnings": list,
+    "decision": str,
+    "stopped_by": str,
+    "next_attempt": int,
 }
 """The types of what is looked into."""
 
@@ -250,6 +270,18 @@ class RunDirectory:
         return self.path / "data"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def has_checkpoints(self) -> bool:
+        """Whether anything was saved that a later attempt can go on from."""
+        return bool(_names(self.checkpoints))
+
+    @property
+    def lease(self) -> Path:
+        return self.path / "lease.json"
+
+    @property
     def slurm_log(self) -> Path:
         return self.path / "slurm.log"
 
@@ -318,6 +350,11 @@ class RunDirectory:
         self.show_newest()
         return record
 
+    def amend(self, number: int, record: dict[str, Any]) -> None:
+        """Replaces the record of how an attempt ended: for whoever decides what becomes of it, after its end."""
+        write_json(self.attempt(number).result, record)
+        self.show_newest()
+
     def begin_attempt(self) -> Attempt:
         """Makes the next attempt's folder, which nobody else can have made, and shows it at the top.
 
@@ -332,6 +369,23 @@ class RunDirectory:
         attempt = self.attempt(number).make()
         self.show_newest()
         return attempt
+
+    def succeed(self, attempt: Attempt) -> Attempt:
+        """Makes the folder of the attempt that follows this one in place, within the same start of the job.
+
+        Where there is an srun.log, it has a link to it: by that, the batch script finds its newest attempt.
+
+        Raises:
+            FileExistsError: the scheduler has started the job again, and it has made that folder.
+        """
+        successor = self.attempt(attempt.number + 1)
+        successor.path.mkdir(mode=0o700)
+        with contextlib.suppress(OSError):  # a file system without symbolic links
+            if os.path.lexists(attempt.srun_log):
+                successor.srun_log.symlink_to(Path("..", attempt.path.name, attempt.srun_log.name))
+        successor.make()
+        self.show_newest()
+        return successor
 
     def show_newest(self) -> None:
         """Makes metrics.jsonl and result.json at the top links to the newest attempt's, whoever calls this, and when.
@@ -367,6 +421,10 @@ class RunDirectory:
         """The newest incarnation; the first one where none has begun."""
         return self.attempt(max(self._attempts(), default=0))
 
+    def has_begun(self, number: int) -> bool:
+        """Whether an attempt has begun, whatever a cache of a shared file system still holds of that."""
+        return is_there(self.attempt(number).path)
+
     def _attempts(self) -> list[int]:
         return [int(match[1]) for name in _names(self.path) if (match := re.fullmatch(r"attempt-(\d+)", name))]
 
@@ -387,7 +445,7 @@ class RunDirectory:
             metrics=self.attempt(attempt).metrics,
             data_dir=self.data,
             export_dir=self.path / "export",
-            checkpoint_dir=self.path / "checkpoints",
+            checkpoint_dir=self.checkpoints,
             attempt_dir=self.attempt(attempt).path,
             next_attempt=self.attempt(attempt + 1).path,
         )
@@ -413,6 +471,10 @@ class Attempt:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def failure_record(self) -> Path:
+        return self.path / "failure.json"
 
     @property
     def status(self) -> Path:

@@ -19,6 +19,7 @@ RESOLVER = "timeout:1 attempts:1"
 MOST_NODES, MOST_GPUS, MOST_RANKS = 2**16, 2**10, 2**20
 """Limits: hosts per job, GPUs per host, ranks per job. Slurm itself supports at most 65,533 hosts."""
 MOST_MINUTES = 10 * 366 * 24 * 60
+MAX_REQUEUES, MOST_RESTARTS = 3, 10_000
 
 
 class ResourceSpec(StrictModel):
@@ -97,6 +98,12 @@ class JobSpec(StrictModel):
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
     """Other sbatch options by their long names; True gives the bare flag, False leaves it out."""
     profile: ProfileSpec | None = None
+    max_restarts: int = Field(default=0, ge=0, le=MOST_RESTARTS)
+    """How often failed ranks are started again within one start of the job, each time as a new attempt."""
+    max_requeues: int = Field(default=MAX_REQUEUES, ge=0, le=MOST_RESTARTS)
+    """How often a Slurm job that was stopped before its time limit goes back into the queue, to go on."""
+    grace_s: float = Field(default=20, ge=0)
+    """Seconds after SIGTERM (a preemption, scancel) that ranks on Slurm get to end their step and save."""
 
     @property
     def name(self) -> str:

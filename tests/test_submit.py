@@ -141,6 +141,9 @@ BAD = [
     Bad(["tp_fsdp", "--env", "=1"], ["--env =...", "not a valid variable name"]),
     Bad(["tp_fsdp", "--env", "A=1", "--env", "A=2"], ["--env A is given twice"]),
     Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=...", "--threads-per-rank"]),
+    Bad(["tp_fsdp", "--max-restarts", "-1"], ["--max-restarts -1", "greater than or equal to 0"]),
+    Bad(["tp_fsdp", "--max-requeues", "2"], ["--max-requeues 2: is for Slurm", "leave it out"]),
+    Bad(["tp_fsdp", "--executor", "debug", "--max-restarts", "1"], ["--max-restarts 1: has no effect with"]),
     *(
         Bad(["tp_fsdp", "--profile", steps], [f"--profile {steps}: write FIRST:LAST, both included", "10:13"])
         for steps in ("13:10", "0:3", "a:b", "10", "1:2:3", "1:")

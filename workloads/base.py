@@ -35,6 +35,7 @@ from workloads.steps.board import Slot
 from workloads.steps.clock import StepClock
 from workloads.steps.ends import StepEnds
 from workloads.steps.recorder import Recorder
+from workloads.whole_files import is_there
 
 if TYPE_CHECKING:
     import torch
@@ -255,7 +256,7 @@ class RunPaths:
         Raises:
             SupersededError: a newer incarnation of this job has begun.
         """
-        if self.next_attempt is not None and self.next_attempt.exists():
+        if self.next_attempt is not None and is_there(self.next_attempt):
             raise SupersededError(
                 f"the scheduler has started this job again ({self.next_attempt.name}), so this incarnation of it ends"
             )

@@ -1,4 +1,4 @@
-"""How files are written that others read: whole or not at all."""
+"""How files are written that others read: whole or not at all; and how one that another host writes is seen."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def written_beside(path: Path) -> Iterator[Path]:
     with beside(path) as own:
         yield own
         own.replace(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there, whatever a cache of a shared file system still holds of its absence.
+
+    An NFS client may answer `stat`, and so `exists`, from a cache that is a minute old. Opening the folder makes it ask
+    again (close-to-open consistency, nfs(5)).
+    """
+    try:
+        for each in (path.parent, path):
+            os.close(os.open(each, os.O_RDONLY))
+    except FileNotFoundError:
+        return False
+    return True

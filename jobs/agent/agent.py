@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 from jobs import blame, processes
 from jobs.agent import binding, ranks
 from jobs.agent.leader import SILENT_S, Leader
+from jobs.agent.lease import LEASE_S, RENEW_EVERY_S, Lease
 from jobs.agent.link import Link
 from jobs.agent.meeting import Meeting, MeetingFailed, Met
+from jobs.agent.memory import OomCounter
 from jobs.agent.ranks import POLL_S, Rank, Ranks
 from jobs.agent.signals import Signals
 from jobs.blame import Failure
@@ -104,13 +106,14 @@ class _Agent:
         self.newcomers: list[Link] = []
         self.listener: socket.socket | None = None
         self.meeting: Meeting | None = None
+        self.can_fork = True
         self.board = Board.create(self._ranks_here)
         self.ranks = Ranks(self.job, self.attempt, self._private, (self.board.fd,))
         self.orders: list[dict[str, Any]] = []
         """From the leader, where it is in this process."""
         self.told: set[tuple[int, bool]] = set()
         self.said_told = self.said_end = False
-        self.status_at = 0.0
+        self.status_at = self.lease_at = 0.0
         self.code = 1
 
     @property
@@ -134,9 +137,9 @@ class _Agent:
             gc.enable()  # jobs/entry.py has switched it off
             if unsafe is not None:
                 log.warning("%s, so each rank is an interpreter of its own; starting takes longer", unsafe)
-            met = self._met()
-            self._connect(met)
-            self._start(met, fork=unsafe is None)
+            self.can_fork = unsafe is None
+            self._connect(self._met())
+            self._start()
         except _ToldToEnd:
             return self._ended_early()
         self._watch()
@@ -207,17 +210,36 @@ class _Agent:
         leader.started = self.started
         return leader
 
-    def _start(self, met: Met, fork: bool) -> None:
-        assert self.meeting is not None
-        resources = self.spec.resources
-        per_node = resources.gpus_per_node
+    def _start(self) -> None:
+        """Starts this host's ranks."""
+        met, per_node = self.met, self.spec.resources.gpus_per_node
         first = met.node_rank * per_node
         cpus, how = binding.plan(os.environ, self._ranks_here, self.spec.cpu_binding)
         log.info("%s", how)
         for index in range(self._ranks_here):
             env = rank_env(first + index, self._hosts(met), per_node, self.info, met.address, met.port)
-            self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, fork)
+            self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, self.can_fork)
         log.info("%d ranks started after %.2f s", len(self.ranks.all), time.time() - self.started)
+
+    def _end_attempt(self) -> None:
+        """Ends this host's ranks, to start others; whatever is known of them is forgotten."""
+        self.ranks.end(but=self._kept(), at_once=True)
+        for rank in self.ranks.all:
+            rank.close()  # a process that has left the rank's session may still hold the other end
+        self.ranks = replace(self.ranks, all=[], oom=OomCounter())
+        self.told.clear()
+        self._say({"ready": True})
+
+    def _begin_attempt(self, number: int) -> None:
+        """Starts this host's ranks again, as those of the next attempt."""
+        self.started = time.time()
+        self.attempt = self.run_dir.attempt(number).make()
+        self.info = replace(self.info, attempt=number)
+        self.ranks = replace(self.ranks, attempt=self.attempt)
+        ranks.redirect_output(self.attempt.agent_log(self.info.rank))
+        for index in range(self._ranks_here):
+            self.board.slot(index).reset()  # a request to stop stands
+        self._start()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -239,10 +261,15 @@ class _Agent:
                         link.send({})
             if now >= self.status_at and self.leader is not None and self.meeting is not None:
                 self.status_at = now + STATUS_EVERY_S
-                self.meeting.write_status(self.leader.status())
+                self.meeting.write(self.leader.attempt.status, self.leader.status())
+            if now >= self.lease_at and self.leader is not None and self.meeting is not None:
+                self.lease_at = now + RENEW_EVERY_S
+                self.meeting.renew_lease(self.leader.attempt.number)
+                if (later := self.meeting.later_attempt()) > self.leader.attempt.number:
+                    self.leader.supersede(later)
             heard = self._hear()
             silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
-            at_most_s = SILENT_S if heard else at_most_s
+            at_most_s = LEASE_S if heard else at_most_s
             if self.leader is None and (not self.links[0].is_open or silent_s > at_most_s):
                 log.error("the leader on %s is gone; this host's ranks are ended", self.met.hosts[0])
                 return
@@ -251,6 +278,10 @@ class _Agent:
                     self._say(self._where())
                 if order.get("stop"):
                     self.board.request_stop()
+                if order.get("restart"):
+                    self._end_attempt()
+                if "start" in order:
+                    self._begin_attempt(order["start"])
                 if order.get("end") and not self.said_end:
                     self.said_end, self.code = True, order["code"]
                     self.ranks.end(but=self._kept())
@@ -305,15 +336,23 @@ class _Agent:
         }
 
     def _answer_signals(self) -> None:
-        if self.signals.stop:
-            self.signals.stop = False
-            log.warning("received SIGUSR1: every rank is asked to stop after its step")
-            self.board.request_stop()
+        if self.signals.stop is not None:
+            signum, self.signals.stop = self.signals.stop, None
+            self._ask_to_stop(signum)
         told = self.signals.look()
         if told is not None and not self.said_told:
             self.said_told = True
+            if told == signal.SIGTERM and self.on_slurm and self.spec.grace_s:
+                self._ask_to_stop(told)
             self._say({**self._where(), "told": told})
             self.status_at = 0.0  # where the ranks were is all that a cancelled job leaves
+
+    def _ask_to_stop(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        what = " (the time limit is near, or a preemption)" if signum == signal.SIGUSR2 else ""
+        log.warning("received %s%s: every rank is asked to stop after its step", name, what)
+        self.board.request_stop()
+        self._say({"asked": name})
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -368,8 +407,7 @@ class _Agent:
                 assert self.leader is not None
                 for message in messages[1:]:
                     self.leader.hear(host, message)
-                if self.leader.code is not None:
-                    link.send({"end": True, "code": self.leader.code})
+                self.leader.greet(host)
             elif messages:
                 link.close()
 
@@ -395,6 +433,9 @@ class _Agent:
         if self.meeting is not None:
             self.meeting.end()
         processes.kill_children()
+        if self.leader is not None and self.meeting is not None:
+            with contextlib.suppress(OSError):
+                Lease.of(self.spec, self.info).release(self.leader.attempt.number)
         if self.leader is not None and self.leader.error:
             # A line more finds room on a disk that has none for a result.
             print(f"{JobFailed.__module__}.{JobFailed.__name__}: {self.leader.error}", file=sys.stderr, flush=True)
@@ -427,5 +468,5 @@ def _without_the_others(agent: _Agent, failure: Failure) -> int:
         other = _told_by_others(agent.attempt) if not failure.own else None
         cause = blame.blame([failure, other]) if other else failure
         agent.leader = agent._leader(agent._hosts())
-        agent.leader.fail(cause)
+        agent.leader.fail(cause, "its ranks had not started")
     return 1

@@ -4,22 +4,31 @@ Runs in the agent of host 0. It does nothing by itself: messages come in, decisi
 calling `step`. What it decides is final: the run directory then holds the result, or Slurm has ended the job.
 
 From an agent: `{"ended": [...]}`, ranks that have ended or have said what ends them; `{"ranks": [...]}`, where each is;
-`{"told": NUMBER}`, a signal that asks the job to end; `{"bye": true}`, no process is left.
-To an agent: `{"look": true}`, `{"stop": true}`, `{"end": true}`.
+`{"told": NUMBER}`, a signal that asks the job to end; `{"asked": NAME}`, the signal by which ranks were asked to stop
+after their step; `{"ready": true}`, no rank is left, as a restart asks for;
+`{"bye": true}`, no process is left.
+To an agent: `{"look": true}`, `{"stop": true}`, `{"restart": true}`, `{"start": ATTEMPT}`, `{"end": true}`.
+
+A restart in place has two steps, so that nothing of the failed attempt still writes when the next one reads: all agents
+end their ranks; when each has said so, the next attempt's folder is made, and all start theirs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from jobs import blame
+from jobs.agent.failure_record import failure_record
+from jobs.agent.restarts import Restarts
 from jobs.blame import Failure, LastSeen
-from jobs.run_dir import BY_ITSELF, Attempt, RunDirectory, read_json, write_json
+from jobs.run_dir import BY_ITSELF, TIME_LIMIT, Attempt, RunDirectory, end_of, read_json, write_json
 from jobs.spec import JobSpec
 from jobs.status import status
 
@@ -37,8 +46,13 @@ ANSWER_WITHIN_S = 5.0
 """After the mere loss of a peer: for every agent to say where its ranks are."""
 END_WITHIN_S = 10.0
 """Seconds that agents get to end their ranks."""
+LEAD_S = 90.0
+"""Seconds before a local job's time limit at which its ranks are asked to stop; a quarter of a limit that is short."""
 SILENT_S = 60.0
 """An agent that has not been heard of for so long is lost; both sides say something each second."""
+
+
+_WAS_DONE = "its work was done"
 
 
 @dataclass
@@ -49,6 +63,8 @@ class _Host:
     is_here: bool = True
     """Its agent is connected."""
     said_bye: bool = False
+    is_ready: bool = False
+    """It has ended its ranks, and waits for the next attempt."""
     has_come: bool = False
     """Whether it has been heard of at all: a host's imports may take long."""
     has_answered: bool = True
@@ -80,13 +96,22 @@ class _Seen:
 
 
 @dataclass
+class _Restart:
+    """A restart in place while ranks are ended."""
+
+    cause: Failure
+    by: float
+    """When all agents must be ready, by time.monotonic."""
+
+
+@dataclass
 class Leader:
-    """The decisions of one attempt.
+    """The decisions of one start of the job, which has more than one attempt where it is restarted in place.
 
     Args:
         spec: the job.
         run: where the result goes.
-        attempt: this incarnation.
+        attempt: the first one; later the newest.
         hosts: the name of every host, by number.
         agents: the number of agents; each has as many ranks, in order. One agent may have those of all hosts.
         send: sends a message to an agent, by its number.
@@ -112,16 +137,26 @@ class Leader:
         each = world_size // self.agents
         self._host_of = [self.hosts[rank // resources.gpus_per_node] for rank in range(world_size)]
         self._hosts = [
-            _Host(self._host_of[n * each], range(n * each, (n + 1) * each), str(self.attempt.agent_log(n)))
-            for n in range(self.agents)
+            _Host(self._host_of[n * each], range(n * each, (n + 1) * each), log="") for n in range(self.agents)
         ]
-        self._seen = [_Seen() for _ in range(world_size)]
-        self._settled_at: float | None = None
+        self._restarts = Restarts(self.spec.max_restarts)
+        self._begin(self.attempt)
         self._told: tuple[int, float] | None = None
         self._ends_at = 0.0
         self._last_step = time.monotonic()
         limit = None if self.on_slurm else resources.time_min
         self._deadline = time.monotonic() + limit * 60 if limit else None
+        self._stop_at = self._deadline - min(LEAD_S, limit * 15) if limit and self._deadline else None
+        self._stopped_by = ""
+
+    def _begin(self, attempt: Attempt) -> None:
+        """Turns to an attempt, of which nothing is known yet."""
+        self.attempt, self.error = attempt, ""
+        self._seen = [_Seen() for _ in self._host_of]
+        self._settled_at: float | None = None
+        self._restart: _Restart | None = None
+        for number, host in enumerate(self._hosts):
+            host.log, host.has_answered, host.is_ready = str(attempt.agent_log(number)), True, False
 
     # --- what is heard ------------------------------------------------------------------------------------------------
 
@@ -138,6 +173,9 @@ class Leader:
         if "told" in message:
             one.told_at = one.told_at or time.time()
             self._told = self._told or (message["told"], now)
+        self._stopped_by = self._stopped_by or message.get("asked", "")
+        if message.get("ready"):
+            one.is_ready = True
         if message.get("bye"):
             one.said_bye = True
 
@@ -165,6 +203,13 @@ class Leader:
             where.failure = Failure(one.ranks[0], one.name, time.time(), "agent", how, log=one.log)
         for rank in one.ranks:
             self._seen[rank].ended = True
+
+    def greet(self, host: int) -> None:
+        """Tells an agent that has only just connected what was decided before."""
+        if self.code is not None:
+            self.send(host, {"end": True, "code": self.code})
+        elif self._restart is not None:
+            self.send(host, {"restart": True})
 
     # --- what is decided ----------------------------------------------------------------------------------------------
 
@@ -194,7 +239,12 @@ class Leader:
             # Of what one rank or host met with, others may be told before it is heard of itself.
             if now - self._told[1] < SETTLE_S and self.on_slurm:
                 return
-            self._end_as_told(failures)
+            if failures or self._restart is not None or not self._has_grace(now):
+                self._end_as_told(failures)
+            elif all(seen.ended for seen in self._seen):
+                self._finish()
+        elif self._restart is not None:
+            self._restart_when_ready(self._restart, now)
         elif failures:
             if self._settled_at is None:
                 self._settled_at = now
@@ -210,12 +260,23 @@ class Leader:
                         self.lose(number, f"has not answered for {ANSWER_WITHIN_S:g} s; its host or the network failed")
                 return
             if now - self._settled_at > settle_s or all(seen.ended for seen in self._seen):
-                self.fail(self._root_cause(failures))
+                self._restart_or_fail(self._root_cause(failures), now)
         elif all(seen.ended for seen in self._seen):
             self._finish()
         elif self._deadline is not None and now > self._deadline:
             limit = self.spec.resources.time_min
             self._end(self._publish("failed", f"the time limit of {limit} min was reached; ask for more with --time"))
+        elif self._stop_at is not None and now > self._stop_at and not self._stopped_by:
+            log.warning("the time limit is near: every rank is asked to stop after its step")
+            self._stopped_by = TIME_LIMIT
+            for number in range(len(self._hosts)):
+                self.send(number, {"stop": True})
+
+    def _has_grace(self, now: float) -> bool:
+        """Whether ranks get to end their step and save: Slurm sends SIGTERM before it ends a job."""
+        assert self._told is not None
+        signum, at = self._told
+        return self.on_slurm and signum == signal.SIGTERM and now - at < self.spec.grace_s
 
     def _failures(self) -> list[Failure]:
         return [seen.failure for seen in self._seen if seen.failure is not None]
@@ -239,9 +300,84 @@ class Leader:
         running = [self._last_of(rank) for rank, seen in enumerate(self._seen) if not seen.ended]
         return status(running, time.time(), max(seen.step for seen in self._seen))
 
-    def fail(self, failure: Failure) -> None:
-        """Ends the job with this as its root cause."""
-        self._end(self._publish("failed", failure.headline(), failure))
+    def fail(self, failure: Failure, why_not: str) -> None:
+        """Ends the job with this as its root cause; `why_not` says why it is not restarted."""
+        decision = ""
+        if not self._work_is_done():
+            decision = f"not restarted: {why_not}" if self.spec.max_restarts else ""
+            self._record_failure(failure, "the job has failed", why_not)
+        error = failure.headline() + (decision and f"; {decision}")
+        self._end(self._publish("failed", error, failure, decision=decision))
+
+    def _record_failure(self, cause: Failure, decision: str, why: str) -> None:
+        others = [failure for failure in self._failures() if failure.rank != cause.rank]
+        done = [rank for rank, seen in enumerate(self._seen) if seen.done]
+        last = end_of(Path(cause.log), 10_000) if cause.log else ""
+        record = failure_record(
+            self.attempt.number, cause, self._last_of(cause.rank), last, others, done, decision, why
+        )  # fmt: skip
+        try:
+            write_json(self.attempt.failure_record, record)
+        except OSError as error:
+            log.error("%s cannot be written: %s", self.attempt.failure_record, error)
+
+    def supersede(self, later: int) -> None:
+        """Ends this start of the job: the scheduler has started it again, and that is the one that counts.
+
+        With code 0, otherwise srun would kill its step on all hosts: Slurm gives the later start's the same number.
+        """
+        if self.code is None:
+            self._publish("failed", f"the scheduler has started this job again (attempt {later})")
+            self._end(0)
+
+    def _restart_or_fail(self, cause: Failure, now: float) -> None:
+        why_not = self._restarts.why_not(cause, self._seen[cause.rank].step)
+        if lost := [host.name for host in self._hosts if not host.is_here]:
+            why_not = why_not or f"the agent on {lost[0]} is gone"
+        if self._work_is_done() or why_not:
+            self.fail(cause, why_not or _WAS_DONE)
+            return
+        log.info("%s; all ranks are ended, and started again", cause.headline())
+        self._restart = _Restart(cause, now + END_WITHIN_S)
+        for number in range(len(self._hosts)):
+            self.send(number, {"restart": True})
+
+    def _restart_when_ready(self, restart: _Restart, now: float) -> None:
+        """Begins the next attempt once no rank of the failed one is left."""
+        cause = restart.cause
+        if lost := [host.name for host in self._hosts if not host.is_here]:
+            self.fail(cause, f"the agent on {lost[0]} was lost while the ranks were being ended")
+            return
+        if late := [number for number, host in enumerate(self._hosts) if not host.is_ready]:
+            for number in late if now > restart.by else ():
+                if self._hosts[number].has_come:
+                    self.lose(number, f"has not ended its ranks within {END_WITHIN_S:g} s")
+            return
+        if self._work_is_done():  # while its last ranks were being ended
+            self.fail(cause, _WAS_DONE)
+            return
+        number = self.attempt.number + 1
+        decision = f"restarted as attempt {number} (restart {self._restarts.made + 1} of {self._restarts.at_most})"
+        # Before the folder is there, so that a follower that sees it knows why.
+        self._record_failure(cause, decision, "a rank failed, and the agent of every host is well")
+        self._publish("failed", cause.headline(), cause, decision=decision, next_attempt=number)
+        try:
+            attempt = self.run.succeed(self.attempt)
+        except OSError as error:
+            is_superseded = isinstance(error, FileExistsError)
+            why = "the scheduler has started this job again" if is_superseded else error.strerror or str(error)
+            with contextlib.suppress(OSError):
+                self.attempt.result.unlink()  # it promises an attempt that there is not
+            self.fail(cause, f"attempt {number} cannot be begun: {why}")
+            return
+        self._restarts.made += 1
+        self.started = time.time()
+        self._begin(attempt)
+        for host in range(len(self._hosts)):
+            self.send(host, {"start": number})
+
+    def _work_is_done(self) -> bool:
+        return (read_json(self.attempt.result) or {}).get("status") in BY_ITSELF
 
     def _end_as_told(self, failures: list[Failure]) -> None:
         """The job is ended from outside: by Slurm, which says why itself, or by whoever started it."""
@@ -249,7 +385,7 @@ class Leader:
         signum = self._told[0]
         own = [f for f in failures if f.own and not self._is_echo(f)]
         if self.on_slurm and own:
-            self.fail(blame.blame(own))
+            self.fail(blame.blame(own), "the job was told to end as well")
             return
         if self.on_slurm:
             log.warning("received %s: the job's ranks are ended", signal.Signals(signum).name)
@@ -268,10 +404,24 @@ class Leader:
         record = read_json(self.attempt.result)
         if record is not None and deaths:  # what is done is done: what came after it is told beside it
             record["warnings"] = deaths
+        if record is not None and record["status"] == "stopped":
+            record["stopped_by"] = self._stopped_by or "the workload"
+            if self._stopped_by == TIME_LIMIT:
+                limit = f"before its time limit of {self.spec.resources.time_min} min"
+                record["error"] = record["error"].replace("by request", limit, 1)
+        if record is not None and ("stopped_by" in record or deaths):
             write_json(self.attempt.result, record)
         self._end(0)
 
-    def _publish(self, status: str, error: str, failure: Failure | None = None) -> int:
+    def _publish(
+        self,
+        status: str,
+        error: str,
+        failure: Failure | None = None,
+        *,
+        decision: str = "",
+        next_attempt: int | None = None,
+    ) -> int:
         """Leaves the result, unless the work is done: then what came after it is a warning. Returns the exit code."""
         self.error = error
         record = {
@@ -282,6 +432,8 @@ class Leader:
             "error": error,
             "traceback": failure.traceback if failure else "",
             "failure": failure.to_json() if failure else None,
+            **({"decision": decision} if decision else {}),
+            **({"next_attempt": next_attempt} if next_attempt is not None else {}),
         }
         try:
             there = self.run.publish(record)

@@ -1,9 +1,9 @@
 """The agents of a job find each other, in a child process of each agent, because a store's threads forbid forking.
 
 The child of the leader then holds the store that all ranks use, for as long as the leader lives: the store outlives
-every rank. It also writes the leader's status.json, since the leader must not wait for a file system. The other
-children end when the agents have met. An agent that must not fork, and so starts its ranks as interpreters, may as well
-have the store's threads: there the meeting is a thread of the agent itself.
+every rank. It also writes the leader's status.json and renews its lease, since the leader must not wait for a file
+system. The other children end when the agents have met. An agent that must not fork, and so starts its ranks as
+interpreters, may as well have the store's threads: there the meeting is a thread of the agent itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import select
 import signal
@@ -20,9 +21,11 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jobs import blame, processes
+from jobs.agent.lease import Lease
 from jobs.agent.signals import OF_AN_AGENT
 from jobs.rank.identity import RankInfo
 from jobs.run_dir import Attempt, write_json
@@ -74,7 +77,7 @@ class Meeting:
         # The agent's end closes when the agent ends, however it ends.
         self._keep, keep = socket.socketpair()
         self._keep.setblocking(False)
-        self._unsent = b""
+        self._unsent = self._heard = b""
         agent = os.getpid()
         self.pid: int | None = None
         """The child's; None for a thread."""
@@ -119,9 +122,22 @@ class Meeting:
             raise self._failed("the process that meets the other hosts does not answer")
         return None
 
-    def write_status(self, status: dict[str, Any]) -> None:
+    def write(self, path: Path, record: dict[str, Any]) -> None:
         """Has the child write this, on the leader; not while it still waits for the file system with an earlier one."""
-        self._unsent = self._unsent or (json.dumps(status) + "\n").encode()
+        self._ask(str(path), record)
+
+    def renew_lease(self, attempt: int) -> None:
+        """Has the child renew the lease, as `write` does."""
+        self._ask("", attempt)
+
+    def later_attempt(self) -> int:
+        """The highest number of a later attempt that the child has found when it was to renew the lease; -1: none."""
+        with contextlib.suppress(OSError):
+            self._heard += self._keep.recv(1 << 12)
+        return max(map(int, self._heard.split(b"\n")[:-1]), default=-1)
+
+    def _ask(self, path: str, what: Any) -> None:
+        self._unsent = self._unsent or (json.dumps([path, what]) + "\n").encode()
         with contextlib.suppress(OSError):
             self._unsent = self._unsent[self._keep.send(self._unsent) :]
 
@@ -172,9 +188,14 @@ def _meet(
         text = text[os.write(answer, text) :]
     os.close(answer)
     if info.rank == 0 and store is not None:  # the store ends with the last reference to it
-        for status in keep.makefile("rb"):
+        lease = Lease.of(spec, info)
+        for line in keep.makefile("rb"):
+            path, record = json.loads(line)
             with contextlib.suppress(OSError):
-                write_json(attempt.status, json.loads(status))
+                if path:
+                    write_json(Path(path), record)
+                elif (later := lease.renew(record)) is not None:
+                    keep.sendall(f"{later}\n".encode())
 
 
 def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -182,6 +203,7 @@ def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any
     from jobs.rank import rendezvous
 
     if info.rank == 0:  # all ranks connect to its store
+        Lease.of(spec, info).take(attempt.number, say=logging.getLogger(__name__).warning)
         processes.allow_open_files(spec.resources.shape.world_size, info.host)
     meeting = rendezvous.join(
         info, "cpu", attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface, spec.rendezvous_ports

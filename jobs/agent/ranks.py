@@ -244,10 +244,13 @@ class Ranks:
     def have_ended(self) -> bool:
         return all(rank.exit_code is not None for rank in self.all)
 
-    def end(self, but: Iterable[int] = ()) -> None:
-        """Ends every process below this one but those named: ranks, what they started, and what those left behind."""
+    def end(self, but: Iterable[int] = (), at_once: bool = False) -> None:
+        """Ends every process below this one but those named: ranks, what they started, and what those left behind.
+
+        With `at_once` they get no time to end by themselves.
+        """
         kept = set(but)
-        for signum, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0)):
+        for signum, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0))[at_once:]:
             deadline = time.monotonic() + patience
             for rank in self.all:
                 # Each rank leads a group of its own, which its children are in unless they left it.
@@ -277,14 +280,19 @@ def _bind(cpus: set[int] | None) -> None:
             os.sched_setaffinity(0, cpus)
 
 
-def _log_to(path: Path) -> None:
-    """Sends what this process prints to a file, and forgets the agent's log."""
+def redirect_output(path: Path) -> None:
+    """Sends what this process prints, and those that it starts, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+
+
+def _log_to(path: Path) -> None:
+    """Sends what this process prints to a file, and forgets the agent's log."""
+    redirect_output(path)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     root = logging.getLogger()

@@ -18,12 +18,14 @@ class Signals:
     def __init__(self) -> None:
         self.end: int | None = None
         self.ended_by: int | None = None
-        self.stop = False
+        self.stop: int | None = None
+        """The signal by which ranks are to be asked to stop."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_end)
-        signal.signal(signal.SIGUSR1, self._on_stop)
+        for signum in (signal.SIGUSR1, signal.SIGUSR2):  # somebody's wish, and Slurm's warning
+            signal.signal(signum, self._on_stop)
         # A closed terminal is the owner's business: a job that nobody waits for runs on.
-        for signum in (signal.SIGHUP, signal.SIGCONT, signal.SIGUSR2):
+        for signum in (signal.SIGHUP, signal.SIGCONT):
             signal.signal(signum, signal.SIG_IGN)
         self.owner = int(os.environ.pop(processes.OWNER_FD, "-1"))
 
@@ -31,7 +33,7 @@ class Signals:
         self.end = self.ended_by = signum
 
     def _on_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.stop = True
+        self.stop = signum
 
     def look(self) -> int | None:
         """The signal by which the job is to end, if it is: also that the owner is gone."""

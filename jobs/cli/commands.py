@@ -57,6 +57,16 @@ _LAUNCH = (
         "any other sbatch option by its long name, such as mail-user=me@site or exclusive; may be repeated",
         "repeated",
     ),
+    Flag(
+        "--max-restarts",
+        "N",
+        "when a rank fails and its host is well, start all ranks again in place, up to N times (default: 0)",
+    ),
+    Flag(
+        "--max-requeues",
+        "N",
+        "requeue a Slurm job that was stopped before its time limit, to go on, up to N times (default: 3)",
+    ),
     Flag("--threads-per-rank", "T", "CPU threads per rank for tensor operations (default: the cluster config's)"),
     Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
     Flag("--run-dir", "DIR", "run directory, new or empty (default: runs/<utc time>-<workload>-<short id>)"),

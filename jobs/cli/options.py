@@ -40,6 +40,8 @@ class Options:
     qos: str | None = None
     job_name: str | None = None
     sbatch: list[str] = field(default_factory=list)
+    max_restarts: str | None = None
+    max_requeues: str | None = None
     threads_per_rank: str | None = None
     env: list[str] = field(default_factory=list)
     run_dir: str | None = None

@@ -61,7 +61,8 @@ class Display:
         attempt = self.run_dir.attempt(number)
         self.log = Tail(attempt.log(0))
         self.launcher = Tail(attempt.agent_log())
-        self.srun = Tail(attempt.srun_log)
+        if not (number and attempt.srun_log.is_symlink() and hasattr(self, "srun")):
+            self.srun = Tail(attempt.srun_log)
         self.last_line = 0.0
         self.rank_0_ended = False
         self.late = False
@@ -72,9 +73,11 @@ class Display:
         if ended or time.monotonic() - self.looked >= NEWEST_EVERY_S:
             self.looked = time.monotonic()
             newest = self.run_dir.last_attempt().number
+            for number in range(self.number + 1, newest + 1):
+                self.close()
+                self.say(self._succession(number))
             if newest > self.number:
                 self._begin(newest)
-                self.say(f"attempt {newest} begins: the job was restarted")
         for line in self.launcher.lines(ended, self.late):
             if "[agent] WARNING: " in line:
                 self.say(line)
@@ -93,6 +96,15 @@ class Display:
         for metrics in steps[-1:] if self.late else steps:
             self._step(metrics, last=metrics is steps[-1])
         self.late = False
+
+    def _succession(self, number: int) -> str:
+        """Why an attempt has begun."""
+        before = self.run_dir.recorded(number - 1) or {}
+        if before.get("next_attempt") != number:
+            return f"attempt {number} begins: the job was restarted"
+        if before["status"] == "stopped":
+            return f"attempt {number - 1} was stopped {before.get('error')}; attempt {number} goes on"
+        return f"attempt {number - 1} failed ({before.get('error')}); restarted in place as attempt {number}"
 
     def _until_rank_0_ends(self, lines: Iterable[str]) -> Iterator[str]:
         """Rank 0's log without its own failure, because the root cause is reported once, at the end."""

@@ -21,7 +21,16 @@ from jobs.rank import profiling
 from jobs.run_dir import RunDirectory, default_run_dir
 from jobs.slurm import environment, script
 from jobs.slurm.options import ALONE, option_mistake
-from jobs.spec import MOST_GPUS, MOST_NODES, JobSpec, ResourceSpec, parse_minutes, parse_ports
+from jobs.spec import (
+    MAX_REQUEUES,
+    MOST_GPUS,
+    MOST_NODES,
+    MOST_RESTARTS,
+    JobSpec,
+    ResourceSpec,
+    parse_minutes,
+    parse_ports,
+)
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 from workloads.errors import did_you_mean
@@ -35,6 +44,8 @@ class _Flags(StrictModel):
     nodes: int | None = Field(default=None, ge=1, le=MOST_NODES)
     gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
     threads_per_rank: int | None = Field(default=None, ge=1, le=10**4)
+    max_restarts: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
+    max_requeues: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,9 @@ def resolve(given: Options) -> Resolved:
     which, cluster_path, cluster, why = choose_executor(given.executor, given.cluster)
     flags = settings.validate(
         _Flags,
-        {"nodes": given.nodes, "gpus_per_node": given.gpus_per_node, "threads_per_rank": given.threads_per_rank},
+        {name: getattr(given, name) for name in _Flags.model_fields},
         error=CommandLineError,
-        spell={"nodes": "--nodes ", "gpus_per_node": "--gpus-per-node ", "threads_per_rank": "--threads-per-rank "},
+        spell={name: f"--{name.replace('_', '-')} " for name in _Flags.model_fields},
     )
     from_env, notices = _from_environment(os.environ) if which == "slurm" else ({}, [])
     resources = _resources(given, flags, cluster, which, from_env)
@@ -111,6 +122,13 @@ def resolve(given: Options) -> Resolved:
     announcements += notices
     if which == "local":
         announcements += _only_for_slurm(cluster)
+    if which == "slurm" and flags.max_requeues is None and script.warns(resources, options):
+        announcements.append(f"at its time limit, the job is requeued up to {MAX_REQUEUES} times (--max-requeues)")
+    elif which != "slurm" and flags.max_requeues is not None:
+        raise CommandLineError(
+            f"--max-requeues {given.max_requeues}: is for Slurm, and this job runs with --executor {which}; leave it "
+            "out"
+        )
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):
@@ -133,6 +151,9 @@ def resolve(given: Options) -> Resolved:
         job_name=given.job_name,
         sbatch=options,
         profile=profile,
+        max_restarts=flags.max_restarts or 0,
+        max_requeues=MAX_REQUEUES if flags.max_requeues is None else flags.max_requeues,
+        grace_s=cluster.grace_s,
     )
     return Resolved(spec, cluster, entry, config, mesh, tuple(announcements))
 
@@ -278,6 +299,7 @@ def _resources(
                 raise CommandLineError(f"{flag} {value}: --executor debug runs one rank, in this process; leave it out")
         for flag, text in (
             *((f"--{n}", getattr(given, n)) for n in ("time", "partition", "account", "qos")),
+            ("--max-restarts", given.max_restarts),
             ("--no-wait", "" if given.wait is False else None),
         ):
             if text is not None:

@@ -78,7 +78,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str], attempt_number: int | None =
         # warning before the time limit does not end a run that may still finish in time.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if info.rank == 0:
-            _log_warnings()
+            _take_warnings(is_told="" if info.has_agent else "the run goes on until it is done or ended")
         else:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
@@ -164,6 +164,10 @@ def _run(
             cpu_group=cpu_group,
             slot=Slot.from_env(env),
         )
+        if info.launcher == "slurm" and info.has_agent:
+            # Slurm sends it to every process of a job, and the agent answers it: this rank may save. A handler, which
+            # is not inherited by programs that the rank starts, as ignoring it would be.
+            signal.signal(signal.SIGTERM, lambda *_: setattr(context, "stop_requested", True))
         run = entry.hook("run")
         assert run is not None
         if spec.profile is not None and placement.rank in spec.profile.ranks:
@@ -243,8 +247,10 @@ def _check_shape(spec: JobSpec, placement: Placement) -> None:
         raise spoken_for(error, 0, placement.rank)
 
 
-def _log_warnings() -> None:
-    """Logs Slurm's warning before the time limit, which comes as SIGUSR2 to every process of the step.
+def _take_warnings(is_told: str) -> None:
+    """Takes Slurm's warning before the time limit, which comes as SIGUSR2 to every process of the step.
+
+    It is logged with what `is_told`; not where that is empty, since an agent answers it.
 
     A handler would not reach the children of this process: exec gives the signal back its default, death. So it stays
     ignored, as children inherit it, and blocked, as every thread from now on does; one thread takes it. A handler that
@@ -256,7 +262,8 @@ def _log_warnings() -> None:
     def take() -> None:
         while True:
             signal.sigwait([signal.SIGUSR2])
-            log.warning("Slurm says that the time limit is near; the run goes on until it is done or ended")
+            if is_told:
+                log.warning("Slurm says that the time limit is near; %s", is_told)
             _thread.interrupt_main(signal.SIGUSR2)
 
     threading.Thread(target=take, name="Slurm's warnings", daemon=True).start()

@@ -22,7 +22,16 @@ from typing import Any
 from jobs import blame
 from jobs.blame import Failure
 from jobs.errors import JobFailed
-from jobs.run_dir import BY_ITSELF, RunDirectory, end_of, open_regular, read_json
+from jobs.run_dir import (
+    BY_ITSELF,
+    PREEMPTION,
+    TIME_LIMIT,
+    RunDirectory,
+    end_of,
+    is_undecided,
+    open_regular,
+    read_json,
+)
 from jobs.slurm import environment, query, srun
 from jobs.slurm.query import JobState
 from jobs.slurm.srun import AgentEnd, SrunLog
@@ -157,7 +166,7 @@ def _what_slurm_did(evidence: Evidence) -> str:
         limit = f" of {evidence.time_min} min" if evidence.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"
     if cause == "CANCELLED":
-        by = f" by {_user(evidence.state.by)}" if evidence.state and evidence.state.by else ""
+        by = f" by {user_of(evidence.state.by)}" if evidence.state and evidence.state.by else ""
         never = evidence.state is not None and not evidence.srun.ends and not evidence.logs
         return f"{job} was cancelled{by}" + (" before it started" if never else at)
     if cause == "STEP_ENDED" and evidence.status is None:
@@ -182,7 +191,8 @@ def _what_slurm_did(evidence: Evidence) -> str:
     return ""
 
 
-def _user(uid: str) -> str:
+def user_of(uid: str) -> str:
+    """The name of a numeric user id."""
     try:
         return pwd.getpwuid(int(uid)).pw_name
     except (ValueError, KeyError, OverflowError):
@@ -318,7 +328,7 @@ _GRACE_AT_MOST_S = 3600.0
 
 
 def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], None] = time.sleep) -> str:
-    """Makes sure that an attempt has a result; the batch script runs this at its end unless srun succeeded.
+    """Makes sure that an attempt has a result, or that a run that was stopped goes on; the batch script runs this.
 
     For a preempted job this does not return: Slurm ends the script, and a requeued attempt is not a failure.
 
@@ -341,14 +351,81 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
             )
             evidence = replace(evidence, state=answer if isinstance(answer, JobState) else None)
             if evidence.state is not None and evidence.state.preempted:
-                # Must not end within the grace time, otherwise Slurm counts the job as failed and does not requeue it.
-                line = "meshrun: preempted; waiting for Slurm to requeue the job"
-                print(line, file=sys.stderr, flush=True)
-                sleep(_GRACE_AT_MOST_S)
+                _await_slurm("preempted", sleep)
         record = conclude(run, evidence)
+    elif is_undecided(record) and "stopped_by" in record:
+        return _go_on(run, number, record, int(status), sleep)
+    if record["status"] == "stopped":
+        return f"meshrun: attempt {number} was stopped: {record.get('error', '')}"
     if record["status"] in BY_ITSELF:
         return f"meshrun: attempt {number}: the work is {record['status']}, but then srun ended with code {status}"
     return f"meshrun: attempt {number} failed: {record.get('error', '')}"
+
+
+def _go_on(run: RunDirectory, number: int, record: dict[str, Any], status: int, sleep: Callable[[float], None]) -> str:
+    """Sees to it that a run that was stopped goes on, unless it was cancelled; its record says what was decided."""
+    env = environment.for_queries(os.environ)
+    evidence = gather(run, number, status=status)
+    job_id = os.environ.get("SLURM_JOB_ID", evidence.job_id)
+    answer = query.ask_scontrol(job_id, env, within_s=_ASK_WITHIN_S)
+    after = record.get("error", "").partition("by request")[2]
+
+    def decide(decision: str, **changes: Any) -> str:
+        nonlocal record
+        record = {**record, "decision": decision, **changes}
+        run.amend(number, record)
+        return f"meshrun: attempt {number} was stopped: {record['error']}; {decision}"
+
+    if isinstance(answer, JobState) and answer.preempted:
+        line = f"by a preemption{after}"
+        decide("Slurm starts it again", error=line, stopped_by=PREEMPTION, next_attempt=number + 1)
+        return _await_slurm("preempted", sleep)
+    cause = replace(evidence, state=answer if isinstance(answer, JobState) else None).cause
+    if record["stopped_by"] == "SIGTERM" and cause == "CANCELLED":
+        line = f"job {job_id} was cancelled{after}"
+        return decide("cancelled", status="cancelled", error=line, slurm_state="CANCELLED")
+    if record["stopped_by"] == "SIGTERM" and cause != "TIMEOUT":
+        if isinstance(answer, JobState) and answer.state == "RUNNING" and not cause:
+            return decide("not requeued: someone's SIGTERM ended it")
+        return f"meshrun: attempt {number} was stopped by Slurm, which decides what becomes of the job"
+
+    record |= {"error": f"before its time limit{after}", "stopped_by": TIME_LIMIT}
+    stops = 1 + _stops_at_the_limit(run)
+    at_most = (read_json(run.job) or {}).get("max_requeues", 0)
+    if stops > at_most:
+        return decide(f"not requeued: all requeues are used up (--max-requeues {at_most})")
+    if not run.has_checkpoints():
+        return decide(f"not requeued: nothing was saved in {run.checkpoints} that it could go on from")
+    decide(f"requeued (requeue {stops} of {at_most})", next_attempt=number + 1)
+    if problem := query.requeue(job_id, env):
+        del record["next_attempt"]
+        return decide(f"not requeued: {problem}")
+    return _await_slurm("requeued", sleep)
+
+
+def conclude_stop(run: RunDirectory, evidence: Evidence, record: dict[str, Any]) -> dict[str, Any]:
+    """What a run that was stopped came to where its batch script could not decide: by what Slurm did, if it did."""
+    error = _what_slurm_did(evidence)
+    if error:
+        status = "cancelled" if evidence.cause == "CANCELLED" else "failed"
+        state = evidence.state.state if evidence.state and evidence.state.ended else None
+        record = {**record, "status": status, "error": error, "slurm_state": state}
+        with contextlib.suppress(OSError):
+            run.amend(evidence.attempt, record)
+    return record
+
+
+def _stops_at_the_limit(run: RunDirectory) -> int:
+    """How many earlier attempts were stopped before a time limit."""
+    numbers = range(run.last_attempt().number + 1)
+    return sum((run.recorded(number) or {}).get("stopped_by") == TIME_LIMIT for number in numbers)
+
+
+def _await_slurm(what: str, sleep: Callable[[float], None]) -> str:
+    """Waits for Slurm to end this script, which must not end before: Slurm would count the job as failed."""
+    print(f"meshrun: {what}; waiting for Slurm to requeue the job", file=sys.stderr, flush=True)
+    sleep(_GRACE_AT_MOST_S)
+    return f"meshrun: {what}, and after {_GRACE_AT_MOST_S:g} s Slurm has not ended this job"
 
 
 def _may_be_preempted(evidence: Evidence) -> bool:

@@ -55,5 +55,5 @@ def details(record: Mapping[str, Any]) -> str:
 def headline(record: Mapping[str, Any]) -> str:
     """The line about a job that is not done."""
     status = record["status"]
-    what = {"failed": "the job failed: ", "unknown": ""}.get(status, f"the job was {status}: ")
+    what = {"failed": "the job failed: ", "unknown": "", "cancelled": ""}.get(status, f"the job was {status}: ")
     return what + record.get("error", "no reason is known")

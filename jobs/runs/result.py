@@ -52,4 +52,6 @@ class Result:
                 self._record = self.run_dir.recorded(newest.number)
             self._seen = seen
             self.since, self.changes = stat.st_mtime, self.changes + 1
+        if self._record is not None and "next_attempt" in self._record:
+            return None  # restarted in place; the next attempt's folder comes, or does not show here yet
         return self._record

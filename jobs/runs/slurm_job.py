@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from jobs.run_dir import BY_ITSELF, RunDirectory, Submitted, read_json
+from jobs.run_dir import BY_ITSELF, RunDirectory, Submitted, is_undecided, read_json
 from jobs.runs import outcome
 from jobs.runs.find import come_back
 from jobs.runs.result import Result
@@ -136,8 +136,7 @@ class SlurmJob:
     # Whether the job is over.
 
     def was_over(self) -> bool:
-        record = self.result.read()
-        return record is not None and record.get("status") in BY_ITSELF
+        return _is_final(self.result.read())
 
     def is_known(self) -> bool:
         return isinstance(self.answer, NoAnswer) or (isinstance(self.answer, JobState) and not self.answer.ended)
@@ -153,7 +152,7 @@ class SlurmJob:
         self._ask()
         now = time.monotonic()
         self._result_since = (self._result_since or now) if record is not None else None
-        done = record is not None and record.get("status") in BY_ITSELF
+        done = _is_final(record)
         if done and self._result_since is not None and now - self._result_since > RESULT_WITHIN_S:
             return True
         answer, since = self.answer, now - self._since
@@ -176,7 +175,13 @@ class SlurmJob:
         record, answer = self.result.read(), self.answer
         state = answer if isinstance(answer, JobState) and answer.ended else None
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
-        if record is not None and (record.get("status") in BY_ITSELF or record.get("failure") or not knows_more):
+        tells = record is not None and (record["status"] in (*BY_ITSELF, "cancelled") or record.get("failure"))
+        if record is not None and is_undecided(record):
+            return outcome.conclude_stop(self.run_dir, self._evidence(state), record)
+        if record is not None and (tells or not knows_more):
+            if record["status"] == "cancelled" and state is not None and state.by:  # only accounting knows by whom
+                by = f"was cancelled by {outcome.user_of(state.by)}"
+                record["error"] = record["error"].replace("was cancelled", by, 1)
             # The job of a stopped run fails, so that no job that depends on it starts.
             expected = {"done": ("COMPLETED", "COMPLETING"), "stopped": ("FAILED", "COMPLETING")}
             states = expected.get(record["status"])
@@ -194,15 +199,24 @@ class SlurmJob:
                 f"be running; follow it: {come_back(self.run_dir)}"
             )
             return {**unknown, "error": error}
-        attempt = self.run_dir.last_attempt().number
-        down = query.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
-        evidence = replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
+        evidence = self._evidence(state)
         if evidence.is_empty:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
                 f" ({answer.detail})" if isinstance(answer, Forgotten) and answer.detail else ""
             )
             return {**unknown, "error": error}
         return outcome.conclude(self.run_dir, evidence)
+
+    def _evidence(self, state: JobState | None) -> outcome.Evidence:
+        """What is known of the newest attempt's end."""
+        attempt = self.run_dir.last_attempt().number
+        down = query.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
+        return replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
+
+
+def _is_final(record: dict[str, Any] | None) -> bool:
+    """Whether the work is done, or was stopped for good; a run that Slurm's warning has stopped may go on."""
+    return record is not None and record["status"] in BY_ITSELF and not is_undecided(record)
 
 
 def line_of(job_id: str, answer: query.Answer) -> str:

@@ -165,6 +165,18 @@ def ask_scontrol(job_id: str, env: Mapping[str, str], script: str = "", within_s
     return output if isinstance(output, NoAnswer) else read_scontrol(output.code, output.stdout, output.stderr, script)
 
 
+def requeue(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> str:
+    """Puts a running job back into the queue, which ends what runs of it.
+
+    Returns:
+        Why that could not be done; empty where it was.
+    """
+    said = _run(["scontrol", "requeue", job_id], env, within_s)
+    if isinstance(said, NoAnswer):
+        return said.detail
+    return (_one_line(said.stderr or said.stdout) or f"code {said.code}") if said.code else ""
+
+
 def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:
     """The number of this user's job whose batch script is in `folder`; empty if Slurm lists no such job."""
     command = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%o"]

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.processes import ENTRY
 from jobs.run_dir import RunDirectory
-from jobs.spec import RESOLVER, JobSpec
+from jobs.spec import RESOLVER, JobSpec, ResourceSpec
 
 if TYPE_CHECKING:
     from jobs.cluster import ClusterConfig
 
 WARNING_S = 90
-"""Seconds before the time limit at which Slurm sends the ranks USR2, unless --sbatch signal=USR2@N says otherwise."""
+"""Seconds before the time limit at which Slurm sends the agents USR2, unless --sbatch signal=USR2@N says otherwise."""
 
 
 def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
@@ -62,6 +62,12 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         for name, value in wanted.items()
         if value is not None and value is not False
     }
+
+
+def warns(resources: ResourceSpec, sbatch: Mapping[str, str | bool]) -> bool:
+    """Whether Slurm will warn of the job's time limit, and may requeue it."""
+    warned = resources.time_min is not None and (_warning(resources.time_min) is not None or "signal" in sbatch)
+    return warned and sbatch.get("requeue") is not False
 
 
 def _warning(time_min: int | None) -> str | None:
@@ -137,14 +143,19 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "    MESHRUN_NUMBER=$((MESHRUN_NUMBER + 1))",
         "done",
         "",
-        "# However it ends: who failed, and why, in a line here and in result.json. A SIGTERM is for the ranks first.",
+        "# However it ends: who failed, and why, in a line here and in result.json. A stopped run may be requeued.",
         "meshrun_ended() {",
         "    local status=$?",
-        '    if [ "$status" -ne 0 ] || [ ! -e "$MESHRUN_ATTEMPT/result.json" ]; then',
+        "    # An attempt that followed in place, within this start, has a link to its srun.log.",
+        '    while [ -L "$MESHRUN_RUN/attempt-$((MESHRUN_NUMBER + 1))/srun.log" ]; do',
+        "        MESHRUN_NUMBER=$((MESHRUN_NUMBER + 1))",
+        '        MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-$MESHRUN_NUMBER"',
+        "    done",
+        '    if [ "$status" -ne 0 ] || ! grep -qs \'^  "status": "done"\' "$MESHRUN_ATTEMPT/result.json"; then',
         f"        {shlex.join([sys.executable, str(ENTRY)])} \\",
         '            --ended "$MESHRUN_RUN" "$MESHRUN_NUMBER" "$status"',
         "    fi",
-        '    if grep -qs \'^  "status": "stopped"\' "$MESHRUN_ATTEMPT/result.json"; then',
+        '    if grep -qs \'^  "status": "\\(stopped\\|cancelled\\)"\' "$MESHRUN_ATTEMPT/result.json"; then',
         "        status=1",
         "    fi",
         '    exit "$status"',

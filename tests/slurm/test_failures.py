@@ -257,7 +257,7 @@ ENTRY = WorkloadEntry(name="mine", config=WorkloadConfig, run=run)
 
 
 def test_the_warning_before_the_time_limit_ends_nothing(slurm: Cluster, tmp_path: Path) -> None:
-    """As `--signal=USR2@90` sends it: to every process of the steps."""
+    """As `--signal=USR2@90` sends it: to every process of the steps. A workload that goes on all the same is done."""
     (tmp_path / "mine.py").write_text(UNTIL_WARNED)
     words = ["--nodes", "2", "--gpus-per-node", "1"]
     line = submit(tmp_path, "mine:ENTRY", "--wait", *words, env=slurm.env)
@@ -266,12 +266,12 @@ def test_the_warning_before_the_time_limit_ends_nothing(slurm: Cluster, tmp_path
     slurm.run("scancel", "--signal=USR2", job)
     slurm.run("scancel", "--batch", "--signal=USR2", job)
     wait_until(
-        lambda: "the time limit is near" in (line.run_dir / "attempt-0" / "rank-0.log").read_text(), "the warning"
+        lambda: "the time limit is near" in (line.run_dir / "attempt-0" / "agent-0.log").read_text(), "the warning"
     )
     (tmp_path / "go").touch()
     code, out, err = line.finish(DEADLINE_S)
     assert code == 0, out + err
-    assert out.count("Slurm says that the time limit is near") == 1
+    assert out.count("received SIGUSR2 (the time limit is near, or a preemption): every rank is asked to stop") == 1
     assert line.result()["result"] == {"child": None, "handled": 1}
 
 

@@ -154,3 +154,149 @@ def test_an_attempt_that_has_a_successor_touches_nothing_of_its(tmp_path: Path) 
     assert job.decide()["status"] == "failed"  # in its own folder
     assert job.leader.code == 1
     assert read_json(job.run.result) == job.run.recorded() == theirs
+
+
+def test_the_end_leaves_one_record_of_what_it_was(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    log = tmp_path / "rank-3.log"
+    log.write_text("\n".join(map(str, range(100))))
+    job.leader.hear(1, {"ranks": [(3, 7, "forward", 0.25)]})
+    job.ends(0, of(0, "lost_peer"), ended=False)
+    job.ends(1, of(1, "lost_peer"), ended=False)
+    job.ends(3, Failure(3, "n1", time.time(), "killed", "killed by SIGKILL (out of memory)", log=str(log)))
+    job.decide()
+    record = read_json(job.leader.attempt.failure_record) or {}
+    cause = record["root_cause"]
+    assert (cause["rank"], cause["host"], cause["signal"], cause["exception"]) == (3, "n1", "SIGKILL", None)
+    assert (cause["step"], cause["phase"]) == (7, "forward")
+    assert cause["last_lines"] == [str(n) for n in range(80, 100)]
+    assert record["others"]["lost_their_peer"] == 2
+    assert record["others"]["ranks_that_lost_their_peer"] == [0, 1]
+    assert (record["decision"], record["why"]) == ("the job has failed", "--max-restarts is 0")
+
+
+# --- a restart in place -----------------------------------------------------------------------------------------------
+
+
+def restarting(directory: Path) -> Job:
+    """A job that is about to be restarted: rank 3 has failed."""
+    job = Job(directory, max_restarts=2)
+    job.ends(3, of(3, "error", "ValueError: mine"))
+    while (0, {"restart": True}) not in job.sent:
+        job.leader.hear(0, {})
+        job.leader.hear(1, {})
+        job.leader.step()
+    assert job.sent[-2:] == [(0, {"restart": True}), (1, {"restart": True})]
+    assert job.leader.attempt.number == 0
+    return job
+
+
+def test_ranks_start_again_when_every_host_has_ended_its_own(tmp_path: Path) -> None:
+    job = restarting(tmp_path)
+    job.leader.hear(0, {"ready": True})
+    job.leader.step()
+    assert not (tmp_path / "attempt-1").exists()
+    job.leader.hear(1, {"ready": True})
+    job.leader.step()
+    assert job.sent[-2:] == [(0, {"start": 1}), (1, {"start": 1})]
+    failed = read_json(job.run.attempt(0).result) or {}
+    assert (failed["error"], failed["next_attempt"]) == ("rank 3 on n1: ValueError: mine", 1)
+    assert failed["decision"] == "restarted as attempt 1 (restart 1 of 2)"
+    record = read_json(job.run.attempt(0).failure_record) or {}
+    assert (record["decision"], record["why"][:13]) == (failed["decision"], "a rank failed")
+    assert record["root_cause"]["exception"] == "ValueError"
+    assert job.leader.attempt == job.run.last_attempt() == job.run.attempt(1)
+    # And what it then hears is of the new ranks.
+    write_json(job.leader.attempt.result, {"status": "done", "attempt": 1})
+    for rank in range(4):
+        job.ends(rank, done=True)
+    assert job.decide()["attempt"] == 1
+    assert job.leader.code == 0
+
+
+def test_a_host_that_is_lost_while_ranks_are_ended_prevents_the_restart(tmp_path: Path) -> None:
+    job = restarting(tmp_path)
+    job.leader.lose(1)
+    record = job.decide(but_silent=1)
+    assert record["error"].startswith("rank 3 on n1: ValueError: mine; not restarted: the agent on n1 was lost")
+    assert "next_attempt" not in record
+    assert not (tmp_path / "attempt-1").exists()
+
+
+def test_a_host_that_does_not_end_its_ranks_prevents_the_restart(tmp_path: Path) -> None:
+    job = restarting(tmp_path)
+    job.leader.hear(0, {"ready": True})
+    assert "not restarted: the agent on n1 was lost" in job.decide()["error"]
+
+
+def test_an_attempt_that_has_a_successor_is_not_restarted(tmp_path: Path) -> None:
+    job = restarting(tmp_path)
+    job.run.begin_attempt()
+    for number in (0, 1):
+        job.leader.hear(number, {"ready": True})
+    record = job.decide()
+    assert "not restarted: attempt 1 cannot be begun: the scheduler has started this job again" in record["error"]
+    assert "next_attempt" not in record
+
+
+def test_a_failure_after_the_work_is_done_restarts_nothing(tmp_path: Path) -> None:
+    job = Job(tmp_path, max_restarts=2)
+    write_json(job.leader.attempt.result, {"status": "done", "attempt": 0})
+    job.ends(3, of(3, "error", "ValueError: mine"))
+    assert job.decide()["warnings"] == ["rank 3 on n1: ValueError: mine"]
+    assert job.leader.code == 0
+
+
+def test_a_job_that_is_told_to_end_while_it_restarts_ends(tmp_path: Path) -> None:
+    job = restarting(tmp_path)
+    job.leader.hear(0, {"told": 15})
+    assert job.decide()["error"].startswith("rank 3 on n1: ValueError: mine; not restarted: the job was told to end")
+    assert job.sent[-1] == (1, {"end": True, "code": 1})
+
+
+def test_a_start_that_has_a_successor_ends(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.run.begin_attempt()
+    job.leader.supersede(1)
+    record = read_json(job.run.attempt(0).result) or {}
+    assert (record["status"], job.leader.code) == ("failed", 0)
+    assert record["error"] == "the scheduler has started this job again (attempt 1)"
+    assert job.run.recorded() is None
+
+
+# --- asked to stop ----------------------------------------------------------------------------------------------------
+
+
+def stopped(job: Job) -> dict[str, Any]:
+    """Every rank of a job that was asked to stop does so."""
+    write_json(job.leader.attempt.result, {"status": "stopped", "attempt": 0, "error": "by request, after step 3"})
+    for rank in range(4):
+        job.ends(rank, done=True)
+    return job.decide()
+
+
+def test_who_asked_a_run_to_stop_is_recorded(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.leader.hear(1, {"asked": "SIGUSR2"})
+    assert stopped(job)["stopped_by"] == "SIGUSR2"
+
+
+def test_ranks_save_while_slurm_ends_the_job(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    for number in (0, 1):
+        job.leader.hear(number, {"asked": "SIGTERM"})
+        job.leader.hear(number, {"told": 15})
+    for _ in range(3):
+        job.leader.step()
+    assert job.leader.code is None
+    record = stopped(job)
+    assert (record["stopped_by"], job.leader.code) == ("SIGTERM", 0)
+
+
+def test_ranks_that_do_not_stop_are_ended_after_the_grace_time(tmp_path: Path) -> None:
+    job = Job(tmp_path, grace_s=10)
+    job.leader.hear(0, {"told": 15})
+    before = module.time.monotonic()
+    assert job.decide() == {}  # Slurm says why
+    assert 10 < module.time.monotonic() - before < 15
+    assert job.leader.code == 1

@@ -534,9 +534,18 @@ def agent_of(directory: Path, before: str, **settings: object) -> tuple[str, str
     return done.stdout, done.stderr, json.loads((directory / "run" / "result.json").read_text())
 
 
+FAST = "clock = time.monotonic; time.monotonic = lambda: clock() * 20  # a minute passes in three seconds"
+
+
+def test_a_job_is_stopped_before_its_time_limit(tmp_path: Path) -> None:
+    _, err, record = agent_of(tmp_path, FAST, steps=100000, pause_seconds=0.05)
+    assert (record["status"], record["stopped_by"]) == ("stopped", "time limit"), err
+    assert re.match(r"before its time limit of 1 min, after step \d+ of 100000", record["error"])
+
+
 def test_the_time_limit_ends_a_job(tmp_path: Path) -> None:
-    fast = "clock = time.monotonic; time.monotonic = lambda: clock() * 20  # a minute passes in three seconds"
-    _, err, record = agent_of(tmp_path, fast, steps=100000, pause_seconds=0.05)
+    """Whose ranks do not stop when they are asked to."""
+    _, err, record = agent_of(tmp_path, FAST, steps=100000, pause_seconds=0.05, does="hang")
     assert "JobFailed: the time limit of 1 min was reached; ask for more with --time" in err
     assert record["status"] == "failed"
     assert "time limit" in record["error"]

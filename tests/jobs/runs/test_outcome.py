@@ -443,3 +443,79 @@ def test_a_preempted_job_waits_for_slurm_to_end_it(
     assert ("preempted; waiting for Slurm" in capsys.readouterr().err) == waits
     assert not waits or line == "meshrun: attempt 0 failed: job 12 was preempted by Slurm"
     assert read_json(run.attempt(0).result)["status"] == "failed"
+
+
+STOPPED = {"status": "stopped", "attempt": 0, "error": "by request, after step 5 of 9"}
+
+
+@pytest.mark.parametrize(
+    ("by", "log", "preempted", "more", "status", "error", "decision"),
+    [
+        ("SIGUSR2", "", "None", [], "stopped", "before its time limit, after step 5 of 9", "requeued (requeue 1 of 1)"),
+        ("SIGUSR2", "", "2026-11-22T11:29:00", [], "stopped", "by a preemption, after step 5 of 9", "Slurm starts it"),
+        ("SIGUSR2", "", "None", ["refuse"], "stopped", "before its time limit", "not requeued: Requested operation is"),
+        ("SIGUSR2", "", "None", ["nothing"], "stopped", "before its time limit", "not requeued: nothing was saved in "),
+        ("SIGUSR2", "", "None", ["earlier"], "stopped", "before its time limit", "not requeued: all requeues are used"),
+        ("SIGTERM", "", "2026-11-22T11:29:00", [], "stopped", "by a preemption", "Slurm starts it again"),
+        ("SIGTERM", "scancel", "None", [], "cancelled", "job 12 was cancelled, after step 5 of 9", "cancelled"),
+        ("SIGTERM", "time-limit", "None", [], "stopped", "before its time limit", "requeued (requeue 1 of 1)"),
+        (
+            "SIGTERM",
+            "",
+            "None",
+            [],
+            "stopped",
+            "by request, after step 5 of 9",
+            "not requeued: someone's SIGTERM",
+        ),
+    ],
+)
+def test_what_becomes_of_a_run_that_was_stopped(
+    by: str,
+    log: str,
+    preempted: str,
+    more: list[str],
+    status: str,
+    error: str,
+    decision: str,
+    run: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuses = "echo 'Requested operation is presently disabled' >&2; exit 1"
+    requeue = refuses if "refuse" in more else f"touch {tmp_path}/back"
+    show = f"echo '{SHOWN.format(preempted)}'"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\n[ "$1 $2" = "requeue 12" ] || {{ {show}; exit; }}\n{requeue}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    begin(run, 0, log or "job-failed")
+    run.attempt(0).srun_log.write_text(run.attempt(0).srun_log.read_text() if log else "")
+    if log == "time-limit":
+        line = "slurmstepd-node0: error: *** JOB 12 ON node0 CANCELLED AT 2026-11-22T11:32:56 DUE TO TIME LIMIT ***"
+        run.slurm_log.write_text(line + "\n")
+    write_json(run.job, {**(read_json(run.job) or {}), "max_requeues": 1})
+    number = 0
+    if "earlier" in more:
+        write_json(run.attempt(0).result, {**STOPPED, "stopped_by": "time limit", "next_attempt": 1})
+        number = run.begin_attempt().number
+    if "nothing" not in more:
+        (run.checkpoints / "step_5").mkdir(parents=True)
+    write_json(run.attempt(number).result, {**STOPPED, "attempt": number, "stopped_by": by})
+    slept: list[float] = []
+    line = outcome.ended(str(run.path), str(number), "0", sleep=slept.append)
+    record = read_json(run.attempt(number).result) or {}
+    assert record["status"] == status
+    assert record["error"].startswith(error)
+    assert record["decision"].startswith(decision)
+    goes_on = not decision.startswith(("not", "cancelled"))
+    assert (record.get("next_attempt") == number + 1) == goes_on == (slept == [3600.0])
+    assert (tmp_path / "back").exists() == decision.startswith("requeued")
+    assert goes_on or line == f"meshrun: attempt {number} was stopped: {record['error']}; {record['decision']}"
+
+
+def test_a_run_that_its_user_has_stopped_stays_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcome, "gather", None)
+    record = {**STOPPED, "stopped_by": "SIGUSR1"}
+    write_json(run.attempt(0).result, record)
+    assert outcome.ended(str(run.path), "0", "0") == "meshrun: attempt 0 was stopped: by request, after step 5 of 9"
+    assert read_json(run.attempt(0).result) == record

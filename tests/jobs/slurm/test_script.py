@@ -148,7 +148,8 @@ def test_any_value_survives_the_shell(tmp_path: Path) -> None:
     text = script.script(make_spec(run_dir), cluster, AWKWARD)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "run_dir": str(run_dir)}
     (run_dir / "attempt-0").mkdir()
-    (tmp_path / "srun").open("a").write('touch "$run_dir/attempt-1/result.json"\n')
+    done = 'printf "{\\n  \\"status\\": \\"done\\"\\n}\\n" > "$run_dir/attempt-1/result.json"\n'
+    (tmp_path / "srun").open("a").write(done)
     # The same names as the script would like for itself.
     env |= {"run": "mine", "status": "mine", "attempt": "mine"}
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env)
@@ -330,6 +331,8 @@ def test_each_shipped_config_names_the_schema(name: str) -> None:
 @pytest.mark.parametrize(("status", "nested", "code"), [("stopped", "done", 0), ("done", "stopped", 1)])
 def test_the_script_tells_a_stopped_run_by_its_own_status(status: str, nested: str, code: int, tmp_path: Path) -> None:
     write_json(tmp_path / "result.json", {"status": status, "result": {"status": nested, "of": [{"status": nested}]}})
-    line = next(line for line in (GOLDEN / "slurm.sbatch").read_text().splitlines() if "grep" in line)
+    line = next(
+        line for line in (GOLDEN / "slurm.sbatch").read_text().splitlines() if "stopped" in line and "if" in line
+    )
     test = line.partition("if ")[2].partition("; then")[0]
     assert subprocess.run(["bash", "-c", test], env={**os.environ, "MESHRUN_ATTEMPT": str(tmp_path)}).returncode == code
