@@ -290,6 +290,12 @@ class RunContext:
     """All ranks, on gloo, for tensors on the CPU and for Python objects. None: that is the default group."""
     step_hooks: list[Callable[[int], None]] = field(default_factory=list)
     """Called at the end of every step, in order, with its number."""
+    end_hooks: list[Callable[[], None]] = field(default_factory=list)
+    """Called on every rank, in order, when the workload has returned: each waits for something that still runs."""
+    save_requested: bool = False
+    """Set on any rank before a step ends, it makes `save_at` the number of the step after it, on every rank."""
+    resumed_from_step: int | None = None
+    """The step of the checkpoint that this attempt goes on from."""
 
     def __post_init__(self) -> None:
         self._stop_requested = False
@@ -332,7 +338,8 @@ class RunContext:
             NonFiniteError: on every rank, when a metric of the step before that is marked `finite` was not on some.
             SupersededError: on rank 0, when a newer incarnation of this job has begun.
         """
-        return self._ends.end(metrics, self.stop_requested, self.step_hooks)
+        save_requested, self.save_requested = self.save_requested, False
+        return self._ends.end(metrics, self.stop_requested, save_requested, self.step_hooks)
 
     @property
     def stop_requested(self) -> bool:
@@ -352,9 +359,19 @@ class RunContext:
         return self._ends.stopped_at
 
     @property
+    def save_at(self) -> int | None:
+        """The last step, where some rank had set `save_requested` before the one before it ended."""
+        return self._ends.save_at
+
+    @property
     def last_metrics(self) -> dict[str, Any]:
         """What the last step came to, on every rank; waits for it."""
         return self._ends.last_metrics()
+
+    def go_on_from(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Says that the state after an earlier attempt's step was restored, and what that step came to."""
+        self.resumed_from_step = step
+        self._ends.restore(step, metrics)
 
     def start_steps(self) -> None:
         """Says that training begins now: the next step is a first one, and what was timed before does not count.
@@ -377,10 +394,11 @@ class RunContext:
         """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time, and is a phase of its own.
 
         It becomes `evaluation_seconds` in that step's line, and in `timing()`. "checkpoint" first waits for what the
-        last step came to, on all ranks, and raises as end_step does: nothing that is not finite is saved.
+        last step came to, on all ranks, and raises as end_step does, so that nothing that is not finite is saved; then
+        it waits until all steps' lines are in metrics.jsonl.
         """
         if name == "checkpoint":
-            self._ends.check()
+            self._ends.settle()
         before = self._slot.phase
         self._slot.enter(name)
         try:
@@ -408,6 +426,8 @@ class RunContext:
             NonFiniteError, SupersededError: as end_step.
         """
         self._ends.settle()
+        for hook in self.end_hooks:
+            hook()
         self._slot.enter("ended")
 
     def close(self) -> None:

@@ -190,6 +190,7 @@ def _run(
             "device": choice.why,
             "torch": torch.__version__,
             "attempt": info.attempt,
+            **({} if context.resumed_from_step is None else {"resumed_from_step": context.resumed_from_step}),
             "seconds": round(time.time() - started, 3),
             "result": to_json(result),
         }

@@ -38,6 +38,7 @@ def run_world(
     run_dir: Path | None = None,
     deadline_seconds: float = 280,
     device: str = "cpu",
+    attempt: int = 0,
 ) -> list[Any]:
     """Calls `function(ctx, *args)` on every rank of a mesh and returns what each returned, by rank.
 
@@ -45,6 +46,7 @@ def run_world(
         function: of a module that can be imported; its arguments and results are pickled.
         sizes: of the mesh; each index of the outermost dimension is a host of its own, in name.
         run_dir: becomes the ranks' run directory; a temporary one by default.
+        attempt: from 1 on, its metrics are in attempt-N.
 
     Raises:
         WorldFailed: as its docstring says; every rank is then killed.
@@ -64,8 +66,8 @@ def run_world(
                 mine, theirs = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_rank_main,
-                    args=(theirs, rank, sizes, names, store, directory, device, function, args),
-                    daemon=True,
+                    args=(theirs, rank, sizes, names, store, directory, device, attempt, function, args),
+                    daemon=False,  # a rank may have workers that read its data
                 )
                 process.start()
                 theirs.close()
@@ -115,11 +117,12 @@ def _rank_main(
     store: str,
     directory: Path,
     device: str,
+    attempt: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     try:
-        with contextlib.closing(make_context(rank, sizes, names, store, directory, device)) as ctx:
+        with contextlib.closing(make_context(rank, sizes, names, store, directory, device, attempt)) as ctx:
             value = function(ctx, *args)
             ctx.settle()
         # Plainly pickled: torch would teach the connection to hand over shared memory, which ends with this process.
@@ -133,7 +136,13 @@ def _rank_main(
 
 
 def make_context(
-    rank: int, sizes: tuple[int, ...], names: tuple[str, ...], store: str, directory: Path, device: str
+    rank: int,
+    sizes: tuple[int, ...],
+    names: tuple[str, ...],
+    store: str,
+    directory: Path,
+    device: str,
+    attempt: int = 0,
 ) -> Any:
     """A RunContext in a world of its own, with the process group initialised."""
     import torch
@@ -159,6 +168,8 @@ def make_context(
         timeout=timedelta(seconds=60),
         device_id=where if device == "cuda" else None,
     )
+    own = directory / f"attempt-{attempt}" if attempt else directory
+    own.mkdir(exist_ok=True)
     return RunContext(
         rank=rank,
         world_size=world_size,
@@ -171,10 +182,11 @@ def make_context(
         cpu_group=cpu_group(60) if device == "cuda" else None,
         paths=RunPaths(
             run_dir=directory,
-            metrics=directory / "metrics.jsonl",
+            metrics=own / "metrics.jsonl",
             data_dir=directory / "data",
             export_dir=directory / "export",
             checkpoint_dir=directory / "checkpoints",
-            attempt_dir=directory / "attempt-0",
+            attempt_dir=directory / f"attempt-{attempt}",
         ),
+        attempt=attempt,
     )

@@ -19,8 +19,8 @@ from workloads.steps.recorder import Recorder
 if TYPE_CHECKING:
     from workloads.steps.reduction import Reduction
 
-_BEFORE_VALUES = 4
-"""Entries of a row: a checksum of the metrics' names and its negative, rank 0's checksum, whether to stop."""
+_BEFORE_VALUES = 5
+"""Entries of a row: a checksum of the metrics' names and its negative, rank 0's checksum, whether to stop, to save."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,34 @@ class StepEnds:
         self._collector = StepCollector()
         self._pending: _Step | None = None
         self._last: dict[str, Any] = {}
-        self._stop = False
+        self._stop = self._save = False
         self._wrong: Callable[[], Exception] | None = None
         self._number = 0
         self.stopped_at: int | None = None
         """The step whose end has just told the workload to stop."""
+        self.save_at: int | None = None
+        """The step at whose end every rank has heard that some rank wants a checkpoint."""
 
-    def end(self, metrics: Mapping[str, Any], stop_requested: bool, hooks: Sequence[Callable[[int], None]]) -> bool:
+    def end(
+        self,
+        metrics: Mapping[str, Any],
+        stop_requested: bool,
+        save_requested: bool,
+        hooks: Sequence[Callable[[int], None]],
+    ) -> bool:
         """See RunContext.end_step."""
         from workloads.steps.reduction import reduce
 
         self.slot.enter("end_step")
         self.check()
         stop, self._stop = self._stop, False
+        save, self._save = self._save, False
 
         # This waits for a plain tensor, because its owner may overwrite it next.
         plain = {name: m.tolist() if hasattr(m, "tolist") else m for name, m in metrics.items()}
         reduced = {name: metric for name, metric in plain.items() if isinstance(metric, Reduced)}
         names = float(zlib.crc32("\0".join(reduced).encode()))
-        own = [names, -names, names if self.rank == 0 else 0.0, float(stop_requested)]
+        own = [names, -names, names if self.rank == 0 else 0.0, float(stop_requested), float(save_requested)]
         values = [*own, *(metric.value for metric in reduced.values())]
         reduction = reduce(values, self.device)
 
@@ -89,6 +98,7 @@ class StepEnds:
         step = plain.get("step", "?")
         number = step if isinstance(step, int) else self._number
         self.stopped_at = number if stop else None
+        self.save_at = number if save else None
         self.slot.end_step(number)
         self.recorder.end_step()
         self._collector.end_step()
@@ -96,6 +106,10 @@ class StepEnds:
             hook(number)
         self._pending = _Step(plain, reduced, names, reduction, self.clock.end_step())
         return stop
+
+    def restore(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes over what an earlier attempt's step came to, as if it had just ended."""
+        self._number, self._last = step, dict(metrics)
 
     def last_metrics(self) -> dict[str, Any]:
         """The last step's metrics; waits for them."""
@@ -139,8 +153,8 @@ class StepEnds:
 
     def _take(self, step: _Step) -> None:
         sums, maxima = step.reduction.wait()
-        most, least, first, stop = maxima[0], -maxima[1], maxima[2], maxima[3]
-        self._stop = self._stop or stop > 0
+        most, least, first, stop, save = maxima[0], -maxima[1], maxima[2], maxima[3], maxima[4]
+        self._stop, self._save = self._stop or stop > 0, self._save or save > 0
         if least != most:
             self._wrong = lambda: self._names_differ(step, first)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,22 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters under the bare model's names, whatever it has been wrapped in."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    found = []
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        found.append((name, parameter))
-    return found
+    return [(_bare(name), parameter) for name, parameter in _unwrapped(model).named_parameters()]
+
+
+def named_state(model: nn.Module) -> dict[str, Any]:
+    """Parameters and persistent buffers under the bare model's names: this rank's shards, which are live."""
+    return {_bare(name): value for name, value in _unwrapped(model).state_dict().items()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _bare(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 @torch.no_grad()
