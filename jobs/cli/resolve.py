@@ -34,6 +34,7 @@ from jobs.spec import (
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 from workloads.errors import did_you_mean
+from workloads.training.checkpoint_config import ResumableConfig
 
 EXECUTORS = ("auto", "slurm", "local", "debug")
 
@@ -95,6 +96,8 @@ def resolve(given: Options) -> Resolved:
     )
     mesh = entry.mesh_spec(config, resources.shape)
     entry.call("validate", config, resources.shape)
+    if isinstance(config, ResumableConfig):
+        config.check_resume()
     if workload not in registry.BUILT_IN:
         _check_run(entry)
     profile = profiling.from_flags(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.base import MeshSpec, Shape, WorkloadError
 from workloads.divisors import divisors
 from workloads.images import vision
 from workloads.images.config import ImageDataConfig
+from workloads.training.checkpoint_config import ResumableConfig
 
 PARAMETERS = 1_199_882
 """Of the network in model.py."""
@@ -30,8 +31,13 @@ class DataConfig(ImageDataConfig):
     data.workers. null: 300."""
 
 
-class Config(WorkloadConfig):
+class Config(ResumableConfig):
     """Settings of an fsdp_mnist run."""
+
+    may_change: ClassVar[frozenset[str]] = ResumableConfig.may_change | {
+        *("strategy", "dp_shard", "wrap_min_params", "eval_batch_size", "export"),
+        *("data.workers", "data.prefetch", "data.worker_timeout_s"),
+    }
 
     data: DataConfig = DataConfig()
     """What is trained on."""
@@ -48,7 +54,7 @@ class Config(WorkloadConfig):
     compare: bool = False
     """Train the same model under single, ddp and fsdp, one after the other, and print a table of memory, time and
     accuracy. With dropout=false the losses agree up to rounding, which grows with the steps (in fp32 from 1e-7 to 1e-3
-    after 70 steps, in fp64 to 1e-12 after 100); with dropout each rank drops different values."""
+    after 70 steps, in fp64 to 1e-12 after 100); with dropout each rank drops different values. Nothing is saved."""
 
     epochs: int = Field(default=10, gt=0, le=10**6)
     """Passes over the training samples."""

@@ -82,10 +82,8 @@ class TrainingBatches:
     def __init__(self, config: Config, prepared: images.Prepared, ranks: int, rank: int, device: torch.device) -> None:
         dataset = _Images(prepared, train=True)
         self.steps_per_epoch = steps_per_epoch(config, len(dataset), prepared.source)
-        self._sampler: DistributedSampler[Any] = DistributedSampler(
-            dataset, ranks, rank, shuffle=True, seed=config.seed, drop_last=config.drop_last
-        )
-        batch = config.global_batch_size // ranks
+        self._sampler = _FromABatchOn(dataset, ranks, rank, shuffle=True, seed=config.seed, drop_last=config.drop_last)
+        self._batch = batch = config.global_batch_size // ranks
         self._loader = _loader(
             *(config, dataset, batch, device),
             sampler=self._sampler,
@@ -93,14 +91,20 @@ class TrainingBatches:
             persistent_workers=config.data.workers > 0,
         )
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, 1, 28, 28) in fp32, normalised, and labels (B), where B is global_batch_size / ranks.
 
         Args:
             number: decides the order; each epoch has its own.
+            first: the number of the epoch's batch to begin with, from 0; those before it are not read.
         """
         self._sampler.set_epoch(number)
+        self._sampler.first = first * self._batch
         return _batches(self._loader)
+
+    def sample_numbers(self, batch: int) -> list[int]:
+        """The samples of a batch of the epoch that was asked for last, by their places in the dataset."""
+        return self._sampler.dealt[batch * self._batch : (batch + 1) * self._batch]
 
 
 class HeldOutBatches:
@@ -125,6 +129,19 @@ class HeldOutBatches:
             dealt = self._rank + self._ranks * torch.arange(done, done + len(labels))
             done += len(labels)
             yield images_BCHW, labels, dealt < self.samples
+
+
+class _FromABatchOn(DistributedSampler[Any]):
+    """A DistributedSampler that leaves out an epoch's first samples."""
+
+    first = 0
+    """How many of this rank's are left out."""
+    dealt: list[int] = []  # noqa: RUF012 (replaced, never changed)
+    """All of this rank's samples of the epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        self.dealt = list(super().__iter__())
+        return iter(self.dealt[self.first :])
 
 
 def normalized(pixels_BHW: Tensor, source: str) -> Tensor:

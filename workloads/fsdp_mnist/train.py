@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Adadelta, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
-from workloads.base import Reduced, RunContext, largest, mean, per_second
+from workloads.base import Reduced, RunContext, largest, mean, per_second, total
 from workloads.fsdp_mnist import data
 from workloads.fsdp_mnist.config import WRAP_MIN_PARAMS, Config, learning_rate
 from workloads.fsdp_mnist.evaluate import evaluate
@@ -24,10 +24,12 @@ from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate
 from workloads.fsdp_mnist.wrap import units_by_size
 from workloads.images.prepare import Prepared
 from workloads.metric import Number
+from workloads.training.checkpoint import Checkpoint, Progress
 from workloads.training.export import export
 from workloads.training.metrics import peak_memory_bytes
 from workloads.training.optimizer import adamw
 from workloads.training.precision import parameter_dtype
+from workloads.training.sample_hash import sample_hash
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +63,24 @@ def train(
     # Each rank drops out something else; nothing else draws from here on.
     torch.manual_seed((config.seed + 1_000_003 * (rank + 1)) % 2**63)
 
-    step, held_out_metrics = 0, {}
+    # A comparison has three trainings in one run, and saves none of them.
+    checkpoint = None if labels else Checkpoint(ctx, config, model=model, optimizer=optimizer, schedule=schedule)
+    start = checkpoint.resume() if checkpoint else Progress()
+    step, samples = start.step, start.samples
+    resumed_at = ctx.last_metrics if start.step else {}
+    held_out_metrics = {name: value for name, value in resumed_at.items() if name.startswith("heldout_")}
+    per_epoch = batches.steps_per_epoch
+
     ctx.start_steps()
-    for epoch in itertools.count(1):
+    for epoch in itertools.count(step // per_epoch + 1):
+        if step == total_steps:
+            break
         lr = schedule.get_last_lr()[0]
         ctx.phase("data")
-        for images_BCHW, labels_B in batches.epoch(epoch):
+        for images_BCHW, labels_B in batches.epoch(epoch, step % per_epoch):
+            numbers = batches.sample_numbers(step % per_epoch)
             step += 1
+            samples += len(labels_B) * ranks
             images_BCHW = images_BCHW.to(device, dtype, non_blocking=True)  # from pinned memory
             labels_B = labels_B.to(device, non_blocking=True)
             optimizer.zero_grad()
@@ -80,6 +93,8 @@ def train(
             loss.backward()
             ctx.phase("optimizer")
             optimizer.step()
+            if step % per_epoch == 0:
+                schedule.step()  # before this step is saved, so that a resumed run has the next epoch's rate
 
             right = (logits_BK.argmax(1) == labels_B).double().mean()
             metrics: dict[str, Any] = {
@@ -89,9 +104,9 @@ def train(
                 "epoch": epoch,
                 "lr": lr,
                 "samples_per_second": per_second(len(labels_B) * ranks),
-                **shared_metrics(alone, loss.detach(), right, peak_memory_bytes(device)),
+                **shared_metrics(alone, loss.detach(), right, peak_memory_bytes(device), sample_hash(numbers)),
             }
-            if step == total_steps or step % batches.steps_per_epoch == 0:
+            if step == total_steps or step % per_epoch == 0:
                 with ctx.timed("evaluation"):
                     held_out_metrics = evaluate(config, model, held_out, device, alone)
                 metrics |= held_out_metrics
@@ -105,14 +120,14 @@ def train(
                         held_out.samples,
                         held_out_metrics["heldout_loss"],
                     )
-            if ctx.end_step(metrics) and step < total_steps:
+            stop = ctx.end_step(metrics)
+            if checkpoint is not None:
+                checkpoint.after_step(step, samples, is_last=step == total_steps)
+            if stop and step < total_steps:
                 return {"stopped_at_step": step}
             if step == total_steps:
                 break
             ctx.phase("data")
-        if step == total_steps:
-            break
-        schedule.step()
 
     ctx.phase("finishing")
     timing = ctx.timing()
@@ -121,7 +136,7 @@ def train(
     result: dict[str, Any] = {
         "strategy": config.strategy,
         "mesh": layout(config, ctx),
-        "epochs": epoch,
+        "epochs": -(-step // per_epoch),
         "steps": step,
         "final_loss": ctx.last_metrics["loss"],
         **held_out_metrics,
@@ -146,13 +161,14 @@ def train(
     return result
 
 
-def shared_metrics(alone: bool, loss: Number, accuracy: Number, peak: int) -> dict[str, Reduced]:
+def shared_metrics(alone: bool, loss: Number, accuracy: Number, peak: int, samples: int = 0) -> dict[str, Reduced]:
     """A step's metrics that come from all ranks; where one is alone, the others, which only look on, put in zeros."""
     over_ranks = largest if alone else mean
     return {
         "loss": over_ranks(loss, finite=True),
         "accuracy": over_ranks(accuracy),
         "peak_memory_bytes": largest(peak),
+        "samples_hash": total(samples),
     }
 
 

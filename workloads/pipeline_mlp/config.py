@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from workloads.base import MeshSpec, Shape, WorkloadConfig, WorkloadError
+from workloads.base import MeshSpec, Shape, WorkloadError
 from workloads.divisors import divisors
 from workloads.images.config import ImageDataConfig
+from workloads.training.checkpoint_config import ResumableConfig
 
 PIXELS, CLASSES = 28 * 28, 10
 LR = {"sgd": 0.05, "adamw": 1e-3}
@@ -28,8 +29,12 @@ class DataConfig(ImageDataConfig):
     """With data.path, the fraction of rows, drawn at random, that is held out and predicted at the end."""
 
 
-class Config(WorkloadConfig):
+class Config(ResumableConfig):
     """Settings of a pipeline_mlp run."""
+
+    may_change: ClassVar[frozenset[str]] = ResumableConfig.may_change | {
+        *("schedule", "microbatches", "stages", "dp", "engine", "timeline", "export"),
+    }
 
     data: DataConfig = DataConfig()
     """The training data."""

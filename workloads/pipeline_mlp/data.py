@@ -148,9 +148,17 @@ def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def batches(
-    config: Config, samples: Samples, replica: int, device: torch.device, *, inputs: bool = True, targets: bool = True
-) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """A replica's part of each step's batch, for ever; the last samples of a pass that fill no step are left out.
+    config: Config,
+    samples: Samples,
+    replica: int,
+    device: torch.device,
+    *,
+    inputs: bool = True,
+    targets: bool = True,
+    first: int = 0,
+) -> Iterator[tuple[Tensor | None, Tensor | None, list[int]]]:
+    """A replica's part of each step's batch, and their numbers, for ever; samples of a pass that fill no step are left
+    out.
 
     The batches of all replicas together are the same samples in the same order for any number of them.
 
@@ -158,19 +166,21 @@ def batches(
         replica: this rank's place along `dp`.
         inputs: whether this rank takes them, as those with the first stage do; else it gets None.
         targets: likewise, with the last stage.
+        first: steps to leave out.
     """
     size = config.global_batch_size // config.dp
-    epoch = 0
+    epoch, step = divmod(first, len(samples.train_x) // config.global_batch_size)
     while True:
         order = torch.randperm(len(samples.train_x), generator=torch.Generator().manual_seed(config.seed + epoch))
-        for batch in order.split(config.global_batch_size):
+        for batch in order.split(config.global_batch_size)[step:]:
             if len(batch) == config.global_batch_size:
                 mine = batch[replica * size : (replica + 1) * size]
                 yield (
                     samples.train_x[mine].to(device) if inputs else None,
                     samples.train_y[mine].to(device) if targets else None,
+                    mine.tolist(),
                 )
-        epoch += 1
+        epoch, step = epoch + 1, 0
 
 
 def _is_there(config: Config, directory: Path) -> bool:

@@ -24,10 +24,12 @@ from workloads.pipeline_mlp.events import Event
 from workloads.pipeline_mlp.model import build, initialize
 from workloads.pipeline_mlp.schedule import Schedule, make
 from workloads.pipeline_mlp.torch_engine import TorchEngine
+from workloads.training.checkpoint import Checkpoint
 from workloads.training.collectives import gather_objects
 from workloads.training.metrics import peak_memory_bytes
 from workloads.training.optimizer import adamw
 from workloads.training.precision import parameter_dtype
+from workloads.training.sample_hash import sample_hash
 from workloads.whole_files import written_beside
 
 log = logging.getLogger(__name__)
@@ -50,13 +52,15 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     mine = schedule.stages_on(ctx.mesh["pp"].get_local_rank())
     first, last = 0 in mine, schedule.stages - 1 in mine
     samples = data.find(config, ctx, inputs=first)
-    batches = data.batches(config, samples, replica, device, inputs=first, targets=last)
     wide = widths(config, samples.train_x.shape[1], samples.outputs)
 
     modules = build(config, ctx.mesh, device, wide[0], wide[-1])
     modules.to_empty(device=device)
     initialize(modules, wide, config.seed, dtype)
     optimizer = make_optimizer(config, modules, device)
+    checkpoint = Checkpoint(ctx, config, model=whole(modules), optimizer=optimizer)
+    start = checkpoint.resume()
+    batches = data.batches(config, samples, replica, device, inputs=first, targets=last, first=start.step)
 
     rows = config.global_batch_size // (config.dp * config.microbatches)
     example = torch.empty(rows, wide[0], dtype=dtype, device=device)
@@ -68,9 +72,9 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
 
     measured: list[Step] = []
     ctx.start_steps()
-    for step in range(1, config.steps + 1):
+    for step in range(start.step + 1, config.steps + 1):
         ctx.phase("data")
-        x_BD, y_B = next(batches)
+        x_BD, y_B, numbers = next(batches)
         optimizer.zero_grad()
         record = config.timeline and step > config.steps - MEASURED_STEPS
         done = trainer.step(x_BD, y_B, record=record)
@@ -88,12 +92,15 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             "lr": learning_rate(config),
             "samples_per_second": per_second(config.global_batch_size),
             "loss": total(loss, finite=True),
+            "samples_hash": total(sample_hash(numbers) if first else 0),
             "peak_memory_bytes": largest(peak_memory_bytes(device)),
         }
         if step == config.steps:
             with ctx.timed("evaluation"):
                 metrics |= evaluate(engine, samples, replica, config.dp, device)
-        if ctx.end_step(metrics) and step < config.steps:
+        stop = ctx.end_step(metrics)
+        checkpoint.after_step(step, step * config.global_batch_size, is_last=step == config.steps)
+        if stop and step < config.steps:
             return {"stopped_at_step": step}
 
     ctx.phase("finishing")
@@ -125,6 +132,15 @@ def make_optimizer(config: Config, modules: nn.ModuleList, device: torch.device)
     if config.optimizer == "sgd":
         return SGD(modules.parameters(), lr=lr, momentum=0.9)
     return adamw(modules.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, device=device)
+
+
+def whole(modules: nn.ModuleList) -> nn.Module:
+    """This rank's layers under their names in the whole network, however that is cut into stages."""
+    holder = nn.Module()
+    for stage in modules:
+        for name, layer in stage.named_children():
+            holder.add_module(name, layer)
+    return holder
 
 
 @torch.no_grad()

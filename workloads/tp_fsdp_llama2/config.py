@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from workloads.base import WorkloadConfig
+from workloads.training.checkpoint_config import ResumableConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 384, "vocab_size": None},
@@ -81,8 +82,14 @@ class DataConfig(WorkloadConfig):
     """Fraction of the tokens, at the end of the corpus, that is used for evaluation instead of training."""
 
 
-class Config(WorkloadConfig):
+class Config(ResumableConfig):
     """Settings of a tp_fsdp run."""
+
+    may_change: ClassVar[frozenset[str]] = ResumableConfig.may_change | {
+        *("tp", "dp_replicate", "microbatch_size", "reshard_after_forward", "reduce_gradients"),
+        *("activation_checkpointing", "compile", "async_tp", "deterministic"),
+        *("eval_every", "eval_windows", "sample_tokens", "export", "export_format"),
+    }
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
     """The transformer's size; `model=7b` takes a preset."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from workloads.base import MeshSpec, RunContext, largest, mean, per_second
+from workloads.base import MeshSpec, RunContext, largest, mean, per_second, total
 from workloads.tp_fsdp_llama2.config import (
     BYTES_VOCABULARY,
     Config,
@@ -34,6 +34,7 @@ from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.tp_fsdp_llama2.samples import TrainingSamples
 from workloads.tp_fsdp_llama2.tokenized import prepare, prepared, token_id
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params
+from workloads.training.checkpoint import Checkpoint
 from workloads.training.clip import clip_by_global_norm_
 from workloads.training.data_parallel import data_parallel_rank, data_parallel_size
 from workloads.training.export import export
@@ -47,6 +48,7 @@ from workloads.training.metrics import (
 from workloads.training.optimizer import adamw, warmup_cosine, without_decay_of_vectors
 from workloads.training.prefetch import Prefetcher
 from workloads.training.prepared import make_if_missing
+from workloads.training.sample_hash import sample_hash
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     schedule = warmup_cosine(
         optimizer, steps=config.steps, warmup_steps=warmup_steps(config), min_ratio=config.min_lr_ratio
     )
+    checkpoint = Checkpoint(ctx, config, model=model, optimizer=optimizer, schedule=schedule)
+    start = checkpoint.resume()
     parameters = parameter_count(config.model, vocab_size(config))
     if ctx.rank == 0:
         chosen = "" if config.precision else f" (the default on {device.type.upper()})"
@@ -115,6 +119,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         return loss
 
     accumulation = accumulation_steps(config, dp)
+    counts_samples = mesh.get_local_rank("tp") == 0  # the ranks of a tp group have the same samples
     last_pass_only = reduces_last_pass_only(config, ctx.shape)
     tokens_per_step = config.global_batch_size * config.seq_len
     flops_per_step = _flops_per_token(config) * tokens_per_step
@@ -122,18 +127,18 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     if ctx.rank == 0 and measured is not None:
         of_data_sheet = f"; its data sheet says {peak / 1e12:.0f}" if peak else ""
         log.info("a bf16 matrix product reaches %.0f TFLOP/s on this device%s", measured / 1e12, of_data_sheet)
-    heldout = None
+    heldout, step = None, start.step
 
     with Prefetcher(
-        (batch for step in range(1, config.steps + 1) for batch in samples.microbatches(step)),
+        (batch for step in range(start.step + 1, config.steps + 1) for batch in samples.microbatches(step)),
         device,
         shape=(microbatch_size(config, dp), config.seq_len + 1),
-        count=config.steps * accumulation,
+        count=(config.steps - start.step) * accumulation,
         source=str(corpus),
         group=mesh.get_group("tp"),
     ) as batches:
         ctx.start_steps()
-        for step in range(1, config.steps + 1):
+        for step in range(start.step + 1, config.steps + 1):
             ctx.phase("data")
             lr = schedule.get_last_lr()[0]
             loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -159,6 +164,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
                 "grad_norm": largest(_blame(norm, local_norm), finite=True),
                 "lr": lr,
                 "tokens_per_second": per_second(tokens_per_step),
+                "samples_hash": total(sample_hash(samples.sample_numbers(step)) if counts_samples else 0),
                 "peak_memory_bytes": largest(peak_memory_bytes(device)),
             }
             if peak is not None:
@@ -166,7 +172,9 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             heldout = None
             if config.eval_every and step % config.eval_every == 0:
                 metrics["heldout_loss"] = heldout = evaluate()
-            if ctx.end_step(metrics) and step < config.steps:
+            stop = ctx.end_step(metrics)
+            checkpoint.after_step(step, step * config.global_batch_size, is_last=step == config.steps)
+            if stop and step < config.steps:
                 return {"stopped_at_step": step}
 
     ctx.phase("finishing")

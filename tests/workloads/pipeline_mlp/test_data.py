@@ -54,7 +54,7 @@ def test_who_does_not_take_inputs_has_only_their_shapes(tmp_path: Path) -> None:
             assert (without.shape, without.dtype, without.device.type) == (mine.shape, mine.dtype, "meta")
         assert torch.equal(part.train_y, whole.train_y)
         assert torch.equal(part.heldout_y, whole.heldout_y)
-        x, y = next(data.batches(one, whole, 0, torch.device("cpu")))
+        x, y, _ = next(data.batches(one, whole, 0, torch.device("cpu")))
         assert x is not None
         first = next(data.batches(one, whole, 0, torch.device("cpu"), targets=False))
         last = next(data.batches(one, part, 0, torch.device("cpu"), inputs=False))
