@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.workloads.worlds import WorldFailed, run_world
+from tests.workloads.worlds import run_world
 from workloads.base import RunContext
 
 
-def failing(ctx: RunContext, run: Callable[..., Any], config: Any, fails_after: int | None) -> Any:
-    """Runs a workload on one rank, which fails at the end of a step, before that step can be saved."""
-
-    def fail(step: int) -> None:
-        if step == fails_after:
-            raise RuntimeError("failed on purpose")
-
-    ctx.step_hooks.append(fail)
-    return {**run(config, ctx), "resumed_from_step": ctx.resumed_from_step}
+class FailedOnPurpose(Exception):
+    pass
 
 
-def attempts(run: Callable[..., Any], config: Any, fails_after: list[int], run_dir: Path, **world: Any) -> list[Any]:
-    """The attempts of one run: each fails after the given step, and one more goes on to the end; what that returned."""
-    for number, step in enumerate(fails_after):
-        failed_attempt(run, config, step, run_dir, number, **world)
-    return attempt(run, config, run_dir, len(fails_after), **world)
+Attempt = tuple[Path, int, int | None]
+"""A run's directory, the attempt's number, and the step after which it fails, before that can be saved; None: never."""
 
 
-def attempt(run: Callable[..., Any], config: Any, run_dir: Path, number: int, **world: Any) -> list[Any]:
-    """One that goes on to the end."""
-    return run_world(failing, run, config, None, run_dir=run_dir, attempt=number, **world)
+def attempts(run: Callable[..., Any], config: Any, *these: Attempt, **world: Any) -> list[dict[str, Any]]:
+    """Makes attempts one after the other on the ranks of one world; what each came to on rank 0, {} where it failed."""
+    first, *_ = these
+    return run_world(_attempts, run, config, these, run_dir=first[0].parent, **world)[0]
 
 
-def failed_attempt(run: Callable[..., Any], config: Any, step: int, run_dir: Path, number: int, **world: Any) -> None:
-    with pytest.raises(WorldFailed, match="failed on purpose"):
-        run_world(failing, run, config, step, run_dir=run_dir, attempt=number, **world)
+def interrupted(run_dir: Path, *fails_after: int) -> list[Attempt]:
+    """The attempts of one run: each fails after the given step, and one more goes on to the end."""
+    return [(run_dir, number, step) for number, step in enumerate((*fails_after, None))]
+
+
+def _attempts(ctx: RunContext, run: Callable[..., Any], config: Any, these: list[Attempt]) -> list[dict[str, Any]]:
+    results = []
+    for run_dir, number, fails_after in these:
+        own = run_dir / f"attempt-{number}"
+        own.mkdir(parents=True, exist_ok=True)
+        changes = {"checkpoint_dir": run_dir / "checkpoints", "export_dir": run_dir / "export"}
+        mine = replace(
+            ctx,
+            paths=replace(ctx.paths, run_dir=run_dir, metrics=own / "metrics.jsonl", attempt_dir=own, **changes),
+            attempt=number,
+            **{"step_hooks": [], "end_hooks": [], "save_requested": False, "resumed_from_step": None},
+        )
+
+        def fail(step: int, fails_after: int | None = fails_after) -> None:
+            if step == fails_after:
+                raise FailedOnPurpose
+
+        mine.step_hooks.append(fail)
+        result: dict[str, Any] = {}
+        with contextlib.closing(mine), contextlib.suppress(FailedOnPurpose):
+            result = {**run(config, mine), "resumed_from_step": mine.resumed_from_step}
+            mine.settle()
+        results.append(result)
+    return results
 
 
 def lines(run_dir: Path, attempt: int = 0) -> list[dict[str, Any]]:
     """An attempt's metrics, without what differs from run to run."""
-    text = (run_dir / (f"attempt-{attempt}" if attempt else "") / "metrics.jsonl").read_text()
+    text = (run_dir / f"attempt-{attempt}" / "metrics.jsonl").read_text()
     timed = ("_seconds", "_per_second", "_bytes")
     rows = [json.loads(line) for line in text.splitlines()]
     return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in rows]

@@ -38,7 +38,6 @@ def run_world(
     run_dir: Path | None = None,
     deadline_seconds: float = 280,
     device: str = "cpu",
-    attempt: int = 0,
 ) -> list[Any]:
     """Calls `function(ctx, *args)` on every rank of a mesh and returns what each returned, by rank.
 
@@ -46,7 +45,6 @@ def run_world(
         function: of a module that can be imported; its arguments and results are pickled.
         sizes: of the mesh; each index of the outermost dimension is a host of its own, in name.
         run_dir: becomes the ranks' run directory; a temporary one by default.
-        attempt: from 1 on, its metrics are in attempt-N.
 
     Raises:
         WorldFailed: as its docstring says; every rank is then killed.
@@ -66,7 +64,7 @@ def run_world(
                 mine, theirs = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_rank_main,
-                    args=(theirs, rank, sizes, names, store, directory, device, attempt, function, args),
+                    args=(theirs, rank, sizes, names, store, directory, device, function, args),
                     daemon=False,  # a rank may have workers that read its data
                 )
                 process.start()
@@ -117,12 +115,11 @@ def _rank_main(
     store: str,
     directory: Path,
     device: str,
-    attempt: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     try:
-        with contextlib.closing(make_context(rank, sizes, names, store, directory, device, attempt)) as ctx:
+        with contextlib.closing(make_context(rank, sizes, names, store, directory, device)) as ctx:
             value = function(ctx, *args)
             ctx.settle()
         # Plainly pickled: torch would teach the connection to hand over shared memory, which ends with this process.
@@ -136,13 +133,7 @@ def _rank_main(
 
 
 def make_context(
-    rank: int,
-    sizes: tuple[int, ...],
-    names: tuple[str, ...],
-    store: str,
-    directory: Path,
-    device: str,
-    attempt: int = 0,
+    rank: int, sizes: tuple[int, ...], names: tuple[str, ...], store: str, directory: Path, device: str
 ) -> Any:
     """A RunContext in a world of its own, with the process group initialised."""
     import torch
@@ -168,8 +159,6 @@ def make_context(
         timeout=timedelta(seconds=60),
         device_id=where if device == "cuda" else None,
     )
-    own = directory / f"attempt-{attempt}" if attempt else directory
-    own.mkdir(exist_ok=True)
     return RunContext(
         rank=rank,
         world_size=world_size,
@@ -182,11 +171,10 @@ def make_context(
         cpu_group=cpu_group(60) if device == "cuda" else None,
         paths=RunPaths(
             run_dir=directory,
-            metrics=own / "metrics.jsonl",
+            metrics=directory / "metrics.jsonl",
             data_dir=directory / "data",
             export_dir=directory / "export",
             checkpoint_dir=directory / "checkpoints",
-            attempt_dir=directory / f"attempt-{attempt}",
+            attempt_dir=directory / "attempt-0",
         ),
-        attempt=attempt,
     )

@@ -56,6 +56,17 @@ def replicate(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Mo
     )
 
 
+def sort_buckets(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Makes DDP sort its buckets, as it does after its first backward pass; for a model that goes on from later steps.
+
+    Where in a bucket a gradient is decides in which order the ranks' parts of it are added up: without this, the first
+    step after a resume would differ from the undisturbed run's in the last bits.
+    """
+    with torch.random.fork_rng():
+        model(torch.zeros(1, 1, 28, 28, device=device, dtype=dtype)).sum().backward()
+    model.zero_grad()
+
+
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Where the forward pass runs: bf16 under autocast, unless FSDP2's policy sees to it."""
     if config.precision == "bf16" and config.strategy not in SHARDED:

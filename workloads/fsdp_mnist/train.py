@@ -20,7 +20,7 @@ from workloads.fsdp_mnist.config import WRAP_MIN_PARAMS, Config, learning_rate
 from workloads.fsdp_mnist.evaluate import evaluate
 from workloads.fsdp_mnist.memory import measure
 from workloads.fsdp_mnist.model import initialize
-from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate
+from workloads.fsdp_mnist.parallelize import SHARDED, autocast, build, replicate, sort_buckets
 from workloads.fsdp_mnist.wrap import units_by_size
 from workloads.images.prepare import Prepared
 from workloads.metric import Number
@@ -66,6 +66,8 @@ def train(
     # A comparison has three trainings in one run, and saves none of them.
     checkpoint = None if labels else Checkpoint(ctx, config, model=model, optimizer=optimizer, schedule=schedule)
     start = checkpoint.resume() if checkpoint else Progress()
+    if config.strategy == "ddp" and start.step:
+        sort_buckets(model, device, dtype)
     step, samples = start.step, start.samples
     resumed_at = ctx.last_metrics if start.step else {}
     held_out_metrics = {name: value for name, value in resumed_at.items() if name.startswith("heldout_")}

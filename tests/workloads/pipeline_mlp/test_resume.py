@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.workloads.resuming import assert_same_weights, attempt, attempts, failed_attempt, lines, weights
+from tests.workloads.resuming import assert_same_weights, attempts, interrupted, lines, weights
 from workloads.pipeline_mlp.config import Config
 from workloads.pipeline_mlp.train import run
 
@@ -38,8 +38,8 @@ def make_config(root: Path, **changes: Any) -> Config:
 def test_on_the_same_layout(optimizer: str, tmp_path: Path) -> None:
     config = make_config(tmp_path, optimizer=optimizer, dp=2)
     undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
-    (expected, *_) = attempts(run, config, [], undisturbed, sizes=(2, 2), names=NAMES)
-    (result, *_) = attempts(run, config, [3, 7], resumed, sizes=(2, 2), names=NAMES)
+    these = [(undisturbed, 0, None), *interrupted(resumed, 3, 7)]
+    expected, *_, result = attempts(run, config, *these, sizes=(2, 2), names=NAMES)
     assert lines(resumed, 2) == lines(undisturbed)
     assert_same_weights(weights(resumed), weights(undisturbed))
     assert result["resumed_from_step"] == 6
@@ -47,13 +47,14 @@ def test_on_the_same_layout(optimizer: str, tmp_path: Path) -> None:
 
 
 def test_cut_into_other_stages(tmp_path: Path) -> None:
-    plain = make_config(tmp_path)
+    plain, interleaved, replicated = (
+        make_config(tmp_path, **changes) for changes in ({}, {"schedule": "interleaved"}, {"dp": 2})
+    )
     undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
-    attempts(run, plain, [], undisturbed, sizes=(2, 1), names=NAMES)
-    failed_attempt(run, plain, 3, resumed, 0, sizes=(2, 1), names=NAMES)
-    failed_attempt(run, make_config(tmp_path, schedule="interleaved"), 5, resumed, 1, sizes=(2, 1), names=NAMES)
-    failed_attempt(run, make_config(tmp_path, schedule="gpipe"), 7, resumed, 2, sizes=(3, 1), names=NAMES)
-    attempt(run, make_config(tmp_path, dp=2), resumed, 3, sizes=(1, 2), names=NAMES)
+    attempts(run, plain, (undisturbed, 0, None), (resumed, 0, 3), sizes=(2, 1), names=NAMES)
+    attempts(run, interleaved, (resumed, 1, 5), sizes=(2, 1), names=NAMES)
+    attempts(run, plain, (resumed, 2, 7), sizes=(3, 1), names=NAMES)
+    attempts(run, replicated, (resumed, 3, None), sizes=(1, 2), names=NAMES)
     expected, found = lines(undisturbed), lines(resumed, 3)
     assert [row["samples_hash"] for row in found] == [row["samples_hash"] for row in expected]
     for row, other in zip(found, expected, strict=True):
