@@ -36,6 +36,7 @@ import secrets
 import socket
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -298,6 +299,27 @@ class RunDirectory:
         """Writes down what the job is, before it starts."""
         write_json(self.job, spec.model_dump(mode="json"))
         write_text(self.settings, dump_yaml(spec.settings))
+
+    def put_away(self) -> list[tuple[Path, Path]]:
+        """Moves what describes the job and its submission into the newest attempt's folder: another one is to follow.
+
+        Returns:
+            Where each file was, and where it is now, for `put_back`.
+        """
+        attempt = self.last_attempt().make()
+        scripts = [self.submitit / self.script] if self.script else []
+        moved = []
+        for path in (self.job, self.settings, self.submission, *scripts):
+            if path.exists():
+                away = attempt.path / path.name
+                path.rename(away)
+                moved.append((path, away))
+        return moved
+
+    @staticmethod
+    def put_back(moved: Sequence[tuple[Path, Path]]) -> None:
+        for path, away in moved:
+            away.replace(path)
 
     def record_submission(self, submitted: Submitted) -> None:
         """Writes down what the job became, so that `submit.py wait` finds it again."""

@@ -93,6 +93,7 @@ LAUNCH = Verb(
     (*_LAUNCH, JSON),
 )
 """What a command line without a verb does."""
+_NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
 VERBS = (
     Verb(
         "list",
@@ -111,10 +112,16 @@ VERBS = (
         least=1,
         most=1,
     ),
+    Verb(
+        "resume",
+        "jobs.cli.verbs.resume",
+        "RUN [options] [key=value ...]",
+        "goes on with a run that has ended, from its newest checkpoint, also on another shape",
+        (*(flag for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY), JSON),
+        least=1,
+    ),
 )
-RESERVED = (
-    *("plan", "status", "logs", "explain", "cancel", "resume", "resubmit", "report", "compare", "doctor", "clean"),
-)
+RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "report", "compare", "doctor", "clean")
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch workload on a Slurm cluster or on this machine, one rank per GPU."

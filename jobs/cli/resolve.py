@@ -62,8 +62,12 @@ class Resolved:
     """One line for each choice that the user did not make explicitly."""
 
 
-def resolve(given: Options) -> Resolved:
+def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     """The job that a command line describes. Writes and starts nothing.
+
+    Args:
+        given: the command line.
+        going_on: the job of the run that this one goes on with, in the same directory; None: it is a new run.
 
     Raises:
         UserError, WorkloadError: the job cannot work.
@@ -85,7 +89,9 @@ def resolve(given: Options) -> Resolved:
     fit.check_limits(given, cluster, cluster_path, resources, from_env)
     options = _sbatch_options(given, cluster, which, from_env)
 
-    import_path = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
+    import_path: tuple[str, ...] = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
+    if going_on is not None:
+        import_path = going_on.import_path
     entry = registry.load(workload, import_path)
     document = settings.read_yaml(Path(given.config)) if given.config is not None else None
     config, announcements = settings.build(
@@ -133,7 +139,8 @@ def resolve(given: Options) -> Resolved:
             "out"
         )
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
-    RunDirectory.check(run_dir)
+    if going_on is None:
+        RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
     spec = JobSpec(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
 from jobs.errors import Interrupted, RunDirectoryError, SubmissionError
 from jobs.run_dir import RunDirectory, keep_others_from_writing
+
+Errors = type[BaseException] | tuple[type[BaseException], ...]
+Undo = Callable[[Errors], contextlib.AbstractContextManager[None]]
 
 
 def run(given: Options, console: Console) -> int:
@@ -32,16 +36,13 @@ def run(given: Options, console: Console) -> int:
     spec = resolved.spec
     plan = preparation.plan(resolved.entry, resolved.config)
     if given.dry_run:
-        dry_run.show(resolved, plan, console)
-        gc.freeze()  # otherwise the last garbage collection takes a tenth of the command's time
-        return 0
-    if spec.executor == "slurm":
-        estimate = executor.check_slurm(executor.render(spec, resolved.cluster))
-        resolved = replace(resolved, announcements=(*resolved.announcements, *([estimate] if estimate else [])))
+        return show(resolved, plan, console)
+    resolved = ask_slurm(resolved)
     new = [path for path in (spec.run_dir, *spec.run_dir.parents) if not path.exists()]
     keep_others_from_writing()
     run_dir = RunDirectory.create(spec.run_dir)
-    with _emptied_on(BaseException, run_dir, new, console):
+    undo = functools.partial(_emptied_on, run_dir=run_dir, new=new, console=console)
+    with undo(BaseException):
         run_dir.describe(spec)
         if fault := run_dir.fault():
             raise RunDirectoryError(f"{fault}; make room there, or give another --run-dir")
@@ -49,16 +50,52 @@ def run(given: Options, console: Console) -> int:
     if prepared is not None:
         resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
         console.facts["prepared"] = prepared
+    return start(resolved, run_dir, undo, console, given.wait)
+
+
+def show(resolved: Resolved, plan: str | None, console: Console) -> int:
+    """Prints what would happen; the exit code."""
+    dry_run.show(resolved, plan, console)
+    gc.freeze()  # otherwise Python's last garbage collection takes a tenth of the whole command's time
+    return 0
+
+
+def ask_slurm(resolved: Resolved) -> Resolved:
+    """The job, with what Slurm says of when it would start.
+
+    Raises:
+        SubmissionError: Slurm would refuse it.
+    """
+    if resolved.spec.executor != "slurm":
+        return resolved
+    reply = executor.check_slurm(executor.render(resolved.spec, resolved.cluster))
+    return replace(resolved, announcements=(*resolved.announcements, *([reply] if reply else [])))
+
+
+def start(resolved: Resolved, run_dir: RunDirectory, undo: Undo, console: Console, wait: bool | None) -> int:
+    """Starts a job whose run directory describes it, and follows it where that is asked for.
+
+    Args:
+        resolved: the job.
+        run_dir: its directory.
+        undo: `with undo(errors):` leaves the directory as it was before this command if one of them is raised inside.
+        console: where it is shown.
+        wait: what --wait or --no-wait says.
+
+    Returns:
+        The exit code.
+    """
+    spec = resolved.spec
     console.facts["run_dir"] = str(spec.run_dir)
     if spec.executor == "slurm":
-        return _queue(resolved, run_dir, new, console, wait=bool(given.wait))
-    with _emptied_on(BaseException, run_dir, new, console):
+        return _queue(resolved, run_dir, undo, console, wait=bool(wait))
+    with undo(BaseException):
         _announce(resolved, console)
     if spec.executor == "debug":
         from jobs.cli import debug
 
         return debug.run(spec, console)
-    if given.wait is False:
+    if wait is False:
         return _let_go(resolved, run_dir, console)
     from jobs.cli import owned
 
@@ -91,7 +128,7 @@ def _announce(resolved: Resolved, console: Console) -> None:
     console.say(f"run directory: {resolved.spec.run_dir}")
 
 
-def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], console: Console, wait: bool) -> int:
+def _queue(resolved: Resolved, run_dir: RunDirectory, undo: Undo, console: Console, wait: bool) -> int:
     """Submits a Slurm job, and follows it with --wait."""
     from jobs.cli import watch
     from jobs.cli.start import start_slurm
@@ -99,7 +136,7 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, new: Sequence[Path], conso
     submitted = None
     try:
         interrupts.check()
-        with interrupts.held(), _emptied_on((SubmissionError, OSError), run_dir, new, console):
+        with interrupts.held(), undo((SubmissionError, OSError)):
             submitted = start_slurm(resolved.spec, resolved.cluster, console)
         _announce(resolved, console)  # not earlier, so that a refusal stays one line
         console.say(f"submitted job {submitted.job_id}")
@@ -133,7 +170,7 @@ def _let_go(resolved: Resolved, run_dir: RunDirectory, console: Console) -> int:
 
 @contextlib.contextmanager
 def _emptied_on(
-    error: type[BaseException] | tuple[type[BaseException], ...],
+    error: Errors,
     run_dir: RunDirectory,
     new: Sequence[Path],
     console: Console,

@@ -1,0 +1,135 @@
+"""`submit.py resume RUN ...`: goes on with a run that has ended, from its newest checkpoint, also on another shape."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs.cli.console import Console
+from jobs.cli.options import Options
+from jobs.cli.resolve import resolve
+from jobs.cli.verbs import launch
+from jobs.errors import CommandLineError, RunDirectoryError
+from jobs.run_dir import RunDirectory, read_json
+from jobs.runs.find import come_back, find, submission
+from jobs.runs.tracker import track
+from jobs.spec import JobSpec
+from workloads.base import WorkloadConfig
+
+
+def run(given: Options, console: Console) -> int:
+    """Submits the run again, as its next attempt.
+
+    What the line does not say, the run's files do: its settings, its shape, its cluster.
+
+    Returns:
+        The exit code, as of the line that started the run.
+
+    Raises:
+        UserError, WorkloadError: there is no such run, it has not ended, or it cannot go on like that.
+        JobFailed, Interrupted: a job that was waited for ended so.
+    """
+    run_dir = find(given.words[1])
+    spec = _described(run_dir)
+    _refuse_if_it_runs(run_dir)
+    resolved = resolve(_with_what_was_given_before(given, spec, run_dir), going_on=spec)
+    _check(resolved.config, run_dir)
+    if given.dry_run:
+        return launch.show(resolved, None, console)
+    resolved = launch.ask_slurm(resolved)
+    if fault := run_dir.fault():
+        raise RunDirectoryError(f"{fault}; make room there")
+    moved = run_dir.put_away()
+
+    @contextlib.contextmanager
+    def undo(errors: launch.Errors) -> Iterator[None]:
+        try:
+            yield
+        except errors:
+            run_dir.put_back(moved)
+            raise
+
+    with undo(BaseException):
+        run_dir.describe(resolved.spec)
+    return launch.start(resolved, run_dir, undo, console, given.wait)
+
+
+def _described(run_dir: RunDirectory) -> JobSpec:
+    try:
+        spec = JobSpec.model_validate(read_json(run_dir.job) or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CommandLineError(
+            f"{run_dir.job}: is not the description of a job of this version ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}); start the run anew, with resume={run_dir.path}"
+        ) from None
+    if spec.cluster == "none":
+        raise CommandLineError(
+            f"{run_dir.path}: was started by {spec.executor}, and not by submit.py; start it again in the same way"
+        )
+    return spec
+
+
+def _refuse_if_it_runs(run_dir: RunDirectory) -> None:
+    submitted = submission(run_dir)
+    if submitted is None:
+        return
+    job = track(run_dir, submitted)
+    if not (job.was_over() or job.is_over()):
+        name = "job" if submitted.executor == "slurm" else "process"
+        raise CommandLineError(
+            f"{run_dir.path}: its {name} {submitted.job_id} has not ended, as far as is known; follow it: "
+            f"{come_back(run_dir)}"
+        )
+
+
+def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirectory) -> Options:
+    """The line that starts the run again: what this line says wins over what the run's files say."""
+    resources = spec.resources
+    before = {
+        "nodes": str(resources.nodes),
+        "gpus_per_node": str(resources.gpus_per_node),
+        "executor": spec.executor,
+        "cluster": spec.cluster,
+        "config": str(run_dir.settings),
+        "time": None if resources.time_min is None else str(resources.time_min),
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "job_name": spec.job_name,
+        "threads_per_rank": str(spec.threads_per_rank),
+    }
+    if given.executor not in (None, spec.executor):  # those of the other executor would be refused
+        before |= dict.fromkeys(("partition", "account", "qos", "job_name"))
+    kept: dict[str, Any] = {name: value for name, value in before.items() if getattr(given, name) is None}
+    added = {word.partition("=")[0] for word in given.env}
+    env = [f"{name}={value}" for name, value in spec.env.items() if name not in added]
+    known = {word.partition("=")[0] for word in given.sbatch}
+    sbatch = [
+        name if value is True else f"{name}={str(value).lower() if value is False else value}"
+        for name, value in (spec.sbatch.items() if (given.executor or spec.executor) == "slurm" else ())
+        if name not in known
+    ]
+    return replace(
+        given,
+        **kept,
+        words=[spec.workload, *given.words[2:]],
+        run_dir=str(run_dir.path),
+        env=[*env, *given.env],
+        sbatch=[*sbatch, *given.sbatch],
+    )
+
+
+def _check(config: WorkloadConfig, run_dir: RunDirectory) -> None:
+    """Refuses, before anything is queued, what the ranks would refuse as they load the newest checkpoint."""
+    check = getattr(config, "check_resume", None)
+    if check is None:
+        raise CommandLineError(
+            f"{run_dir.path}: its workload saves no checkpoints (its settings are not a ResumableConfig), so a run of "
+            "it cannot go on; start a new one"
+        )
+    check(run_dir.paths(0).checkpoint_dir)
