@@ -63,11 +63,17 @@ class ResumableConfig(WorkloadConfig):
         return {key: value for key, value in _flat(self.model_dump(mode="json")) if not _is_in(key, self.may_change)}
 
     def refuse_other_settings(self, manifest: dict[str, Any], folder: Path) -> None:
-        """Refuses a checkpoint of another training.
+        """Refuses a checkpoint of another training, and one that is past the setting `steps`.
 
         Raises:
             WorkloadError: names each setting that differs, with its saved and its given value.
         """
+        steps = getattr(self, "steps", None)
+        if isinstance(steps, int) and manifest["step"] > steps:
+            raise WorkloadError(
+                f"steps={steps}: the checkpoint {folder} was saved after step {manifest['step']}; give more steps, or "
+                "resume=never to start at step 1"
+            )
         saved, given = manifest["settings"], self.fixed_settings()
         # A key that the checkpoint lacks belongs to a newer version, whose default leaves things as they were.
         different = [

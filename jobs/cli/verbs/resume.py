@@ -19,6 +19,8 @@ from jobs.runs.find import come_back, find, submission
 from jobs.runs.tracker import track
 from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig
+from workloads.training import checkpoint_files
+from workloads.training.checkpoint_config import ResumableConfig
 
 
 def run(given: Options, console: Console) -> int:
@@ -37,7 +39,7 @@ def run(given: Options, console: Console) -> int:
     spec = _described(run_dir)
     _refuse_if_it_runs(run_dir)
     resolved = resolve(_with_what_was_given_before(given, spec, run_dir), going_on=spec)
-    _check(resolved.config, run_dir)
+    resolved = replace(resolved, announcements=(*resolved.announcements, _where_from(resolved.config, run_dir)))
     if given.dry_run:
         return launch.show(resolved, None, console)
     resolved = launch.ask_slurm(resolved)
@@ -124,12 +126,20 @@ def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirec
     )
 
 
-def _check(config: WorkloadConfig, run_dir: RunDirectory) -> None:
-    """Refuses, before anything is queued, what the ranks would refuse as they load the newest checkpoint."""
-    check = getattr(config, "check_resume", None)
-    if check is None:
+def _where_from(config: WorkloadConfig, run_dir: RunDirectory) -> str:
+    """One line that says from where the run goes on.
+
+    Raises:
+        CommandLineError, WorkloadError: what the ranks would refuse as they load the newest checkpoint.
+    """
+    if not isinstance(config, ResumableConfig):
         raise CommandLineError(
             f"{run_dir.path}: its workload saves no checkpoints (its settings are not a ResumableConfig), so a run of "
-            "it cannot go on; start a new one"
+            "it cannot go on; start a new run"
         )
-    check(run_dir.paths(0).checkpoint_dir)
+    for folder in checkpoint_files.published(run_dir.paths(0).checkpoint_dir) if config.resume != "never" else ():
+        manifest = checkpoint_files.read_manifest(folder)
+        if manifest is not None:
+            config.refuse_other_settings(manifest, folder)
+            return f"goes on from {folder.name}"
+    return "there is no checkpoint to go on from: training starts at step 1"
