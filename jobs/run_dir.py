@@ -303,10 +303,18 @@ class RunDirectory:
     def put_away(self) -> list[tuple[Path, Path]]:
         """Moves what describes the job and its submission into the newest attempt's folder: another one is to follow.
 
+        That attempt's result then says so, and no longer counts as the end of the run.
+
         Returns:
             Where each file was, and where it is now, for `put_back`.
         """
         attempt = self.last_attempt().make()
+        ended = self.recorded(attempt.number) or {
+            "status": "failed",
+            "attempt": attempt.number,
+            "error": "left no result",
+        }
+        self.amend(attempt.number, {**ended, "next_attempt": attempt.number + 1})
         scripts = [self.submitit / self.script] if self.script else []
         moved = []
         for path in (self.job, self.settings, self.submission, *scripts):
@@ -316,10 +324,13 @@ class RunDirectory:
                 moved.append((path, away))
         return moved
 
-    @staticmethod
-    def put_back(moved: Sequence[tuple[Path, Path]]) -> None:
+    def put_back(self, moved: Sequence[tuple[Path, Path]]) -> None:
+        """Undoes `put_away`: no attempt follows."""
         for path, away in moved:
             away.replace(path)
+        attempt = self.last_attempt()
+        ended = self.recorded(attempt.number) or {}
+        self.amend(attempt.number, {name: value for name, value in ended.items() if name != "next_attempt"})
 
     def record_submission(self, submitted: Submitted) -> None:
         """Writes down what the job became, so that `submit.py wait` finds it again."""

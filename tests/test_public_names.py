@@ -41,7 +41,7 @@ def test_the_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verbs_and_flags() -> None:
-    assert [verb.name for verb in commands.VERBS] == ["list", "wait"]
+    assert [verb.name for verb in commands.VERBS] == ["list", "wait", "resume"]
     assert [flag.name for flag in commands.flags()] == [
         *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--config", "--time", "--partition", "--account"),
         *(

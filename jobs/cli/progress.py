@@ -52,7 +52,9 @@ class Display:
             tqdm.get_lock()  # may start a helper process, which must not be mistaken for one of the job's
         self.looked = time.monotonic()
         self.metrics = Tail(run_dir.metrics)
-        self._begin(run_dir.last_attempt().number)
+        newest = run_dir.last_attempt().number
+        # Where that attempt's result names a next one, the run goes on, and has shown that attempt before.
+        self._begin((run_dir.recorded(newest) or {}).get("next_attempt", newest))
         self.late = not from_the_start
 
     def _begin(self, number: int) -> None:
