@@ -344,7 +344,7 @@ def _made_again(run: Run) -> int:
     for attempt in sorted(run.run_dir.glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-"))):
         log = attempt / "rank-0.log"
         text = log.read_text() if log.exists() else ""
-        found = re.search(r"resumed after step (\d+)", text) or re.search(r"goes on after step (\d+)", text)
+        found = re.search(r"resumed from \S+, after step (\d+)", text)
         if last and text:
             most = max(most, last - (int(found[1]) if found else 0))
         with contextlib.suppress(OSError, ValueError, IndexError):
