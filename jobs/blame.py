@@ -32,9 +32,9 @@ LONGEST_TRACEBACK, LONGEST_PART = 40_000, 8_000
 """Maximum characters of a recorded traceback, and of one frame or message in it, so that long messages do not displace
 frames."""
 
-Kind = Literal["error", "exit", "killed", "agent", "lost_peer", "unreachable"]
-"""agent: the agent of the rank's host ended. The last two are about other ranks: this rank lost a peer, or could never
-reach rank 0, which rank 0 does not notice."""
+Kind = Literal["error", "exit", "killed", "hang", "agent", "lost_peer", "unreachable"]
+"""hang: the other ranks waited for it. agent: the agent of the rank's host ended. The last two are about other ranks:
+this rank lost a peer, or could never reach rank 0, which rank 0 does not notice."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def root_cause(
     if done and len(done) <= len(ranks):
         return _left_early(first, [seen[rank] for rank in sorted(done)])
 
-    place = _places([seen[rank] for rank in ranks])
+    place = places([seen[rank] for rank in ranks])
     lowest = min(place.values())
     behind = [rank for rank in ranks if place[rank] == lowest]
     few = behind if 2 * len(behind) <= len(ranks) else ranks
@@ -278,26 +278,26 @@ def root_cause(
     if few is behind:
         odd, rest = behind, [rank for rank in others if rank not in behind]
     else:
-        odd, rest = _elsewhere(first.rank, others, seen)
+        odd, rest = elsewhere(first.rank, others, seen)
     if odd and rest:
         return _apart(others, seen, first.rank if first.rank in odd else min(odd), rest)
     return _undecided(first, seen[first.rank], [seen[rank] for rank in sorted({*ranks} - {first.rank})])
 
 
-def _places(progress: Sequence[LastSeen]) -> dict[int, tuple[int, int]]:
+def places(progress: Sequence[LastSeen]) -> dict[int, tuple[int, int]]:
     """Each rank's progress: its step, and its phase within the step if all ranks report one."""
     order = {phase: number for number, phase in enumerate(PHASES)}
     is_named = all(rank.phase in order and rank.phase not in ("training", "other") for rank in progress)
     return {rank.rank: (rank.number, order[rank.phase] if is_named else 0) for rank in progress}
 
 
-def _elsewhere(first: int, others: Mapping[int, Failure], seen: Mapping[int, LastSeen]) -> tuple[list[int], list[int]]:
+def elsewhere(first: int, others: Mapping[int, Failure], seen: Mapping[int, LastSeen]) -> tuple[list[int], list[int]]:
     """The ranks that waited at another place than most, and the others; both empty if there is no majority."""
-    places = {rank: (seen[rank].number, _frames(others[rank])) for rank in sorted(others, key=lambda r: r == first)}
-    (number, frames), count = Counter(places.values()).most_common(1)[0]
+    waited_at = {rank: (seen[rank].number, _frames(others[rank])) for rank in sorted(others, key=lambda r: r == first)}
+    (number, frames), count = Counter(waited_at.values()).most_common(1)[0]
     if 2 * count < len(others):
         return [], []
-    odd = [r for r, (n, f) in places.items() if n != number or (f and frames and f != frames)]
+    odd = [r for r, (n, f) in waited_at.items() if n != number or (f and frames and f != frames)]
     return odd, [rank for rank in others if rank not in odd]
 
 

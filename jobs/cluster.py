@@ -88,6 +88,8 @@ class ClusterConfig(StrictModel):
     grace_s: float = Field(default=20, ge=0, le=10**7)
     """Seconds after SIGTERM that ranks on Slurm get to end their step and save; Slurm itself ends a job after its
     KillWait (scancel) or GraceTime (preemption)."""
+    watchdog_timeout_s: float | None = Field(default=None, ge=0, le=10**7)
+    """Seconds that a step may take before the job fails as hung; 0 turns this off, null adapts to measured steps."""
 
     @field_validator("time", "max_time", mode="before")
     @classmethod

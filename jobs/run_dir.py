@@ -20,6 +20,8 @@ runs/20261122-081530-tp_fsdp-3f9c/
         profile/rank-0.json.gz  with --profile: a rank's trace; rank-0.txt its operators; rank-0-memory.pickle
         agent-0.log         each host's agent's own words
         srun.log            srun's own words; a link, in an attempt that was restarted in place
+        stacks.txt          of a job that hung: the stacks of all ranks
+        collectives-3       of a job that hung on GPUs: what NCCL's flight recorder of a rank holds
         metrics.jsonl       one line per step, from rank 0
         status.json         where the ranks were a moment ago, from the leader
         result.json         how it ended
@@ -528,6 +530,19 @@ class Attempt:
     @property
     def srun_log(self) -> Path:
         return self.path / "srun.log"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks.txt"
+
+    @property
+    def collectives(self) -> Path:
+        """What torch adds a rank's number to."""
+        return self.path / "collectives-"
+
+    def collectives_pipe(self, rank: int) -> Path:
+        """Made by torch: what is written there makes NCCL write down what it has recorded."""
+        return self.path / f"collectives-{rank}.pipe"
 
     def log(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.log"

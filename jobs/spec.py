@@ -89,6 +89,8 @@ class JobSpec(StrictModel):
     """Seconds within which all ranks must have joined the rendezvous."""
     collective_timeout_s: float = Field(default=600, gt=0)
     """Seconds that a collective may wait for the other ranks."""
+    watchdog_timeout_s: float | None = Field(default=None, ge=0)
+    """Seconds that a step may take before the job fails as hung; 0 turns this off, null adapts to measured steps."""
     interface: str | None = None
     """Network interface for the rendezvous, gloo and NCCL; None means the one that leads to the other hosts."""
     rendezvous_ports: tuple[int, int] | None = None

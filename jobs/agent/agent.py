@@ -276,6 +276,8 @@ class _Agent:
             for order in self._orders():
                 if order.get("look"):
                     self._say(self._where())
+                if order.get("stacks"):
+                    self.ranks.ask_for_stacks(order["stacks"])
                 if order.get("stop"):
                     self.board.request_stop()
                 if order.get("restart"):
@@ -286,6 +288,8 @@ class _Agent:
                     self.said_end, self.code = True, order["code"]
                     self.ranks.end(but=self._kept())
                     self._say({"bye": True})
+            if (shown := self.ranks.stacks.answer()) is not None:
+                self._say({**self._where(), **shown})
             if self.leader is not None:
                 if self.meeting is not None and self.meeting.pid in self.ranks.others_ended and not self.said_end:
                     self.leader.lose(0, "lost the process that holds the store (killed, or out of memory)")

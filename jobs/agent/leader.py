@@ -4,10 +4,11 @@ Runs in the agent of host 0. It does nothing by itself: messages come in, decisi
 calling `step`. What it decides is final: the run directory then holds the result, or Slurm has ended the job.
 
 From an agent: `{"ended": [...]}`, ranks that have ended or have said what ends them; `{"ranks": [...]}`, where each is;
-`{"told": NUMBER}`, a signal that asks the job to end; `{"asked": NAME}`, the signal by which ranks were asked to stop
-after their step; `{"ready": true}`, no rank is left, as a restart asks for;
-`{"bye": true}`, no process is left.
-To an agent: `{"look": true}`, `{"stop": true}`, `{"restart": true}`, `{"start": ATTEMPT}`, `{"end": true}`.
+`{"stacks": [...]}`, those that it was asked for; `{"told": NUMBER}`, a signal that asks the job to end;
+`{"asked": NAME}`, the signal by which ranks were asked to stop after their step; `{"ready": true}`, no rank is left, as
+a restart asks for; `{"bye": true}`, no process is left.
+To an agent: `{"look": true}`, `{"stacks": NUMBER}`, `{"stop": true}`, `{"restart": true}`, `{"start": ATTEMPT}`,
+`{"end": true}`.
 
 A restart in place has two steps, so that nothing of the failed attempt still writes when the next one reads: all agents
 end their ranks; when each has said so, the next attempt's folder is made, and all start theirs.
@@ -27,6 +28,7 @@ from typing import Any
 from jobs import blame
 from jobs.agent.failure_record import failure_record
 from jobs.agent.restarts import Restarts
+from jobs.agent.watch import Hangs
 from jobs.blame import Failure, LastSeen
 from jobs.run_dir import BY_ITSELF, TIME_LIMIT, Attempt, RunDirectory, end_of, read_json, write_json
 from jobs.spec import JobSpec
@@ -153,6 +155,7 @@ class Leader:
         """Turns to an attempt, of which nothing is known yet."""
         self.attempt, self.error = attempt, ""
         self._seen = [_Seen() for _ in self._host_of]
+        self._hangs = Hangs(self.spec, attempt, self.agents, lambda number, message: self.send(number, message))
         self._settled_at: float | None = None
         self._restart: _Restart | None = None
         for number, host in enumerate(self._hosts):
@@ -168,6 +171,7 @@ class Leader:
         for rank, step, phase, since_s in message.get("ranks", ()):
             seen = self._seen[rank]
             seen.step, seen.phase, seen.since_s, seen.at = step, phase, since_s, now
+        self._hangs.hear(host, message)
         for end in message.get("ended", ()):
             self._hear_of_end(end)
         if "told" in message:
@@ -224,12 +228,12 @@ class Leader:
             if host.is_here and host.silent_s > at_most_s:
                 self.lose(number, f"has said nothing for {at_most_s:g} s")
         if self.code is None:
-            self._decide(now)
+            self._decide(now, passed)
             return True
         gone = all(host.said_bye or not host.is_here for host in self._hosts)
         return not gone and now < self._ends_at
 
-    def _decide(self, now: float) -> None:
+    def _decide(self, now: float, passed: float) -> None:
         failures = self._failures()
         own = [failure for failure in failures if failure.own]
         settle_s = SETTLE_S if own else SETTLE_LOST_PEER_S
@@ -263,6 +267,8 @@ class Leader:
                 self._restart_or_fail(self._root_cause(failures), now)
         elif all(seen.ended for seen in self._seen):
             self._finish()
+        elif (hang := self._hangs.look(passed, self._silent_s, self._last_of)) is not None:
+            self._restart_or_fail(hang, now)
         elif self._deadline is not None and now > self._deadline:
             limit = self.spec.resources.time_min
             self._end(self._publish("failed", f"the time limit of {limit} min was reached; ask for more with --time"))
@@ -277,6 +283,10 @@ class Leader:
         assert self._told is not None
         signum, at = self._told
         return self.on_slurm and signum == signal.SIGTERM and now - at < self.spec.grace_s
+
+    @property
+    def _silent_s(self) -> float:
+        return max((host.silent_s for host in self._hosts if host.is_here), default=0.0)
 
     def _failures(self) -> list[Failure]:
         return [seen.failure for seen in self._seen if seen.failure is not None]

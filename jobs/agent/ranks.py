@@ -21,6 +21,7 @@ from pathlib import Path
 from jobs import blame, processes
 from jobs.agent.memory import OomCounter
 from jobs.agent.signals import OF_AN_AGENT
+from jobs.agent.stacks import Stacks
 from jobs.blame import Failure
 from jobs.job import Job
 from jobs.rank import report
@@ -159,6 +160,7 @@ class Ranks:
     shared: Sequence[int] = ()
     all: list[Rank] = field(default_factory=list)
     oom: OomCounter = field(default_factory=OomCounter)
+    stacks: Stacks = field(default_factory=Stacks)
     others_ended: set[int] = field(default_factory=set)
     """Children that have ended and are no ranks."""
 
@@ -167,8 +169,10 @@ class Ranks:
         number = int(env["RANK"])
         path = self.attempt.log(number)
         read_end, write_end = os.pipe()
-        env = {**env, report.VARIABLE: report.variable(write_end)}
-        pid = self._fork(env, path, cpus) if fork else self._spawn(env, path, cpus, write_end)
+        env = {**env, report.VARIABLE: report.variable(write_end), **self.stacks.open(number)}
+        pid = (
+            self._fork(env, path, cpus) if fork else self._spawn(env, path, cpus, (write_end, self.stacks.file(number)))
+        )
         os.close(write_end)
         with contextlib.suppress(OSError):  # the child does the same; whoever is first
             os.setpgid(pid, pid)
@@ -187,7 +191,11 @@ class Ranks:
             os.setpgid(0, 0)
             for signum in OF_AN_AGENT:
                 signal.signal(signum, signal.SIG_IGN if signum in _IGNORED else signal.SIG_DFL)
-            for descriptor in (*self.private(), *(rank._pipe for rank in self.all)):
+            for descriptor in (
+                *self.private(),
+                *(rank._pipe for rank in self.all),
+                *self.stacks.others(int(env["RANK"])),
+            ):
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
             _log_to(path)
@@ -202,7 +210,7 @@ class Ranks:
         finally:
             processes.leave(code)
 
-    def _spawn(self, env: Mapping[str, str], path: Path, cpus: set[int] | None, write_end: int) -> int:
+    def _spawn(self, env: Mapping[str, str], path: Path, cpus: set[int] | None, pass_fds: tuple[int, ...]) -> int:
         command = [sys.executable, "-u", str(processes.ENTRY), "--rank", str(self.job.spec.run_dir), str(os.getpid())]
         if cpus is not None:
             env = {**env, "MESHRUN_CPUS": ",".join(map(str, sorted(cpus)))}
@@ -212,7 +220,7 @@ class Ranks:
                 env={**without_launcher(os.environ), **env},
                 stdout=output,
                 stderr=output,
-                pass_fds=(write_end, *self.shared),
+                pass_fds=(*pass_fds, *self.shared),
             )
         process.returncode = 0  # it is waited for with the others, by number
         return process.pid
@@ -239,6 +247,11 @@ class Ranks:
                     rank.done = self.attempt.done(rank.rank).exists()
                     rank.failed = Failure.from_json(read_json(self.attempt.failure(rank.rank)))
                 rank.out_of_memory = rank.exit_code == -signal.SIGKILL and self.oom.killed_since() > 0
+
+    def ask_for_stacks(self, question: int) -> None:
+        """Asks those that run for their stacks; what they show is `stacks.answer()`, soon."""
+        running = {rank.rank: rank.pid for rank in self.all if rank.exit_code is None}
+        self.stacks.ask(question, running, self.attempt)
 
     @property
     def have_ended(self) -> bool:

@@ -68,6 +68,12 @@ _LAUNCH = (
         "requeue a Slurm job that was stopped before its time limit, to go on, up to N times (default: 3)",
     ),
     Flag("--threads-per-rank", "T", "CPU threads per rank for tensor operations (default: the cluster config's)"),
+    Flag(
+        "--watchdog-timeout",
+        "SECONDS",
+        "fail the job, and name the rank that hangs, if no step ends within SECONDS; 0 turns this off (default: "
+        "adapts to the measured steps)",
+    ),
     Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
     Flag("--run-dir", "DIR", "run directory, new or empty (default: runs/<utc time>-<workload>-<short id>)"),
     Flag("--profile", "FIRST:LAST", "profile the steps from FIRST to LAST, counted from 1: traces and top operators"),

@@ -26,7 +26,7 @@ from typing import Any
 
 from jobs import blame, processes
 from jobs.errors import TopologyError
-from jobs.rank import profiling, report
+from jobs.rank import profiling, report, stacks
 from jobs.rank.identity import RankInfo
 from jobs.rank.numbering import Placement, mesh_table
 from jobs.run_dir import Attempt, RunDirectory, write_json
@@ -73,6 +73,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str], attempt_number: int | None =
     attempt = RunDirectory(spec.run_dir).attempt(info.attempt)
     _configure_logging(f"rank {info.rank}/{info.world_size} {info.host}")
     faulthandler.enable()
+    stacks.show_on_signal(env)
     if info.launcher == "slurm":
         # In place of submitit's handlers: scancel's SIGTERM ends the rank at once instead of after KillWait, and the
         # warning before the time limit does not end a run that may still finish in time.
@@ -141,6 +142,7 @@ def _run(
     log.info("local rank %d on %s; the scheduler's number is %d", placement.local_rank, info.host, info.rank)
     if choice.device.type == "cuda":
         torch.cuda.set_device(choice.device)
+        stacks.record_collectives(attempt, os.environ)
     cpu_group = rendezvous.init_process_group(meeting, choice.device, choice.backend, spec.collective_timeout_s)
     try:
         shape = Shape(placement.nodes, placement.local_world_size, spec.resources.gpu_memory_gb)

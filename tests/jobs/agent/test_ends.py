@@ -54,7 +54,9 @@ def place(
     monkeypatch.chdir(tmp_path)
     on_slurm = request.param == "slurm"
     cluster = request.getfixturevalue("slurm") if on_slurm else None
-    (tmp_path / "quick.yaml").write_text(f"executor: {request.param}\ncollective_timeout_s: {COLLECTIVE_TIMEOUT_S}\n")
+    (tmp_path / "quick.yaml").write_text(
+        f"executor: {request.param}\ncollective_timeout_s: {COLLECTIVE_TIMEOUT_S}\nwatchdog_timeout_s: 0\n"
+    )
     words, options = ("--cluster", "quick.yaml"), {}
     if cluster is not None:
         words, options = (*words, "--wait"), {"env": cluster.env}

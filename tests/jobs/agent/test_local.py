@@ -213,7 +213,7 @@ def test_a_rank_that_hangs_before_it_comes_is_named(typed: Submit, tmp_path: Pat
 
 
 def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(typed: Submit, tmp_path: Path) -> None:
-    (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\n")
+    (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\nwatchdog_timeout_s: 0\n")
     line = typed("mine:ENTRY", "--cluster", "quick.yaml", *TWO, "does=hang")
     code, _, err = line.finish()
     assert code == 1
@@ -227,7 +227,7 @@ def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(t
 
 
 def test_a_rank_that_leaves_out_a_collective_is_named(typed: Submit, tmp_path: Path) -> None:
-    (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\n")
+    (tmp_path / "quick.yaml").write_text("executor: local\ncollective_timeout_s: 3\nwatchdog_timeout_s: 0\n")
     line = typed("mine:ENTRY", "--cluster", "quick.yaml", *FOUR, "does=skip", "on_rank=2")
     code, _, err = line.finish()
     assert code == 1
