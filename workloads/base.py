@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from workloads.errors import NonFiniteError as NonFiniteError
 from workloads.errors import SupersededError as SupersededError
 from workloads.errors import WorkloadError as WorkloadError
-from workloads.errors import in_words
+from workloads.errors import in_words, place_of
 from workloads.json_values import to_json as to_json
 from workloads.metric import Metric
 from workloads.metric import Reduced as Reduced
@@ -136,19 +135,19 @@ class WorkloadEntry:
             Torch-free.
         mesh: `mesh(config, shape) -> MeshSpec`; default: one dimension `dp` over all ranks. Torch-free.
         prepare: `prepare(config, directory) -> str | None`, once, on the submitting machine, before queueing: puts
-            into `directory` (which the ranks see as ctx.paths.data_dir, and which it makes itself) whatever must not
-            be made by every rank. It runs in a process of its own and may import what it likes; what it prints is
-            shown, and a line that it returns is announced. That process has the environment of the submitting line,
-            a thread a library where that does not say otherwise, and nothing to read on stdin; what it leaves
-            running is ended. By hand (torchrun, srun) it runs in rank 0 itself, whatever `plan` says, and its line
-            is not shown; unless `prepare_by_hand` is off.
+            into `directory` (which the ranks see as ctx.paths.data_dir) what must not be made by every rank. It runs
+            in a process of its own and may import what it likes. What it prints is shown, and so is a line that it
+            returns. It has the environment of the submitting command line, one thread per library unless that says
+            otherwise, and an empty stdin; processes that it leaves running are ended. Without a submission (torchrun,
+            srun) it runs in rank 0 itself, whatever `plan` says, and its line is not shown; `prepare_by_hand=False`
+            turns that off.
         plan: `plan(config) -> str | None`, one line on what `prepare` would do, which a dry run shows; None where
             there is nothing to prepare, and then `prepare` is not started. Torch-free; reads no network and writes
             nothing. Default: there is always something to prepare.
         prepare_timeout_s: seconds after which `prepare` is killed, with whatever it has started, and nothing is
             queued.
-        prepare_by_hand: whether rank 0 may prepare where nobody has submitted the job; not, where that is a download:
-            compute nodes often have no internet. `run` then finds no `ctx.paths.data_dir`.
+        prepare_by_hand: whether rank 0 may prepare where nobody has submitted the job. Set it to False if `prepare`
+            downloads, since compute nodes often have no internet; `run` then finds no `ctx.paths.data_dir`.
         build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
         memory_bytes: `memory_bytes(config, shape, device) -> int`, roughly the peak bytes of one rank; `device` is
             "cuda" or "cpu". Torch-free.
@@ -203,10 +202,7 @@ class WorkloadEntry:
             if isinstance(error, OSError) and error.filename:
                 line = f"{error.filename}: {error.strerror or error}; give another path"
                 raise WorkloadError(line) from error
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            raise WorkloadError(
-                f"workload {self.name}: {name} failed at {last.filename}:{last.lineno}: {in_words(error)}"
-            ) from error
+            raise WorkloadError(f"workload {self.name}: {name} failed{place_of(error)}: {in_words(error)}") from error
 
     def mesh_spec(self, config: WorkloadConfig, shape: Shape) -> MeshSpec:
         """The mesh of a run of this shape.
@@ -221,7 +217,9 @@ class WorkloadEntry:
             raise WorkloadError(f"mesh {spec} has {spec.world_size} places for {shape.world_size} ranks ({shape})")
         if "tp" in spec.names:
             tp = spec.sizes[spec.names.index("tp")]
-            if shape.gpus_per_node % tp or spec.names[-1] != "tp":
+            if spec.names[-1] != "tp":
+                raise WorkloadError(f"mesh {spec}: tp must be the last dimension, so that its groups lie within a host")
+            if shape.gpus_per_node % tp:
                 raise WorkloadError(
                     f"tp={tp} does not divide gpus_per_node={shape.gpus_per_node}: a tensor-parallel group must "
                     "lie within a host; use a divisor"
@@ -314,13 +312,13 @@ class RunContext:
         return Shape(self.world_size // self.local_world_size, self.local_world_size, self.gpu_memory_gb)
 
     def end_step(self, metrics: Mapping[str, Metric]) -> bool:
-        """Ends a step on every rank together: sends its metrics to be reduced, and says what the step before came to.
+        """Ends a step on every rank together: sends its metrics to be reduced, and checks the step before.
 
-        Nothing is waited for but the step before. Metrics made by `mean`, `total`, `largest` come from all ranks and
-        may be 0-dim tensors on `device`; what is made by `per_second` is divided by the step's seconds; plain values
-        are taken from rank 0. When the next step ends, or what the last one came to is asked for, rank 0 appends them
-        as a line to metrics.jsonl. So a value that is not finite, and a wish to stop, are known one step late, on all
-        ranks alike: what is to be trusted is saved within `timed("checkpoint")`, after end_step.
+        It waits only for the previous step's metrics. Metrics made by `mean`, `total`, `largest` come from all ranks
+        and may be 0-dim tensors on `device`; what is made by `per_second` is divided by the step's seconds; plain
+        values are taken from rank 0. When the next step ends, or `last_metrics` is read, rank 0 appends them as a line
+        to metrics.jsonl. So a value that is not finite, and a wish to stop, are known one step late, on all ranks
+        alike: save checkpoints inside `with ctx.timed("checkpoint")`, after end_step.
 
         The step's own time goes into its line, too: `step_seconds`, from the step before's end to here, without what
         ran in `timed`; for the first step, which also warms up, it is `first_step_seconds`.

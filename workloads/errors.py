@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class WorkloadError(Exception):
@@ -33,6 +36,23 @@ def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 _STACK = re.compile(
     r"(?:Original )?Traceback \(most recent call last\):|Exception raised from |C\+\+ CapturedTraceback:"
 )
+
+
+def place_of(error: BaseException) -> str:
+    """` at file:line`: the innermost frame of a user's own file, or else of any; empty if there is none.
+
+    An error in a user's code is often raised in a library that it calls: the place to look at is the call.
+    """
+    if isinstance(error, SyntaxError):
+        return f" at {error.filename}:{error.lineno}"
+    ours, stdlib = str(Path(__file__).resolve().parent.parent), str(Path(os.__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    foreign = [
+        frame for frame in frames if not frame.filename.startswith((stdlib, f"{ours}/jobs", f"{ours}/workloads"))
+    ]
+    own = [frame for frame in foreign if not re.search("(site|dist)-packages/", frame.filename)]
+    last = (own or foreign or frames)[-1:]
+    return f" at {last[0].filename}:{last[0].lineno}" if last else ""
 
 
 def in_words(error: BaseException) -> str:

@@ -6,11 +6,10 @@ import importlib
 import pkgutil
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from workloads.errors import WorkloadError, did_you_mean, in_words
+from workloads.errors import WorkloadError, did_you_mean, in_words, place_of
 
 if TYPE_CHECKING:
     from workloads.base import WorkloadEntry
@@ -102,14 +101,14 @@ def _entry(path: str, name: str) -> WorkloadEntry:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             # The module exists, but something that it imports does not.
             raise WorkloadError(
-                f"'{name}': importing {module_name} failed{_where(error)}: {_message(error)}"
+                f"'{name}': importing {module_name} failed{place_of(error)}: {_message(error)}"
             ) from error
         hint = "; it must be in the current directory or an installed package"
         if package in ("jobs", "workloads"):
             hint = f"; '{package}' is meshrun's own package, so rename yours"
         raise WorkloadError(f"'{name}': no module named '{error.name}'{hint}") from None
     except (Exception, SystemExit) as error:  # sys.exit() in a module must not end the command as if it had succeeded
-        raise WorkloadError(f"'{name}': importing {module_name} failed{_where(error)}: {_message(error)}") from error
+        raise WorkloadError(f"'{name}': importing {module_name} failed{place_of(error)}: {_message(error)}") from error
     if not hasattr(module, attribute):
         entries = [key for key, value in vars(module).items() if isinstance(value, WorkloadEntry)]
         known = f"; it has {', '.join(entries)}" if entries else "; define a WorkloadEntry there"
@@ -121,15 +120,6 @@ def _entry(path: str, name: str) -> WorkloadEntry:
     if not (isinstance(entry.config, type) and issubclass(entry.config, WorkloadConfig)):
         raise WorkloadError(f"'{name}': its config must be a subclass of workloads.base.WorkloadConfig")
     return entry
-
-
-def _where(error: BaseException) -> str:
-    """` at file:line` of the last frame outside the import machinery."""
-    if isinstance(error, SyntaxError):
-        return f" at {error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    relevant = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    return f" at {relevant[-1].filename}:{relevant[-1].lineno}" if relevant else ""
 
 
 def _message(error: BaseException) -> str:

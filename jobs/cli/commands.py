@@ -6,6 +6,7 @@ A new verb is one row here and one file in jobs/cli/verbs with `run(given: Optio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jobs.errors import CommandLineError
@@ -179,6 +180,9 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
             key = first.partition("=")[0]
             raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
         close = did_you_mean(first, (*registry.BUILT_IN, *by_name))
+        module = Path(first).stem
+        if Path(f"{module}.py").is_file():
+            close = f"; for {module}.py here, write {module}:ENTRY, where ENTRY is its WorkloadEntry"
         raise CommandLineError(f"'{first}': no such workload or verb{close}; {known}")
     _check(LAUNCH, words, given_flags)
     return LAUNCH

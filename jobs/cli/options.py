@@ -13,8 +13,9 @@ from workloads.errors import did_you_mean
 
 SLURMS_SHORT = {
     **{"-N": "--nodes", "-p": "--partition", "-A": "--account", "-q": "--qos", "-t": "--time", "-J": "--job-name"},
-    **dict.fromkeys(("-n", "-G"), "--gpus-per-node"),
 }
+SLURMS_TOTALS = ("-n", "-G")
+"""Slurm's counts of tasks and GPUs over all hosts."""
 SLURMS_GPUS = ("--gres", "--gpus", "--ntasks", "--ntasks-per-node", "--gpus-per-task")
 SLURMS_LONG = (
     *("--mail-", "--exclusive", "--constraint", "--reservation", "--dependency", "--begin", "--comment", "--nodelist"),
@@ -126,11 +127,13 @@ def parse(argv: Sequence[str]) -> Options:
         hint = did_you_mean(flag, known, cutoff=0.75)
         if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
+        elif flag[:2] in SLURMS_TOTALS and not flag.startswith("--"):
+            hint = f" (Slurm's {flag[:2]} counts over all hosts; use --nodes and --gpus-per-node)"
         elif flag in SLURMS_GPUS:
             hint = " (ask for GPUs with --gpus-per-node)"
         elif flag.startswith(SLURMS_LONG):
             hint = f" (an option of sbatch: --sbatch {flag[2:]}{equals and '=...'})"
-        elif equals and not hint:
+        elif not hint and flag.startswith("--"):
             hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
         raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
     return Options(**vars(given))

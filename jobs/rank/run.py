@@ -149,7 +149,7 @@ def _run(
         mesh_spec = entry.mesh_spec(config, shape)
         device_mesh = mesh.build_mesh(mesh_spec, choice.device.type, timedelta(seconds=spec.collective_timeout_s))
         if placement.rank == 0:
-            log.info("%d ranks on %s; %s per rank", placement.world_size, choice.why, _threads(spec.threads_per_rank))
+            log.info("%s on %s; %s per rank", _ranks(placement.world_size), choice.why, _threads(spec.threads_per_rank))
             log.info("mesh %s\n%s", mesh_spec, mesh_table(mesh_spec, tuple(dict.fromkeys(placement.hosts))))
         context = RunContext(
             rank=placement.rank,
@@ -270,6 +270,10 @@ def _take_warnings(is_told: str) -> None:
             _thread.interrupt_main(signal.SIGUSR2)
 
     threading.Thread(target=take, name="Slurm's warnings", daemon=True).start()
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _threads(count: int) -> str:

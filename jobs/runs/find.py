@@ -31,6 +31,8 @@ def find(name: str) -> RunDirectory:
     else:
         names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
         close = did_you_mean(Path(name).name, names)
+        if name.isdecimal():
+            close = " (it looks like a job ID)"
         raise CommandLineError(f"'{name}': no such run directory, here or in ./runs{close}; give the path of one")
     run_dir = RunDirectory(path.absolute())
     if not run_dir.job.is_file():

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jobs.cluster import OF_BASH, choose_executor, env_name_mistake, find_cluster, load_cluster, shipped_configs
+from jobs.cluster import (
+    OF_BASH,
+    ClusterConfig,
+    choose_executor,
+    env_name_mistake,
+    find_cluster,
+    load_cluster,
+    shipped_configs,
+)
 from jobs.errors import ClusterConfigError
 
 
@@ -57,6 +66,11 @@ def test_the_shipped_configs_are_valid() -> None:
     assert {"local", "slurm"} <= set(names)
     for name in names:
         assert load_cluster(find_cluster(name)).nodes >= 1
+
+
+def test_the_plain_config_explains_every_key() -> None:
+    text = (shipped_configs() / "slurm.yaml").read_text()
+    assert [key for key in ClusterConfig.model_fields if not re.search(rf"^(# )?{key}:", text, re.MULTILINE)] == []
 
 
 def test_a_config_of_ones_own_comes_before_the_shipped_one(tmp_path: Path) -> None:
