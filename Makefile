@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := pyproject.toml .ci/constraints.txt .ci/bootstrap.py
 
-.PHONY: help setup dev demo slurm test lint bench gpu clean
+.PHONY: help setup dev demo slurm test lint bench chaos gpu clean
 
 help:
 	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
 	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
 	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
 	@echo "make bench   benchmarks: one table of ratios with their goals, also as build/benchmarks.json; 20 minutes"
+	@echo "make chaos   strike N=100 runs at random moments, and compare each with the undisturbed run; SEED=1"
 	@echo "make gpu     on a machine with a GPU: the tests that need one, then tests/benchmarks/gpu.py"
 	@echo "make clean   remove $(VENV) and caches; run directories stay"
 
@@ -38,7 +39,7 @@ slurm: dev
 	@$(BIN)/python .ci/slurm_packages.py
 
 test: lint slurm
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 bench: slurm
 	$(BIN)/python -m tests.benchmarks.start_up
@@ -47,6 +48,11 @@ bench: slurm
 	$(BIN)/python -m tests.benchmarks.pipeline_bubble
 	$(BIN)/python -m workloads.pipeline_mlp.simulate
 	$(BIN)/python -m tests.benchmarks
+
+N ?= 100
+SEED ?= 1
+chaos: dev
+	$(BIN)/python -m tests.chaos --rounds $(N) --seed $(SEED)
 
 # Both lines also run with any python3 that has torch and pytest, without $(VENV).
 gpu: dev

@@ -47,9 +47,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
         entry = registry.load(spec.workload, spec.import_path)
         config = entry.config.model_validate(spec.settings)
         _say(results, {"called": True})  # the time limit of prepare begins here
-        data = RunDirectory(run_dir).data
-        data.mkdir(mode=0o700, exist_ok=True)
-        line = entry.call("prepare", config, data)
+        line = entry.call("prepare", config, RunDirectory(run_dir).data)
         if line is not None and not isinstance(line, str):
             raise WorkloadError(
                 f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line that "

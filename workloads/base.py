@@ -135,12 +135,12 @@ class WorkloadEntry:
             Torch-free.
         mesh: `mesh(config, shape) -> MeshSpec`; default: one dimension `dp` over all ranks. Torch-free.
         prepare: `prepare(config, directory) -> str | None`, once, on the submitting machine, before queueing: puts
-            into `directory` (which the ranks see as ctx.paths.data_dir) what must not be made by every rank. It runs
-            in a process of its own and may import what it likes. What it prints is shown, and so is a line that it
-            returns. It has the environment of the submitting command line, one thread per library unless that says
-            otherwise, and an empty stdin; processes that it leaves running are ended. Without a submission (torchrun,
-            srun) it runs in rank 0 itself, whatever `plan` says, and its line is not shown; `prepare_by_hand=False`
-            turns that off.
+            into `directory`, which it makes itself, what must not be made by every rank; the ranks see it as
+            ctx.paths.data_dir. It runs in a process of its own and may import what it likes. What it prints is shown,
+            and so is a line that it returns. It has the environment of the submitting command line, one thread per
+            library unless that says otherwise, and an empty stdin; processes that it leaves running are ended.
+            Without a submission (torchrun, srun) it runs in rank 0 itself, whatever `plan` says, and its line is not
+            shown; `prepare_by_hand=False` turns that off.
         plan: `plan(config) -> str | None`, one line on what `prepare` would do, which a dry run shows; None where
             there is nothing to prepare, and then `prepare` is not started. Torch-free; reads no network and writes
             nothing. Default: there is always something to prepare.

@@ -67,7 +67,7 @@ def test_a_mesh_is_dp_over_all_ranks_by_default() -> None:
     ("names", "sizes", "says"),
     [
         (("dp", "tp"), (1, 8), "must lie within a host"),
-        (("tp", "dp"), (2, 4), "must lie within a host"),
+        (("tp", "dp"), (2, 4), "tp must be the last dimension"),
         (("dp", "tp"), (2, 2), "4 places for 8 ranks"),
     ],
 )

@@ -31,10 +31,13 @@ def test_a_row_and_a_file_are_a_verb(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "submit.py greet WHOM\n" in shown
     assert shown.count("--nodes N ") == 1
     for line, refusal in (
-        ("greet you --qos a", "--qos: is a flag of submit.py WORKLOAD, not of submit.py greet; leave it out"),
+        (
+            "greet you --qos a",
+            "--qos: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py greet; leave it out",
+        ),
         (
             "list --nodes 2",
-            "--nodes: is a flag of submit.py WORKLOAD and submit.py greet, not of submit.py list; leave",
+            "--nodes: is a flag of submit.py WORKLOAD and submit.py resume and submit.py greet, not of submit.py list",
         ),
         ("greet", "greet takes one argument and got none; write submit.py greet WHOM"),
         ("greeet you", "'greeet': no such workload or verb (did you mean 'greet'?)"),

@@ -1,0 +1,83 @@
+"""`submit.py resume RUN`: which command lines are refused, and that the others go on with the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli.main import main
+from tests.jobs.submitting import SUBMIT
+from tests.test_submit import Bad, check_refusal, name, tree
+
+SMALL = [
+    *("model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=48", "seq_len=16"),
+    *("global_batch_size=8", "sample_tokens=0", "eval_windows=8"),
+]
+BAD = [
+    Bad(["resume"], ["resume takes one argument and got none; write submit.py resume RUN [options] [key=value ...]"]),
+    Bad(["resume", "gone"], ["'gone': no such run directory, here or in ./runs"]),
+    Bad(["resume", "12"], ["'12': no such run directory", "it looks like a job ID"]),
+    Bad(["resume", "run"], ["run/job.json: is not the description of a job"], {"run/job.json": '{"workload": "mine"}'}),
+    Bad(["resume", "run", "--config", "x"], ["--config: is a flag of submit.py WORKLOAD, not of submit.py resume"]),
+    Bad(["resume", "run", "--run-dir", "x"], ["--run-dir: is a flag of submit.py WORKLOAD, not of submit.py resume"]),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=name)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad.prepare(tmp_path)
+    before = tree(tmp_path)
+    code = main(bad.line)
+    out, err = capsys.readouterr()
+    check_refusal(bad, code, out, err, before, tmp_path)
+
+
+def typed(folder: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, SUBMIT, *words], cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(folder: Path) -> list[Any]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_with_more_steps_and_on_another_shape(tmp_path: Path) -> None:
+    """Its losses are those of a run that was never interrupted; what cannot work leaves the run as it was."""
+    words = ["tp_fsdp", "--executor", "local", *SMALL, "precision=fp64", "min_lr_ratio=1", "checkpoint.every_steps=2"]
+    words += ["warmup_steps=1"]
+    two = ["--nodes", "2", "--gpus-per-node", "2", "tp=2"]
+    typed(tmp_path, *words, *two, "steps=6", "--run-dir", "whole")
+    typed(tmp_path, *words, *two, "steps=4", "--run-dir", "run")
+    run = tmp_path / "run"
+    before = tree(run)
+    for bad, says in (
+        (["steps=3"], "steps=3: the checkpoint "),
+        (["lr=1"], "cannot be resumed with lr=1.0 (saved: 0.006)"),
+        (["--nodes", "3"], "global_batch_size=8 is not divisible by dp=3"),
+    ):
+        shown = typed(tmp_path, "resume", "run", *bad, code=2)
+        assert len(shown.splitlines()) == 1
+        assert says in shown
+        assert tree(run) == before
+    assert "goes on from step-00000004" in typed(tmp_path, "resume", "run", "steps=6", "--dry-run")
+    assert tree(run) == before
+
+    shown = typed(tmp_path, "resume", "run", "steps=6", "--nodes", "1")
+    assert "goes on from step-00000004" in shown
+    assert "mesh dp 1 x tp 2" in shown
+    record = json.loads((run / "result.json").read_text())
+    assert (record["status"], record["attempt"], record["resumed_from_step"]) == ("done", 1, 4)
+    assert json.loads((run / "job.json").read_text())["resources"]["nodes"] == 1
+    assert json.loads((run / "attempt-0" / "job.json").read_text())["resources"]["nodes"] == 2
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-12)
