@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from jobs.errors import ClusterConfigError
 from jobs.settings import build, read_yaml
-from jobs.slurm import options
+from jobs.slurm import environment, options
 from jobs.spec import MOST_GPUS, MOST_NODES, CpuBinding, ExecutorName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 from workloads.errors import did_you_mean
@@ -205,6 +205,8 @@ def env_name_mistake(name: str) -> str | None:
         return f"{name} is set from threads_per_rank; use that, or --threads-per-rank"
     if name in OF_BASH:
         return f"{name} is one of bash's own variables, which a script cannot set reliably; choose another name"
+    if name in environment.OF_TORCHRUN or name.startswith("TORCHELASTIC_"):
+        return f"{name} is set for each rank by its agent; choose another name"
     if name.startswith(("MESHRUN_", "SUBMITIT_", "SLURM_", "SRUN_")) and name != "MESHRUN_DEVICE":
         return f"{name} is reserved for meshrun and Slurm; choose another name"
     return None

@@ -96,6 +96,16 @@ def runs(pid: int, argument: str) -> bool:
         return False
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether process `pid` was stopped by a signal (SIGSTOP, SIGTSTP) and has not been continued."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
+
+
 def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
     """Kills every child except those in `but`, including the orphans that each death hands down, until none is left."""
     deadline = time.monotonic() + within_s

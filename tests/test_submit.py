@@ -305,6 +305,8 @@ BAD = [
     site("sbatch: {comment: true}", says=["c.yaml:2", "comment=VALUE"]),
     slurm("--env", "UID=5", says=["--env UID=...", "bash's own"]),
     slurm("--env", "RANDOM=5", says=["--env RANDOM=...", "cannot set reliably"]),
+    slurm("--env", "MASTER_PORT=1", says=["--env MASTER_PORT=...", "is set for each rank by its agent"]),
+    slurm("--env", "TORCHELASTIC_X=1", says=["TORCHELASTIC_X", "is set for each rank by its agent"]),
     slurm("--env", "SRUN_DEBUG=3", says=["SRUN_DEBUG", "reserved for meshrun and Slurm"]),
     slurm("--env", "A=x\udcffy", says=["--env A: its value is not UTF-8"]),
     slurm("--env", "A=x\r\ny", says=["--env A: its value contains a carriage return before a line break", "\\n alone"]),

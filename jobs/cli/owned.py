@@ -16,7 +16,7 @@ from jobs.errors import Interrupted, OutputLost
 from jobs.run_dir import BY_ITSELF, RunDirectory
 from jobs.runs.find import come_back
 from jobs.runs.local_job import POLL_S, without_result
-from jobs.runs.result import LINGERS, Result
+from jobs.runs.result import Result, why_it_lingers
 from jobs.spec import JobSpec
 
 
@@ -42,7 +42,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             interrupts.check()
             display.update()
             if result.lingers():
-                display.say(LINGERS)
+                display.say(why_it_lingers(process.pid))
             time.sleep(POLL_S)
         display.update(ended=True)
         display.close()

@@ -10,7 +10,7 @@ from typing import Any
 from jobs import blame, processes
 from jobs.errors import JobFailed
 from jobs.run_dir import RunDirectory, Submitted, end_of, read_json
-from jobs.runs.result import LINGERS, Result
+from jobs.runs.result import Result, why_it_lingers
 from jobs.runs.tail import last_lines
 
 POLL_S = 0.1
@@ -51,7 +51,7 @@ class LocalJob:
             return self.result.read() is not None
         if self._runs():
             if self.result.lingers():
-                self._news.append(LINGERS)
+                self._news.append(why_it_lingers(int(self.submitted.job_id)))
             return False
         self.gone_since = self.gone_since or time.monotonic()
         return self.result.read() is not None or time.monotonic() - self.gone_since > RESULT_WITHIN_S

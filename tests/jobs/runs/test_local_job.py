@@ -143,6 +143,21 @@ def test_a_local_job_of_another_box_is_known_by_its_result(tmp_path: Path, later
     assert "the job runs on elsewhere" in capsys.readouterr().out
 
 
+def test_of_a_stopped_agent_it_is_said_how_it_goes_on(
+    tmp_path: Path, later: Later, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    sleeper = subprocess.Popen(["sleep", "600"])
+    sleeper.send_signal(signal.SIGSTOP)
+    run = local(tmp_path, sleeper.pid, "600")
+    write_json(run.attempt(0).make().result, DONE)
+    monkeypatch.setattr(result, "LINGERS_S", 0.1)
+    later(3.0, sleeper.kill)
+    assert main(["wait", "run"]) == 0
+    agent = sleeper.pid
+    assert f"the job's agent, process {agent}, is stopped; let it go on: kill -CONT {agent}" in capsys.readouterr().out
+    sleeper.wait()
+
+
 def test_a_job_whose_agent_runs_has_not_failed_also_where_there_is_no_proc(
     tmp_path: Path, later: Later, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
