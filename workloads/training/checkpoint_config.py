@@ -69,7 +69,7 @@ class ResumableConfig(WorkloadConfig):
             WorkloadError: names each setting that differs, with its saved and its given value.
         """
         steps = getattr(self, "steps", None)
-        if isinstance(steps, int) and manifest["step"] > steps:
+        if isinstance(steps, int) and manifest.get("step", 0) > steps:
             raise WorkloadError(
                 f"steps={steps}: the checkpoint {folder} was saved after step {manifest['step']}; give more steps, or "
                 "resume=never to start at step 1"
