@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from jobs.spec import JobSpec, ResourceSpec
+from jobs.status import status
 from tests.jobs.submitting import ROOT, Line, assert_ended_like_a_script, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(150)]
@@ -566,5 +567,5 @@ def test_where_forking_is_not_safe_ranks_are_interpreters_of_their_own(tmp_path:
     assert (out, record["status"], record["result"]["total"]) == ("", "done", 9.0), err
     assert_ended_like_a_script(tmp_path)
     assert "threads after its imports" in err
-    # Written at least once, which may be when a rank has ended already.
-    assert json.loads((tmp_path / "run" / "attempt-0" / "status.json").read_text())["running"] in (0, 1, 2)
+    # The thread has written it; which ranks had ended by the last time is chance.
+    assert json.loads((tmp_path / "run" / "attempt-0" / "status.json").read_text()).keys() == status([], 0.0).keys()
