@@ -35,10 +35,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,7 +47,8 @@ from jobs.errors import RunDirectoryError
 from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
-from workloads.whole_files import beside, is_there, written_beside
+from workloads.whole_files import beside, is_there, write_durably, written_beside
+from workloads.whole_files import write_text as write_text
 
 
 def default_run_dir(workload: str) -> Path:
@@ -63,23 +64,6 @@ def keep_others_from_writing() -> None:
     """
     mask = os.umask(0o077)
     os.umask(mask if mask & 0o002 else mask | 0o022)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a reader sees the whole file or none."""
-    with written_beside(path) as own:
-        _write_durably(own, text, path)
-
-
-def _write_durably(own: Path, text: str, path: Path) -> None:
-    try:
-        with own.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,7 +82,7 @@ def write_new(path: Path, text: str) -> None:
         FileExistsError: it is there; nothing is overwritten, whoever wrote it a moment ago.
     """
     with beside(path) as own:
-        _write_durably(own, text, path)
+        write_durably(own, text, path)
         try:
             os.link(own, path)
         except FileExistsError:
@@ -278,7 +262,7 @@ class RunDirectory:
 
     def has_checkpoints(self) -> bool:
         """Whether anything was saved that a later attempt can go on from."""
-        return bool(_names(self.checkpoints))
+        return any(not name.startswith(".") for name in _names(self.checkpoints))  # others are being written
 
     @property
     def lease(self) -> Path:
@@ -302,37 +286,33 @@ class RunDirectory:
         write_json(self.job, spec.model_dump(mode="json"))
         write_text(self.settings, dump_yaml(spec.settings))
 
-    def put_away(self) -> list[tuple[Path, Path]]:
-        """Moves what describes the job and its submission into the newest attempt's folder: another one is to follow.
+    def put_away(self) -> PutAway:
+        """Makes room for the description and the submission of an attempt that is to follow the newest one.
 
-        That attempt's result then says so, and no longer counts as the end of the run.
-
-        Returns:
-            Where each file was, and where it is now, for `put_back`.
+        That one's result then says so, and no longer counts as the end of the run.
         """
         attempt = self.last_attempt().make()
-        ended = self.recorded(attempt.number) or {
-            "status": "failed",
-            "attempt": attempt.number,
-            "error": "left no result",
-        }
+        before = self.recorded(attempt.number)
+        ended = before or {"status": "failed", "attempt": attempt.number, "error": "left no result"}
         self.amend(attempt.number, {**ended, "next_attempt": attempt.number + 1})
+        for path in (self.job, self.settings):  # these are replaced, and must be there at any moment
+            shutil.copy2(path, attempt.path)
         scripts = [self.submitit / self.script] if self.script else []
-        moved = []
-        for path in (self.job, self.settings, self.submission, *scripts):
+        for path in (self.submission, *scripts):
             if path.exists():
-                away = attempt.path / path.name
-                path.rename(away)
-                moved.append((path, away))
-        return moved
+                path.rename(attempt.path / path.name)
+        return PutAway(attempt, before, (self.job, self.settings, self.submission, *scripts))
 
-    def put_back(self, moved: Sequence[tuple[Path, Path]]) -> None:
+    def put_back(self, away: PutAway) -> None:
         """Undoes `put_away`: no attempt follows."""
-        for path, away in moved:
-            away.replace(path)
-        attempt = self.last_attempt()
-        ended = self.recorded(attempt.number) or {}
-        self.amend(attempt.number, {name: value for name, value in ended.items() if name != "next_attempt"})
+        for path in away.files:
+            with contextlib.suppress(FileNotFoundError):
+                (away.attempt.path / path.name).replace(path)
+        if away.result is not None:
+            self.amend(away.attempt.number, away.result)
+        else:
+            away.attempt.result.unlink()
+            self.show_newest()
 
     def record_submission(self, submitted: Submitted) -> None:
         """Writes down what the job became, so that `submit.py wait` finds it again."""
@@ -561,6 +541,18 @@ class Attempt:
         return {
             int(match[1]) for name in _names(self.path / "failures") if (match := re.fullmatch(r"(\d+)\.json", name))
         }
+
+
+@dataclass(frozen=True)
+class PutAway:
+    """What `RunDirectory.put_away` has changed."""
+
+    attempt: Attempt
+    """Where the files are now."""
+    result: dict[str, Any] | None
+    """The attempt's, before."""
+    files: tuple[Path, ...]
+    """Where they were."""
 
 
 def _recorded(path: Path) -> dict[str, Any] | None:

@@ -28,6 +28,24 @@ def written_beside(path: Path) -> Iterator[Path]:
         own.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a reader sees the whole text or none; it is on disk before it has the name."""
+    with written_beside(path) as own:
+        write_durably(own, text, path)
+
+
+def write_durably(own: Path, text: str, path: Path) -> None:
+    """Writes a text to `own` and to the disk; an error that names no file, as of a full disk, names `path`."""
+    try:
+        with own.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def is_there(path: Path) -> bool:
     """Whether a file or folder is there, whatever a cache of a shared file system still holds of its absence.
 

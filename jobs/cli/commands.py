@@ -5,6 +5,7 @@ A new verb is one row here and one file in jobs/cli/verbs with `run(given: Optio
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -181,7 +182,7 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
             raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
         close = did_you_mean(first, (*registry.BUILT_IN, *by_name))
         module = Path(first).stem
-        if Path(f"{module}.py").is_file():
+        if os.path.isfile(f"{module}.py"):  # noqa: PTH113 (Path's raises for a name that is too long)
             close = f"; for {module}.py here, write {module}:ENTRY, where ENTRY is its WorkloadEntry"
         raise CommandLineError(f"'{first}': no such workload or verb{close}; {known}")
     _check(LAUNCH, words, given_flags)

@@ -278,3 +278,25 @@ def test_a_result_that_an_earlier_version_left_at_the_top_is_read(tmp_path: Path
     assert run.recorded() == DONE
     run.attempt(1).make()
     assert run.recorded() is None  # that of another attempt says nothing of this one
+
+
+@pytest.mark.parametrize("result", [None, {"status": "failed", "error": "x", "attempt": 1}])
+def test_what_is_put_away_for_a_next_attempt_can_be_put_back(tmp_path: Path, result: dict[str, Any] | None) -> None:
+    run = RunDirectory(tmp_path)
+    for number in (0, 1):
+        run.attempt(number).make()
+    for path in (run.job, run.settings, run.submission):
+        path.write_text(path.name)
+    if result is not None:
+        write_json(run.attempt(1).result, result)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()}
+    away = run.put_away()
+    assert run.job.exists()
+    assert run.settings.exists()
+    assert not run.submission.exists()
+    ended = run.recorded()
+    assert ended is not None
+    assert ended["next_attempt"] == 2
+    run.put_back(away)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()}
+    assert after == before

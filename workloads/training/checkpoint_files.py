@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workloads.whole_files import written_beside
+from workloads.whole_files import write_text, written_beside
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -135,10 +135,7 @@ def _aside(folder: Path) -> Path:
 
 
 def _write_durably(path: Path, text: str) -> None:
-    with written_beside(path) as own, own.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(path, text)
     sync_folder(path.parent)
 
 

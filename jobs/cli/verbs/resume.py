@@ -45,14 +45,14 @@ def run(given: Options, console: Console) -> int:
     resolved = launch.ask_slurm(resolved)
     if fault := run_dir.fault():
         raise RunDirectoryError(f"{fault}; make room there")
-    moved = run_dir.put_away()
+    away = run_dir.put_away()
 
     @contextlib.contextmanager
     def undo(errors: launch.Errors) -> Iterator[None]:
         try:
             yield
         except errors:
-            run_dir.put_back(moved)
+            run_dir.put_back(away)
             raise
 
     with undo(BaseException):
@@ -145,4 +145,8 @@ def _where_from(config: WorkloadConfig, run_dir: RunDirectory) -> str:
         if manifest is not None:
             config.refuse_other_settings(manifest, folder)
             return f"goes on from {folder.name}"
+    if (run_dir.recorded() or {}).get("status") == "done":
+        raise CommandLineError(
+            f"{run_dir.path}: is done and has no checkpoint to go on from; start a new run, with checkpoint.every_steps"
+        )
     return "there is no checkpoint to go on from: training starts at step 1"

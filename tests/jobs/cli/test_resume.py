@@ -51,6 +51,18 @@ def losses(folder: Path) -> list[Any]:
 
 
 @pytest.mark.dist
+def test_a_run_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
+    typed(tmp_path, "tp_fsdp", "--executor", "local", *SMALL, "steps=1", "--run-dir", "run")
+    before = tree(tmp_path)
+    shown = typed(tmp_path, "resume", "run", "steps=2", code=2)
+    assert shown.splitlines() == [
+        f"meshrun: error: {tmp_path / 'run'}: is done and has no checkpoint to go on from; start a new run, with "
+        "checkpoint.every_steps"
+    ]
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.dist
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_more_steps_and_on_another_shape(tmp_path: Path) -> None:
     """Its losses are those of a run that was never interrupted; what cannot work leaves the run as it was."""
