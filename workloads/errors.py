@@ -39,20 +39,22 @@ _STACK = re.compile(
 
 
 def place_of(error: BaseException) -> str:
-    """` at file:line`: the innermost frame of a user's own file, or else of any; empty if there is none.
+    """` at file:line`: the innermost frame of the workload's own code, else of any code; empty if there is none.
 
-    An error in a user's code is often raised in a library that it calls: the place to look at is the call.
+    An error in a workload is often raised in a library that it calls: the place to look at is the call.
     """
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
-    ours, stdlib = str(Path(__file__).resolve().parent.parent), str(Path(os.__file__).parent)
+    ours = [str(Path(__file__).with_name(name)) for name in ("base.py", "registry.py")]  # they only call the workload
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    foreign = [
-        frame for frame in frames if not frame.filename.startswith((stdlib, f"{ours}/jobs", f"{ours}/workloads"))
-    ]
-    own = [frame for frame in foreign if not re.search("(site|dist)-packages/", frame.filename)]
-    last = (own or foreign or frames)[-1:]
+    foreign = [frame for frame in frames if frame.filename not in ours and "importlib" not in frame.filename]
+    stdlib = str(Path(os.__file__).parent) + os.sep
+    own = [f for f in foreign if not f.filename.startswith(stdlib) and not _INSTALLED.search(f.filename)]
+    last = (own or foreign)[-1:]
     return f" at {last[0].filename}:{last[0].lineno}" if last else ""
+
+
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 
 
 def in_words(error: BaseException) -> str:
