@@ -192,9 +192,8 @@ def failure_of_exit(
     if code == -signal.SIGABRT:
         lines = end_of_log.splitlines()
         last = max((place for place, line in enumerate(lines) if _WATCHDOG.search(line)), default=len(lines))
-        if _is_of_a_peer(
-            "\n".join(lines[last : last + 4])
-        ):  # NCCL gives the reason on the lines after the error's name
+        # NCCL gives the reason on the lines after the error's name
+        if _is_of_a_peer("\n".join(lines[last : last + 4])):
             reason = " ".join(lines[last][lines[last].lower().rindex("watchdog") :].split())
             return Failure(rank, host, when, "lost_peer", f"aborted by NCCL: {reason}"[:2000], log=log)
     if code < 0:

@@ -240,7 +240,7 @@ class RunPaths:
     export_dir: Path
     """Final weights."""
     checkpoint_dir: Path
-    """Checkpoints."""
+    """Checkpoints, which all attempts share; whoever saves the first one makes it."""
     attempt_dir: Path
     """What this incarnation alone writes."""
     next_attempt: Path | None = None

@@ -47,11 +47,7 @@ class _Flags(StrictModel):
     threads_per_rank: int | None = Field(default=None, ge=1, le=10**4)
     max_restarts: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
     max_requeues: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
-    watchdog_timeout_s: float | None = Field(default=None, ge=0, le=10**7, allow_inf_nan=False)
-
-
-_FLAG_OF = {"watchdog_timeout_s": "watchdog_timeout"}
-"""Settings whose flag has another name."""
+    watchdog_timeout: float | None = Field(default=None, ge=0, le=10**7)
 
 
 @dataclass(frozen=True)
@@ -85,9 +81,9 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     which, cluster_path, cluster, why = choose_executor(given.executor, given.cluster)
     flags = settings.validate(
         _Flags,
-        {name: getattr(given, _FLAG_OF.get(name, name)) for name in _Flags.model_fields},
+        {name: getattr(given, name) for name in _Flags.model_fields},
         error=CommandLineError,
-        spell={name: f"--{_FLAG_OF.get(name, name).replace('_', '-')} " for name in _Flags.model_fields},
+        spell={name: f"--{name.replace('_', '-')} " for name in _Flags.model_fields},
     )
     from_env, notices = _from_environment(os.environ) if which == "slurm" else ({}, [])
     resources = _resources(given, flags, cluster, which, from_env)
@@ -161,9 +157,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         cpu_binding=cluster.cpu_binding,
         rendezvous_timeout_s=cluster.rendezvous_timeout_s,
         collective_timeout_s=cluster.collective_timeout_s,
-        watchdog_timeout_s=(
-            cluster.watchdog_timeout_s if flags.watchdog_timeout_s is None else flags.watchdog_timeout_s
-        ),
+        watchdog_timeout_s=(cluster.watchdog_timeout_s if flags.watchdog_timeout is None else flags.watchdog_timeout),
         interface=cluster.interface,
         rendezvous_ports=_ports(cluster, resources, which),
         job_name=given.job_name,

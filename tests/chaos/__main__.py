@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.jobs.submitting import SUBMIT
@@ -59,9 +59,6 @@ class Run:
     starts: int = 0
     struck: str = ""
     """A pattern that the named root cause must match; empty: any will do."""
-    struck_at: int = 0
-    """The last step that had ended by then."""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def run_dir(self) -> Path:
@@ -299,7 +296,6 @@ def one_round(number: int, seed: int, expected: dict[str, str], names: list[str]
             while process.poll() is None and run.steps() < int(moment):
                 time.sleep(0.02)
             time.sleep((moment % 1) * 0.15)
-            run.struck_at = run.steps()
             BLOWS[name](run)
             while not bad and _end(run, process, bad) != 0:
                 if run.starts > RESUMES:
