@@ -341,6 +341,9 @@ class Leader:
             self._end(0)
 
     def _restart_or_fail(self, cause: Failure, now: float) -> None:
+        if self.run.has_begun(self.attempt.number + 1):
+            self.supersede(self.attempt.number + 1)
+            return
         why_not = self._restarts.why_not(cause, self._seen[cause.rank].step)
         if lost := [host.name for host in self._hosts if not host.is_here]:
             why_not = why_not or f"the agent on {lost[0]} is gone"

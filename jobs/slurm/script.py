@@ -139,7 +139,9 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))}",
         "MESHRUN_NUMBER=0",
         'until MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-$MESHRUN_NUMBER"; mkdir -m 700 "$MESHRUN_ATTEMPT" 2>/dev/null; do',
-        '    [ -d "$MESHRUN_ATTEMPT" ] || { echo "meshrun: $MESHRUN_ATTEMPT cannot be made" >&2; exit 1; }',
+        # Opened, since a cache of a shared file system may still say that the folder isn't there.
+        '    (: <"$MESHRUN_RUN" <"$MESHRUN_ATTEMPT") 2>&- '
+        '|| { echo "meshrun: $MESHRUN_ATTEMPT cannot be made" >&2; exit 1; }',
         "    MESHRUN_NUMBER=$((MESHRUN_NUMBER + 1))",
         "done",
         "",
@@ -176,9 +178,13 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
     lines += [
         "",
-        "# One agent per host, which starts its ranks.",
+        "# One agent per host, which starts its ranks, in a step whose number no earlier start's srun can end.",
         # They list a host for each task: srun would start several agents on the first one.
         "unset SLURM_HOSTFILE SLURM_ARBITRARY_NODELIST",
+        # Slurm numbers the steps of each start from 0, and (22.05) a kill by an srun on a host that was cut off comes
+        # through when the host is back.
+        "for _ in $(seq $((SLURM_RESTART_COUNT % 10))); do "
+        "timeout 60 srun --nodes=1 --ntasks=1 --mpi=none true; done &>/dev/null || :",
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
         '    --open-mode=append --output="$MESHRUN_ATTEMPT/agent-%t.log" \\',
         f'    {shlex.join(agent_command(spec, cluster))} "$MESHRUN_NUMBER" \\',

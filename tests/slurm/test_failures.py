@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ import pytest
 
 from tests.conftest import check_harness
 from tests.jobs.submitting import Line, submit, wait_until
+from tests.slurm import checkpointed
 from tests.slurm.harness import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
@@ -60,8 +62,8 @@ class Story:
     trouble: BaseException | None = None
 
 
-def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
-    """The agents and ranks of this run, which are alike to look at; among `pids`, where given."""
+def ranks(run: Path, pids: set[int] | None = None, *, of_srun: bool = False) -> set[int]:
+    """The agents and ranks of this run, which are alike to look at, or its sruns; among `pids`, where given."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -69,7 +71,8 @@ def ranks(run: Path, pids: set[int] | None = None) -> set[int]:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if state not in "ZX" and words[-4:-2] == [b"--agent", str(run).encode()] and b"srun" not in words[0]:
+        is_ours = words[-4:-2] == [b"--agent", str(run).encode()] and (b"srun" in words[0]) == of_srun
+        if state not in "ZX" and is_ours:
             found.add(int(entry.name))
     return found if pids is None else found & pids
 
@@ -78,18 +81,17 @@ Blow = Callable[[Cluster, list[str]], None]
 
 
 def live_through(root: Path, blow: Blow, words: list[str], story: Story, hosts: int) -> None:
-    """One scenario: a job of two hosts in the middle of its steps, the blow, and the end."""
+    """One scenario: a job in the middle of its steps, the blow, and the end."""
     directory = root / "work"
     directory.mkdir(parents=True)
     (directory / "site.yaml").write_text(SITE)
+    shutil.copy(Path(checkpointed.__file__), directory)
     with Cluster(root / "s", hosts=hosts, gpus=1, SlurmdTimeout=SLURMD_TIMEOUT_S, WaitTime=WAIT_TIME_S) as cluster:
-        shape = ["--cluster", "site.yaml", "--nodes", "2", "--gpus-per-node", "1"]
-        settings = ["pause_seconds=0.1", "pause_again=false"]
-        line = submit(directory, "mine:ENTRY", "--wait", *shape, *words, *settings, env=cluster.env)
+        line = submit(directory, *words, "--wait", "--cluster", "site.yaml", "--gpus-per-node", "1", env=cluster.env)
         try:
             line.wait_for_step(10, DEADLINE_S)
             first = ranks(line.run_dir)
-            assert len(first) >= 4
+            assert len(first) >= 3
             job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
             cluster.wait_until_saved(job)
             used = cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={job}").strip()
@@ -132,6 +134,22 @@ def batch_hosts_cable_is_pulled(cluster: Cluster, used: list[str]) -> None:
     cluster.unplug(used[0])
 
 
+def batch_hosts_cable_is_plugged_again(cluster: Cluster, used: list[str]) -> None:
+    """While the successor works: the old ranks, their srun, their batch script and their slurmd are heard again."""
+    run = cluster.root.parent / "work" / "run"
+    first, sruns = ranks(run), ranks(run, of_srun=True)
+    assert sruns
+    cluster.unplug(used[0])
+    log = run / "attempt-1" / "rank-0.log"
+    wait_until(lambda: log.exists() and "resumed from" in log.read_text(), "the successor works", DEADLINE_S)
+    shutil.copy(run / "attempt-0" / "metrics.jsonl", run.parent / "published-before.jsonl")
+    cluster.plug(used[0])
+    wait_until(lambda: not ranks(run, first), "the old ranks end", DEADLINE_S)
+    wait_until(lambda: not ranks(run, sruns, of_srun=True), "their srun ends", DEADLINE_S)
+    wait_until(lambda: cluster.states()[used[0]] == "idle", f"{used[0]} is used again", DEADLINE_S)
+    (run.parent / "go").touch()
+
+
 def batch_hosts_slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
     cluster.kill_slurmd(used[0])
 
@@ -152,7 +170,9 @@ def slurmctld_restarts(cluster: Cluster, used: list[str]) -> None:
     cluster.start_slurmctld()
 
 
-LONG, SHORT = [f"steps={STEPS}"], ["steps=120", f"rank_0_longer={2 * WAIT_TIME_S}"]
+TWO_HOSTS = ["mine:ENTRY", "--nodes", "2", "pause_seconds=0.1", "pause_again=false"]
+LONG, SHORT = [*TWO_HOSTS, f"steps={STEPS}"], [*TWO_HOSTS, "steps=120", f"rank_0_longer={2 * WAIT_TIME_S}"]
+SAVED = ["checkpointed:ENTRY", "checkpoint.every_steps=5"]
 SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "host dies": (host_dies, LONG, 3),
     "batch host dies": (batch_host_dies, LONG, 3),
@@ -160,6 +180,8 @@ SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "slurmd": (slurmd_is_killed, LONG, 3),
     "batch host's cable": (batch_hosts_cable_is_pulled, LONG, 3),
     "batch host's slurmd": (batch_hosts_slurmd_is_killed, LONG, 3),
+    "cable again": (batch_hosts_cable_is_plugged_again, [*SAVED, "--nodes", "2"], 3),
+    "only host's cable again": (batch_hosts_cable_is_plugged_again, SAVED, 2),
     "host dies, no requeue": (host_dies, [*LONG, "--sbatch", "no-requeue"], 2),
     "slurmd restarts": (slurmd_restarts, SHORT, 2),
     "slurmctld restarts": (slurmctld_restarts, SHORT, 2),
@@ -214,6 +236,30 @@ def test_a_job_that_loses_a_host_starts_again_on_others(name: str, stories: dict
     # What is left of the first attempt gives up at the latest when a collective has waited long enough.
     assert story.left_s is not None
     assert story.left_s < COLLECTIVE_TIMEOUT_S + 40
+
+
+@pytest.mark.parametrize(("name", "of_all_ranks"), [("cable again", 1 + 2), ("only host's cable again", 1)])
+def test_a_host_that_is_back_disturbs_no_successor(name: str, of_all_ranks: int, stories: dict[str, Story]) -> None:
+    """The only host's ranks have worked on without a network; those of two hosts have waited for each other."""
+    story = story_of(stories, name)
+    assert (story.code, story.state) == (0, "COMPLETED")
+    assert story.attempts == ["attempt-0", "attempt-1"]
+    steps, total = checkpointed.Config().steps, 0
+    for step in range(1, steps + 1):
+        total = checkpointed.after(total, step, of_all_ranks)
+    assert (story.result["status"], story.result["attempt"], story.result["result"]) == ("done", 1, {"total": total})
+    assert story.steps == list(range(1, steps + 1))
+    # The old ranks have published nothing since the successor began.
+    before = story.run / "attempt-0"
+    assert (before / "metrics.jsonl").read_text() == (story.run.parent / "published-before.jsonl").read_text()
+    saved = sorted((story.run / "checkpoints").glob("step-*/manifest.json"))
+    assert [json.loads(path.read_text())["attempt"] for path in saved] == [1, 1]
+    assert (story.run / "checkpoints/latest").read_text() == f"step-{steps:08d}\n"
+    record = json.loads((before / "result.json").read_text())
+    assert record["status"] == "failed"
+    # The old leader has ended for what it learned first: that it was given up, or that the other host is silent.
+    again, silent = "the scheduler has started this job again (attempt 1)", "has not answered for 5 s; its host or the "
+    assert record["error"] == again or (of_all_ranks > 1 and silent in record["error"])
 
 
 def test_without_a_requeue_the_loss_of_a_host_is_the_end(stories: dict[str, Story]) -> None:
