@@ -51,17 +51,18 @@ class Display:
 
             tqdm.get_lock()  # may start a helper process, which must not be mistaken for one of the job's
         self.looked = time.monotonic()
-        self.metrics = Tail(run_dir.metrics)
         newest = run_dir.last_attempt().number
         # Where that attempt's result names a next one, the run goes on, and has shown that attempt before.
         self._begin((run_dir.recorded(newest) or {}).get("next_attempt", newest))
         self.late = not from_the_start
 
     def _begin(self, number: int) -> None:
-        """Starts to follow an attempt. Its rank 0 moves the steps of the previous attempt out of the metrics file."""
+        """Starts to follow an attempt."""
         self.number = number
         attempt = self.run_dir.attempt(number)
         self.log = Tail(attempt.log(0))
+        self.metrics = Tail(attempt.metrics)
+        self.earlier: Iterator[str] | None = None
         self.launcher = Tail(attempt.agent_log())
         if not (number and attempt.srun_log.is_symlink() and hasattr(self, "srun")):
             self.srun = Tail(attempt.srun_log)
@@ -91,7 +92,7 @@ class Display:
         for line in deque(lines, LINES_BEFORE) if self.late else lines:
             self.say(line)
         steps = []
-        for line in self.metrics.lines(ended, self.late):
+        for line in self._new_steps(self.metrics.lines(ended, self.late)):
             with contextlib.suppress(ValueError, RecursionError):  # not JSON
                 steps.append(json.loads(line))
         steps = [metrics for metrics in steps if isinstance(metrics, dict)]
@@ -107,6 +108,17 @@ class Display:
         if before["status"] == "stopped":
             return f"attempt {number - 1} was stopped {before.get('error')}; attempt {number} goes on"
         return f"attempt {number - 1} failed ({before.get('error')}); restarted in place as attempt {number}"
+
+    def _new_steps(self, lines: Iterable[str]) -> Iterator[str]:
+        """An attempt's lines without those of earlier ones, with which the metrics of one that was resumed begin."""
+        for line in lines:
+            if self.earlier is None:
+                before = (self.run_dir.attempt(number).metrics for number in range(self.number - 1, -1, -1))
+                newest = next((path for path in before if path.exists()), None)
+                self.earlier = Tail(newest).lines(ended=True) if newest is not None else iter(())
+            if next(self.earlier, None) != line:
+                self.earlier = iter(())
+                yield line
 
     def _until_rank_0_ends(self, lines: Iterable[str]) -> Iterator[str]:
         """Rank 0's log without its own failure, because the root cause is reported once, at the end."""

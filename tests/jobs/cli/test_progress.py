@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.console import Console
-from jobs.cli.progress import Display, Tail
+from jobs.cli.progress import Display
 from jobs.run_dir import RunDirectory
 
 STEPS = [
@@ -35,7 +35,7 @@ def on_a_terminal(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         run.job.write_text('{"settings": {"steps": 3}}')
         display = Display(run, console)
         for step in STEPS:
-            with run.metrics.open("a") as file:
+            with run.attempt(0).metrics.open("a") as file:
                 file.write(json.dumps(step) + "\n")
             display.update()
         display.close()
@@ -75,15 +75,18 @@ def test_what_torch_says_of_host_names_is_left_in_the_log(tmp_path: Path, capsys
     assert capsys.readouterr().out == "before\nafter\n"
 
 
-def test_steps_are_followed_from_attempt_to_attempt(tmp_path: Path) -> None:
+def test_steps_are_followed_from_attempt_to_attempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that was resumed begins with earlier lines, up to its checkpoint; the first one shown is its own."""
     run = RunDirectory(tmp_path)
-    tail = Tail(run.metrics)
-    followed = []
-    for attempt, steps in ((0, (1, 2)), (1, (1,))):
-        assert run.begin_attempt().number == attempt
-        assert not [*tail.lines()]
-        for step in steps:
-            with run.attempt(attempt).metrics.open("a") as file:
-                file.write(f"attempt {attempt} step {step}\n")
-            followed += tail.lines()
-    assert followed == ["attempt 0 step 1", "attempt 0 step 2", "attempt 1 step 1"]
+    display = Display(run, Console(as_json=False))
+    for attempt, curve in enumerate(("000", "00", "002", "0023")):
+        metrics = run.begin_attempt().metrics
+        metrics.write_text("")
+        display.looked = 0.0  # so that it looks for a newer attempt
+        for step, made_by in enumerate(curve, start=1):
+            with metrics.open("a") as file:
+                file.write(json.dumps({"step": step, "loss": int(made_by)}) + "\n")
+            display.update()
+        assert display.number == attempt
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert shown == ["step 1  loss 0", "step 3  loss 2", "step 4  loss 3"]

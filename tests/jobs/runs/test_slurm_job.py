@@ -162,7 +162,7 @@ def test_the_queue_is_shown_when_it_changes(site: Site) -> None:
         def say(self, text: str = "") -> None:
             said.append(text)
             if "RUNNING" in text:
-                site.run.metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 9, "loss": 0.25}\n')
+                site.run.attempt(0).metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 9, "loss": 0.25}\n')
             if "step 9" in text:
                 write_json(site.run.attempt(0).result, DONE)
                 site.state("COMPLETED")
@@ -217,12 +217,13 @@ def test_slurm_is_asked_seldom_and_at_once_when_a_result_comes(
 def test_a_job_that_slurm_starts_again_has_not_ended(first: str, site: Site, later: Later, capsys: Capture) -> None:
     write_json(site.run.attempt(0).result, {**FAILED, "failure": None})
     site.run.show_newest()
-    site.run.metrics.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.5}\n')
+    site.run.attempt(0).metrics.write_text(
+        '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.5}\n'
+    )
     site.states((first,), (first,), ("PENDING", "BeginTime"), ("PENDING", "BeginTime"), ("RUNNING",))
 
     def second() -> None:
-        site.run.begin_attempt()
-        site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n')
+        site.run.begin_attempt().metrics.write_text('{"step": 9, "loss": 0.25}\n')
         write_json(site.run.attempt(1).result, {**DONE, "attempt": 1})
         site.state("COMPLETED")
 
@@ -337,10 +338,10 @@ def test_a_run_directory_may_hold_anything(
     attempt = site.run.attempt(0).make()
     failure = Failure(1, "n1", 1e9, "error", "ValueError: mine", "Traceback\n", "/l")
     write_json(attempt.failure(1), failure.to_json())
-    write_json(site.run.metrics, {"step": 1, "total_steps": 2, "loss": 0.5, "strategy": "fsdp"})
+    write_json(site.run.attempt(0).metrics, {"step": 1, "total_steps": 2, "loss": 0.5, "strategy": "fsdp"})
     if which == "result":
         write_json(site.run.attempt(0).result, {**FAILED, "failure": failure.to_json()})
-    of_attempt = {"failures/1.json": attempt.failure(1), "result": attempt.result}
+    of_attempt = {"failures/1.json": attempt.failure(1), "result": attempt.result, "metrics": attempt.metrics}
     path = of_attempt[which] if which in of_attempt else getattr(site.run, which)
     contents: list[bytes | Callable[[], None]] = [*_otherwise(path)]
     contents += [path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
@@ -364,7 +365,7 @@ def test_a_controller_that_is_away_for_a_while(site: Site, later: Later, capsys:
         site.wait_for_answer()
         site.squeue(err=UNREACHABLE)
         site.wait_for_answer()
-        site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n')
+        site.run.attempt(0).metrics.write_text('{"step": 9, "loss": 0.25}\n')
         site.wait_for_answer()
         site.state("RUNNING")
         site.wait_for_answer()
@@ -438,7 +439,7 @@ def test_a_slow_controller_does_not_hold_up_the_progress(site: Site, later: Late
     shown: list[float] = []
     began = time.monotonic()
     later(0.5, lambda: write_json(site.run.attempt(0).result, DONE))
-    later(0.5, lambda: site.run.metrics.write_text('{"step": 9, "loss": 0.25}\n'))
+    later(0.5, lambda: site.run.attempt(0).metrics.write_text('{"step": 9, "loss": 0.25}\n'))
     assert watch(site.run, Submitted("slurm", "12", "", ""), _Console(shown)) == 0
     assert shown[0] - began < 10
 
@@ -489,7 +490,7 @@ def test_a_late_comer_sees_the_last_lines_and_the_last_step(site: Site, later: L
     # Colors, a bar that is drawn over itself, and what would set the terminal's title.
     log += "\x1b[1;31mline 99997\x1b[0m\nline 1%\rline 5%\rline 99998\r\nline 99999 \x1b]0;title\x07\n"
     site.run.attempt(0).log(0).write_text(log)
-    site.run.metrics.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 10_000)))
+    site.run.attempt(0).metrics.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 10_000)))
     site.state("RUNNING")
     later(1.0, lambda: (write_json(site.run.attempt(0).result, DONE), site.state("COMPLETED")))
     assert main(["wait", "run"]) == 0
