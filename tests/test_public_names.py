@@ -72,8 +72,20 @@ def test_what_a_workload_imports() -> None:
     ]
     assert public(workloads.base.RunContext) == [
         *("attempt", "close", "cpu_group", "device", "end_hooks", "end_step", "go_on_from", "gpu_memory_gb", "host"),
-        *("hosts", "last_metrics", "local_rank", "local_world_size", "mesh", "node_rank", "paths", "phase"),
-        *("rank", "resumed_from_step", "save_at", "save_requested", "settle", "shape", "slot", "start_steps"),
+        *("hosts", "last_metrics", "local_rank", "local_world_size", "mesh", "metrics_are_written"),
+        *(
+            "node_rank",
+            "paths",
+            "phase",
+            "rank",
+            "resumed_from_step",
+            "save_at",
+            "save_requested",
+            "settle",
+            "shape",
+            "slot",
+            "start_steps",
+        ),
         *("step_hooks", "stop_requested"),
         *("stopped_at", "timed", "timing", "world_size"),
     ]

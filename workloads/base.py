@@ -362,6 +362,11 @@ class RunContext:
         return self._ends.save_at
 
     @property
+    def metrics_are_written(self) -> bool:
+        """Whether `timed("checkpoint")` could write all steps' lines to metrics.jsonl, which may be on a full disk."""
+        return self._ends.all_is_written
+
+    @property
     def last_metrics(self) -> dict[str, Any]:
         """What the last step came to, on every rank; waits for it."""
         return self._ends.last_metrics()
@@ -393,10 +398,10 @@ class RunContext:
 
         It becomes `evaluation_seconds` in that step's line, and in `timing()`. "checkpoint" first waits for what the
         last step came to, on all ranks, and raises as end_step does, so that nothing that is not finite is saved; then
-        it waits until all steps' lines are in metrics.jsonl.
+        it writes all steps' lines to metrics.jsonl; `metrics_are_written` says whether it could.
         """
         if name == "checkpoint":
-            self._ends.settle()
+            self._ends.settle(must_write=False)
         before = self._slot.phase
         self._slot.enter(name)
         try:
@@ -422,6 +427,7 @@ class RunContext:
 
         Raises:
             NonFiniteError, SupersededError: as end_step.
+            OSError: lines cannot be written, as on a full disk.
         """
         self._ends.settle()
         for hook in self.end_hooks:

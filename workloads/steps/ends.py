@@ -70,6 +70,8 @@ class StepEnds:
         """The step whose end has just told the workload to stop."""
         self.save_at: int | None = None
         """The step at whose end every rank has heard that some rank wants a checkpoint."""
+        self.all_is_written = True
+        """Whether, when it was last settled, all lines of this rank's were in their file."""
 
     def end(
         self,
@@ -127,12 +129,12 @@ class StepEnds:
         if wrong is not None:
             raise wrong()
 
-    def settle(self) -> None:
-        """Checks like `check`, and writes everything that was recorded to its files."""
+    def settle(self, must_write: bool = True) -> None:
+        """Checks like `check`, and writes everything that was recorded to its files; see Recorder.flush."""
         try:
             self.check()
         finally:
-            self.recorder.flush()
+            self.all_is_written = self.recorder.flush(must_write)
 
     def close(self) -> None:
         """Writes what is known, without waiting for other ranks, and restores Python's garbage collection."""

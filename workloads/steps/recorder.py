@@ -1,8 +1,13 @@
-"""The lines of metrics.jsonl, which rank 0 writes in a thread of its own: no step waits for a file system."""
+"""The lines of metrics.jsonl, which rank 0 writes in a thread of its own: no step waits for a file system.
+
+Lines that cannot be written, as on a full disk, stay in memory and are tried again: what is trained meanwhile is not
+lost if there is room again before the run ends.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 from collections.abc import Callable
@@ -10,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from workloads.json_values import to_json
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 0.25
 """How long a line may wait to be written."""
@@ -30,6 +37,8 @@ class Recorder:
         """Called by the thread; may add lines."""
         self._lines: list[dict[str, Any]] = []
         self._error: Exception | None = None
+        self._unwritten: OSError | None = None
+        """Why the lines so far are not all in the file."""
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
@@ -38,7 +47,7 @@ class Recorder:
         """Sees to it that the step's line is written once it is there.
 
         Raises:
-            OSError, SupersededError: lines could not be written, or must not be.
+            SupersededError: lines must not be written.
         """
         self._raise()
         if self._thread is None and self._metrics is not None:
@@ -51,14 +60,18 @@ class Recorder:
         if self._metrics is not None:
             self._lines.append(dict(line))
 
-    def flush(self) -> None:
-        """Writes everything recorded so far.
+    def flush(self, must: bool = True) -> bool:
+        """Writes everything recorded so far; whether it could.
 
         Raises:
-            OSError, SupersededError: as end_step.
+            OSError: it could not, and it `must`.
+            SupersededError: as end_step.
         """
         self._write()
         self._raise()
+        if must and self._unwritten is not None:
+            raise self._unwritten
+        return self._unwritten is None
 
     def close(self) -> None:
         """Writes what can still be written, and ends the thread, which the next `end_step` starts again."""
@@ -82,16 +95,38 @@ class Recorder:
                 if not lines:
                     return
                 self._before_lines()
-                with self._metrics.open("a") as file:
-                    file.write("".join(map(_as_text, lines)))
+                _append(self._metrics, "".join(map(_as_text, lines)).encode())
+            except OSError as error:
+                if self._unwritten is None:
+                    log.warning("metrics cannot be written, and are kept in memory until they can: %s", error)
+                self._unwritten = error
             except Exception as error:
                 self._error = error
             else:
                 del self._lines[: len(lines)]
+                if self._unwritten is not None:
+                    log.warning("metrics are written again, up to now they could not be: %s", self._unwritten)
+                self._unwritten = None
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Appends all of it, or nothing."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _as_text(line: dict[str, Any]) -> str:

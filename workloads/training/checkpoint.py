@@ -60,8 +60,8 @@ class _Snapshot:
     step: int
     tensors: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
-    metrics_bytes: int
-    """How much of the metrics file belongs to it."""
+    metrics_bytes: int | None
+    """How much of the metrics file belongs to it; None: not all of it could be written."""
 
 
 class Checkpoint:
@@ -245,7 +245,9 @@ class Checkpoint:
             "metrics": to_json(self._ctx.last_metrics, "metrics"),
             "values": values,
         }
-        size = metrics.stat().st_size if self._ctx.rank == 0 and metrics.exists() else 0
+        size: int | None = metrics.stat().st_size if self._ctx.rank == 0 and metrics.exists() else 0
+        if not self._ctx.metrics_are_written:
+            size = None
         return _Snapshot(step, tensors, manifest, size)
 
     def _write(self, snapshot: _Snapshot) -> None:
@@ -255,9 +257,7 @@ class Checkpoint:
             partial = self._partial_folder(snapshot.step)
             writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, thread_count=1)
             dcp.save(dict(snapshot.tensors), storage_writer=writer, process_group=self._group)
-            if self._ctx.rank == 0:
-                files.copy_metrics(self._ctx.paths.metrics, partial, snapshot.metrics_bytes)
-            everyone = gather_objects(self._checksums(partial), self._group)
+            everyone = gather_objects(self._checksums(partial, snapshot.metrics_bytes), self._group)
             if everyone is not None:
                 self._publish(partial, snapshot, everyone, began)
         except SupersededError as error:
@@ -285,12 +285,18 @@ class Checkpoint:
             raise made[0]
         return made[0]
 
-    def _checksums(self, folder: Path) -> dict[str, Any] | str:
-        """Of the files that this rank has written, by name; or why they cannot be read."""
+    def _checksums(self, folder: Path, metrics_bytes: int | None) -> dict[str, Any] | str:
+        """Of the files that this rank has written, by name; or why they cannot be written or read.
+
+        An error must not be raised here: the other ranks would wait for this one.
+        """
         names = [path.name for path in folder.glob(f"__{self._ctx.rank}_*")]
-        if self._ctx.rank == 0:
-            names += [".metadata", files.METRICS]
         try:
+            if self._ctx.rank == 0:
+                if metrics_bytes is None:
+                    return "the metrics up to this step cannot be written"
+                files.copy_metrics(self._ctx.paths.metrics, folder, metrics_bytes)
+                names += [".metadata", files.METRICS]
             return {name: files.checksum(folder / name) for name in names}
         except OSError as error:
             return f"rank {self._ctx.rank}: {in_words(error)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -57,15 +58,35 @@ def test_close_writes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert steps(tmp_path / "m") == [1, 2]
 
 
-def test_what_keeps_a_line_from_being_written_ends_the_rank(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "no folder" / "m", nothing)
+def test_lines_that_cannot_be_written_are_kept_until_they_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk, on which half a line may find room."""
+    monkeypatch.setattr(module, "EVERY_S", 3600)
+    recorder = Recorder(tmp_path / "m", nothing)
     recorder.add({"step": 1})
-    with pytest.raises(OSError, match="no folder"):
-        recorder.flush()
-    with pytest.raises(OSError, match="no folder"):
-        recorder.end_step()
+    assert recorder.flush()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "m").stat().st_size + 5, unlimited[1]))
+    try:
+        for step in (2, 3):
+            recorder.add({"step": step})
+            recorder.end_step()
+            assert not recorder.flush(must=False)
+            assert steps(tmp_path / "m") == [1]
+        with pytest.raises(OSError, match=str(tmp_path / "m")):
+            recorder.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "metrics cannot be written, and are kept in memory until they can"
+    ]
     recorder.close()
+    assert steps(tmp_path / "m") == [1, 2, 3]
+    assert caplog.records[-1].message.startswith("metrics are written again, up to now they could not be: [Errno 27]")
 
+
+def test_a_later_incarnations_metrics_are_not_written_to(tmp_path: Path) -> None:
     def refuse() -> None:
         raise SupersededError("newer")
 

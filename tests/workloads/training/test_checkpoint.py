@@ -337,6 +337,32 @@ def test_a_full_disk_is_reported_and_the_last_good_one_stays(mode: str, tmp_path
             assert warning.endswith(f"{tmp_path / 'checkpoints' / 'step-00000001'} stays")
 
 
+def metrics_are_missing(ctx: RunContext) -> dict[str, Any]:
+    """On rank 0, what the steps came to cannot be written while step 2 is saved."""
+    warnings: list[str] = []
+    listen(warnings)
+    training = Training(ctx, config()).run(1)
+    metrics, aside = ctx.paths.metrics, ctx.paths.metrics.with_name("aside")
+    if ctx.rank == 0:
+        metrics.rename(aside)
+        metrics.mkdir()  # as good as a full disk: no line can be written
+    training.run(1)
+    if ctx.rank == 0:
+        metrics.rmdir()
+        aside.rename(metrics)
+    training.run(1)
+    return {"saved": saved(ctx), "warnings": warnings, "lines": metrics.read_text().count("\n")}
+
+
+def test_without_its_metrics_no_checkpoint_is_published_and_training_goes_on(tmp_path: Path) -> None:
+    for rank, found in enumerate(run_world(metrics_are_missing, sizes=(2, 1), run_dir=tmp_path)):
+        assert found["saved"] == [1, 3]
+        if rank == 0:
+            assert found["lines"] == 3
+            [warning] = found["warnings"]
+            assert "the checkpoint of step 2 is not saved: OSError: the metrics up to this step cannot be" in warning
+
+
 def is_damaged(ctx: RunContext) -> dict[str, Any]:
     warnings: list[str] = []
     listen(warnings)
