@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,9 @@ from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig
 from workloads.training import checkpoint_files
 from workloads.training.checkpoint_config import ResumableConfig
+
+ENDS_WITHIN_S = 20.0
+"""Seconds that a job which has left a result may take to end: Slurm still completes it, or is asked only now."""
 
 
 def run(given: Options, console: Console) -> int:
@@ -80,8 +84,12 @@ def _refuse_if_it_runs(run_dir: RunDirectory) -> None:
     submitted = submission(run_dir)
     if submitted is None:
         return
-    job = track(run_dir, submitted)
-    if not (job.was_over() or job.is_over()):
+    job, began = track(run_dir, submitted), time.monotonic()
+    while not (job.was_over() or job.is_over()):
+        within_s = ENDS_WITHIN_S if run_dir.recorded() is not None or not job.is_known() else 0.0
+        if time.monotonic() - began < within_s:
+            job.pause()
+            continue
         name = "job" if submitted.executor == "slurm" else "process"
         raise CommandLineError(
             f"{run_dir.path}: its {name} {submitted.job_id} has not ended, as far as is known; follow it: "

@@ -17,7 +17,9 @@ from jobs.blame import Failure
 from jobs.cli.console import Console
 from jobs.cli.main import main
 from jobs.cli.progress import Display
+from jobs.cli.verbs import resume
 from jobs.cli.watch import watch
+from jobs.errors import CommandLineError
 from jobs.run_dir import RunDirectory, Submitted, read_json, write_json
 from jobs.runs import slurm_job
 from tests.jobs.slurm.test_query import DISABLED, UNKNOWN, UNREACHABLE, say
@@ -232,6 +234,20 @@ def test_a_job_that_slurm_starts_again_has_not_ended(first: str, site: Site, lat
     out = capsys.readouterr().out
     for words in ("job 12: PENDING (BeginTime)\n", "attempt 1 begins", "step 9/9", "total: 3"):
         assert words in out
+
+
+def test_a_job_may_be_resumed_once_slurm_says_that_it_has_ended(site: Site) -> None:
+    """Which it is asked only then, and may first say that it completes it."""
+    site.states(("COMPLETING",), ("COMPLETING",), ("FAILED",))
+    write_json(site.run.attempt(0).result, FAILED)
+    resume._refuse_if_it_runs(site.run)
+    assert site.asked() >= 3
+
+
+def test_a_job_that_runs_is_not_resumed(site: Site) -> None:
+    site.state("RUNNING")
+    with pytest.raises(CommandLineError, match="its job 12 has not ended, as far as is known"):
+        resume._refuse_if_it_runs(site.run)
 
 
 @pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED"])
