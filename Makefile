@@ -11,7 +11,8 @@ help:
 	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
 	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
 	@echo "make bench   benchmarks: one table of ratios with their goals, also as build/benchmarks.json; 20 minutes"
-	@echo "make chaos   strike N=100 runs at random moments, and compare each with the undisturbed run; SEED=1"
+	@echo "make chaos   strike N=100 runs at random moments, and compare each with the undisturbed run; SEED=1,"
+	@echo "             EXECUTOR=both (local and slurm in turn), AT_ONCE=2"
 	@echo "make gpu     on a machine with a GPU: the tests that need one, then tests/benchmarks/gpu.py"
 	@echo "make clean   remove $(VENV) and caches; run directories stay"
 
@@ -51,8 +52,10 @@ bench: slurm
 
 N ?= 100
 SEED ?= 1
-chaos: dev
-	$(BIN)/python -m tests.chaos --rounds $(N) --seed $(SEED)
+EXECUTOR ?= both
+AT_ONCE ?= 2
+chaos: slurm
+	$(BIN)/python -m tests.chaos --rounds $(N) --seed $(SEED) --executor $(EXECUTOR) --at-once $(AT_ONCE)
 
 # Both lines also run with any python3 that has torch and pytest, without $(VENV).
 gpu: dev

@@ -1,8 +1,10 @@
-"""The built-in workloads, slowed down, with a place where a rank can be made to raise; copied as `mine.py`."""
+"""The built-in workloads, slowed down, with places where they can be held or made to raise; copied as `mine.py`."""
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,34 @@ from typing import Any
 from workloads import registry
 from workloads.base import RunContext, WorkloadEntry
 
-PAUSE_S = 0.1
+PAUSE_S = 0.15
 """After each step, so that a run lasts long enough to be struck in the middle of it."""
+
+
+def _end_of_step(ctx: RunContext) -> Callable[[int], None]:
+    raises, held = Path(f"raise-on-{ctx.rank}"), Path("held")
+    phases = itertools.count()
+
+    def end(step: int) -> None:
+        time.sleep(PAUSE_S)
+        if raises.exists():
+            raises.unlink()
+            raise ValueError(f"struck after step {step}")
+        if not held.exists():
+            return
+        attempt, until = held.read_text().split()
+        while int(attempt) == ctx.attempt and time.time() < float(until) and not ctx.stop_requested:
+            ctx.phase(f"held {next(phases) % 3}")  # another one each time, or it would be found hanging
+            time.sleep(0.7)
+
+    return end
 
 
 def _slowed(name: str) -> WorkloadEntry:
     entry = registry.load(name)
 
     def run(config: Any, ctx: RunContext) -> dict[str, Any]:
-        def end_of_step(step: int) -> None:
-            time.sleep(PAUSE_S)
-            order = Path(f"raise-on-{ctx.rank}")
-            if order.exists():
-                order.unlink()
-                raise ValueError(f"struck after step {step}")
-
-        ctx.step_hooks.append(end_of_step)
+        ctx.step_hooks.append(_end_of_step(ctx))
         inner = entry.hook("run")
         assert inner is not None
         result: dict[str, Any] = inner(config, ctx)
