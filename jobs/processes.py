@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import resource
+import select
 import signal
 import sys
 import threading
@@ -117,6 +118,13 @@ def kill_children(but: Set[int] = frozenset(), within_s: float = 5.0) -> None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+
+
+def is_readable(descriptor: int) -> bool:
+    """Whether something, or its end, can be read from a pipe or a socket at once; select would fail from 1,024 on."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def look_again_in_s(waited_s: float) -> float:

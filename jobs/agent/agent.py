@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -20,10 +19,11 @@ from typing import Any, NoReturn
 
 from jobs import blame, processes
 from jobs.agent import binding, ranks
+from jobs.agent.keeper import Keeper, KeeperFailed
 from jobs.agent.leader import SILENT_S, Leader
 from jobs.agent.lease import LEASE_S, RENEW_EVERY_S, Lease
 from jobs.agent.link import Link
-from jobs.agent.meeting import Meeting, MeetingFailed, Met
+from jobs.agent.meeting import Gathering, Joining, Met
 from jobs.agent.memory import OomCounter
 from jobs.agent.ranks import POLL_S, Rank, Ranks
 from jobs.agent.signals import Signals
@@ -68,7 +68,7 @@ def _run(job: Job, number: int, signals: Signals) -> int:
     agent = _Agent(job, info, attempt, signals)
     try:
         return agent.run()
-    except MeetingFailed as error:
+    except KeeperFailed as error:
         return _without_the_others(agent, error.failure)
     except (MeshrunError, OSError) as error:
         failure = blame.failure_of(error, info.rank, info.host, time.time(), str(attempt.agent_log(info.rank)))
@@ -103,9 +103,12 @@ class _Agent:
         self.leader: Leader | None = None
         self.links: dict[int, Link] = {}
         """On the leader, by the number of the host; elsewhere the one to the leader, under 0."""
-        self.newcomers: list[Link] = []
-        self.listener: socket.socket | None = None
-        self.meeting: Meeting | None = None
+        self.meeting: Gathering | Joining | None = None
+        self.keeper: Keeper | None = None
+        """On the leader."""
+        self._met: Met | None = None
+        self.ahead_s: float | None = None
+        """Seconds by which this host's clock is ahead of the leader's; never too little, and by the fastest message."""
         self.can_fork = True
         self.board = Board.create(self._ranks_here)
         self.ranks = Ranks(self.job, self.attempt, self._private, (self.board.fd,))
@@ -122,8 +125,7 @@ class _Agent:
         return resources.gpus_per_node if self.on_slurm else resources.shape.world_size
 
     def _private(self) -> list[int]:
-        descriptors = [link.fileno() for link in (*self.links.values(), *self.newcomers)]
-        descriptors += [self.listener.fileno()] if self.listener else ()
+        descriptors = [link.fileno() for link in self.links.values()]
         descriptors += self.meeting.private if self.meeting else ()
         return [*descriptors, self.signals.owner] if self.signals.owner >= 0 else descriptors
 
@@ -132,13 +134,13 @@ class _Agent:
     def run(self) -> int:
         """Runs this host's part to its end; the exit code."""
         try:
-            self._start_meeting()  # hosts meet while this one goes on importing
+            self._begin_to_meet()  # hosts meet while this one goes on importing
             unsafe = ranks.preload(self.spec, self._check)
             gc.enable()  # jobs/entry.py has switched it off
             if unsafe is not None:
                 log.warning("%s, so each rank is an interpreter of its own; starting takes longer", unsafe)
             self.can_fork = unsafe is None
-            self._connect(self._met())
+            self._meet()
             self._start()
         except _ToldToEnd:
             return self._ended_early()
@@ -148,56 +150,41 @@ class _Agent:
     def _check(self) -> None:
         if self.signals.look() is not None:
             raise _ToldToEnd
+        if self._met is None and self.meeting is not None:
+            self._met = self.meeting.look()
 
-    def _start_meeting(self) -> None:
-        where = self._listen() if self.info.rank == 0 and self.info.world_size > 1 else {}
-        log_file = str(self.attempt.agent_log(self.info.rank))
-        self.meeting = Meeting(self.info, self.spec, self.attempt, where, log_file)
+    @property
+    def met(self) -> Met:
+        """What this agent knows of the others, from the moment that all have met."""
+        assert self._met is not None
+        return self._met
 
-    def _met(self) -> Met:
+    def _begin_to_meet(self) -> None:
+        info, spec, attempt = self.info, self.spec, self.attempt
+        if info.rank:
+            self.meeting = Joining(info, spec, attempt)
+        else:
+            # The keeper has a connection to every rank, and the leader has one to every other agent.
+            processes.allow_open_files(spec.resources.shape.world_size, info.host)
+            self.meeting = Gathering(info, spec, attempt, str(attempt.agent_log(info.rank)))
+            self.keeper = self.meeting.keeper
+
+    def _meet(self) -> None:
+        """Waits for the others; this agent is then the leader, or has a link to it."""
         assert self.meeting is not None
-        while True:
-            met = self.meeting.result()
-            if met is not None:
-                break
+        self._check()
+        while self._met is None:
+            self.meeting.wait(POLL_S)
             self._check()
-            time.sleep(POLL_S)
+        met, self.links = self.met, self.met.links
         expected = self.spec.resources.nodes if self.on_slurm else 1
         if len(set(met.hosts)) != expected or len(met.hosts) != expected:
             raise TopologyError(
                 f"the job is for {expected} hosts with one agent each, and they were started on "
                 f"{first_few(met.hosts)}; look for options of sbatch or srun that say how many tasks there are"
             )
-        return met
-
-    def _listen(self) -> dict[str, Any]:
-        """Opens the socket for the other agents, and says how it is reached."""
-        import secrets
-
-        from jobs.rank.network import own_address
-        from jobs.rank.store import listen
-
-        address = own_address(self.info, self.spec.interface, self.info.network_peer)
-        self.listener = listen(self.info, address, self.spec.rendezvous_ports)
-        self.listener.setblocking(False)
-        self.nonce = secrets.token_hex(16)
-        return {"address": address, "port": self.listener.getsockname()[1], "nonce": self.nonce}
-
-    def _connect(self, met: Met) -> None:
-        """Makes this agent the leader, or connects it with the leader."""
-        self.met = met
         if self.info.rank == 0:
             self.leader = self._leader(self._hosts(met))
-            return
-        where = met.leader
-        try:
-            connection = socket.create_connection((where["address"], where["port"]), timeout=30)
-        except OSError as error:
-            raise MeshrunError(
-                f"the leader on {met.hosts[0]} cannot be reached at {where['address']}:{where['port']}: {error}"
-            ) from error
-        self.links[0] = Link(connection)
-        self.links[0].send({"hello": where["nonce"], "host": met.node_rank})
 
     def _hosts(self, met: Met | None = None) -> tuple[str, ...]:
         """The name of every host; where they have not met, a name for each."""
@@ -258,14 +245,14 @@ class _Agent:
                 self._say(self._where())
                 if self.leader is not None:
                     for link in self.links.values():
-                        link.send({})
-            if now >= self.status_at and self.leader is not None and self.meeting is not None:
+                        link.send({"now": time.time()})
+            if now >= self.status_at and self.leader is not None and self.keeper is not None:
                 self.status_at = now + STATUS_EVERY_S
-                self.meeting.write(self.leader.attempt.status, self.leader.status())
-            if now >= self.lease_at and self.leader is not None and self.meeting is not None:
+                self.keeper.write(self.leader.attempt.status, self.leader.status())
+            if now >= self.lease_at and self.leader is not None and self.keeper is not None:
                 self.lease_at = now + RENEW_EVERY_S
-                self.meeting.renew_lease(self.leader.attempt.number)
-                if (later := self.meeting.later_attempt()) > self.leader.attempt.number:
+                self.keeper.renew_lease(self.leader.attempt.number)
+                if (later := self.keeper.later_attempt()) > self.leader.attempt.number:
                     self.leader.supersede(later)
             heard = self._hear()
             silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
@@ -274,6 +261,9 @@ class _Agent:
                 log.error("the leader on %s is gone; this host's ranks are ended", self.met.hosts[0])
                 return
             for order in self._orders():
+                if "now" in order:
+                    ahead_s = time.time() - order["now"]
+                    self.ahead_s = ahead_s if self.ahead_s is None else min(ahead_s, self.ahead_s)
                 if order.get("look"):
                     self._say(self._where())
                 if order.get("stacks"):
@@ -291,7 +281,7 @@ class _Agent:
             if (shown := self.ranks.stacks.answer()) is not None:
                 self._say({**self._where(), **shown})
             if self.leader is not None:
-                if self.meeting is not None and self.meeting.pid in self.ranks.others_ended and not self.said_end:
+                if self.keeper is not None and self.keeper.pid in self.ranks.others_ended and not self.said_end:
                     self.leader.lose(0, "lost the process that holds the store (killed, or out of memory)")
                 if not self.leader.step():
                     return
@@ -301,8 +291,7 @@ class _Agent:
 
     def _kept(self) -> list[int]:
         """Children that stay while ranks are ended: the store, until all hosts have ended theirs."""
-        pid = self.meeting.pid if self.meeting is not None and self.info.rank == 0 else None
-        return [pid] if pid is not None else []
+        return [self.keeper.pid] if self.keeper is not None and self.keeper.pid is not None else []
 
     def _where(self) -> dict[str, Any]:
         """Where each rank of this host is."""
@@ -324,8 +313,9 @@ class _Agent:
             self._say({**self._where(), "ended": new})
 
     def _end_of(self, rank: Rank, failure: Failure | None) -> dict[str, Any]:
-        if failure is not None and failure.log == "":
-            failure = replace(failure, log=str(rank.log))
+        if failure is not None:
+            when = time.time() - rank.failed_ago_s - (self.ahead_s or 0.0)
+            failure = replace(failure, when=when, log=failure.log or str(rank.log))
         if rank.failed is not None and failure is not None and not self.attempt.failure(rank.rank).exists():
             with contextlib.suppress(OSError):  # the leader knows it anyway; this is for when the leader is lost
                 write_json(self.attempt.failure(rank.rank), failure.to_json())
@@ -384,36 +374,12 @@ class _Agent:
             messages = self.links[0].receive()
             self.orders += messages
             return bool(messages)
-        self._accept()
         for host, link in self.links.items():
             for message in link.receive():
                 self.leader.hear(host, message)
             if not link.is_open:
                 self.leader.lose(host)
         return True
-
-    def _accept(self) -> None:
-        while self.listener is not None:
-            try:
-                connection, _ = self.listener.accept()
-            except BlockingIOError:
-                break
-            except OSError:
-                continue
-            self.newcomers.append(Link(connection))
-        for link in self.newcomers[:]:
-            messages = link.receive()
-            if messages or not link.is_open:
-                self.newcomers.remove(link)
-            if messages and messages[0].get("hello") == self.nonce:
-                host = messages[0]["host"]
-                self.links[host] = link
-                assert self.leader is not None
-                for message in messages[1:]:
-                    self.leader.hear(host, message)
-                self.leader.greet(host)
-            elif messages:
-                link.close()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -434,10 +400,10 @@ class _Agent:
     def end(self) -> None:
         """Leaves no process behind."""
         self.ranks.end(but=())
-        if self.meeting is not None:
-            self.meeting.end()
+        if self.keeper is not None:
+            self.keeper.end()
         processes.kill_children()
-        if self.leader is not None and self.meeting is not None:
+        if self.leader is not None and self.keeper is not None:
             with contextlib.suppress(OSError):
                 Lease.of(self.spec, self.info).release(self.leader.attempt.number)
         if self.leader is not None and self.leader.error:

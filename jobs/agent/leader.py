@@ -208,13 +208,6 @@ class Leader:
         for rank in one.ranks:
             self._seen[rank].ended = True
 
-    def greet(self, host: int) -> None:
-        """Tells an agent that has only just connected what was decided before."""
-        if self.code is not None:
-            self.send(host, {"end": True, "code": self.code})
-        elif self._restart is not None:
-            self.send(host, {"restart": True})
-
     # --- what is decided ----------------------------------------------------------------------------------------------
 
     def step(self) -> bool:

@@ -1,38 +1,46 @@
-"""The agents of a job find each other, in a child process of each agent, because a store's threads forbid forking.
+"""The agents of a job find each other: all connect to the leader, and learn from it who is on which host.
 
-The child of the leader then holds the store that all ranks use, for as long as the leader lives: the store outlives
-every rank. It also writes the leader's status.json and renews its lease, since the leader must not wait for a file
-system. The other children end when the agents have met. An agent that must not fork, and so starts its ranks as
-interpreters, may as well have the store's threads: there the meeting is a thread of the agent itself.
+The leader listens before it says where, in the attempt's rendezvous file. Every other agent looks for that file,
+connects and says who it is. When all have come, the leader tells each the hosts and where the ranks' store is. The
+connections stay: agents and leader talk through them from then on.
+
+Nothing here waits: `look` does what can be done at once, so that hosts meet while they import.
+
+To the leader: `{"agent": NUMBER, "host": NAME, "nonce": NONCE}`. From it: `{"leader": IDENTITY, "left_s": SECONDS}` at
+once, without `left_s` to one that is not of this job; then `{"hosts": [...], "address": ..., "port": ...}`, or
+`{"error": TEXT}`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
+import errno
 import logging
 import os
-import select
-import signal
+import secrets
 import socket
-import sys
-import threading
 import time
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jobs import blame, processes
-from jobs.agent.lease import Lease
-from jobs.agent.signals import OF_AN_AGENT
+from jobs.agent.keeper import Keeper
+from jobs.agent.link import Link, wait_for
+from jobs.errors import RendezvousError, UnreachableError
+from jobs.processes import look_again_in_s
 from jobs.rank.identity import RankInfo
+from jobs.rank.network import own_address
+from jobs.rank.numbering import Seat, seat_table
+from jobs.rank.rendezvous_file import failing_for_all, first_of, listen, read_rendezvous_file, unreachable
 from jobs.run_dir import Attempt, write_json
 from jobs.spec import JobSpec
+from workloads.errors import first_few
 
-LATE_S = 30.0
-"""Seconds after the rendezvous deadline at which a meeting that has not answered counts as lost."""
+log = logging.getLogger(__name__)
+
+GRACE_S = 15.0
+"""For so much longer than the leader's own deadline an agent waits for its answer."""
+CONNECT_WITHIN_S = 10.0
+LOOK_EVERY_S = 1.0
+"""For whether there is a second leader, or for a newer one."""
 
 
 @dataclass(frozen=True)
@@ -45,177 +53,285 @@ class Met:
     address: str
     port: int
     """Of the store."""
-    leader: dict[str, Any]
-    """What the leader says of its connection for agents."""
+    links: dict[int, Link]
+    """On the leader to every other agent, by the number of its host; elsewhere to the leader, under 0."""
 
 
-class MeetingFailed(Exception):
-    """The hosts did not meet. Args: the failure."""
-
-    def __init__(self, failure: blame.Failure) -> None:
-        super().__init__(failure.headline())
-        self.failure = failure
-
-
-class Meeting:
-    """The child process, or the thread, from the agent's side.
+class Gathering:
+    """The meeting on the leader.
 
     Args:
-        info: the agent's place among the agents.
+        info: its place among the agents.
         spec: the job.
-        attempt: where the leader announces the store.
-        leader: what the other agents need for reaching the leader; from the leader only.
-        log: the agent's log, named in a failure.
+        attempt: where it says where it listens.
+        log: its log, named in a failure.
+
+    Raises:
+        RendezvousError: no port is free.
+        TopologyError: this host's network interface is not there, is down or has no address.
     """
 
-    def __init__(self, info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str) -> None:
-        self._info, self._log = info, log
-        self._deadline = time.monotonic() + spec.rendezvous_timeout_s + LATE_S
-        from jobs.rank import rendezvous  # noqa: F401 - not in the child: what the ranks need, too, is imported once
-
-        self._answer, answer = os.pipe()
-        # The agent's end closes when the agent ends, however it ends.
-        self._keep, keep = socket.socketpair()
-        self._keep.setblocking(False)
-        self._unsent = self._heard = b""
-        agent = os.getpid()
-        self.pid: int | None = None
-        """The child's; None for a thread."""
-        self._text = b""
-        if processes.why_not_fork() is not None:
-            threading.Thread(
-                target=_meet, args=(info, spec, attempt, leader, log, answer, keep), name="meeting", daemon=True
-            ).start()
-            return
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._answer)
-            self._keep.close()
-            _meet_in_child(info, spec, attempt, leader, log, agent, answer, keep)
-        os.close(answer)
-        keep.close()
+    def __init__(self, info: RankInfo, spec: JobSpec, attempt: Attempt, log: str) -> None:
+        self._info, self._file, self._timeout_s = info, attempt.rendezvous, spec.rendezvous_timeout_s
+        self._listener: socket.socket | None = None
+        self._newcomers: list[Link] = []
+        self._links: dict[int, Link] = {}
+        self._hosts = {info.rank: info.host}
+        self._nonce = secrets.token_hex(16)
+        self._deadline: float | None = None
+        self._problem = ""
+        self._look_at = 0.0
+        with failing_for_all(info, self._file):
+            address = own_address(info, spec.interface, info.network_peer)
+            self.keeper = Keeper(info, spec, attempt.number, listen(info, address, spec.rendezvous_ports), log)
+            if info.world_size > 1:
+                self._listener = listen(info, address, spec.rendezvous_ports)
+                self._listener.setblocking(False)
 
     @property
     def private(self) -> tuple[int, ...]:
         """Descriptors that no rank may hold open."""
-        return (self._answer, self._keep.fileno())
+        return (*self.keeper.private, *([self._listener.fileno()] if self._listener else ()))
 
-    def result(self) -> Met | None:
+    def look(self) -> Met | None:
         """What came of it; None while it is not known.
 
         Raises:
-            MeetingFailed: hosts are missing, or this one cannot be reached, or the like.
+            RendezvousError: agents are missing at the deadline (named, with their hosts where known), or one has come
+                twice.
+            KeeperFailed: there is no store.
         """
-        while select.select([self._answer], [], [], 0)[0]:
-            data = os.read(self._answer, 1 << 16)
-            if not data:
-                raise self._failed("the process that meets the other hosts ended and gave no reason")
-            self._text += data
-            if self._text.endswith(b"\n"):
-                record = json.loads(self._text)
-                if "failure" in record:
-                    failure = blame.Failure.from_json(record["failure"])
-                    assert failure is not None
-                    raise MeetingFailed(failure)
-                return Met(**{**record, "hosts": tuple(record["hosts"])})
-        if time.monotonic() > self._deadline:
-            raise self._failed("the process that meets the other hosts does not answer")
+        if self._deadline is None:
+            if not self.keeper.is_ready():
+                return None
+            self._deadline = time.monotonic() + self._timeout_s
+            self._announce()
+        self._accept()
+        if len(self._hosts) == self._info.world_size and not self._problem:
+            return self._met()
+        if not self._problem:
+            self._check(self._deadline)
+        if self._problem:
+            for link in (*self._links.values(), *self._newcomers):
+                link.send({"error": self._problem})
+            raise RendezvousError(self._problem)
         return None
 
-    def write(self, path: Path, record: dict[str, Any]) -> None:
-        """Has the child write this, on the leader; not while it still waits for the file system with an earlier one."""
-        self._ask(str(path), record)
+    def wait(self, seconds: float) -> None:
+        """Waits until `look` may have something to do, and no longer than that."""
+        own = (*self.keeper.private[:1],) if self._deadline is None else ()
+        wait_for(self._newcomers, (*own, *([self._listener.fileno()] if self._listener else ())), seconds)
 
-    def renew_lease(self, attempt: int) -> None:
-        """Has the child renew the lease, as `write` does."""
-        self._ask("", attempt)
+    def _announce(self) -> None:
+        if self._listener is not None:
+            address, port = self._listener.getsockname()
+            where = {"address": address, "port": port, "identity": self._info.identity, "nonce": self._nonce}
+            write_json(self._file, {**where, "host": self._info.host})
 
-    def later_attempt(self) -> int:
-        """The highest number of a later attempt that the child has found when it was to renew the lease; -1: none."""
-        with contextlib.suppress(OSError):
-            self._heard += self._keep.recv(1 << 12)
-        return max(map(int, self._heard.split(b"\n")[:-1]), default=-1)
+    def _accept(self) -> None:
+        while self._listener is not None:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # nobody is there, or whoever was has gone
+                break
+            self._newcomers.append(Link(connection))
+        for link in self._newcomers[:]:
+            messages = link.receive()
+            if messages:
+                self._greet(link, messages[0])
+            if messages or not link.is_open:
+                self._newcomers.remove(link)
 
-    def _ask(self, path: str, what: Any) -> None:
-        self._unsent = self._unsent or (json.dumps([path, what]) + "\n").encode()
-        with contextlib.suppress(OSError):
-            self._unsent = self._unsent[self._keep.send(self._unsent) :]
+    def _greet(self, link: Link, message: dict[str, Any]) -> None:
+        number, host = message.get("agent"), message.get("host")
+        if message.get("nonce") != self._nonce or not isinstance(number, int) or number >= self._info.world_size:
+            link.send({"leader": self._info.identity})
+            link.close()
+            return
+        if number in self._hosts:
+            self._problem = _doubled(number, f"the first on {self._hosts[number]}, the second on {host}")
+            link.send({"error": self._problem})
+            return
+        self._hosts[number], self._links[number] = str(host), link
+        assert self._deadline is not None
+        left_s = max(0.0, self._deadline - time.monotonic())
+        link.send({"leader": self._info.identity, "left_s": left_s})
 
-    def _failed(self, why: str) -> MeetingFailed:
-        info = self._info
-        return MeetingFailed(blame.Failure(info.rank, info.host, time.time(), "lost_peer", why, log=self._log))
+    def _check(self, deadline: float) -> None:
+        """Looks for what makes it impossible to meet."""
+        info, now = self._info, time.monotonic()
+        if now >= deadline:
+            missing = [number for number in range(info.world_size) if number not in self._hosts]
+            names = [f"agent {n}" + (f" on {info.expected_hosts[n]}" if info.expected_hosts else "") for n in missing]
+            present = seat_table([Seat(number, host, 0) for number, host in self._hosts.items()], "agent")
+            self._problem = (
+                f"{len(self._hosts)} of {info.world_size} agents came within {self._timeout_s:g} s; missing: "
+                f"{first_few(names, 16)}; present: {present}"
+            )
+        elif now >= self._look_at:
+            self._look_at = now + LOOK_EVERY_S
+            latest = read_rendezvous_file(self._file) or {}
+            if latest.get("identity") == info.identity and latest.get("nonce", self._nonce) != self._nonce:
+                self._problem = _doubled(0, f"one on {info.host}")
 
-    def end(self) -> None:
-        """Ends the child and so, on the leader, the store."""
-        self._keep.close()
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-
-
-def _meet_in_child(
-    info: RankInfo,
-    spec: JobSpec,
-    attempt: Attempt,
-    leader: dict[str, Any],
-    log: str,
-    agent: int,
-    answer: int,
-    keep: socket.socket,
-) -> NoReturn:
-    processes.die_with_parent(agent)
-    gc.enable()
-    # A signal for the job is the agent's to answer: ranks may still need the store while it ends them.
-    for signum in OF_AN_AGENT:
-        signal.signal(signum, signal.SIG_IGN)
-    _meet(info, spec, attempt, leader, log, answer, keep)
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _meet(
-    info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any], log: str, answer: int, keep: socket.socket
-) -> None:
-    """Meets the others, says what came of it, and on the leader keeps the store."""
-    store = None
-    try:
-        record, store = _join(info, spec, attempt, leader)
-    except BaseException as error:
-        traceback.print_exc()
-        record = {"failure": blame.failure_of(error, info.rank, info.host, time.time(), log).to_json()}
-    text = (json.dumps(record) + "\n").encode()
-    while text:
-        text = text[os.write(answer, text) :]
-    os.close(answer)
-    if info.rank == 0 and store is not None:  # the store ends with the last reference to it
-        lease = Lease.of(spec, info)
-        for line in keep.makefile("rb"):
-            path, record = json.loads(line)
-            with contextlib.suppress(OSError):
-                if path:
-                    write_json(Path(path), record)
-                elif (later := lease.renew(record)) is not None:
-                    keep.sendall(f"{later}\n".encode())
+    def _met(self) -> Met:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        hosts = tuple(host for _, host in sorted(self._hosts.items()))
+        where = {"address": self.keeper.address, "port": self.keeper.port}
+        for link in self._links.values():
+            link.send({"hosts": hosts, **where})
+        return Met(hosts, 0, **where, links=self._links)
 
 
-def _join(info: RankInfo, spec: JobSpec, attempt: Attempt, leader: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """What `Met` holds, and the store."""
-    from jobs.rank import rendezvous
+def _doubled(number: int, where: str) -> str:
+    return f"two processes are agent {number}, {where}; start every agent once, with submit.py or srun"
 
-    if info.rank == 0:  # all ranks connect to its store
-        Lease.of(spec, info).take(attempt.number, say=logging.getLogger(__name__).warning)
-        processes.allow_open_files(spec.resources.shape.world_size, info.host)
-    meeting = rendezvous.join(
-        info, "cpu", attempt.rendezvous, spec.rendezvous_timeout_s, spec.interface, spec.rendezvous_ports
-    )
-    if info.rank == 0:
-        meeting.store.set("leader", json.dumps(leader))
-    placement, store = meeting.placement, meeting.store.underlying_store  # type: ignore[attr-defined]
-    record = {
-        "hosts": placement.hosts,
-        "node_rank": placement.node_rank,
-        "address": store.host,
-        "port": store.port,
-        "leader": json.loads(meeting.store.get("leader")),
-    }
-    return record, meeting.store
+
+class Joining:
+    """The meeting on every other agent.
+
+    Args:
+        info: its place among the agents.
+        spec: the job.
+        attempt: where the leader says where it listens.
+
+    Raises:
+        TopologyError: this host's network interface is not there, is down or has no address.
+    """
+
+    keeper = None
+
+    def __init__(self, info: RankInfo, spec: JobSpec, attempt: Attempt) -> None:
+        self._info, self._file, self._timeout_s = info, attempt.rendezvous, spec.rendezvous_timeout_s
+        self._began = time.monotonic()
+        self._deadline = self._began + self._timeout_s
+        self._link: Link | None = None
+        self._where: dict[str, Any] | None = None
+        self._others = ""
+        self._has_come = False
+        """The leader has taken note of this agent."""
+        self._fault: RendezvousError | None = None
+        self._look_at = self._retry_at = self._connecting_until = 0.0
+        self._pause_s = 0.25
+        if spec.interface is not None:
+            own_address(info, spec.interface, None)  # now, so that the host with the broken one is named
+
+    @property
+    def private(self) -> tuple[int, ...]:
+        """Descriptors that no rank may hold open."""
+        return ()
+
+    def look(self) -> Met | None:
+        """What came of it; None while it is not known.
+
+        Raises:
+            RendezvousError: the leader has not said where it listens, does not answer, or has said what is wrong.
+            UnreachableError: nothing listens there, or another job's leader.
+        """
+        now = time.monotonic()
+        met = self._hear(now)
+        if met is not None:
+            return met
+        if now >= self._deadline:
+            raise self._late()
+        if now >= self._look_at and not self._has_come:
+            self._look_at = now + (look_again_in_s(now - self._began) if self._link is None else LOOK_EVERY_S)
+            self._read()
+        if self._where is not None and self._link is None and now >= self._retry_at:
+            self._connect(self._where, now)
+        return None
+
+    def wait(self, seconds: float) -> None:
+        """Waits until `look` may have something to do, and no longer than that."""
+        if self._link is not None:
+            wait_for([self._link], (), seconds)
+        else:
+            time.sleep(max(0.0, min(seconds, self._look_at - time.monotonic())))
+
+    def _read(self) -> None:
+        """Reads the rendezvous file; what is in it that was not before is to be tried."""
+        latest = read_rendezvous_file(self._file)
+        if latest is None or latest == self._where:
+            return
+        if latest["identity"] != self._info.identity:
+            self._others = f", which is still that of {latest['identity']}"
+            return
+        if "error" in latest:
+            raise RendezvousError(latest["error"])
+        if self._link is not None:
+            self._link.close()
+        self._where, self._link, self._fault = latest, None, None
+        self._retry_at, self._pause_s = 0.0, 0.25
+
+    def _connect(self, where: dict[str, Any], now: float) -> None:
+        connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        connection.setblocking(False)
+        code = connection.connect_ex((where["address"], where["port"]))
+        if code not in (0, errno.EINPROGRESS):
+            connection.close()
+            self._failed(now, OSError(code, os.strerror(code)))
+            return
+        self._link, self._connecting_until = Link(connection), now + CONNECT_WITHIN_S
+        self._link.send({"agent": self._info.rank, "host": self._info.host, "nonce": where["nonce"]})
+
+    def _hear(self, now: float) -> Met | None:
+        """Takes in what the leader has said."""
+        link = self._link
+        if link is None:
+            return None
+        for message in link.receive():
+            if "error" in message:
+                raise RendezvousError(message["error"])
+            if "hosts" in message:
+                hosts, address, port = message["hosts"], message["address"], message["port"]
+                return Met(tuple(hosts), self._info.rank, address, port, {0: link})
+            if "left_s" in message:
+                # It may have begun later than this agent, and waits as long: it knows who else is missing.
+                self._has_come, self._deadline = True, now + message["left_s"] + GRACE_S
+            elif "leader" in message:
+                whose = f"another start of {message['leader']}"
+                if message["leader"] != self._info.identity:
+                    whose = f"{message['leader']}, not to {self._info.identity}"
+                self._failed(now, UnreachableError(f"but the leader there belongs to {whose}"))
+                return None
+        if not link.is_open and self._has_come:
+            raise RendezvousError(f"{first_of(self._info)} went away during rendezvous")
+        if not link.is_open:
+            fault = RendezvousError("but what answers there is not the leader of a job")
+            self._failed(
+                now, fault if link.error is None or isinstance(link.error, ConnectionResetError) else link.error
+            )
+        elif now >= self._connecting_until and not link.is_connected:
+            self._failed(now, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+        return None
+
+    def _failed(self, now: float, fault: OSError | RendezvousError) -> None:
+        """Notes why there is no connection; there will be another try, ever less often."""
+        if isinstance(fault, OSError):
+            fault = UnreachableError(unreachable(fault, "agent"))
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        if str(fault) != str(self._fault):
+            log.warning("%s; trying again until the deadline", self._announced(fault))
+        self._fault, self._retry_at, self._pause_s = fault, now + self._pause_s, min(self._pause_s * 2, 5.0)
+
+    def _late(self) -> RendezvousError:
+        if self._has_come:
+            return RendezvousError(
+                f"{first_of(self._info)} has come, but has not answered for {GRACE_S:g} s after its deadline"
+            )
+        if self._where is None:
+            return RendezvousError(
+                f"missing: {first_of(self._info)}, which has not announced itself within {self._timeout_s:g} s "
+                f"(by {self._file}{self._others}); is it still starting, and does it see the same file system?"
+            )
+        fault = self._fault or RendezvousError("but what listens there does not answer")
+        return type(fault)(f"{self._announced(fault)}; tried for {self._timeout_s:g} s")
+
+    def _announced(self, fault: RendezvousError) -> str:
+        assert self._where is not None
+        address, port, host = (self._where[key] for key in ("address", "port", "host"))
+        return f"agent 0 announced {address}:{port} on {host}, {fault}"

@@ -8,7 +8,6 @@ import importlib
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -94,7 +93,7 @@ class Rank:
 
     def read(self) -> None:
         """Takes in what it has said."""
-        while self._pipe >= 0 and select.select([self._pipe], [], [], 0)[0]:
+        while self._pipe >= 0 and processes.is_readable(self._pipe):
             data = os.read(self._pipe, 1 << 16)
             if not data:
                 self.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from types import FrameType
 
@@ -37,6 +36,6 @@ class Signals:
 
     def look(self) -> int | None:
         """The signal by which the job is to end, if it is: also that the owner is gone."""
-        if self.end is None and self.owner >= 0 and select.select([self.owner], [], [], 0)[0]:
+        if self.end is None and self.owner >= 0 and processes.is_readable(self.owner):
             self.end = signal.SIGHUP
         return self.end

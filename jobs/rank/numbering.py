@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from jobs.errors import TopologyError
 from workloads.base import MeshSpec
@@ -26,7 +26,7 @@ class Seat:
     """What tells its GPU from every other; "" for none, or where that is not known."""
 
     def to_line(self) -> str:
-        return json.dumps(astuple(self)) + "\n"
+        return json.dumps([self.rank, self.host, self.local_rank, self.device, self.gpu]) + "\n"
 
     @staticmethod
     def from_line(line: str) -> Seat:
@@ -47,15 +47,11 @@ class Placement:
     """The host of every rank."""
 
 
-def number_by_host(seats: Sequence[Seat], noun: str = "rank") -> list[Seat]:
+def number_by_host(seats: Sequence[Seat]) -> list[Seat]:
     """The seats in host-major order: the position in the list is the rank from there on.
 
     Hosts come in the order of their lowest scheduler rank, ranks within a host by local rank; so scheduler rank 0
     stays rank 0 wherever its host is in the scheduler's list.
-
-    Args:
-        seats: everyone's.
-        noun: what sits there, for what is refused: "rank" or "agent".
 
     Raises:
         TopologyError: hosts hold unequal numbers of ranks (with the table of who sits where), devices differ, or ranks
@@ -67,16 +63,16 @@ def number_by_host(seats: Sequence[Seat], noun: str = "rank") -> list[Seat]:
     counts = Counter(seat.host for seat in seats)
     if len(set(counts.values())) > 1:
         raise TopologyError(
-            f"hosts hold unequal numbers of {noun}s, and a mesh needs equal ones; ask for --nodes and --gpus-per-node "
-            f"with one task per {'GPU' if noun == 'rank' else 'host'}. " + seat_table(seats, noun)
+            "hosts hold unequal numbers of ranks, and a mesh needs equal ones; ask for --nodes and --gpus-per-node "
+            "with one task per GPU. " + seat_table(seats)
         )
     devices = Counter(seat.device for seat in seats)
     if len(devices) > 1:
         raise TopologyError(
-            f"some {noun}s have a GPU and others do not: "
+            "some ranks have a GPU and others do not: "
             + first_few(
                 [
-                    f"{noun} {s.rank} on {s.host}: {s.device}"
+                    f"rank {s.rank} on {s.host}: {s.device}"
                     for s in sorted(seats, key=lambda s: (devices[s.device], s.rank))
                 ]
             )

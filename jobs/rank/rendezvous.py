@@ -1,8 +1,9 @@
 """RankInfo -> initialised process group: the ranks of one job meet in its store and get their numbers.
 
 Every rank reports where it sits; rank 0 waits for all, numbers them host by host and answers all with one table, or
-with one error. Ranks that an agent has started have their numbers already: they check in, and rank 0 checks that they
-can make a mesh. Every wait ends at the job's rendezvous deadline and says who is missing.
+with one error. Ranks that an agent has started have their numbers already: they check in, and only rank 0, without
+which no group comes about, waits for all and checks that they can make a mesh. Every wait ends at the job's rendezvous
+deadline and says who is missing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ GRACE_S = 15.0
 
 _DOUBLED = "doubled"
 _RANK_0 = "rank 0 has come"
+_ONE_EACH = "start every rank once, with submit.py, srun or torchrun, and without mpirun"
 
 
 @dataclass
@@ -47,8 +49,6 @@ class Rendezvous:
     """This host's own, on the network of rank 0's store."""
     ahead_s: float = 0.0
     """Seconds by which this host's clock is ahead of rank 0's, to within the time that rank 0's answer took."""
-    noun: str = "rank"
-    """What those who met are called."""
 
     def finish(self, timeout_s: float) -> None:
         """Holds rank 0, whose process may hold the store, until every rank has come here.
@@ -62,8 +62,8 @@ class Rendezvous:
         while me == 0 and len(finished := set(map(int, self.store.get("finished").split()))) < world:
             if time.monotonic() > deadline:
                 raise RendezvousError(
-                    f"{self.noun} 0 is done, but after {timeout_s:g} s these are not: "
-                    + _named([rank for rank in range(world) if rank not in finished], self.placement.hosts, self.noun)
+                    f"rank 0 is done, but after {timeout_s:g} s these are not: "
+                    + _named([rank for rank in range(world) if rank not in finished], self.placement.hosts)
                 )
             time.sleep(0.01)
 
@@ -77,9 +77,7 @@ def join(
     ports: tuple[int, int] | None = None,
     gpu: str = "",
 ) -> Rendezvous:
-    """Meets the job's other ranks, or where `info.noun` says so its other agents.
-
-    Agents and ranks of one job may meet in one store: neither sees the other's keys.
+    """Meets the job's other ranks.
 
     Args:
         info: who this rank is, as its launcher says.
@@ -115,7 +113,7 @@ def join(
 
     def meet() -> tuple[dist.Store, dict[str, Any]]:
         opened = launchers_store(info, os.environ, timeout_s) if raw is None else raw
-        store = dist.PrefixStore(f"meshrun/{info.noun}/{info.identity}", opened)
+        store = dist.PrefixStore(f"meshrun/{info.identity}", opened)
         if info.rank:
             return store, _take_seat(info, store, seat, deadline, timeout_s)
         return store, _answer_everyone(
@@ -134,14 +132,36 @@ def join(
         kind = TopologyError if answer["kind"] == "topology" else RendezvousError
         # Who meets in vain stays a victim until it ends; hosts that cannot make a mesh are a failure like any other.
         raise spoken_for(kind(answer["error"]), 0, info.rank) if kind is TopologyError else kind(answer["error"])
-    placement = place(answer["hosts"].split(), _order(answer), info.rank) if "hosts" in answer else _placement(info)
-    return Rendezvous(placement, store, address, answer.get("ahead_s", 0.0), info.noun)
+    placement = place(answer["hosts"].split(), _order(answer), info.rank)
+    return Rendezvous(placement, store, address, answer.get("ahead_s", 0.0))
 
 
-def _placement(info: RankInfo) -> Placement:
-    """Of a rank whose agent has told it."""
+def check_in(info: RankInfo, device: str, timeout_s: float, interface: str | None, gpu: str = "") -> Rendezvous:
+    """`join` for a rank that an agent has started, and will end if another fails or this one waits in vain.
+
+    Raises:
+        RendezvousError: on rank 0, ranks are missing at the deadline; on the others, rank 0 is.
+        TopologyError: on rank 0, the ranks cannot make a mesh.
+    """
     assert info.node_rank is not None
-    return Placement(
+    deadline = time.monotonic() + timeout_s
+    address = own_address(info, interface, info.master_addr)
+    opened = launchers_store(info, os.environ, timeout_s)
+    store = dist.PrefixStore(f"meshrun/{info.identity}", opened)
+    try:
+        store.append("seats", Seat(info.rank, info.host, info.local_rank, device, gpu).to_line())  # type: ignore[attr-defined]
+        if info.rank == 0:
+            store.set(_RANK_0, "")
+            number_by_host(_all_seats(info, store, deadline, timeout_s))
+        else:
+            store.wait([_RANK_0], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+    except dist.DistStoreError as error:
+        raise RendezvousError(f"missing: {first_of(info)}, which has not come within {timeout_s:g} s") from error
+    except dist.DistNetworkError as error:
+        raise RendezvousError(
+            f"the store at {info.master_addr}:{info.master_port} went away during rendezvous"
+        ) from error
+    placement = Placement(
         rank=info.rank,
         world_size=info.world_size,
         local_rank=info.local_rank,
@@ -150,6 +170,23 @@ def _placement(info: RankInfo) -> Placement:
         nodes=info.world_size // info.local_world_size,
         hosts=info.expected_hosts,
     )
+    return Rendezvous(placement, store, address)
+
+
+def _all_seats(info: RankInfo, store: dist.Store, deadline: float, timeout_s: float) -> list[Seat]:
+    """On rank 0: everyone's, once all have come.
+
+    Raises:
+        RendezvousError: ranks are missing at the deadline.
+    """
+    while True:
+        asked = time.monotonic()
+        seats = store.get("seats")
+        if seats.count(b"\n") >= info.world_size:
+            return _reported(store)
+        if time.monotonic() >= deadline:
+            raise RendezvousError(_who_is_missing(info, _reported(store), timeout_s))
+        time.sleep(min(1.0, max(0.002, 4 * (time.monotonic() - asked))))  # those who come are not kept from the store
 
 
 def _take_seat(info: RankInfo, store: dist.Store, seat: Seat, deadline: float, timeout_s: float) -> dict[str, Any]:
@@ -185,18 +222,14 @@ def _claim_seat(info: RankInfo, store: dist.Store, seat: Seat) -> None:
     Raises:
         RendezvousError: another process is this rank already; both, and rank 0, say so.
     """
-    if info.has_agent or store.add(f"claims/{seat.rank}", 1) == 1:  # an agent starts each rank once
+    if store.add(f"claims/{seat.rank}", 1) == 1:
         store.append("seats", seat.to_line())  # type: ignore[attr-defined]
         return
     first = next((f" on {other.host}" for other in _reported(store) if other.rank == seat.rank), "")
-    which = f"{info.noun} {seat.rank}, the first{first}, the second on {seat.host}"
-    problem = f"two processes are {which}; {_one_each(info.noun)}"
+    which = f"rank {seat.rank}, the first{first}, the second on {seat.host}"
+    problem = f"two processes are {which}; {_ONE_EACH}"
     store.set(_DOUBLED, problem)
     raise RendezvousError(problem)
-
-
-def _one_each(noun: str) -> str:
-    return f"start every {noun} once, with submit.py, srun or torchrun, and without mpirun"
 
 
 def _answer_everyone(
@@ -234,24 +267,26 @@ def _seat_everyone(
         elif time.monotonic() > look_at:
             look_at = time.monotonic() + 1
             if is_superseded():
-                doubled = f"two processes are {info.noun} 0, one on {info.host}; {_one_each(info.noun)}"
+                doubled = f"two processes are rank 0, one on {info.host}; {_ONE_EACH}"
     seats = _reported(store)
     if doubled:
         return {"kind": "rendezvous", "present": len(seats), "error": doubled}
     if len(seats) < info.world_size:
-        present = {seat.rank for seat in seats}
-        missing = [rank for rank in range(info.world_size) if rank not in present]
-        return {
-            "kind": "rendezvous",
-            "present": len(seats),
-            "error": f"{len(seats)} of {info.world_size} {info.noun}s came within {timeout_s:g} s; missing: "
-            f"{_named(missing, info.expected_hosts, info.noun)}; present: {seat_table(seats, info.noun)}",
-        }
+        return {"kind": "rendezvous", "present": len(seats), "error": _who_is_missing(info, seats, timeout_s)}
     try:
-        numbered = number_by_host(seats, info.noun)
+        numbered = number_by_host(seats)
     except TopologyError as error:
         return {"kind": "topology", "present": len(seats), "error": str(error)}
-    return {} if info.has_agent else _table(numbered)
+    return _table(numbered)
+
+
+def _who_is_missing(info: RankInfo, seats: list[Seat], timeout_s: float) -> str:
+    present = {seat.rank for seat in seats}
+    missing = [rank for rank in range(info.world_size) if rank not in present]
+    return (
+        f"{len(seats)} of {info.world_size} ranks came within {timeout_s:g} s; missing: "
+        f"{_named(missing, info.expected_hosts)}; present: {seat_table(seats)}"
+    )
 
 
 def _reported(store: dist.Store) -> list[Seat]:
@@ -293,8 +328,8 @@ def _linger(store: dist.Store, present: int, at_most_s: float = 3.0) -> None:
         time.sleep(0.02)
 
 
-def _named(ranks: list[int], hosts: tuple[str, ...], noun: str) -> str:
-    return first_few([f"{noun} {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
+def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
+    return first_few([f"rank {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
 
 
 def init_process_group(

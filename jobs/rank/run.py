@@ -125,15 +125,12 @@ def _run(
     torch.set_num_threads(spec.threads_per_rank)
     choice = devices.choose_device(info, env)
     network.check_socket_variables(info, choice.device.type, env)
-    meeting = rendezvous.join(
-        info,
-        choice.device.type,
-        attempt.rendezvous,
-        spec.rendezvous_timeout_s,
-        spec.interface,
-        spec.rendezvous_ports,
-        choice.gpu,
-    )
+    kind, deadline_s, interface = choice.device.type, spec.rendezvous_timeout_s, spec.interface
+    if info.has_agent:
+        meeting = rendezvous.check_in(info, kind, deadline_s, interface, choice.gpu)
+    else:
+        file, ports = attempt.rendezvous, spec.rendezvous_ports
+        meeting = rendezvous.join(info, kind, file, deadline_s, interface, ports, choice.gpu)
     clock.ahead_s = meeting.ahead_s
     os.environ.update(network.socket_variables(info, meeting.address, spec.interface, os.environ))
     placement = meeting.placement

@@ -9,14 +9,11 @@ the job's own is gone, sees that. Where a launcher's store waits already (torchr
 from __future__ import annotations
 
 import _thread
-import errno
 import functools
 import logging
-import os
 import secrets
 import socket
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +21,12 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
-from jobs.errors import MeshrunError, RendezvousError, UnreachableError
+from jobs.errors import RendezvousError, UnreachableError
 from jobs.processes import look_again_in_s
 from jobs.rank.identity import RankInfo
 from jobs.rank.network import own_address
-from jobs.run_dir import read_json, write_json
+from jobs.rank.rendezvous_file import failing_for_all, first_of, listen, read_rendezvous_file, unreachable
+from jobs.run_dir import write_json
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +75,6 @@ class Beside(Generic[T]):
         return self._result
 
 
-def first_of(info: RankInfo) -> str:
-    """Rank 0, with its host where the scheduler tells."""
-    return f"{info.noun} 0" + (f" on {info.expected_hosts[0]}" if info.expected_hosts else "")
-
-
 def launchers_store(info: RankInfo, env: Mapping[str, str], timeout_s: float) -> dist.TCPStore:
     """The store at MASTER_ADDR and MASTER_PORT, which an agent (ours, or torchrun's) holds, or else rank 0 itself.
 
@@ -114,28 +107,11 @@ def open_store(
     Returns:
         The store and its address.
     """
-    try:
+    with failing_for_all(info, rendezvous_file):
         address = own_address(info, interface, info.network_peer)
         listener = listen(info, address, ports)
         port = listener.getsockname()[1]
-        try:
-            store = dist.TCPStore(
-                address,
-                port,
-                is_master=True,
-                timeout=timedelta(seconds=min(timeout_s, 10)),
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
-        except dist.DistError as error:
-            raise RendezvousError(
-                f"{info.noun} 0 on {info.host} listens on {address}:{port}, but cannot reach it itself; "
-                "is the loopback interface down, or does a firewall forbid it?"
-            ) from error
-    except MeshrunError as error:
-        write_json(rendezvous_file, {"identity": info.identity, "host": info.host, "error": str(error)})
-        raise
-    store.set_timeout(timedelta(seconds=timeout_s))
+        store = serve(info, listener, timeout_s)
     nonce = secrets.token_hex(8)
     store.set(OWNER, f"{info.identity} {nonce}")
     write_json(
@@ -145,43 +121,34 @@ def open_store(
     return store, address
 
 
-def listen(info: RankInfo, address: str, ports: tuple[int, int] | None) -> socket.socket:
-    """A socket that listens on `address`: on a port of the range, or without one on a port of the kernel's choice.
-
-    The range is walked from a place that depends on the job, so that jobs that start together do not all try the same
-    ports.
+def serve(info: RankInfo, listener: socket.socket, timeout_s: float) -> dist.TCPStore:
+    """A store behind a socket that listens.
 
     Raises:
-        RendezvousError: every port of the range is taken, or the system allows none.
+        RendezvousError: this host does not reach its own socket.
     """
-    first, last = ports or (0, 0)
-    count = last - first + 1
-    offset = zlib.crc32(info.identity.encode()) % count
-    for port in (first + (offset + step) % count for step in range(count)):
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        if ports is not None:
-            # An earlier store's connections in TIME_WAIT do not keep the port; one that still listens does.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((address, port))
-            listener.listen(4096)  # of two that could bind with SO_REUSEADDR, one can listen: only this makes it ours
-            return listener
-        except OSError as error:
-            listener.close()
-            if error.errno != errno.EADDRINUSE or ports is None:
-                raise RendezvousError(
-                    f"{info.noun} 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
-                    + (f"; rendezvous_ports of the cluster config is {first}-{last}" if ports else "")
-                ) from error
-    raise RendezvousError(
-        f"{info.noun} 0 on {info.host} cannot listen: every port of rendezvous_ports {first}-{last} is taken on "
-        f"{address}; widen the range in the cluster config, or leave it out where no firewall needs one"
-    )
+    address, port = listener.getsockname()
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            is_master=True,
+            timeout=timedelta(seconds=min(timeout_s, 10)),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+    except dist.DistError as error:
+        raise RendezvousError(
+            f"{info.noun} 0 on {info.host} listens on {address}:{port}, but cannot reach it itself; "
+            "is the loopback interface down, or does a firewall forbid it?"
+        ) from error
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
 
 
 def is_superseded(store: dist.Store, rendezvous_file: Path) -> bool:
     """On rank 0: whether another process has announced itself as rank 0 of the same job since."""
-    latest = _read(rendezvous_file)
+    latest = read_rendezvous_file(rendezvous_file)
     if latest is None or not store.check([OWNER]):
         return False
     identity, nonce = store.get(OWNER).decode().split()
@@ -208,7 +175,7 @@ def find_store(info: RankInfo, rendezvous_file: Path, deadline: float, timeout_s
     others, problem, kind = "", "", RendezvousError
     retry_pause, retry_at, began = 0.0, 0.0, time.monotonic()
     while True:
-        latest = _read(rendezvous_file)
+        latest = read_rendezvous_file(rendezvous_file)
         if latest is not None and latest["identity"] != info.identity:
             others, latest = f", which is still that of {latest['identity']}", None
         if latest is not None and latest != where:
@@ -244,15 +211,6 @@ def find_store(info: RankInfo, rendezvous_file: Path, deadline: float, timeout_s
         )
     problem = problem or "but what listens there does not answer"
     raise kind(f"{_announced(where, problem, info.noun)}; tried for {timeout_s:g} s")
-
-
-def _read(rendezvous_file: Path) -> dict[str, Any] | None:
-    try:
-        # Opening the directory makes an NFS client look again instead of answering from its cache.
-        os.close(os.open(rendezvous_file.parent, os.O_RDONLY))
-        return read_json(rendezvous_file)
-    except OSError:  # ESTALE: another file has taken its name since it was opened
-        return None
 
 
 def connect(where: dict[str, Any], seconds: float, knocks: bool = True) -> dist.Store:
@@ -299,16 +257,12 @@ def _knock(address: str, port: int, seconds: float) -> None:
     socket.create_connection((address, port), timeout=min(seconds, 10)).close()
 
 
-def _problem(error: Exception, noun: str) -> str:
+def _problem(error: OSError | RendezvousError | dist.DistError, noun: str) -> str:
     if isinstance(error, RendezvousError):
         return str(error)
-    if isinstance(error, dist.DistError):
+    if not isinstance(error, OSError):
         return "but what answers there is not a TCPStore"
-    reason = getattr(error, "strerror", None) or str(error)
-    return (
-        f"but it cannot be reached from here ({reason}): {noun} 0 is gone, or a firewall is in between "
-        "(set interface or rendezvous_ports in the cluster config)"
-    )
+    return unreachable(error, noun)
 
 
 def _announced(where: dict[str, Any], problem: str, noun: str) -> str:

@@ -1,8 +1,8 @@
 """How long the N ranks of a job take to meet, against a bare TCPStore with a counter and a go key.
 
-As where agents start the ranks: each host's agent meets the other agents by the announcement of the first one's store,
-and then its ranks meet in that store, whose address and whose numbers it has told them. Agents and ranks are threads of
-a few processes: each runs the real `rendezvous.join`, to the end.
+As where agents start the ranks: each host's agent meets the other agents at the leader, and then its ranks meet in the
+store that the leader has opened. Agents and ranks are threads of a few processes: each agent runs the real meeting and
+each rank the real `check_in`, to the end.
 
     python -m tests.benchmarks rendezvous
 """
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jobs.rank.identity import RankInfo
-from jobs.spec import RESOLVER
+from jobs.run_dir import RunDirectory
+from jobs.spec import RESOLVER, JobSpec, ResourceSpec
 from tests.benchmarks.rows import Row, ratio_of_neighbors
 
 COUNTS = (64, 256, 1024, 4096)
@@ -47,10 +48,11 @@ class Took(NamedTuple):
     """Until the last rank had."""
 
 
-def _clients(end: Connection, way: Way, hosts: range, count: int, port: int, announcement: Path) -> None:
+def _clients(end: Connection, way: Way, hosts: range, count: int, port: int, run_dir: Path) -> None:
     """A process of some hosts: says when it is ready, begins when told to, and says when its agents and ranks met."""
     import torch.distributed as dist
 
+    from jobs.agent.meeting import Gathering, Joining, Met
     from jobs.rank import rendezvous
 
     # A real rank has an interpreter of its own. Here threads that wait for it would each ask for it 200 times a second,
@@ -61,16 +63,25 @@ def _clients(end: Connection, way: Way, hosts: range, count: int, port: int, ann
     names = tuple(f"node{host:04d}" for host in range(count // PER_HOST))
     host_of_rank = tuple(name for name in names for _ in range(PER_HOST))
     go, started = threading.Event(), {host: threading.Event() for host in hosts}
-    agents: dict[int, rendezvous.Rendezvous] = {}
+    agents: dict[int, Met] = {}
     kept: list[Any] = []
     times: dict[str, list[float]] = {"agent": [], "rank": []}
     errors: list[str] = []
+    attempt = RunDirectory(run_dir).attempt(0)
+    spec = JobSpec(
+        workload="none", settings={}, executor="local", cluster="none", run_dir=run_dir,
+        resources=ResourceSpec(nodes=len(names), gpus_per_node=PER_HOST), rendezvous_timeout_s=DEADLINE_S,
+    )  # fmt: skip
 
     def agent(host: int) -> None:
         go.wait()
         if way == "ours":
             me = RankInfo("local", host, len(names), 0, 1, names[host], "7", expected_hosts=names, noun="agent")
-            agents[host] = rendezvous.join(me, "cpu", announcement, DEADLINE_S, None)
+            meeting = Joining(me, spec, attempt) if host else Gathering(me, spec, attempt, "")
+            kept.append(meeting)
+            while (met := meeting.look()) is None:
+                meeting.wait(1.0)  # a real agent looks more often, and has a CPU of its own for that
+            agents[host] = met
         started[host].set()
 
     def rank(number: int) -> None:
@@ -79,12 +90,12 @@ def _clients(end: Connection, way: Way, hosts: range, count: int, port: int, ann
         kept.append(bare() if way == "bare" else ours(number, host))
 
     def ours(number: int, host: int) -> Any:
-        store = agents[host].store.underlying_store  # type: ignore[attr-defined]  # the stubs leave it out
+        agent = agents[host]
         me = RankInfo(
             "local", number, count, number % PER_HOST, PER_HOST, names[host], "7", node_rank=host,
-            expected_hosts=host_of_rank, master_addr=store.host, master_port=store.port, has_agent=True,
+            expected_hosts=host_of_rank, master_addr=agent.address, master_port=agent.port, has_agent=True,
         )  # fmt: skip
-        met = rendezvous.join(me, "cpu", announcement, DEADLINE_S, None)
+        met = rendezvous.check_in(me, "cpu", DEADLINE_S, None)
         assert (met.placement.rank, met.placement.hosts) == (number, host_of_rank)
         return met
 
@@ -135,7 +146,7 @@ def measure(way: Way, count: int) -> Took:
     hosts = count // PER_HOST
     shares = [range(1), *(range(first, hosts, PROCESSES) for first in range(1, min(hosts, PROCESSES + 1)))]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "jobs.rank.rendezvous"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "jobs.rank.rendezvous", "jobs.agent.meeting"])
     ends: list[Connection] = []
     processes: list[Any] = []
 
@@ -152,10 +163,11 @@ def measure(way: Way, count: int) -> Took:
         return end.recv()
 
     with tempfile.TemporaryDirectory() as folder:
-        announcement = Path(folder) / "rendezvous.json"
+        run_dir = Path(folder)
+        announcement = RunDirectory(run_dir).attempt(0).make().rendezvous
         try:
             port = hear(start(_store))
-            clients = [start(_clients, way, mine, count, port, announcement) for mine in shares]
+            clients = [start(_clients, way, mine, count, port, run_dir) for mine in shares]
             for end in clients:
                 hear(end)
             clients[0].send("go")

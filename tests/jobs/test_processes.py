@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +129,19 @@ def test_who_waits_long_looks_seldom() -> None:
     assert looks(600) < 500  # of 2,400 and more, once
     assert all(1 < look_again_in_s(3000) <= 2 for _ in range(100))
     assert len({look_again_in_s(3000) for _ in range(10)}) > 1
+
+
+def test_what_can_be_read_is_seen_on_any_descriptor() -> None:
+    """select takes none from 1,024 on, and a leader of so many hosts has them."""
+    reader, writer = os.pipe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    far = fcntl.fcntl(reader, fcntl.F_DUPFD, 2000)
+    try:
+        assert not processes.is_readable(far)
+        os.close(writer)
+        assert processes.is_readable(far)
+    finally:
+        os.close(far)
+        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -129,32 +130,48 @@ def test_a_rank_that_does_not_finish_is_named(meeting: Meeting, tmp_path: Path) 
     assert meeting.results([second, fourth]) == ["finished", "finished"]
 
 
-def test_a_missing_agent_is_named_as_one_and_its_host_only_where_the_scheduler_tells(
-    meeting: Meeting, tmp_path: Path
-) -> None:
-    infos = [info(r, ["a", "b", "c"], noun="agent", expected_hosts=()) for r in (0, 2)]
-    came = meeting.results(meeting.come(infos, tmp_path / "r.json", timeout_s=4))
-    assert {c.error for c in came} == {
-        "2 of 3 agents came within 4 s; missing: agent 1; present: a: agent 0; c: agent 2"
-    }
+def _checks_in(end: Connection, me: RankInfo, device: str, timeout_s: float) -> None:
+    import torch
+    import torch.distributed as dist
 
+    from jobs.rank import rendezvous
 
-def _joins_an_agents_store(end: Connection, me: RankInfo, announcement: Path) -> None:
+    prepare_rank()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    rank_process(end, me, announcement, 30, 1.0, 0, None)
+    try:
+        meeting = rendezvous.check_in(me, device, timeout_s, None)
+        rendezvous.init_process_group(meeting, torch.device("cpu"), "gloo", 30)
+        total = torch.tensor([me.rank + 1])
+        dist.all_reduce(total)
+        end.send((total.item(), dataclasses.astuple(meeting.placement)))
+        meeting.finish(30)
+    except (RendezvousError, TopologyError) as error:
+        end.send(f"{type(error).__name__}: {error}")
+    os._exit(0)
 
 
-def test_agents_and_ranks_of_one_job_meet_in_one_store(meeting: Meeting, tmp_path: Path) -> None:
-    """The agents' numbers, and what they have in the store, are not taken for the ranks'."""
+def test_ranks_that_an_agent_has_started_only_check_in(meeting: Meeting) -> None:
     (port,) = meeting.results([meeting.start(store_process, "")])
-    infos = [
-        info(r, ["a", "b"], noun=noun, master_addr="127.0.0.1", master_port=port)
-        for noun in ("agent", "rank")
-        for r in range(2)
+    hosts = ["a", "a", "b", "b"]
+
+    def check_in(job: str, ranks: Sequence[int], timeout_s: float = 30, device_of_2: str = "cpu") -> list[Connection]:
+        more: dict[str, Any] = {"master_addr": "127.0.0.1", "master_port": port, "has_agent": True}
+        infos = [info(r, hosts, job, node_rank=r // 2, **more) for r in ranks]
+        return [meeting.start(_checks_in, me, device_of_2 if me.rank == 2 else "cpu", timeout_s) for me in infos]
+
+    ends = [
+        *check_in("1", [0, 1, 2, 3]),
+        *check_in("2", [0, 1, 3], timeout_s=3)[:1],  # the others are ended by their agents
+        *check_in("3", [1, 2, 3], timeout_s=3),
+        *check_in("4", [0, 1, 2, 3], device_of_2="cuda")[:1],
     ]
-    came = meeting.results([meeting.start(_joins_an_agents_store, me, tmp_path / "none.json") for me in infos])
-    assert [c.error for c in came] == [""] * 4
-    assert [c.total for c in came] == [2.0] * 4
+    *all_four, of_missing, first, second, third, of_devices = meeting.results(ends)
+    assert all_four == [(10, (r, 4, r % 2, 2, r // 2, 2, tuple(hosts))) for r in range(4)]
+    assert of_missing == (
+        "RendezvousError: 3 of 4 ranks came within 3 s; missing: rank 2 on b; present: a: ranks 0 1; b: rank 3"
+    )
+    assert {first, second, third} == {"RendezvousError: missing: rank 0 on a, which has not come within 3 s"}
+    assert of_devices.startswith("TopologyError: some ranks have a GPU and others do not: rank 2 on b: cuda, ")
 
 
 def _dies_at_its_seat(end: Connection, me: RankInfo, announcement: Path) -> None:
