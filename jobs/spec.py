@@ -42,6 +42,14 @@ class ResourceSpec(StrictModel):
     """Memory per GPU in GB (10^9 bytes)."""
 
     @property
+    def lead_s(self) -> int:
+        """Seconds before the time limit at which Slurm asks the agents to stop their ranks (USR2); 0: it does not.
+
+        Under a short limit it must not: it may do so a minute early, while ranks are still being started.
+        """
+        return 90 if self.time_min is None or self.time_min >= 4 else 0
+
+    @property
     def shape(self) -> Shape:
         return Shape(self.nodes, self.gpus_per_node, self.gpu_memory_gb)
 
@@ -111,6 +119,12 @@ class JobSpec(StrictModel):
     def name(self) -> str:
         """The workload's name, short and without its package."""
         return re.sub(r"[^\w.-]", "-", self.workload.partition(":")[0].rpartition(".")[2])
+
+    @property
+    def lead_s(self) -> int:
+        """As `resources.lead_s`, unless the user has set it by `--sbatch signal=USR2@SECONDS`."""
+        own = self.sbatch.get("signal")
+        return self.resources.lead_s if own is None else int(str(own).partition("@")[2] or 0)
 
     @property
     def rank_env(self) -> dict[str, str]:

@@ -75,6 +75,7 @@ def test_what_a_workload_imports() -> None:
         *("hosts", "last_metrics", "local_rank", "local_world_size", "mesh", "metrics_are_written"),
         *(
             "node_rank",
+            "note_save",
             "paths",
             "phase",
             "rank",

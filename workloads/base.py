@@ -392,6 +392,13 @@ class RunContext:
         """
         self._slot.enter(name)
 
+    def note_save(self, seconds: float) -> None:
+        """Says how long a checkpoint took to be written, by which the agents know how early to ask for a stop.
+
+        A save that `timed("checkpoint")` lasts for is seen without it; one that a thread writes is not.
+        """
+        self._slot.note_save(seconds)
+
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """`with ctx.timed("evaluation"):` takes what runs inside out of the step's time, and is a phase of its own.

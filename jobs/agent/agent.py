@@ -295,11 +295,12 @@ class _Agent:
 
     def _where(self) -> dict[str, Any]:
         """Where each rank of this host is."""
-        found = []
+        found, save_s = [], 0.0
         for index, rank in enumerate(self.ranks.all):
             progress = self.board.read(index)
             found.append((rank.rank, progress.step, progress.phase, progress.since_s))
-        return {"ranks": found}
+            save_s = max(save_s, progress.save_s)
+        return {"ranks": found, "save_s": save_s}
 
     def _report_ends(self) -> None:
         """Tells the leader of ranks that have ended, or have said what ends them."""

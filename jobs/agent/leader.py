@@ -27,6 +27,7 @@ from typing import Any
 
 from jobs import blame
 from jobs.agent.failure_record import failure_record
+from jobs.agent.lead_time import LeadTime
 from jobs.agent.restarts import Restarts
 from jobs.agent.watch import Hangs
 from jobs.blame import Failure, LastSeen
@@ -48,8 +49,6 @@ ANSWER_WITHIN_S = 5.0
 """After the mere loss of a peer: for every agent to say where its ranks are."""
 END_WITHIN_S = 10.0
 """Seconds that agents get to end their ranks."""
-LEAD_S = 90.0
-"""Seconds before a local job's time limit at which its ranks are asked to stop; a quarter of a limit that is short."""
 SILENT_S = 60.0
 """An agent that has not been heard of for so long is lost; both sides say something each second."""
 
@@ -148,7 +147,7 @@ class Leader:
         self._last_step = time.monotonic()
         limit = None if self.on_slurm else resources.time_min
         self._deadline = time.monotonic() + limit * 60 if limit else None
-        self._stop_at = self._deadline - min(LEAD_S, limit * 15) if limit and self._deadline else None
+        self._lead_time = LeadTime.of(self.spec)
         self._stopped_by = ""
 
     def _begin(self, attempt: Attempt) -> None:
@@ -172,6 +171,7 @@ class Leader:
             seen = self._seen[rank]
             seen.step, seen.phase, seen.since_s, seen.at = step, phase, since_s, now
         self._hangs.hear(host, message)
+        self._lead_time.hear(message)
         for end in message.get("ended", ()):
             self._hear_of_end(end)
         if "told" in message:
@@ -265,9 +265,9 @@ class Leader:
         elif self._deadline is not None and now > self._deadline:
             limit = self.spec.resources.time_min
             self._end(self._publish("failed", f"the time limit of {limit} min was reached; ask for more with --time"))
-        elif self._stop_at is not None and now > self._stop_at and not self._stopped_by:
+        elif self._lead_time.look(passed) and not self._stopped_by:
             log.warning("the time limit is near: every rank is asked to stop after its step")
-            self._stopped_by = TIME_LIMIT
+            self._stopped_by = signal.SIGUSR2.name if self.on_slurm else TIME_LIMIT  # as if Slurm had warned
             for number in range(len(self._hosts)):
                 self.send(number, {"stop": True})
 

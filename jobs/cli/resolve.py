@@ -132,7 +132,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     announcements += notices
     if which == "local":
         announcements += _only_for_slurm(cluster)
-    if which == "slurm" and flags.max_requeues is None and script.warns(resources, options):
+    if which == "slurm" and flags.max_requeues is None and script.requeues(resources, options):
         announcements.append(f"at its time limit, the job is requeued up to {MAX_REQUEUES} times (--max-requeues)")
     elif which != "slurm" and flags.max_requeues is not None:
         raise CommandLineError(

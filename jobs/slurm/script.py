@@ -21,9 +21,6 @@ from jobs.spec import RESOLVER, JobSpec, ResourceSpec
 if TYPE_CHECKING:
     from jobs.cluster import ClusterConfig
 
-WARNING_S = 90
-"""Seconds before the time limit at which Slurm sends the agents USR2, unless --sbatch signal=USR2@N says otherwise."""
-
 
 def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
     """sbatch's options by their long names, in the order of the script; True is a bare flag."""
@@ -47,7 +44,7 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         "distribution": "block",
         "export": "ALL",
         "requeue": True,
-        "signal": _warning(resources.time_min),
+        "signal": f"USR2@{resources.lead_s}" if resources.lead_s else None,
     }
     extra = dict(spec.sbatch)
     if extra.get("requeue") is False:  # a site may requeue by default
@@ -64,15 +61,9 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
     }
 
 
-def warns(resources: ResourceSpec, sbatch: Mapping[str, str | bool]) -> bool:
-    """Whether Slurm will warn of the job's time limit, and may requeue it."""
-    warned = resources.time_min is not None and (_warning(resources.time_min) is not None or "signal" in sbatch)
-    return warned and sbatch.get("requeue") is not False
-
-
-def _warning(time_min: int | None) -> str | None:
-    """None under a short limit: Slurm may warn a minute early, and who is still being started cannot take it."""
-    return None if time_min is not None and time_min * 60 < 2 * WARNING_S + 60 else f"USR2@{WARNING_S}"
+def requeues(resources: ResourceSpec, sbatch: Mapping[str, str | bool]) -> bool:
+    """Whether the job may be requeued at its time limit."""
+    return resources.time_min is not None and sbatch.get("requeue") is not False
 
 
 _IN_AN_IMAGE, _KEPT = ("--container-image=", "--container-name="), "--container-env="

@@ -41,7 +41,7 @@ that is known of a workload that names no phases, and "other" one whose name fou
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
 _MAGIC = int.from_bytes(b"meshrun1", "little", signed=True)
 _HEADER, _STOP = 8, 1  # in words; the first one is the magic number
-_SLOT, _STEP, _PHASE, _OWN = 16, 0, 1, 2
+_SLOT, _STEP, _PHASE, _SAVE, _OWN = 16, 0, 1, 2, 3
 NAME_BYTES = 16
 OWN_NAMES = (_SLOT - _OWN) * 8 // NAME_BYTES
 
@@ -56,6 +56,8 @@ class Progress:
     """What it is in now; one of PHASES, or a name of the user's own."""
     since_s: float
     """Seconds since it entered that phase, or ended that step, whichever came last."""
+    save_s: float = 0.0
+    """Seconds that its last checkpoint took to be written; 0 if there is none."""
 
 
 class Board:
@@ -122,7 +124,7 @@ class Board:
 
 
 class Slot:
-    """One rank's part of a board, written by one thread of that rank."""
+    """One rank's part of a board, written by one thread of that rank, and `note_save` by another."""
 
     def __init__(self, words: memoryview, stop: memoryview) -> None:
         self._words, self._stop = words, stop
@@ -150,7 +152,7 @@ class Slot:
 
     def reset(self) -> None:
         """Starts anew: no step has ended, and the phase is "starting"."""
-        self._words[_STEP] = -1
+        self._words[_STEP], self._words[_SAVE] = -1, 0
         self.enter(PHASES[0])
 
     def enter(self, phase: str) -> None:
@@ -167,6 +169,10 @@ class Slot:
         self._words[_STEP] = max(-1, min(step, 2**63 - 1))  # whatever number a user's workload gives
         self.enter("training")
 
+    def note_save(self, seconds: float) -> None:
+        """Notes how long a checkpoint took to be written."""
+        self._words[_SAVE] = int(1e6 * seconds)
+
     @property
     def stop_requested(self) -> bool:
         """The agent asks all ranks of its host to stop."""
@@ -176,7 +182,7 @@ class Slot:
         """Where the rank is, read from any process of this host."""
         entered_us, number = divmod(self._words[_PHASE], 256)
         since_s = max(0.0, time.monotonic_ns() // 1000 - entered_us) / 1e6
-        return Progress(self._words[_STEP], self._name(number), since_s)
+        return Progress(self._words[_STEP], self._name(number), since_s, self._words[_SAVE] / 1e6)
 
     def _add(self, phase: str) -> int:
         if len(self._own) == OWN_NAMES:

@@ -258,6 +258,7 @@ class Checkpoint:
             writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, thread_count=1)
             dcp.save(dict(snapshot.tensors), storage_writer=writer, process_group=self._group)
             everyone = gather_objects(self._checksums(partial, snapshot.metrics_bytes), self._group)
+            self._ctx.note_save(time.monotonic() - began)
             if everyone is not None:
                 self._publish(partial, snapshot, everyone, began)
         except SupersededError as error:

@@ -32,8 +32,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 class Job:
     """Two hosts of two ranks, and what their agents are told."""
 
-    def __init__(self, directory: Path, on_slurm: bool = True, **changes: Any) -> None:
-        resources = ResourceSpec(nodes=2, gpus_per_node=2)
+    def __init__(self, directory: Path, on_slurm: bool = True, minutes: int | None = None, **changes: Any) -> None:
+        resources = ResourceSpec(nodes=2, gpus_per_node=2, time_min=minutes)
         executor = "slurm" if on_slurm else "local"
         spec = JobSpec(
             workload="mine:ENTRY", settings={}, resources=resources, executor=executor, cluster="none",
@@ -278,6 +278,21 @@ def stopped(job: Job) -> dict[str, Any]:
 def test_who_asked_a_run_to_stop_is_recorded(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.leader.hear(1, {"asked": "SIGUSR2"})
+    assert stopped(job)["stopped_by"] == "SIGUSR2"
+
+
+def test_a_lead_time_that_is_too_short_is_no_hindrance(tmp_path: Path, clock: list[float]) -> None:
+    """The leader asks by itself, and for the batch script it is the time limit's warning."""
+    job = Job(tmp_path, minutes=60)
+    for step in range(3):
+        for _ in range(100):
+            job.leader.hear(0, {"ranks": [(0, step, "training", 0.0)]})
+            job.leader.hear(1, {})
+            job.leader.step()
+    assert job.sent == []
+    job.leader._lead_time.ends_at = time.monotonic() + 100
+    job.leader.step()
+    assert job.sent == [(0, {"stop": True}), (1, {"stop": True})]
     assert stopped(job)["stopped_by"] == "SIGUSR2"
 
 

@@ -40,7 +40,10 @@ def executed(board: Board, code: str, env: dict[str, str], pass_on: bool = True)
 
 def test_a_forked_and_an_executed_rank_are_seen_each_in_its_own_slot() -> None:
     board = Board.create(3)
-    assert forked(board, 0, 'slot = Slot.from_env(env); slot.end_step(7); slot.enter("backward")') == 0
+    assert (
+        forked(board, 0, 'slot = Slot.from_env(env); slot.end_step(7); slot.enter("backward"); slot.note_save(2.5)')
+        == 0
+    )
     child = executed(board, 'slot = Slot.from_env(env); slot.end_step(2**40); slot.enter("Mönch")', board.variables(2))
     assert child.wait(DEADLINE_S) == 0
     seen = [board.read(index) for index in range(3)]
@@ -50,6 +53,7 @@ def test_a_forked_and_an_executed_rank_are_seen_each_in_its_own_slot() -> None:
         (2**40, "Mönch"),
     ]
     assert all(0 <= progress.since_s < DEADLINE_S for progress in seen)
+    assert [progress.save_s for progress in seen] == [2.5, 0.0, 0.0]
     board.close()
 
 
