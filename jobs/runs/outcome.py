@@ -376,11 +376,12 @@ def _go_on(run: RunDirectory, number: int, record: dict[str, Any], status: int, 
         run.amend(number, record)
         return f"meshrun: attempt {number} was stopped: {record['error']}; {decision}"
 
-    if isinstance(answer, JobState) and answer.preempted:
+    cause = replace(evidence, state=answer if isinstance(answer, JobState) else None).cause
+    # Without a grace time, the job may be back in the queue by now, and only the script's log tells why.
+    if cause == "PREEMPTED" or (isinstance(answer, JobState) and answer.preempted):
         line = f"by a preemption{after}"
         decide("Slurm starts it again", error=line, stopped_by=PREEMPTION, next_attempt=number + 1)
         return _await_slurm("preempted", sleep)
-    cause = replace(evidence, state=answer if isinstance(answer, JobState) else None).cause
     if record["stopped_by"] == "SIGTERM" and cause == "CANCELLED":
         line = f"job {job_id} was cancelled{after}"
         return decide("cancelled", status="cancelled", error=line, slurm_state="CANCELLED")

@@ -127,12 +127,15 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
     lines += [
         "",
         "# Each start of this script is an attempt of its own, in a folder that no other one can have made.",
-        f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))}",
-        "MESHRUN_NUMBER=0",
+        f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))} MESHRUN_NUMBER=0",
         'until MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-$MESHRUN_NUMBER"; mkdir -m 700 "$MESHRUN_ATTEMPT" 2>/dev/null; do',
         # Opened, since a cache of a shared file system may still say that the folder isn't there.
         '    (: <"$MESHRUN_RUN" <"$MESHRUN_ATTEMPT") 2>&- '
         '|| { echo "meshrun: $MESHRUN_ATTEMPT cannot be made" >&2; exit 1; }',
+        # As for a host that is lost when the work is done. A run that is resumed has a next attempt.
+        '    grep -qs \'^  "next_attempt"\' "$MESHRUN_ATTEMPT/result.json" || '
+        '! grep -qs \'^  "status": "done"\' "$MESHRUN_ATTEMPT/result.json" || '
+        '{ echo "meshrun: attempt $MESHRUN_NUMBER has done the work" >&2; exit 0; }',
         "    MESHRUN_NUMBER=$((MESHRUN_NUMBER + 1))",
         "done",
         "",

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -41,20 +42,22 @@ class Verdict:
 
     number: int
     executor: str
-    run: Run
+    run: Run | None
     blow: str
     bad: list[str]
-    seconds: float
+    seconds: float = 0.0
+    attempts: int = 0
+    again: int = 0
+    """Steps that were made a second time, at most in one attempt."""
 
     def __str__(self) -> str:
         run, verdict = self.run, ", ".join(self.bad) or "as undisturbed"
+        which = f"{run.workload.lower()}, {run.mode}, " if run is not None else ""
         return (
-            f"round {self.number}: {self.executor}, {run.workload.lower()}, {run.mode}, {self.blow.replace('_', ' ')}: "
-            f"{verdict}; {run.starts} starts, {self.attempts} attempts, {self.again} steps again, {self.seconds:.0f} s"
+            f"round {self.number}: {self.executor}, {which}{self.blow.replace('_', ' ')}: {verdict}; "
+            f"{run.starts if run is not None else 0} starts, {self.attempts} attempts, {self.again} steps again, "
+            f"{self.seconds:.0f} s"
         )
-
-    attempts: int = 0
-    again: int = 0
 
 
 def undisturbed(place: Place, workload: str) -> str:
@@ -67,16 +70,16 @@ def undisturbed(place: Place, workload: str) -> str:
         return run.weights()
 
 
-def one_round(number: int, seed: int, place: Place, expected: dict[str, str], names: list[str], keep: bool) -> Verdict:
+def one_round(number: int, seed: int, place: Place, expected: dict[str, str], name: str, keep: bool) -> Verdict:
     """Strikes a run, resumes it until it is done, and judges it."""
     chance = random.Random(f"{seed}/{number}")
-    workload, name = chance.choice(list(WORKLOADS)), names[number % len(names)]
+    workload = chance.choice(list(WORKLOADS))
     moment, mode = chance.uniform(1, STEPS - 3), chance.choice(["sync", "async"])
     began = time.monotonic()
     bad: list[str] = []
     with place.run(workload, mode, chance) as run:
         process = run.start()
-        while process.poll() is None and run.steps() < int(moment):
+        while process.poll() is None and run.steps() < int(moment) and time.monotonic() - began < DEADLINE_S:
             time.sleep(0.02)
         time.sleep((moment % 1) * 0.15)
         struck = BLOWS[place.executor][name](run)
@@ -170,9 +173,12 @@ def main() -> None:
 
     def strike(number: int) -> Verdict:
         executor, turn = executors[number % len(executors)], number // len(executors)
-        verdict = one_round(turn, given.seed, place(executor), expected, names[executor], given.keep)
-        verdict.number = number
-        return verdict
+        blow = names[executor][turn % len(names[executor])]
+        try:
+            return one_round(number, given.seed, place(executor), expected, blow, given.keep)
+        except Exception as error:  # of the harness, or of what the blow met with; other rounds go on
+            traceback.print_exc()
+            return Verdict(number, executor, None, blow, [f"NOT JUDGED: {type(error).__name__}: {error}"])
 
     print(f"the undisturbed runs of {', '.join(WORKLOADS).lower()}", flush=True)
     with ThreadPoolExecutor(given.at_once) as pool, places:
@@ -192,14 +198,15 @@ def tally(verdicts: list[Verdict], executor: str) -> None:
     counts = Counter(
         kind
         for verdict in verdicts
-        for kind in ("WRONG", "HUNG", "LOST", "FALSE ACCUSATION", "refused", "not done")
+        for kind in ("WRONG", "HUNG", "LOST", "FALSE ACCUSATION", "refused", "not done", "NOT JUDGED")
         if any(problem.startswith(kind) for problem in verdict.bad)
     )
     hit = sum(verdict.attempts > 1 for verdict in verdicts)
     print(
         f"{len(verdicts)} rounds, {executor}, of which {hit} took more than one attempt: wrong {counts['WRONG']}, "
         f"hung {counts['HUNG']}, lost beyond the promise {counts['LOST']}, false accusations "
-        f"{counts['FALSE ACCUSATION']}, refused {counts['refused']}, not done {counts['not done']}"
+        f"{counts['FALSE ACCUSATION']}, refused {counts['refused']}, not done {counts['not done']}, "
+        f"not judged {counts['NOT JUDGED']}"
     )
 
 

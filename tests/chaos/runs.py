@@ -217,9 +217,14 @@ class Run:
         return self.folder / "ballast"
 
     def fill_disk(self, left_bytes: int) -> None:
-        free = os.statvfs(self.folder)
         with self.ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left_bytes))
+            for _ in range(100):
+                free = os.statvfs(self.folder)
+                more = free.f_bavail * free.f_frsize - left_bytes
+                if more <= 0:
+                    return
+                with contextlib.suppress(OSError):  # the run has just written something
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, more)
 
     def make_room(self) -> None:
         self.ballast.unlink(missing_ok=True)

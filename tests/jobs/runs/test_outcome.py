@@ -457,6 +457,15 @@ STOPPED = {"status": "stopped", "attempt": 0, "error": "by request, after step 5
         ("SIGUSR2", "", "None", ["nothing"], "stopped", "before its time limit", "not requeued: nothing was saved in "),
         ("SIGUSR2", "", "None", ["earlier"], "stopped", "before its time limit", "not requeued: all requeues are used"),
         ("SIGTERM", "", "2026-11-22T11:29:00", [], "stopped", "by a preemption", "Slurm starts it again"),
+        (
+            "SIGUSR2",
+            "scancel",
+            "None",
+            ["no grace"],
+            "stopped",
+            "by a preemption, after step 5 of 9",
+            "Slurm starts it",
+        ),
         ("SIGTERM", "scancel", "None", [], "cancelled", "job 12 was cancelled, after step 5 of 9", "cancelled"),
         ("SIGTERM", "time-limit", "None", [], "stopped", "before its time limit", "requeued (requeue 1 of 1)"),
         (
@@ -490,8 +499,9 @@ def test_what_becomes_of_a_run_that_was_stopped(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     begin(run, 0, log or "job-failed")
     run.attempt(0).srun_log.write_text(run.attempt(0).srun_log.read_text() if log else "")
-    if log == "time-limit":
-        line = "slurmstepd-node0: error: *** JOB 12 ON node0 CANCELLED AT 2026-11-22T11:32:56 DUE TO TIME LIMIT ***"
+    due_to = "TIME LIMIT" if log == "time-limit" else "PREEMPTION" if "no grace" in more else ""
+    if due_to:
+        line = f"slurmstepd-node0: error: *** JOB 12 ON node0 CANCELLED AT 2026-11-22T11:32:56 DUE TO {due_to} ***"
         run.slurm_log.write_text(line + "\n")
     write_json(run.job, {**(read_json(run.job) or {}), "max_requeues": 1})
     number = 0

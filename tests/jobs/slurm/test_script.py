@@ -178,6 +178,25 @@ def test_the_steps_exit_code_is_the_scripts(tmp_path: Path) -> None:
     assert not (tmp_path / "went-on").exists()
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_work_that_is_done_is_not_done_again(goes_on: bool, tmp_path: Path) -> None:
+    """As by a job that Slurm starts again, for a host that it lost at the end; a resumed run goes on."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "srun").chmod(0o755)
+    run = tmp_path / "run"
+    done = {"status": "done", **({"next_attempt": 2} if goes_on else {})}
+    for number, record in enumerate(({"status": "failed", "next_attempt": 1}, done)):
+        (run / f"attempt-{number}").mkdir(parents=True)
+        write_json(run / f"attempt-{number}" / "result.json", record)
+    text = script.script(make_spec(run), ClusterConfig(), {})
+    text = text.replace(f"{sys.executable} {processes.ENTRY}", "echo asked")
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=env, cwd=tmp_path)
+    assert ended.returncode == (7 if goes_on else 0)
+    assert ended.stderr == ("" if goes_on else "meshrun: attempt 1 has done the work\n")
+    assert (run / "attempt-2").exists() == goes_on
+
+
 def test_a_script_that_can_make_no_attempts_folder_says_so_and_ends(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     text = script.script(make_spec(tmp_path / "run"), ClusterConfig(), {})
