@@ -47,7 +47,7 @@ from jobs.errors import RunDirectoryError
 from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
-from workloads.whole_files import beside, is_there, write_durably, written_beside
+from workloads.whole_files import beside, is_there, make_folder, write_durably, written_beside
 from workloads.whole_files import write_text as write_text
 
 
@@ -348,7 +348,7 @@ class RunDirectory:
         """
         path = self.attempt(record["attempt"]).make().result
         while True:
-            there = _recorded(path)
+            there = _recorded(path) if is_there(path) else None
             if _weight(there) >= _weight(record):
                 assert there is not None
                 record = there
@@ -476,7 +476,7 @@ class Attempt:
     def make(self) -> Attempt:
         """Makes the folders that are not there yet: for its agents, and for who leaves something without one."""
         for folder in (self.path, self.path / "failures"):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(folder, 0o700)
         return self
 
     @property

@@ -46,6 +46,15 @@ def write_durably(own: Path, text: str, path: Path) -> None:
         raise
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Makes a folder in one that is there, unless someone has made it before.
+
+    Path.mkdir(exist_ok=True) would ask `stat` what is there, and fail where a cache says that there is nothing.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode)
+
+
 def is_there(path: Path) -> bool:
     """Whether a file or folder is there, whatever a cache of a shared file system still holds of its absence.
 

@@ -35,6 +35,7 @@ from workloads import registry
 from workloads.base import RunContext, Shape, WorkloadConfig, to_json
 from workloads.errors import spoken_for
 from workloads.steps.board import Slot
+from workloads.whole_files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def _run(
 
 def _say_done(env: Mapping[str, str], attempt: Attempt, rank: int) -> None:
     if not report.send(env, {"done": True}):
-        attempt.done(rank).parent.mkdir(mode=0o700, exist_ok=True)
+        make_folder(attempt.done(rank).parent, 0o700)
         attempt.done(rank).write_bytes(b"")
 
 

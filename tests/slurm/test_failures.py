@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import check_harness
-from tests.jobs.submitting import Line, submit, wait_until
+from tests.jobs.submitting import ROOT, Line, submit, wait_until
 from tests.slurm import checkpointed
 from tests.slurm.harness import Cluster
 
@@ -39,6 +39,15 @@ SITE = f"""executor: slurm
 collective_timeout_s: {COLLECTIVE_TIMEOUT_S}
 rendezvous_timeout_s: 60
 """
+LATE = """
+import sys
+if "--agent" in sys.orig_argv:
+    sys.path.insert(0, "{root}")
+    from tests.late_answers import answer_late
+    answer_late("{run}", 20)
+    sys.path.remove("{root}")
+"""
+"""For agents and ranks: for 20 s, the file system answers as if nothing had changed."""
 
 
 @dataclass
@@ -86,8 +95,11 @@ def live_through(root: Path, blow: Blow, words: list[str], story: Story, hosts: 
     directory.mkdir(parents=True)
     (directory / "site.yaml").write_text(SITE)
     shutil.copy(Path(checkpointed.__file__), directory)
+    (directory / "late").mkdir()
+    (directory / "late" / "sitecustomize.py").write_text(LATE.format(root=ROOT, run=directory / "run"))
     with Cluster(root / "s", hosts=hosts, gpus=1, SlurmdTimeout=SLURMD_TIMEOUT_S, WaitTime=WAIT_TIME_S) as cluster:
-        line = submit(directory, *words, "--wait", "--cluster", "site.yaml", "--gpus-per-node", "1", env=cluster.env)
+        shape = ["--wait", "--cluster", "site.yaml", "--gpus-per-node", "1"]
+        line = submit(directory, *words, *shape, "--env", f"PYTHONPATH={directory}/late", env=cluster.env)
         try:
             line.wait_for_step(10, DEADLINE_S)
             first = ranks(line.run_dir)

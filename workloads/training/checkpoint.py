@@ -235,7 +235,6 @@ class Checkpoint:
         tensors, values = self._state.get()
         if self._settings.mode == "async":
             tensors = self._buffers.copy(tensors)
-        metrics = self._ctx.paths.metrics
         manifest = {
             "attempt": self._ctx.attempt,
             "step": step,
@@ -245,7 +244,7 @@ class Checkpoint:
             "metrics": to_json(self._ctx.last_metrics, "metrics"),
             "values": values,
         }
-        size: int | None = metrics.stat().st_size if self._ctx.rank == 0 and metrics.exists() else 0
+        size = files.size_of(self._ctx.paths.metrics) if self._ctx.rank == 0 else 0
         if not self._ctx.metrics_are_written:
             size = None
         return _Snapshot(step, tensors, manifest, size)

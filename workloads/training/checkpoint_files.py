@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workloads.whole_files import write_text, written_beside
+from workloads.whole_files import is_there, make_folder, write_text, written_beside
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -61,6 +61,17 @@ def checksum(path: Path) -> dict[str, Any]:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def size_of(path: Path) -> int | None:
+    """How many bytes a file has now, whatever a cache says; 0 if it isn't there, None if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
 
 
 def copy_metrics(metrics: Path, folder: Path, size: int) -> None:
@@ -181,15 +192,16 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         part: which share of the files to read; all shares together are all files.
         parts: the number of shares.
     """
+    is_whole = is_there(folder / MANIFEST)
     manifest = read_manifest(folder)
     if manifest is None:
-        is_missing = not (folder / MANIFEST).exists()
-        return f"{folder}: {MANIFEST} is {'missing' if is_missing else 'damaged or of another version'}"
+        return f"{folder}: {MANIFEST} is {'damaged or of another version' if is_whole else 'missing'}"
     for name, recorded in sorted(manifest["files"].items())[part::parts]:
         try:
-            if (size := (folder / name).stat().st_size) != recorded["bytes"]:
-                return f"{folder}: {name} has {size:,} bytes instead of {recorded['bytes']:,}"
-            if checksum(folder / name) != recorded:
+            found = checksum(folder / name)
+            if found["bytes"] != recorded["bytes"]:
+                return f"{folder}: {name} has {found['bytes']:,} bytes instead of {recorded['bytes']:,}"
+            if found != recorded:
                 return f"{folder}: {name} is damaged (its checksum differs from the manifest's)"
         except OSError as error:
             return f"{folder}: {name} cannot be read: {error.strerror or error}"
@@ -198,13 +210,13 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 def at_path(path: Path) -> list[Path]:
     """The checkpoints at a path that a user names: a checkpoint, a directory of them, or a run directory."""
-    if (path / MANIFEST).exists() or (path.is_dir() and re.fullmatch(r"step-\d+", path.name)):
+    if is_there(path / MANIFEST) or (re.fullmatch(r"step-\d+", path.name) and is_there(path)):
         return [path]
     return published(path / "checkpoints") or published(path)
 
 
 def restore_metrics(folder: Path, metrics: Path) -> None:
     """Makes a metrics file what it was at the checkpoint's step, so that a resumed run's is one curve."""
-    metrics.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(metrics.parent)
     with written_beside(metrics) as own:
         shutil.copyfile(folder / METRICS, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -106,7 +107,7 @@ class _Writer:
                 shutil.copyfile(content, self._partial / name)
             else:
                 (self._partial / name).write_text(json.dumps(content, indent=2) + "\n")
-        if self._directory.exists():
+        with contextlib.suppress(FileNotFoundError):  # not asked for before, since a cache may say that it isn't there
             self._directory.rename(self._replaced)
         self._partial.rename(self._directory)
         return self._directory / first
