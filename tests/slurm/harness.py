@@ -141,7 +141,7 @@ def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> No
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"not within {deadline_s:g} s: {what}")
-        time.sleep(0.02)
+        time.sleep(0.1)  # most conditions ask Slurm by three programs, one after the other
 
 
 class Cluster:

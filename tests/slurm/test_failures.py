@@ -72,9 +72,12 @@ class Story:
 
 
 def ranks(run: Path, pids: set[int] | None = None, *, of_srun: bool = False) -> set[int]:
-    """The agents and ranks of this run, which are alike to look at, or its sruns; among `pids`, where given."""
+    """The agents and ranks of this run, which are alike to look at, or its sruns; among `pids`, where given.
+
+    Only those are then looked at: all scenarios wait at once, and reading all of /proc over and over takes a core.
+    """
     found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
+    for entry in Path("/proc").glob("[0-9]*") if pids is None else [Path(f"/proc/{pid}") for pid in pids]:
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
@@ -83,7 +86,7 @@ def ranks(run: Path, pids: set[int] | None = None, *, of_srun: bool = False) -> 
         is_ours = words[-4:-2] == [b"--agent", str(run).encode()] and (b"srun" in words[0]) == of_srun
         if state not in "ZX" and is_ours:
             found.add(int(entry.name))
-    return found if pids is None else found & pids
+    return found
 
 
 Blow = Callable[[Cluster, list[str]], None]
