@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.workloads.resuming import assert_same_weights, attempts, interrupted, lines, weights
+from workloads.base import RunContext
 from workloads.tp_fsdp_llama2.config import Config
 from workloads.tp_fsdp_llama2.train import run
 
@@ -21,6 +24,7 @@ def make_config(**changes: object) -> Config:
         "steps": STEPS,
         "seq_len": 16,
         "global_batch_size": 8,
+        "microbatch_size": 2,
         "lr": 3e-4,
         "warmup_steps": 3,
         "precision": "fp64",
@@ -33,12 +37,36 @@ def make_config(**changes: object) -> Config:
     return Config.model_validate({**settings, **changes})
 
 
+def run_in_mode(config: Config, ctx: RunContext) -> dict[str, Any]:
+    """A run in a directory named async saves in the background."""
+    mode = "async" if ctx.paths.run_dir.name == "async" else "sync"
+    return run(config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"mode": mode})}), ctx)
+
+
+@dataclass
+class Made:
+    """What one world of 2 x 2 ranks has run, one after the other."""
+
+    directory: Path
+    undisturbed: dict[str, Any]
+    last: dict[str, dict[str, Any]]
+    """What the last attempt came to, by mode."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An undisturbed run; one of each mode that fails three times; and one that fails and is for other layouts."""
+    folder = tmp_path_factory.mktemp("runs")
+    these = [(folder / "undisturbed", 0, None), *interrupted(folder / "sync", 3, 4, 7)]
+    these += [*interrupted(folder / "async", 3, 4, 7), (folder / "elsewhere", 0, 3)]
+    results = attempts(run_in_mode, make_config(), *these, sizes=(2, 2))
+    return Made(folder, results[0], {"sync": results[4], "async": results[8]})
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_three_times_on_the_same_layout(mode: str, tmp_path: Path) -> None:
-    config = make_config(microbatch_size=2, checkpoint={"every_steps": 2, "mode": mode})
-    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
-    these = [(undisturbed, 0, None), *interrupted(resumed, 3, 4, 7)]
-    expected, *_, result = attempts(run, config, *these, sizes=(2, 2))
+def test_three_times_on_the_same_layout(mode: str, made: Made) -> None:
+    undisturbed, resumed = made.directory / "undisturbed", made.directory / mode
+    expected, result = made.undisturbed, made.last[mode]
     assert lines(resumed, 3) == lines(undisturbed)
     assert_same_weights(weights(resumed), weights(undisturbed))
     assert result["final_loss"] == expected["final_loss"]
@@ -57,13 +85,11 @@ def test_a_run_whose_work_was_done_is_not_trained_again(tmp_path: Path) -> None:
         assert again[name] == first[name]
 
 
-def test_on_other_layouts(tmp_path: Path) -> None:
+def test_on_other_layouts(made: Made) -> None:
     """The same samples in the same order, and losses within the bounds of the tests of parity."""
-    config = make_config(checkpoint={"every_steps": 2, "mode": "sync"})
-    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
-    attempts(run, config, (undisturbed, 0, None), (resumed, 0, 3), sizes=(2, 2))
-    attempts(run, config, (resumed, 1, 5), sizes=(4, 1))
-    attempts(run, config, (resumed, 2, None), sizes=(1, 1))
+    undisturbed, resumed = made.directory / "undisturbed", made.directory / "elsewhere"
+    attempts(run_in_mode, make_config(), (resumed, 1, 5), sizes=(4, 1))
+    attempts(run_in_mode, make_config(), (resumed, 2, None), sizes=(1, 1))
     expected, found = lines(undisturbed), lines(resumed, 2)
     assert [row["samples_hash"] for row in found] == [row["samples_hash"] for row in expected]
     for name in ("loss", "grad_norm"):
