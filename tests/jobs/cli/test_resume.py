@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_more_steps_and_on_another_shape(tmp_path: Path) -> N
     """Its losses are those of a run that was never interrupted; what cannot work leaves the run as it was."""
     words = ["tp_fsdp", "--executor", "local", *SMALL, "precision=fp64", "min_lr_ratio=1", "checkpoint.every_steps=2"]
     words += ["warmup_steps=1"]
-    two = ["--nodes", "2", "--gpus-per-node", "2", "tp=2"]
+    two = ["--nodes", "2", "--gpus-per-node", "1"]
     typed(tmp_path, *words, *two, "steps=6", "--run-dir", "whole")
     typed(tmp_path, *words, *two, "steps=4", "--run-dir", "run")
     run = tmp_path / "run"
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_more_steps_and_on_another_shape(tmp_path: Path) -> N
 
     shown = typed(tmp_path, "resume", "run", "steps=6", "--nodes", "1")
     assert "goes on from step-00000004" in shown
-    assert "mesh dp 1 x tp 2" in shown
+    assert "mesh dp 1 x tp 1" in shown
     record = json.loads((run / "result.json").read_text())
     assert (record["status"], record["attempt"], record["resumed_from_step"]) == ("done", 1, 4)
     assert json.loads((run / "job.json").read_text())["resources"]["nodes"] == 1
