@@ -39,7 +39,9 @@ lint: dev
 slurm: dev
 	@$(BIN)/python .ci/slurm_packages.py
 
+# Compiled once: the tests start hundreds of processes, and where PYTHONDONTWRITEBYTECODE is set each would do it anew.
 test: lint slurm
+	@$(BIN)/python -m compileall -q jobs workloads submit.py
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 bench: slurm
