@@ -9,6 +9,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
     data/ export/       what was prepared for the ranks; the final weights
     checkpoints/        of the run, not of an attempt: the next one goes on from them
     lease.json          which start of the job has the directory, and where; see jobs/agent/lease.py
+    excluded.json       hosts that were the root cause twice; see jobs/excluded.py
     slurm.log           Slurm's own words, and what the site's set-up printed
     submitit/           submitit's pickles and the rendered submission
     attempt-0/          what one incarnation alone wrote
@@ -267,6 +268,10 @@ class RunDirectory:
     @property
     def lease(self) -> Path:
         return self.path / "lease.json"
+
+    @property
+    def excluded(self) -> Path:
+        return self.path / "excluded.json"
 
     @property
     def slurm_log(self) -> Path:

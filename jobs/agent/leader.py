@@ -31,6 +31,7 @@ from jobs.agent.lead_time import LeadTime
 from jobs.agent.restarts import Restarts
 from jobs.agent.watch import Hangs
 from jobs.blame import Failure, LastSeen
+from jobs.excluded import FAILED_TWICE, is_due
 from jobs.run_dir import BY_ITSELF, TIME_LIMIT, Attempt, RunDirectory, end_of, read_json, write_json
 from jobs.spec import JobSpec
 from jobs.status import status
@@ -340,6 +341,8 @@ class Leader:
         why_not = self._restarts.why_not(cause, self._seen[cause.rank].step)
         if lost := [host.name for host in self._hosts if not host.is_here]:
             why_not = why_not or f"the agent on {lost[0]} is gone"
+        if not why_not and is_due(self.spec, self.run, cause, self.attempt.number):
+            why_not = FAILED_TWICE  # the batch script then requeues the job without that host
         if self._work_is_done() or why_not:
             self.fail(cause, why_not or _WAS_DONE)
             return

@@ -14,6 +14,7 @@ from typing import Any
 from jobs import blame
 from jobs.cli.console import Console
 from jobs.errors import printable
+from jobs.excluded import REQUEUED_WITHOUT
 from jobs.run_dir import RunDirectory, read_json
 from jobs.runs.tail import Tail
 
@@ -107,7 +108,10 @@ class Display:
             return f"attempt {number} begins: the job was restarted"
         if before["status"] == "stopped":
             return f"attempt {number - 1} was stopped {before.get('error')}; attempt {number} goes on"
-        return f"attempt {number - 1} failed ({before.get('error')}); restarted in place as attempt {number}"
+        failed, decision = f"attempt {number - 1} failed ({before.get('error')})", before.get("decision", "")
+        if decision.startswith(REQUEUED_WITHOUT):
+            return f"{failed}; {decision}; attempt {number} goes on"
+        return f"{failed}; restarted in place as attempt {number}"
 
     def _new_steps(self, lines: Iterable[str]) -> Iterator[str]:
         """An attempt's lines without those of earlier ones, with which the metrics of one that was resumed begin."""

@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import blame
+from jobs import blame, excluded
 from jobs.blame import Failure
 from jobs.errors import JobFailed
+from jobs.excluded import FAILED_TWICE, REQUEUED_WITHOUT, exclude
 from jobs.run_dir import (
     BY_ITSELF,
     PREEMPTION,
@@ -31,6 +32,7 @@ from jobs.run_dir import (
     is_undecided,
     open_regular,
     read_json,
+    write_json,
 )
 from jobs.slurm import environment, query, srun
 from jobs.slurm.query import JobState
@@ -355,6 +357,8 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
         record = conclude(run, evidence)
     elif is_undecided(record) and "stopped_by" in record:
         return _go_on(run, number, record, int(status), sleep)
+    if record.get("decision", "").endswith(FAILED_TWICE):
+        return _go_on_elsewhere(run, number, record)
     if record["status"] == "stopped":
         return f"meshrun: attempt {number} was stopped: {record.get('error', '')}"
     if record["status"] in BY_ITSELF:
@@ -402,6 +406,33 @@ def _go_on(run: RunDirectory, number: int, record: dict[str, Any], status: int, 
         del record["next_attempt"]
         return decide(f"not requeued: {problem}")
     return _await_slurm("requeued", sleep)
+
+
+def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> str:
+    """Requeues a run without the host that was its root cause twice."""
+    env = environment.for_queries(os.environ)
+    job_id, cause = os.environ.get("SLURM_JOB_ID", ""), Failure.from_json(record["failure"])
+    assert cause is not None
+    host = exclude(run, cause)
+    job = read_json(run.job) or {}
+    count = f"requeue {excluded.requeues(run) + 1} of {job.get('max_requeues')}"
+
+    def decide(decision: str, **changes: Any) -> str:
+        run.amend(number, {**record, "error": cause.headline(), "decision": decision, **changes})
+        path = run.attempt(number).failure_record
+        with contextlib.suppress(OSError):
+            write_json(path, {**(read_json(path) or {}), "decision": decision, "excluded": asdict(host)})
+        return f"meshrun: attempt {number} failed: {cause.headline()}; {decision}"
+
+    line = decide(f"{REQUEUED_WITHOUT}{host} ({count})", next_attempt=number + 1)
+    # As it requeues the job, Slurm ends this process and its children; what must follow takes less than its KillWait.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if problem := query.requeue(job_id, env):
+        return decide(f"not requeued: {problem}")
+    by_user = (job.get("sbatch") or {}).get("exclude", "")
+    if problem := query.exclude(job_id, excluded.option(by_user, run), env):
+        line += f"; but Slurm does not exclude it: {problem}"
+    return line
 
 
 def conclude_stop(run: RunDirectory, evidence: Evidence, record: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -175,6 +176,28 @@ def requeue(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN
     if isinstance(said, NoAnswer):
         return said.detail
     return (_one_line(said.stderr or said.stdout) or f"code {said.code}") if said.code else ""
+
+
+def exclude(job_id: str, hosts: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> str:
+    """Sets which hosts a job that was requeued just now must not get; Slurm refuses that while it runs (22.05).
+
+    Args:
+        job_id: the job's number.
+        hosts: a host list, which replaces the job's own.
+        env: the environment of the command; see `environment.for_queries`.
+        within_s: how long it is tried.
+
+    Returns:
+        Why that could not be done; empty where it was.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        said = _run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={hosts}"], env, within_s)
+        if isinstance(said, _Output) and said.code == 0:
+            return ""
+        if time.monotonic() > deadline:
+            return said.detail if isinstance(said, NoAnswer) else _one_line(said.stderr or said.stdout)
+        time.sleep(0.2)
 
 
 def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:

@@ -15,11 +15,13 @@ from jobs.cli.options import Options
 from jobs.cli.resolve import resolve
 from jobs.cli.verbs import launch
 from jobs.errors import CommandLineError, RunDirectoryError
+from jobs.excluded import excluded, option
 from jobs.run_dir import RunDirectory, read_json
 from jobs.runs.find import come_back, find, submission
 from jobs.runs.tracker import track
 from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig
+from workloads.errors import first_few
 from workloads.training import checkpoint_files
 from workloads.training.checkpoint_config import ResumableConfig
 
@@ -43,7 +45,11 @@ def run(given: Options, console: Console) -> int:
     spec = _described(run_dir)
     _refuse_if_it_runs(run_dir)
     resolved = resolve(_with_what_was_given_before(given, spec, run_dir), going_on=spec)
-    resolved = replace(resolved, announcements=(*resolved.announcements, _where_from(resolved.config, run_dir)))
+    notes = [_where_from(resolved.config, run_dir)]
+    without = str(resolved.spec.sbatch.get("exclude", "")).split(",")  # what the line says wins
+    if hosts := [str(one) for one in excluded(run_dir) if one.host in without]:
+        notes.append(f"excluded: {first_few(hosts)}; listed in {run_dir.excluded}")
+    resolved = replace(resolved, announcements=(*resolved.announcements, *notes))
     if given.dry_run:
         return launch.show(resolved, None, console)
     resolved = launch.ask_slurm(resolved)
@@ -119,12 +125,16 @@ def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirec
     if given.executor not in (None, spec.executor):  # those of the other executor would be refused
         before |= dict.fromkeys(("partition", "account", "qos", "job_name", "max_requeues"))
     kept: dict[str, Any] = {name: value for name, value in before.items() if getattr(given, name) is None}
+    on_slurm = (given.executor or spec.executor) == "slurm"
     added = {word.partition("=")[0] for word in given.env}
     env = [f"{name}={value}" for name, value in spec.env.items() if name not in added]
     known = {word.partition("=")[0] for word in given.sbatch}
+    options = dict(spec.sbatch) if on_slurm else {}
+    if on_slurm and (hosts := option(str(options.pop("exclude", "")), run_dir)):
+        options["exclude"] = hosts
     sbatch = [
         name if value is True else f"{name}={str(value).lower() if value is False else value}"
-        for name, value in (spec.sbatch.items() if (given.executor or spec.executor) == "slurm" else ())
+        for name, value in options.items()
         if name not in known
     ]
     return replace(
