@@ -6,6 +6,7 @@ A requeue sets Slurm's own list of the job, which lasts as long as the job.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ from jobs.spec import JobSpec
 
 EXCLUDED_FOR_S = 24 * 3600.0
 FAILED_TWICE = "its host was the root cause twice"
-REQUEUED_WITHOUT = "requeued without "
+REQUEUED_WITH = "requeued with"
+"""How the decision begins: without that host, or with it where there are too few others."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def is_due(spec: JobSpec, run: RunDirectory, cause: Failure, attempt: int) -> bo
     The end of an agent does not count: if it is silent, it may be the leader's host that was cut off.
     """
     can_requeue = spec.executor == "slurm" and spec.sbatch.get("requeue") is not False
+    can_requeue = can_requeue and shutil.which("scontrol") is not None  # some sites' hosts and images have none
     if not can_requeue or not _counts(cause) or requeues(run) >= spec.max_requeues:
         return False
     before = (Failure.from_json((run.recorded(number) or {}).get("failure")) for number in range(attempt))
@@ -54,9 +57,9 @@ def _counts(failure: Failure) -> bool:
 
 
 def requeues(run: RunDirectory) -> int:
-    """How often the run was requeued without a host."""
+    """How often the run was requeued because a host was the root cause twice."""
     decisions = ((run.recorded(n) or {}).get("decision", "") for n in range(run.last_attempt().number + 1))
-    return sum(decision.startswith(REQUEUED_WITHOUT) for decision in decisions)
+    return sum(decision.startswith(REQUEUED_WITH) for decision in decisions)
 
 
 def exclude(run: RunDirectory, cause: Failure) -> ExcludedHost:

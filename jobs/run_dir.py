@@ -445,6 +445,15 @@ class RunDirectory:
         """Whether an attempt has begun, whatever a cache of a shared file system still holds of that."""
         return is_there(self.attempt(number).path)
 
+    def restarts(self) -> int:
+        """How often failed ranks were started again in place, in whatever start of the job; `resume` counts anew."""
+        count = 0
+        for number in range(self.last_attempt().number, -1, -1):
+            if (self.attempt(number).path / self.job.name).exists():  # it was put away
+                break
+            count += (self.recorded(number) or {}).get("decision", "").startswith("restarted as attempt")
+        return count
+
     def _attempts(self) -> list[int]:
         return [int(match[1]) for name in _names(self.path) if (match := re.fullmatch(r"attempt-(\d+)", name))]
 

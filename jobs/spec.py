@@ -109,7 +109,7 @@ class JobSpec(StrictModel):
     """Other sbatch options by their long names; True gives the bare flag, False leaves it out."""
     profile: ProfileSpec | None = None
     max_restarts: int = Field(default=0, ge=0, le=MOST_RESTARTS)
-    """How often failed ranks are started again within one start of the job, each time as a new attempt."""
+    """How often failed ranks are started again in place, each time as a new attempt; `resume` counts anew."""
     max_requeues: int = Field(default=MAX_REQUEUES, ge=0, le=MOST_RESTARTS)
     """How often a Slurm job that was stopped before its time limit goes back into the queue, to go on."""
     grace_s: float = Field(default=20, ge=0)

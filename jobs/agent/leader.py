@@ -141,7 +141,7 @@ class Leader:
         self._hosts = [
             _Host(self._host_of[n * each], range(n * each, (n + 1) * each), log="") for n in range(self.agents)
         ]
-        self._restarts = Restarts(self.spec.max_restarts)
+        self._restarts = Restarts(self.spec.max_restarts, self.run.restarts())
         self._begin(self.attempt)
         self._told: tuple[int, float] | None = None
         self._ends_at = 0.0

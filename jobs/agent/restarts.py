@@ -13,10 +13,11 @@ _FROM_OUTSIDE = re.compile(r"killed by SIG(KILL|TERM|INT|HUP)\b")
 
 @dataclass
 class Restarts:
-    """The restarts of one start of the job by its scheduler.
+    """The restarts of a run.
 
     Args:
         at_most: as the user allows.
+        made: in earlier starts of the job by its scheduler.
     """
 
     at_most: int

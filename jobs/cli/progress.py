@@ -14,7 +14,7 @@ from typing import Any
 from jobs import blame
 from jobs.cli.console import Console
 from jobs.errors import printable
-from jobs.excluded import REQUEUED_WITHOUT
+from jobs.excluded import REQUEUED_WITH
 from jobs.run_dir import RunDirectory, read_json
 from jobs.runs.tail import Tail
 
@@ -109,7 +109,7 @@ class Display:
         if before["status"] == "stopped":
             return f"attempt {number - 1} was stopped {before.get('error')}; attempt {number} goes on"
         failed, decision = f"attempt {number - 1} failed ({before.get('error')})", before.get("decision", "")
-        if decision.startswith(REQUEUED_WITHOUT):
+        if decision.startswith(REQUEUED_WITH):
             return f"{failed}; {decision}; attempt {number} goes on"
         return f"{failed}; restarted in place as attempt {number}"
 

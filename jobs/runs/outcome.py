@@ -15,14 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jobs import blame, excluded
 from jobs.blame import Failure
 from jobs.errors import JobFailed
-from jobs.excluded import FAILED_TWICE, REQUEUED_WITHOUT, exclude
+from jobs.excluded import FAILED_TWICE
 from jobs.run_dir import (
     BY_ITSELF,
     PREEMPTION,
@@ -409,28 +409,33 @@ def _go_on(run: RunDirectory, number: int, record: dict[str, Any], status: int, 
 
 
 def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> str:
-    """Requeues a run without the host that was its root cause twice."""
+    """Requeues a run whose host was the root cause twice, without that host if there are enough others."""
     env = environment.for_queries(os.environ)
-    job_id, cause = os.environ.get("SLURM_JOB_ID", ""), Failure.from_json(record["failure"])
+    cause, job = Failure.from_json(record["failure"]), read_json(run.job) or {}
     assert cause is not None
-    host = exclude(run, cause)
-    job = read_json(run.job) or {}
-    count = f"requeue {excluded.requeues(run) + 1} of {job.get('max_requeues')}"
+    by_user, nodes = str(job["sbatch"].get("exclude", "")), job["resources"]["nodes"]
+    others = query.hosts_up(os.environ.get("SLURM_JOB_PARTITION", ""), env) - {cause.host}
+    without = ""
+    if len(others - set(srun.hosts_of(excluded.option(by_user, run)))) < nodes:
+        what = f"{excluded.REQUEUED_WITH} {cause.host}, which was the root cause twice: too few other hosts are up"
+    else:
+        what = f"{excluded.REQUEUED_WITH}out {excluded.exclude(run, cause)}"
+        without = excluded.option(by_user, run)
 
     def decide(decision: str, **changes: Any) -> str:
         run.amend(number, {**record, "error": cause.headline(), "decision": decision, **changes})
-        path = run.attempt(number).failure_record
+        path, hosts = run.attempt(number).failure_record, without.split(",") if without else []
         with contextlib.suppress(OSError):
-            write_json(path, {**(read_json(path) or {}), "decision": decision, "excluded": asdict(host)})
+            write_json(path, {**(read_json(path) or {}), "decision": decision, "excluded": hosts})
         return f"meshrun: attempt {number} failed: {cause.headline()}; {decision}"
 
-    line = decide(f"{REQUEUED_WITHOUT}{host} ({count})", next_attempt=number + 1)
+    count = f"requeue {excluded.requeues(run) + 1} of {job.get('max_requeues')}"
+    line, job_id = decide(f"{what} ({count})", next_attempt=number + 1), os.environ.get("SLURM_JOB_ID", "")
     # As it requeues the job, Slurm ends this process and its children; what must follow takes less than its KillWait.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if problem := query.requeue(job_id, env):
         return decide(f"not requeued: {problem}")
-    by_user = (job.get("sbatch") or {}).get("exclude", "")
-    if problem := query.exclude(job_id, excluded.option(by_user, run), env):
+    if without and (problem := query.exclude(job_id, without, env)):
         line += f"; but Slurm does not exclude it: {problem}"
     return line
 

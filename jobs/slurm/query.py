@@ -178,6 +178,13 @@ def requeue(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN
     return (_one_line(said.stderr or said.stdout) or f"code {said.code}") if said.code else ""
 
 
+def hosts_up(partition: str, env: Mapping[str, str], within_s: float = 10.0) -> set[str]:
+    """The hosts of a partition that run jobs or could; empty if sinfo does not answer."""
+    command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
+    output = _run([*command, "--states=idle,allocated,mixed,completing"], env, within_s)
+    return set() if isinstance(output, NoAnswer) or output.code else set(output.stdout.split())
+
+
 def exclude(job_id: str, hosts: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> str:
     """Sets which hosts a job that was requeued just now must not get; Slurm refuses that while it runs (22.05).
 

@@ -42,7 +42,7 @@ def test_a_host_that_fails_twice_is_excluded_for_a_day(
     assert f"attempt 1 failed ({second['error']}); {says}; attempt 2 goes on" in out.splitlines()
     assert f"meshrun: attempt 1 failed: {second['error']}; {says}" in (line.run_dir / "slurm.log").read_text()
     failure = json.loads((line.run_dir / "attempt-1/failure.json").read_text())
-    assert (failure["decision"], failure["excluded"]["host"]) == (says, "node1")
+    assert (failure["decision"], failure["excluded"]) == (says, ["node3", "node1"])
 
     def hosts_of(job: str) -> tuple[str, str]:
         shown = slurm.run("scontrol", "--oneliner", "show", "job", job)

@@ -229,6 +229,13 @@ def test_a_host_that_does_not_end_its_ranks_prevents_the_restart(tmp_path: Path)
     assert "not restarted: the agent on n1 was lost" in job.decide()["error"]
 
 
+def test_restarts_are_counted_in_all_starts_of_the_job(tmp_path: Path) -> None:
+    Job(tmp_path).run.publish({"status": "failed", "attempt": 0, "decision": "restarted as attempt 1 (restart 1 of 1)"})
+    job = Job(tmp_path, max_restarts=1)
+    job.ends(3, of(3, "error"))
+    assert job.decide()["decision"] == "not restarted: all restarts are used up (--max-restarts 1)"
+
+
 def test_an_attempt_that_has_a_successor_is_not_restarted(tmp_path: Path) -> None:
     job = restarting(tmp_path)
     job.run.begin_attempt()
