@@ -15,6 +15,8 @@ from tests.jobs.submitting import SUBMIT
 
 NOTHING = r"(?!)"
 """Matches no cause: the run must not fail."""
+NO_SPACE = r"No space left on device|left no result"
+"""While there is no room for any record, a run's end is told to who waits for it; resume finds that it left none."""
 KILLED = r"rank {} on {}: killed by SIGKILL"
 
 
@@ -132,7 +134,7 @@ def fill_the_disk(run: Run) -> Struck:
     if run.chance.random() < 0.5:
         time.sleep(run.chance.uniform(0.3, 2))
         run.make_room()
-    return Struck(r"No space left", 10 * EVERY)  # nothing can be saved meanwhile
+    return Struck(NO_SPACE, 10 * EVERY)  # nothing can be saved meanwhile
 
 
 # --- on this machine alone --------------------------------------------------------------------------------------------

@@ -23,18 +23,17 @@ from tests.slurm.harness import Cluster
 
 STEPS, EVERY = 14, 3
 HERE = Path(__file__).parent
-SITE = """executor: {executor}
-collective_timeout_s: 25
-rendezvous_timeout_s: 60
-"""
-"""So short a time that a stopped rank is soon found, and longer than a cable that is out for 5 s holds up a step."""
+COLLECTIVE_TIMEOUT_S = 25
+"""So short that a stopped rank is soon found, and longer than a cable that is out for 5 s holds up a step."""
 WORKLOADS = {
     "TP_FSDP": (
         "model.dim=32 model.n_layers=1 model.n_heads=4 model.n_kv_heads=4 model.ffn_dim=48 seq_len=16 "
         "global_batch_size=8 sample_tokens=0 eval_windows=8 tp=2"
     ),
-    "FSDP_MNIST": "data.source=digits global_batch_size=100",
-    "PIPELINE_MLP": "data.source=digits layers=4 width=16 global_batch_size=64 microbatches=4 timeline=false",
+    "FSDP_MNIST": "data.source=digits data.root={data} global_batch_size=100",
+    "PIPELINE_MLP": (
+        "data.source=digits data.root={data} layers=4 width=16 global_batch_size=64 microbatches=4 timeline=false"
+    ),
 }
 DISK_BYTES = 160 * 2**20
 """Of the file system on which a round runs: some times what a run writes."""
@@ -55,10 +54,12 @@ class Place:
     Args:
         on_slurm: whether there is a cluster.
         small_disk: whether the disk is a file system of its own, which root alone can mount.
+        collective_timeout_s: of every run.
     """
 
-    def __init__(self, on_slurm: bool, small_disk: bool) -> None:
+    def __init__(self, on_slurm: bool, small_disk: bool, collective_timeout_s: int = COLLECTIVE_TIMEOUT_S) -> None:
         self.executor, self.small_disk = "slurm" if on_slurm else "local", small_disk
+        self.collective_timeout_s = collective_timeout_s
         self.cluster: Cluster | None = None
 
     def __enter__(self) -> Place:
@@ -84,8 +85,9 @@ class Place:
         folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.disk))
         for name in ("workloads.py", "sitecustomize.py"):
             shutil.copy(HERE / name, folder / name.replace("workloads", "mine"))
-        (folder / "site.yaml").write_text(SITE.format(executor=self.executor))
-        run = Run(folder, workload, mode, chance, self.cluster)
+        site = f"executor: {self.executor}\ncollective_timeout_s: {self.collective_timeout_s}\n"
+        (folder / "site.yaml").write_text(site)
+        run = Run(folder, workload, mode, chance, self.root / "data", self.cluster)
         try:
             yield run
         finally:
@@ -108,6 +110,8 @@ class Run:
     workload: str
     mode: str
     chance: random.Random
+    data: Path
+    """Where images are that were prepared by an earlier run."""
     cluster: Cluster | None = None
     starts: int = 0
     said: list[str] = field(default_factory=list)
@@ -128,7 +132,13 @@ class Run:
         self.starts += 1
         if self.starts == 1:
             words = [f"mine:{self.workload}", "--cluster", "site.yaml", "--nodes", "2", "--gpus-per-node", "2"]
-            words += [*WORKLOADS[self.workload].split(), f"steps={STEPS}", "export=true", "--max-restarts", "2"]
+            words += [
+                *WORKLOADS[self.workload].format(data=self.data).split(),
+                f"steps={STEPS}",
+                "export=true",
+                "--max-restarts",
+                "9",
+            ]
             words += [f"checkpoint.every_steps={EVERY}", f"checkpoint.mode={self.mode}", "--run-dir", "run"]
             words += ["--env", f"CHAOS={self.folder}", "--env", f"PYTHONPATH={self.folder}"]
             if self.cluster is not None:  # under a limit of less than 4 minutes a preemption comes as SIGTERM
@@ -145,12 +155,25 @@ class Run:
             start_new_session=True,
         )
 
-    def hold(self, seconds: float) -> None:
-        """Lets the ranks of the newest attempt wait so long after their step, unless they are asked to stop."""
-        number = len(self.attempts) - 1
+    def hold(self, seconds: float, step: int = 0, attempts: range | None = None) -> None:
+        """Lets the ranks of these attempts (by default the newest) wait after each step from `step` on.
+
+        They wait no longer than so many seconds from now on, and not once they are asked to stop.
+        """
+        if attempts is None:
+            attempts = range(len(self.attempts) - 1, len(self.attempts))
         beside = self.folder / "held.new"
-        beside.write_text(f"{number} {time.time() + seconds}")
+        beside.write_text(f"{attempts.start} {attempts.stop} {step} {time.time() + seconds}")
         beside.rename(self.folder / "held")
+
+    def release(self) -> None:
+        """Lets ranks that are held go on."""
+        (self.folder / "held").unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether all ranks of the newest attempt wait."""
+        number = len(self.attempts) - 1
+        return len(list(self.folder.glob(f"holds-{number}-*"))) == 4
 
     # --- its processes ------------------------------------------------------------------------------------------------
 

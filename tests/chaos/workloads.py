@@ -27,8 +27,11 @@ def _end_of_step(ctx: RunContext) -> Callable[[int], None]:
             raise ValueError(f"struck after step {step}")
         if not held.exists():
             return
-        attempt, until = held.read_text().split()
-        while int(attempt) == ctx.attempt and time.time() < float(until) and not ctx.stop_requested:
+        first, stop, least, until = map(float, held.read_text().split())
+        if not (first <= ctx.attempt < stop and step >= least):
+            return
+        Path(f"holds-{ctx.attempt}-{ctx.rank}").touch()
+        while held.exists() and time.time() < until and not ctx.stop_requested:
             ctx.phase(f"held {next(phases) % 3}")  # another one each time, or it would be found hanging
             time.sleep(0.7)
 

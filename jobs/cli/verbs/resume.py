@@ -92,8 +92,8 @@ def _refuse_if_it_runs(run_dir: RunDirectory) -> None:
         return
     job, began = track(run_dir, submitted), time.monotonic()
     while not (job.was_over() or job.is_over()):
-        within_s = ENDS_WITHIN_S if run_dir.recorded() is not None or not job.is_known() else 0.0
-        if time.monotonic() - began < within_s:
+        is_ending = run_dir.recorded() is not None or job.has_ended() or not job.is_known()
+        if is_ending and time.monotonic() - began < ENDS_WITHIN_S:
             job.pause()
             continue
         name = "job" if submitted.executor == "slurm" else "process"
