@@ -489,7 +489,7 @@ class Attempt:
 
     def make(self) -> Attempt:
         """Makes the folders that are not there yet: for its agents, and for who leaves something without one."""
-        for folder in (self.path, self.path / "failures"):
+        for folder in (self.path.parent, self.path, self.path / "failures"):
             make_folder(folder, 0o700)
         return self
 

@@ -255,7 +255,9 @@ class Leader:
             if silent and not own:
                 if now - self._settled_at > ANSWER_WITHIN_S:
                     for number in silent:
-                        self.lose(number, f"has not answered for {ANSWER_WITHIN_S:g} s; its host or the network failed")
+                        # Which end of the network has failed cannot be known here: it may be this host's own.
+                        between = f"its host, or the network between it and {self._hosts[0].name}, failed"
+                        self.lose(number, f"has not answered for {ANSWER_WITHIN_S:g} s; {between}")
                 return
             if now - self._settled_at > settle_s or all(seen.ended for seen in self._seen):
                 self._restart_or_fail(self._root_cause(failures), now)

@@ -98,7 +98,8 @@ def test_a_host_that_does_not_answer_is_the_root_cause_of_lost_peers(tmp_path: P
     for rank in (0, 1):
         job.ends(rank, of(rank, "lost_peer"), ended=False)
     record = job.decide(but_silent=1)
-    assert record["error"].startswith("the agent on n1: has not answered for 5 s; its host or the network failed")
+    says = "has not answered for 5 s; its host, or the network between it and n0, failed"
+    assert record["error"].startswith(f"the agent on n1: {says}")
 
 
 def test_a_host_that_still_imports_is_waited_for(tmp_path: Path, clock: list[float]) -> None:
