@@ -30,6 +30,9 @@ NAMES = (
     "prefetch",
     "rank_memory",
     "rendezvous",
+    "async_save",
+    "come_back",
+    "kept_time",
 )
 """The benchmarks, in the table's order."""
 JSON = Path("build/benchmarks.json")
