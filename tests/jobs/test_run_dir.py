@@ -16,6 +16,7 @@ import pytest
 from jobs import run_dir
 from jobs.errors import RunDirectoryError
 from jobs.run_dir import RunDirectory, default_run_dir, open_regular, read_json, write_json, write_text
+from tests.fork_server import fork_server
 
 
 def mode(path: Path) -> int:
@@ -130,7 +131,7 @@ def _create(path: Path, barrier: threading.Barrier, results: multiprocessing.Sim
 
 
 def test_of_two_that_race_for_a_name_one_has_it(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     for attempt in range(3):
         barrier, results = context.Barrier(4), context.SimpleQueue()
         racers = [

@@ -1,12 +1,11 @@
 """Starts a world of gloo ranks on this machine, runs one function on all of them, and ends it whatever happens.
 
-Ranks come from a fork server that has imported torch and the workload once, so eight of them start in about a second.
+Ranks come from the fork server of tests/fork_server.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import socket
@@ -14,16 +13,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = [
-    *("torch", "torch._dynamo", "torch._inductor.compile_fx", "tests.workloads.worlds"),
-    *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train", "workloads.pipeline_mlp.train"),
-    "workloads.images.mnist_like",
-]
+from tests.fork_server import fork_server
+from workloads.base import RunContext, RunPaths
 
 
 class WorldFailed(AssertionError):
@@ -49,8 +46,7 @@ def run_world(
     Raises:
         WorldFailed: as its docstring says; every rank is then killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server()
     world_size = 1
     for size in sizes:
         world_size *= size
@@ -77,6 +73,14 @@ def run_world(
                 process.kill()
             for process in processes:
                 process.join()
+
+
+def in_folder(ctx: RunContext, name: str) -> RunContext:
+    """The same rank with a run directory of its own, for one of several runs in one world."""
+    folder = ctx.paths.run_dir / name
+    folder.mkdir(exist_ok=True)
+    known = {name: path for name, path in vars(ctx.paths).items() if path is not None}
+    return replace(ctx, paths=RunPaths(**{n: folder / p.relative_to(ctx.paths.run_dir) for n, p in known.items()}))
 
 
 def _collect(ends: list[Connection], deadline_seconds: float) -> list[Any]:
@@ -141,7 +145,6 @@ def make_context(
     from torch.distributed.device_mesh import init_device_mesh
 
     from jobs.rank.rendezvous import cpu_group
-    from workloads.base import RunContext, RunPaths
 
     torch.set_num_threads(1)
     world_size = 1

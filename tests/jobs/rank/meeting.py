@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from jobs.errors import RendezvousError, TopologyError
 from jobs.rank.identity import RankInfo
 from jobs.run_dir import write_json
+from tests.fork_server import fork_server
 
 DEADLINE_S = 60
 """For a whole meeting; only so that a hang fails."""
@@ -94,8 +94,7 @@ class Meeting:
     """Ranks in processes of their own, from a fork server."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "torch.distributed"])
+        self.context = fork_server()
         self.processes: list[Any] = []
 
     def start(self, target: Any, *args: Any) -> Connection:

@@ -20,7 +20,7 @@ from workloads.pipeline_mlp.schedule import SCHEDULES, torch_refusal
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 INPUTS, CLASSES = 6, 3
-STEPS, BATCH = 12, 16
+STEPS, BATCH = 8, 16
 LIMIT = 1e-12
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.03}
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 0.01}

@@ -5,6 +5,7 @@ What sharded runs are held against: plain AdamW, clip_grad_norm_, cross_entropy 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.workloads.worlds import in_folder
 from workloads.base import RunContext
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import Config
@@ -97,6 +99,14 @@ def _lr(config: Config, step: int) -> float:
 def train(ctx: RunContext, config: Config) -> dict[str, Any]:
     """The workload itself, as the ranks of a test's world call it."""
     return run(config, ctx)
+
+
+def train_each(ctx: RunContext, configs: dict[str, Config]) -> None:
+    """One run after the other in one world, each in the folder of its name."""
+    for name, config in configs.items():
+        with contextlib.closing(in_folder(ctx, name)) as own:
+            run(config, own)
+            own.settle()
 
 
 def read_trajectory(run_dir: Path, result: dict[str, Any] | None = None) -> Trajectory:

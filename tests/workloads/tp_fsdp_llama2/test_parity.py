@@ -11,7 +11,7 @@ from tests.workloads.tp_fsdp_llama2.reference import (
     Trajectory,
     largest_differences,
     read_trajectory,
-    train,
+    train_each,
     train_reference,
 )
 from tests.workloads.worlds import run_world
@@ -51,21 +51,14 @@ def reference(precision: str, passes: int) -> Trajectory:
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda s: f"dp{s[0]}-tp{s[1]}")
-def test_fp64_with_accumulation_clipping_and_checkpointing_is_the_reference_to_1e_12(
-    sizes: tuple[int, int], tmp_path: Path
-) -> None:
-    config = make_config("fp64", microbatch_size=4 // sizes[0], activation_checkpointing="full")
-    run_world(train, config, sizes=sizes, run_dir=tmp_path, deadline_seconds=600)
-    expected = reference("fp64", 2)
-    assert min(expected.grad_norms) > GRAD_CLIP, "clipping is not active in every step"
-    differences = largest_differences(read_trajectory(tmp_path), expected)
-    print(sizes, differences)
-    assert max(differences.values()) <= 1e-12, differences
-
-
-@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda s: f"dp{s[0]}-tp{s[1]}")
-def test_fp32_is_the_reference_to_1e_5(sizes: tuple[int, int], tmp_path: Path) -> None:
-    run_world(train, make_config("fp32"), sizes=sizes, run_dir=tmp_path, deadline_seconds=600)
-    differences = largest_differences(read_trajectory(tmp_path), reference("fp32", 1))
-    print(sizes, differences)
-    assert max(differences.values()) <= 1e-5, differences
+def test_every_layout_is_the_reference(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """To 1e-12 in fp64, with accumulation, clipping and checkpointing; to 1e-5 in fp32."""
+    fp64 = make_config("fp64", microbatch_size=4 // sizes[0], activation_checkpointing="full")
+    configs = {"fp64": fp64, "fp32": make_config("fp32")}
+    run_world(train_each, configs, sizes=sizes, run_dir=tmp_path, deadline_seconds=600)
+    for precision, passes, bound in (("fp64", 2, 1e-12), ("fp32", 1, 1e-5)):
+        expected = reference(precision, passes)
+        assert min(expected.grad_norms) > GRAD_CLIP, "clipping is not active in every step"
+        differences = largest_differences(read_trajectory(tmp_path / precision), expected)
+        print(sizes, precision, differences)
+        assert max(differences.values()) <= bound, (precision, differences)
