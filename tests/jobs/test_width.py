@@ -44,7 +44,7 @@ def all_ranks_of_a_host_share_a_gpu() -> str:
 def no_rank_but_rank_0_came() -> str:
     from jobs.rank.rendezvous import _named  # late: it imports torch
 
-    return _named(list(range(1, WORLD)), tuple(seat.host for seat in SEATS), "rank")
+    return _named(list(range(1, WORLD)), tuple(seat.host for seat in SEATS))
 
 
 def all_others_still_ran() -> str:
