@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 from jobs import blame, processes
 from jobs.agent import binding, ranks
+from jobs.agent.job_state import SILENT_S
 from jobs.agent.keeper import Keeper, KeeperFailed
-from jobs.agent.leader import SILENT_S, Leader
+from jobs.agent.leader import Leader
 from jobs.agent.lease import LEASE_S, RENEW_EVERY_S, Lease
 from jobs.agent.link import Link
 from jobs.agent.meeting import Gathering, Joining, Met
@@ -193,9 +194,9 @@ class _Agent:
         return tuple(f"host{n}" for n in range(self.spec.resources.nodes))
 
     def _leader(self, hosts: tuple[str, ...]) -> Leader:
-        leader = Leader(self.spec, self.run_dir, self.attempt, hosts, self.info.world_size, self._order, self.on_slurm)
-        leader.started = self.started
-        return leader
+        return Leader(
+            self.spec, self.run_dir, self.attempt, hosts, self.info.world_size, self._order, self.on_slurm, self.started
+        )  # fmt: skip
 
     def _start(self) -> None:
         """Starts this host's ranks."""

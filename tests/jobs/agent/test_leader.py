@@ -104,7 +104,7 @@ def test_a_host_that_does_not_answer_is_the_root_cause_of_lost_peers(tmp_path: P
 
 def test_a_host_that_still_imports_is_waited_for(tmp_path: Path, clock: list[float]) -> None:
     job = Job(tmp_path, rendezvous_timeout_s=300)
-    job.leader._hosts[1].has_come = False
+    job.leader._state.hosts[1].has_come = False
     clock[0] = 1.0
     for _ in range(200):  # three looks at the clock each
         job.leader.hear(0, {})
@@ -126,7 +126,7 @@ def test_a_rank_that_dies_as_its_host_is_told_to_end_is_no_failure(tmp_path: Pat
 def test_a_rank_that_failed_before_its_host_was_told_to_end_is_named(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.ends(2, Failure(2, "n1", 0.0, "error", "ValueError: mine"))
-    job.leader._seen[2].failure = Failure(2, "n1", time.time() - 1, "error", "ValueError: mine")
+    job.leader._state.ranks[2].failure = Failure(2, "n1", time.time() - 1, "error", "ValueError: mine")
     job.leader.hear(0, {"told": 15})
     assert job.decide()["error"] == "rank 2 on n1: ValueError: mine"
 

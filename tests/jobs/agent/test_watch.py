@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.agent.watch import Shown, Watch, root_cause
+from jobs.agent.hang_cause import Shown, root_cause
+from jobs.agent.watch import Watch
 from jobs.blame import LastSeen
 
 MAIN = 'Thread 0x1 (most recent call first):\n{}  File "/x/jobs/rank/run.py", line 9 in _run\n'
