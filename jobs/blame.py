@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from jobs.errors import one_line, shortened
-from workloads.errors import first_few, in_words
+from workloads.errors import first_few, in_words, message_of
 from workloads.steps.board import PHASES
 
 ENDS = "this rank ends: "
@@ -139,7 +139,7 @@ def kind_of(error: BaseException) -> Kind:
             return "unreachable"
         if name in ("DistNetworkError", "DistStoreError", "RendezvousError"):
             return "lost_peer"
-        text = str(cause)
+        text = message_of(cause)
         comes_from_torch = name == "DistBackendError" or type(cause) is RuntimeError
         if comes_from_torch and _is_of_a_peer(text):
             return "lost_peer"

@@ -57,13 +57,21 @@ def place_of(error: BaseException) -> str:
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 
 
+def message_of(error: BaseException) -> str:
+    """Its text, also of one whose own code for that fails."""
+    try:
+        return str(error)
+    except Exception as another:
+        return f"its message cannot be shown, because its __str__ raised {type(another).__name__}"
+
+
 def in_words(error: BaseException) -> str:
     """An exception's type and message on one line.
 
     Of a traceback within the message only the error at its end is kept: a DataLoader's worker and a spawned process
     put theirs there. Of the frames of C++ code, which torch puts there, nothing is.
     """
-    text = str(error)
+    text = message_of(error)
     before, *after = _STACK.split(text, maxsplit=1)
     last_frame = "".join(after).rpartition("\n  File ")[2].splitlines()[1:]
     at_end = list(itertools.dropwhile(lambda line: not line.strip() or line.startswith(" "), last_frame))

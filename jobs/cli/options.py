@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from jobs.cli import commands
 from jobs.errors import CommandLineError
+from jobs.slurm.options import ALONE, OWNED
 from workloads.errors import did_you_mean
 
 SLURMS_SHORT = {
@@ -16,7 +17,11 @@ SLURMS_SHORT = {
 }
 SLURMS_TOTALS = ("-n", "-G")
 """Slurm's counts of tasks and GPUs over all hosts."""
-SLURMS_GPUS = ("--gres", "--gpus", "--ntasks", "--ntasks-per-node", "--gpus-per-task")
+SLURMS_LETTERS = {
+    **{"-a": "--array", "-b": "--begin", "-C": "--constraint", "-c": "--cpus-per-task", "-d": "--dependency"},
+    **{"-e": "--error", "-o": "--output", "-w": "--nodelist", "-x": "--exclude"},
+}
+"""sbatch's letters for options that are not ours."""
 SLURMS_LONG = (
     *("--mail-", "--exclusive", "--constraint", "--reservation", "--dependency", "--begin", "--comment", "--nodelist"),
     *("--exclude", "--mem", "--signal", "--hold", "--requeue", "--no-requeue", "--nice", "--licenses", "--export"),
@@ -123,16 +128,19 @@ def parse(argv: Sequence[str]) -> Options:
     given, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        flag, equals, _ = unknown[0].partition("=")
+        flag, _, _ = unknown[0].partition("=")
+        long = SLURMS_LETTERS.get(flag[:2], flag)
         hint = did_you_mean(flag, known, cutoff=0.75)
         if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
         elif flag[:2] in SLURMS_TOTALS and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} counts over all hosts; use --nodes and --gpus-per-node)"
-        elif flag in SLURMS_GPUS:
+        elif flag == "--gres":
             hint = " (ask for GPUs with --gpus-per-node)"
-        elif flag.startswith(SLURMS_LONG):
-            hint = f" (an option of sbatch: --sbatch {flag[2:]}{equals and '=...'})"
+        elif long[2:] in OWNED and long[2:] not in ("help", "version", "usage"):
+            hint = f" (sbatch's {long} {OWNED[long[2:]]})"
+        elif long.startswith(SLURMS_LONG):
+            hint = f" (an option of sbatch: --sbatch {long[2:]}{'' if long[2:] in ALONE else '=...'})"
         elif not hint and flag.startswith("--"):
             hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
         raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")

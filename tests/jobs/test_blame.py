@@ -230,6 +230,16 @@ def test_a_chain_that_bites_its_tail_ends() -> None:
     assert kind_of(first) == "error"
 
 
+def test_an_exception_whose_message_fails_keeps_its_type() -> None:
+    class Mine(Exception):
+        def __str__(self) -> str:
+            raise KeyError("no such text")
+
+    record = failure_of(Mine(), 3, "host1", 12.5, "/log")
+    assert record.message == "Mine: its message cannot be shown, because its __str__ raised KeyError"
+    assert (record.kind, "Mine" in record.traceback) == ("error", True)
+
+
 def test_the_record_of_an_exception() -> None:
     def raise_it() -> None:
         raise ValueError("two\nlines")
