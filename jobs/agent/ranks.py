@@ -39,6 +39,8 @@ PRELOAD = (
     "jobs.rank.rendezvous",
 )
 """What every rank imports anyway; importing it starts no thread and touches no device."""
+RESUMABLE = ("workloads.training.checkpoint", "torch._dynamo")
+"""What ranks import to save and load their state, and with their first optimizer."""
 TERM_S = 0.3
 """Between SIGTERM and SIGKILL."""
 POLL_S = 0.02
@@ -58,8 +60,10 @@ def preload(spec: JobSpec, check: Callable[[], None]) -> str | None:
     """
     if sys.platform != "linux":
         return processes.why_not_fork()
+    # A user's own module is imported by the ranks alone; but those that are restarted shall not import torch's again.
     is_built_in = spec.workload in registry.BUILT_IN
-    for module in (*PRELOAD, *(registry.load(spec.workload).preload if is_built_in else ())):
+    more = registry.load(spec.workload).preload if is_built_in else RESUMABLE if spec.max_restarts else ()
+    for module in (*PRELOAD, *more):
         with contextlib.suppress(Exception):  # of what is missing or broken, the ranks will say it
             importlib.import_module(module)
         check()
