@@ -6,6 +6,7 @@ import atexit
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,6 +40,8 @@ class Config(WorkloadConfig):
     rank_0_longer: float = 0.0
     """Seconds that rank 0 works on when the others have returned, as one that exports the weights."""
     returns: tuple[str, ...] = ()
+    tells_hostnames: bool = False
+    """Whether the result has what each rank's host calls itself."""
     names: tuple[str, ...] = ()
     """Environment variables whose values are the result."""
 
@@ -84,7 +87,11 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
     if config.at_end:
         end_like(config.at_end, ctx.rank)
     environment = {name: os.environ.get(name) for name in config.names}
+    hostnames: list[str] = [""] * ctx.world_size
+    if config.tells_hostnames:
+        dist.all_gather_object(hostnames, socket.gethostname())
     return {
+        **({"hostnames": hostnames} if config.tells_hostnames else {}),
         "total": total.item(),
         "hosts": list(ctx.hosts),
         "threads": torch.get_num_threads(),

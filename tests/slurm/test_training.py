@@ -73,36 +73,25 @@ def test_fsdp_mnist_on_two_hosts_of_two(slurm: Cluster, tmp_path: Path) -> None:
     assert on_slurm == on_one_box
 
 
-def placed(folder: Path) -> list[tuple[int, str, int]]:
-    """Of every rank, by the scheduler's number: its rank, its host as the log says, the scheduler's number again."""
-    found = []
-    for log in sorted((folder / "attempt-0").glob("rank-*.log"), key=lambda path: int(path.stem.split("-")[1])):
-        line = next(line for line in log.read_text().splitlines() if "the scheduler's number is" in line)
-        rank = int(line.split("[rank ")[1].split("/")[0])
-        found.append((rank, line.split(" on ")[1].split(";")[0], int(line.rsplit(" ", 1)[1])))
-    return found
-
-
 @pytest.mark.parametrize("distribution", ["cyclic", "plane=2", "arbitrary"])
 def test_how_slurm_would_deal_out_tasks_changes_nothing(
     distribution: str, slurm: Cluster, tmp_path: Path, local: Callable[..., Any]
 ) -> None:
     """A TP group's ranks share a host, and ranks are numbered host by host.
 
-    They train under the distribution that is furthest from it; under the others, where they are is looked at.
+    They train under the distribution that is furthest from it; under each, the hosts themselves say where ranks are.
     """
     hosts = tmp_path / "hosts"
     hosts.write_text("node1\n" * 4 + "node0\n" * 4)
     env = {**slurm.env, "SLURM_HOSTFILE": str(hosts)}
     words = ["--nodes", "2", "--gpus-per-node", "4", "--sbatch", f"distribution={distribution}"]
+    shutil.copy(SAMPLE, tmp_path / "mine.py")
+    placed = finished(tmp_path / "placed", "mine:ENTRY", *words, "tells_hostnames=true", env=env)["result"]
+    assert placed["hostnames"] == placed["hosts"] == [f"node{rank // 4}" for rank in range(8)]
     if distribution == "arbitrary":
         result = train(tmp_path / "run", *words, "tp=4", env=env)
         assert (result["mesh"], result["nodes"]) == ({"dp": 2, "tp": 4}, 2)
         assert trained(tmp_path / "run") == local(2, 4, 4)
-    else:
-        shutil.copy(SAMPLE, tmp_path / "mine.py")
-        finished(tmp_path / "run", "mine:ENTRY", *words, env=env)
-    assert placed(tmp_path / "run") == [(rank, f"node{rank // 4}", rank) for rank in range(8)]
 
 
 def test_four_hosts_of_two(make_cluster: Callable[..., Cluster], tmp_path: Path, local: Callable[..., Any]) -> None:
