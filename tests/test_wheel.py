@@ -55,9 +55,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def meshrun(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`meshrun` in an environment that has the wheel and what it depends on, and no trace of the checkout."""
     place = tmp_path_factory.mktemp("clean")
-    venv.create(place, with_pip=True)
+    venv.create(place)
     python = place / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)
     # The dependencies are this environment's, by path: a .pth file names them without running the .pth files there,
     # so that an editable install of the checkout is not seen.
     own = subprocess.run(
