@@ -63,7 +63,7 @@ def is_there(path: Path) -> bool:
     """
     try:
         for each in (path.parent, path):
-            os.close(os.open(each, os.O_RDONLY))
+            os.close(os.open(each, os.O_RDONLY | os.O_NONBLOCK))  # a pipe would be waited for
     except FileNotFoundError:
         return False
     return True

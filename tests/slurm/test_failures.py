@@ -272,7 +272,10 @@ def test_a_host_that_is_back_disturbs_no_successor(name: str, of_all_ranks: int,
     record = json.loads((before / "result.json").read_text())
     assert record["status"] == "failed"
     # The old leader has ended for what it learned first: that it was given up, or that the other host is silent.
-    again, silent = "the scheduler has started this job again (attempt 1)", "has not answered for 5 s; its host or the "
+    again, silent = (
+        "the scheduler has started this job again (attempt 1)",
+        "has not answered for 5 s; its host, or the ",
+    )
     assert record["error"] == again or (of_all_ranks > 1 and silent in record["error"])
 
 

@@ -265,4 +265,4 @@ def test_a_requeued_job_meets_although_the_old_port_is_still_held(slurm: Cluster
     assert (result["attempt"], result["total"]) == (1, 4.0)
     old, new = announced(line, 0), announced(line, 1)
     assert old["host"] == new["host"] == "node0"
-    assert (old["identity"], new["identity"]) == (f"{job}.0-0", f"{job}.0-1")
+    assert (old["identity"], new["identity"]) == (f"{job}.0-0", f"{job}.1-1")
