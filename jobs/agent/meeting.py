@@ -178,6 +178,8 @@ class Gathering:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        for link in self._newcomers:  # of nobody who has said a word
+            link.close()
         hosts = tuple(host for _, host in sorted(self._hosts.items()))
         where = {"address": self.keeper.address, "port": self.keeper.port}
         for link in self._links.values():
@@ -205,8 +207,9 @@ class Joining:
 
     def __init__(self, info: RankInfo, spec: JobSpec, attempt: Attempt) -> None:
         self._info, self._file, self._timeout_s = info, attempt.rendezvous, spec.rendezvous_timeout_s
-        self._began = time.monotonic()
-        self._deadline = self._began + self._timeout_s
+        self._began: float | None = None
+        """When it first looked: imports, between which it looks, may have taken long."""
+        self._deadline = 0.0
         self._link: Link | None = None
         self._where: dict[str, Any] | None = None
         self._others = ""
@@ -231,6 +234,8 @@ class Joining:
             UnreachableError: nothing listens there, or another job's leader.
         """
         now = time.monotonic()
+        if self._began is None:
+            self._began, self._deadline = now, now + self._timeout_s
         met = self._hear(now)
         if met is not None:
             return met

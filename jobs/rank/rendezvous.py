@@ -34,6 +34,7 @@ GRACE_S = 15.0
 """For so much longer than its own deadline a rank waits for the answer of a rank 0 that has come."""
 
 _DOUBLED = "doubled"
+_ALL = "all have come"
 _RANK_0 = "rank 0 has come"
 _ONE_EACH = "start every rank once, with submit.py, srun or torchrun, and without mpirun"
 
@@ -150,6 +151,8 @@ def check_in(info: RankInfo, device: str, timeout_s: float, interface: str | Non
     store = dist.PrefixStore(f"meshrun/{info.identity}", opened)
     try:
         store.append("seats", Seat(info.rank, info.host, info.local_rank, device, gpu).to_line())  # type: ignore[attr-defined]
+        if store.add("come", 1) == info.world_size:
+            store.set(_ALL, "")
         if info.rank == 0:
             store.set(_RANK_0, "")
             number_by_host(_all_seats(info, store, deadline, timeout_s))
@@ -179,14 +182,11 @@ def _all_seats(info: RankInfo, store: dist.Store, deadline: float, timeout_s: fl
     Raises:
         RendezvousError: ranks are missing at the deadline.
     """
-    while True:
-        asked = time.monotonic()
-        seats = store.get("seats")
-        if seats.count(b"\n") >= info.world_size:
-            return _reported(store)
-        if time.monotonic() >= deadline:
-            raise RendezvousError(_who_is_missing(info, _reported(store), timeout_s))
-        time.sleep(min(1.0, max(0.002, 4 * (time.monotonic() - asked))))  # those who come are not kept from the store
+    try:  # to ask for the seats again and again would keep the store from those who come
+        store.wait([_ALL], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+    except dist.DistStoreError as error:
+        raise RendezvousError(_who_is_missing(info, _reported(store), timeout_s)) from error
+    return _reported(store)
 
 
 def _take_seat(info: RankInfo, store: dist.Store, seat: Seat, deadline: float, timeout_s: float) -> dict[str, Any]:

@@ -80,6 +80,14 @@ def at_its_deadline(one: Gathering | Joining) -> Met | MeshrunError:
     return end
 
 
+def test_one_whose_imports_took_longer_than_the_deadline_is_not_late(agent: Open) -> None:
+    slow = agent(1, timeout_s=0.2)
+    leader, other = agent(0), agent(2)
+    come([leader, other], until=lambda: len(leader._hosts) == 2)  # type: ignore[union-attr]
+    time.sleep(0.3)
+    assert all(isinstance(met, Met) for met in come([leader, other, slow]))
+
+
 def test_they_learn_the_hosts_the_store_and_each_other(agent: Open) -> None:
     import torch.distributed as dist
 
