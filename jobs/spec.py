@@ -22,6 +22,10 @@ MOST_MINUTES = 10 * 366 * 24 * 60
 MAX_REQUEUES, MOST_RESTARTS = 3, 10_000
 
 
+LEAD_S = 90
+"""Seconds before a job's time limit at which its ranks are asked to stop."""
+
+
 class ResourceSpec(StrictModel):
     """The resources that a job requests."""
 
@@ -47,7 +51,7 @@ class ResourceSpec(StrictModel):
 
         Under a short limit it must not: it may do so a minute early, while ranks are still being started.
         """
-        return 90 if self.time_min is None or self.time_min >= 4 else 0
+        return LEAD_S if self.time_min is None or self.time_min >= 4 else 0
 
     @property
     def shape(self) -> Shape:

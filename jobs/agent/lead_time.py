@@ -13,14 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.spec import JobSpec
+from jobs.spec import LEAD_S, JobSpec
 
 log = logging.getLogger(__name__)
 
 MARGIN_S = 10.0
 """Seconds for the request to come to all hosts, and for the ranks to end after the save."""
-LEAD_S = 90.0
-"""Seconds before a local job's time limit at which its ranks are asked to stop; a quarter of a limit that is short."""
 
 
 def seconds_left(spec: JobSpec, env: Mapping[str, str]) -> float | None:

@@ -27,12 +27,19 @@ from jobs.agent.link import Link, wait_for
 from jobs.errors import RendezvousError, UnreachableError
 from jobs.processes import look_again_in_s
 from jobs.rank.identity import RankInfo
-from jobs.rank.network import own_address
-from jobs.rank.numbering import Seat, seat_table
-from jobs.rank.rendezvous_file import failing_for_all, first_of, listen, read_rendezvous_file, unreachable
+from jobs.rank.network import listen, own_address
+from jobs.rank.numbering import Seat
+from jobs.rank.rendezvous_file import (
+    announced,
+    failing_for_all,
+    first_is_missing,
+    first_of,
+    read_rendezvous_file,
+    some_are_missing,
+    unreachable,
+)
 from jobs.run_dir import Attempt, write_json
 from jobs.spec import JobSpec
-from workloads.errors import first_few
 
 log = logging.getLogger(__name__)
 
@@ -161,13 +168,8 @@ class Gathering:
         """Looks for what makes it impossible to meet."""
         info, now = self._info, time.monotonic()
         if now >= deadline:
-            missing = [number for number in range(info.world_size) if number not in self._hosts]
-            names = [f"agent {n}" + (f" on {info.expected_hosts[n]}" if info.expected_hosts else "") for n in missing]
-            present = seat_table([Seat(number, host, 0) for number, host in self._hosts.items()], "agent")
-            self._problem = (
-                f"{len(self._hosts)} of {info.world_size} agents came within {self._timeout_s:g} s; missing: "
-                f"{first_few(names, 16)}; present: {present}"
-            )
+            seats = [Seat(number, host, 0) for number, host in self._hosts.items()]
+            self._problem = some_are_missing(info, seats, self._timeout_s)
         elif now >= self._look_at:
             self._look_at = now + LOOK_EVERY_S
             latest = read_rendezvous_file(self._file) or {}
@@ -261,7 +263,7 @@ class Joining:
         if latest is None or latest == self._where:
             return
         if latest["identity"] != self._info.identity:
-            self._others = f", which is still that of {latest['identity']}"
+            self._others = latest["identity"]
             return
         if "error" in latest:
             raise RendezvousError(latest["error"])
@@ -314,13 +316,14 @@ class Joining:
 
     def _failed(self, now: float, fault: OSError | RendezvousError) -> None:
         """Notes why there is no connection; there will be another try, ever less often."""
+        assert self._where is not None
         if isinstance(fault, OSError):
-            fault = UnreachableError(unreachable(fault, "agent"))
+            fault = UnreachableError(unreachable(self._info, fault))
         if self._link is not None:
             self._link.close()
             self._link = None
         if str(fault) != str(self._fault):
-            log.warning("%s; trying again until the deadline", self._announced(fault))
+            log.warning("%s; trying again until the deadline", announced(self._info, self._where, str(fault)))
         self._fault, self._retry_at, self._pause_s = fault, now + self._pause_s, min(self._pause_s * 2, 5.0)
 
     def _late(self) -> RendezvousError:
@@ -329,14 +332,6 @@ class Joining:
                 f"{first_of(self._info)} has come, but has not answered for {GRACE_S:g} s after its deadline"
             )
         if self._where is None:
-            return RendezvousError(
-                f"missing: {first_of(self._info)}, which has not announced itself within {self._timeout_s:g} s "
-                f"(by {self._file}{self._others}); is it still starting, and does it see the same file system?"
-            )
+            return RendezvousError(first_is_missing(self._info, self._file, self._others, self._timeout_s))
         fault = self._fault or RendezvousError("but what listens there does not answer")
-        return type(fault)(f"{self._announced(fault)}; tried for {self._timeout_s:g} s")
-
-    def _announced(self, fault: RendezvousError) -> str:
-        assert self._where is not None
-        address, port, host = (self._where[key] for key in ("address", "port", "host"))
-        return f"agent 0 announced {address}:{port} on {host}, {fault}"
+        return type(fault)(f"{announced(self._info, self._where, str(fault))}; tried for {self._timeout_s:g} s")

@@ -1,17 +1,19 @@
-"""The address and the network interface by which a rank is reached."""
+"""The address, the port and the network interface by which a rank is reached."""
 
 from __future__ import annotations
 
 import array
+import errno
 import logging
 import socket
 import struct
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import TopologyError
+from jobs.errors import RendezvousError, TopologyError
 from jobs.rank.identity import RankInfo
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,40 @@ def _fault_of(found: Interface | None, is_alone: bool) -> str | None:
     if _is_loopback(found.addresses[0]) and not is_alone:
         return f"has the address {found.addresses[0]}, by which no other host can reach it"
     return None
+
+
+def listen(info: RankInfo, address: str, ports: tuple[int, int] | None) -> socket.socket:
+    """A socket that listens on `address`: on a port of the range, or without one on a port of the kernel's choice.
+
+    The range is walked from a place that depends on the job, so that jobs that start together do not all try the same
+    ports.
+
+    Raises:
+        RendezvousError: every port of the range is taken, or the system allows none.
+    """
+    first, last = ports or (0, 0)
+    count = last - first + 1
+    offset = zlib.crc32(info.identity.encode()) % count
+    for port in (first + (offset + step) % count for step in range(count)):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        if ports is not None:
+            # An earlier store's connections in TIME_WAIT do not keep the port; one that still listens does.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, port))
+            listener.listen(4096)  # of two that could bind with SO_REUSEADDR, one can listen: only this makes it ours
+            return listener
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE or ports is None:
+                raise RendezvousError(
+                    f"{info.noun} 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
+                    + (f"; rendezvous_ports of the cluster config is {first}-{last}" if ports else "")
+                ) from error
+    raise RendezvousError(
+        f"{info.noun} 0 on {info.host} cannot listen: every port of rendezvous_ports {first}-{last} is taken on "
+        f"{address}; widen the range in the cluster config, or leave it out where no firewall needs one"
+    )
 
 
 def check_socket_variables(info: RankInfo, device: str, env: Mapping[str, str]) -> None:

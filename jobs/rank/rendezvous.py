@@ -26,9 +26,10 @@ import torch.distributed as dist
 from jobs.errors import RendezvousError, TopologyError
 from jobs.rank.identity import RankInfo
 from jobs.rank.network import own_address
-from jobs.rank.numbering import Placement, Seat, number_by_host, place, seat_table
-from jobs.rank.store import Beside, find_store, first_of, is_superseded, launchers_store, open_store
-from workloads.errors import first_few, spoken_for
+from jobs.rank.numbering import Placement, Seat, number_by_host, place
+from jobs.rank.rendezvous_file import first_of, named, some_are_missing
+from jobs.rank.store import Beside, find_store, is_superseded, launchers_store, open_store
+from workloads.errors import spoken_for
 
 GRACE_S = 15.0
 """For so much longer than its own deadline a rank waits for the answer of a rank 0 that has come."""
@@ -64,7 +65,7 @@ class Rendezvous:
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"rank 0 is done, but after {timeout_s:g} s these are not: "
-                    + _named([rank for rank in range(world) if rank not in finished], self.placement.hosts)
+                    + named("rank", [rank for rank in range(world) if rank not in finished], self.placement.hosts)
                 )
             time.sleep(0.01)
 
@@ -185,7 +186,7 @@ def _all_seats(info: RankInfo, store: dist.Store, deadline: float, timeout_s: fl
     try:  # to ask for the seats again and again would keep the store from those who come
         store.wait([_ALL], timedelta(seconds=max(1.0, deadline - time.monotonic())))
     except dist.DistStoreError as error:
-        raise RendezvousError(_who_is_missing(info, _reported(store), timeout_s)) from error
+        raise RendezvousError(some_are_missing(info, _reported(store), timeout_s)) from error
     return _reported(store)
 
 
@@ -272,21 +273,12 @@ def _seat_everyone(
     if doubled:
         return {"kind": "rendezvous", "present": len(seats), "error": doubled}
     if len(seats) < info.world_size:
-        return {"kind": "rendezvous", "present": len(seats), "error": _who_is_missing(info, seats, timeout_s)}
+        return {"kind": "rendezvous", "present": len(seats), "error": some_are_missing(info, seats, timeout_s)}
     try:
         numbered = number_by_host(seats)
     except TopologyError as error:
         return {"kind": "topology", "present": len(seats), "error": str(error)}
     return _table(numbered)
-
-
-def _who_is_missing(info: RankInfo, seats: list[Seat], timeout_s: float) -> str:
-    present = {seat.rank for seat in seats}
-    missing = [rank for rank in range(info.world_size) if rank not in present]
-    return (
-        f"{len(seats)} of {info.world_size} ranks came within {timeout_s:g} s; missing: "
-        f"{_named(missing, info.expected_hosts)}; present: {seat_table(seats)}"
-    )
 
 
 def _reported(store: dist.Store) -> list[Seat]:
@@ -326,10 +318,6 @@ def _linger(store: dist.Store, present: int, at_most_s: float = 3.0) -> None:
     deadline = time.monotonic() + at_most_s
     while store.add("read", 0) < present - 1 and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def _named(ranks: list[int], hosts: tuple[str, ...]) -> str:
-    return first_few([f"rank {rank}" + (f" on {hosts[rank]}" if hosts else "") for rank in ranks], 16)
 
 
 def init_process_group(

@@ -1,19 +1,21 @@
-"""The rendezvous file, in which the first of a job's ranks, or of its agents, says where it listens; without torch."""
+"""The rendezvous file, in which the first of a job's ranks, or of its agents, says where it listens.
+
+And what is said where that comes to nothing, for ranks and agents alike. Without torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import socket
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import MeshrunError, RendezvousError
+from jobs.errors import MeshrunError
 from jobs.rank.identity import RankInfo
+from jobs.rank.numbering import Seat, seat_table
 from jobs.run_dir import read_json, write_json
+from workloads.errors import first_few
 
 
 def first_of(info: RankInfo) -> str:
@@ -31,40 +33,6 @@ def failing_for_all(info: RankInfo, rendezvous_file: Path) -> Iterator[None]:
         raise
 
 
-def listen(info: RankInfo, address: str, ports: tuple[int, int] | None) -> socket.socket:
-    """A socket that listens on `address`: on a port of the range, or without one on a port of the kernel's choice.
-
-    The range is walked from a place that depends on the job, so that jobs that start together do not all try the same
-    ports.
-
-    Raises:
-        RendezvousError: every port of the range is taken, or the system allows none.
-    """
-    first, last = ports or (0, 0)
-    count = last - first + 1
-    offset = zlib.crc32(info.identity.encode()) % count
-    for port in (first + (offset + step) % count for step in range(count)):
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        if ports is not None:
-            # An earlier store's connections in TIME_WAIT do not keep the port; one that still listens does.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((address, port))
-            listener.listen(4096)  # of two that could bind with SO_REUSEADDR, one can listen: only this makes it ours
-            return listener
-        except OSError as error:
-            listener.close()
-            if error.errno != errno.EADDRINUSE or ports is None:
-                raise RendezvousError(
-                    f"{info.noun} 0 on {info.host} cannot listen on {address}:{port}: {error.strerror}"
-                    + (f"; rendezvous_ports of the cluster config is {first}-{last}" if ports else "")
-                ) from error
-    raise RendezvousError(
-        f"{info.noun} 0 on {info.host} cannot listen: every port of rendezvous_ports {first}-{last} is taken on "
-        f"{address}; widen the range in the cluster config, or leave it out where no firewall needs one"
-    )
-
-
 def read_rendezvous_file(rendezvous_file: Path) -> dict[str, Any] | None:
     """What it says; None while there is none."""
     try:
@@ -75,9 +43,41 @@ def read_rendezvous_file(rendezvous_file: Path) -> dict[str, Any] | None:
         return None
 
 
-def unreachable(error: OSError, noun: str) -> str:
-    """Why whoever announced itself is not reached."""
+# --- what is said of whoever should have announced itself -------------------------------------------------------------
+
+
+def first_is_missing(info: RankInfo, rendezvous_file: Path, others: str, timeout_s: float) -> str:
+    """There is no announcement, or only that of `others`."""
+    still = f", which is still that of {others}" if others else ""
     return (
-        f"but it cannot be reached from here ({error.strerror or error}): {noun} 0 is gone, or a firewall is in "
+        f"missing: {first_of(info)}, which has not announced itself within {timeout_s:g} s (by {rendezvous_file}"
+        f"{still}); is it still starting, and does it see the same file system?"
+    )
+
+
+def announced(info: RankInfo, where: dict[str, Any], problem: str) -> str:
+    """There is one, but a problem with it."""
+    return f"{info.noun} 0 announced {where['address']}:{where['port']} on {where['host']}, {problem}"
+
+
+def unreachable(info: RankInfo, error: OSError) -> str:
+    """The problem that nothing is reached there."""
+    return (
+        f"but it cannot be reached from here ({error.strerror or error}): {info.noun} 0 is gone, or a firewall is in "
         "between (set interface or rendezvous_ports in the cluster config)"
     )
+
+
+def some_are_missing(info: RankInfo, seats: Sequence[Seat], timeout_s: float) -> str:
+    """The first one has waited for all, and these have come."""
+    present = {seat.rank for seat in seats}
+    missing = [number for number in range(info.world_size) if number not in present]
+    return (
+        f"{len(seats)} of {info.world_size} {info.noun}s came within {timeout_s:g} s; missing: "
+        f"{named(info.noun, missing, info.expected_hosts)}; present: {seat_table(seats, info.noun)}"
+    )
+
+
+def named(noun: str, numbers: Sequence[int], hosts: Sequence[str]) -> str:
+    """Ranks, or agents, each with its host where the scheduler tells."""
+    return first_few([f"{noun} {number}" + (f" on {hosts[number]}" if hosts else "") for number in numbers], 16)

@@ -1,4 +1,4 @@
-"""The TCPStore that the ranks, or agents, of one job share: opened, announced, found, and known to be the job's own.
+"""The TCPStore that the ranks of one job share: opened, announced, found, and known to be the job's own.
 
 Rank 0 listens on its own address, on a free port (of the configured range, or of the kernel's choice), writes into its
 store whose it is, and announces it by an atomic rename in the attempt's own folder of the run directory: the rendezvous
@@ -24,8 +24,14 @@ import torch.distributed as dist
 from jobs.errors import RendezvousError, UnreachableError
 from jobs.processes import look_again_in_s
 from jobs.rank.identity import RankInfo
-from jobs.rank.network import own_address
-from jobs.rank.rendezvous_file import failing_for_all, first_of, listen, read_rendezvous_file, unreachable
+from jobs.rank.network import listen, own_address
+from jobs.rank.rendezvous_file import (
+    announced,
+    failing_for_all,
+    first_is_missing,
+    read_rendezvous_file,
+    unreachable,
+)
 from jobs.run_dir import write_json
 
 log = logging.getLogger(__name__)
@@ -177,7 +183,7 @@ def find_store(info: RankInfo, rendezvous_file: Path, deadline: float, timeout_s
     while True:
         latest = read_rendezvous_file(rendezvous_file)
         if latest is not None and latest["identity"] != info.identity:
-            others, latest = f", which is still that of {latest['identity']}", None
+            others, latest = latest["identity"], None
         if latest is not None and latest != where:
             if "error" in latest:
                 raise RendezvousError(latest["error"])
@@ -197,20 +203,17 @@ def find_store(info: RankInfo, rendezvous_file: Path, deadline: float, timeout_s
                 store.set_timeout(timedelta(seconds=timeout_s))
                 return store, where["address"]
             except (OSError, RendezvousError, dist.DistError) as error:
-                known, problem = problem, _problem(error, info.noun)
+                known, problem = problem, _problem(info, error)
                 # Where the connection is accepted but not answered, it may be rank 0 that hangs: not this rank's fault.
                 kind = RendezvousError if isinstance(error, dist.DistError) else UnreachableError
             if problem != known:
-                log.warning("%s; trying again until the deadline", _announced(where, problem, info.noun))
+                log.warning("%s; trying again until the deadline", announced(info, where, problem))
             # Ever less often: with each refusal torch's client writes a page into the log.
             connecting, retry_at, retry_pause = None, time.monotonic() + retry_pause, min(retry_pause * 2, 5.0)
     if where is None:
-        raise RendezvousError(
-            f"missing: {first_of(info)}, which has not announced itself within {timeout_s:g} s (by {rendezvous_file}"
-            f"{others}); is it still starting, and does it see the same file system?"
-        )
+        raise RendezvousError(first_is_missing(info, rendezvous_file, others, timeout_s))
     problem = problem or "but what listens there does not answer"
-    raise kind(f"{_announced(where, problem, info.noun)}; tried for {timeout_s:g} s")
+    raise kind(f"{announced(info, where, problem)}; tried for {timeout_s:g} s")
 
 
 def connect(where: dict[str, Any], seconds: float, knocks: bool = True) -> dist.Store:
@@ -257,13 +260,9 @@ def _knock(address: str, port: int, seconds: float) -> None:
     socket.create_connection((address, port), timeout=min(seconds, 10)).close()
 
 
-def _problem(error: OSError | RendezvousError | dist.DistError, noun: str) -> str:
+def _problem(info: RankInfo, error: OSError | RendezvousError | dist.DistError) -> str:
     if isinstance(error, RendezvousError):
         return str(error)
     if not isinstance(error, OSError):
         return "but what answers there is not a TCPStore"
-    return unreachable(error, noun)
-
-
-def _announced(where: dict[str, Any], problem: str, noun: str) -> str:
-    return f"{noun} 0 announced {where['address']}:{where['port']} on {where['host']}, {problem}"
+    return unreachable(info, error)

@@ -10,6 +10,7 @@ from jobs import blame
 from jobs.blame import Failure, LastSeen
 from jobs.errors import TopologyError
 from jobs.rank.numbering import Seat, mesh_table, number_by_host
+from jobs.rank.rendezvous_file import named
 from jobs.runs import outcome, slurm_job
 from jobs.slurm.query import JobState
 from jobs.slurm.srun import SrunLog, read
@@ -42,9 +43,7 @@ def all_ranks_of_a_host_share_a_gpu() -> str:
 
 
 def no_rank_but_rank_0_came() -> str:
-    from jobs.rank.rendezvous import _named  # late: it imports torch
-
-    return _named(list(range(1, WORLD)), tuple(seat.host for seat in SEATS))
+    return named("rank", range(1, WORLD), tuple(seat.host for seat in SEATS))
 
 
 def all_others_still_ran() -> str:

@@ -89,7 +89,7 @@ def taken(ports: Sequence[int]) -> Iterator[None]:
 
 @pytest.mark.parametrize("free", [0, 3, 5], ids=["the first", "one between", "the last"])
 def test_the_one_free_port_of_a_range_is_found(free: int) -> None:
-    from jobs.rank.store import listen
+    from jobs.rank.network import listen
 
     first, last = free_range(6)
     with (
@@ -115,7 +115,7 @@ def test_a_range_without_a_free_port_is_said_to_all_at_once(meeting: Meeting, tm
 
 
 def test_connections_of_an_earlier_store_do_not_keep_its_port() -> None:
-    from jobs.rank.store import listen
+    from jobs.rank.network import listen
 
     ports = free_range(1)
     server = listen(info(0, ["a"]), "127.0.0.1", ports)
@@ -133,7 +133,7 @@ def test_connections_of_an_earlier_store_do_not_keep_its_port() -> None:
 def test_a_port_has_one_listener_however_many_try_at_once() -> None:
     """Bound at the same time by all, with SO_REUSEADDR; only listen() decides."""
     from jobs.errors import RendezvousError
-    from jobs.rank.store import listen
+    from jobs.rank.network import listen
 
     first, last = free_range(4)
     won: list[socket.socket] = []
@@ -159,7 +159,7 @@ def test_a_port_has_one_listener_however_many_try_at_once() -> None:
 
 
 def test_jobs_do_not_all_begin_at_the_same_port() -> None:
-    from jobs.rank.store import listen
+    from jobs.rank.network import listen
 
     ports = free_range(100)
     began = set()
@@ -170,7 +170,7 @@ def test_jobs_do_not_all_begin_at_the_same_port() -> None:
 
 
 def test_what_forbids_to_listen_is_said() -> None:
-    from jobs.rank.store import listen
+    from jobs.rank.network import listen
 
     expected = (
         r"rank 0 on a cannot listen on 203\.0\.113\.1:29500: .*; rendezvous_ports of the cluster config is 29500-"
