@@ -77,10 +77,7 @@ def test_fsdp_mnist_on_two_hosts_of_two(slurm: Cluster, tmp_path: Path) -> None:
 def test_how_slurm_would_deal_out_tasks_changes_nothing(
     distribution: str, slurm: Cluster, tmp_path: Path, local: Callable[..., Any]
 ) -> None:
-    """A TP group's ranks share a host, and ranks are numbered host by host.
-
-    They train under the distribution that is furthest from it; under each, the hosts themselves say where ranks are.
-    """
+    """A TP group's ranks share a host, and ranks are numbered host by host: the hosts themselves say where they are."""
     hosts = tmp_path / "hosts"
     hosts.write_text("node1\n" * 4 + "node0\n" * 4)
     env = {**slurm.env, "SLURM_HOSTFILE": str(hosts)}
@@ -88,10 +85,9 @@ def test_how_slurm_would_deal_out_tasks_changes_nothing(
     shutil.copy(SAMPLE, tmp_path / "mine.py")
     placed = finished(tmp_path / "placed", "mine:ENTRY", *words, "tells_hostnames=true", env=env)["result"]
     assert placed["hostnames"] == placed["hosts"] == [f"node{rank // 4}" for rank in range(8)]
-    if distribution == "arbitrary":
-        result = train(tmp_path / "run", *words, "tp=4", env=env)
-        assert (result["mesh"], result["nodes"]) == ({"dp": 2, "tp": 4}, 2)
-        assert trained(tmp_path / "run") == local(2, 4, 4)
+    result = train(tmp_path / "run", *words, "tp=4", env=env)
+    assert (result["mesh"], result["nodes"]) == ({"dp": 2, "tp": 4}, 2)
+    assert trained(tmp_path / "run") == local(2, 4, 4)
 
 
 def test_four_hosts_of_two(make_cluster: Callable[..., Cluster], tmp_path: Path, local: Callable[..., Any]) -> None:

@@ -82,18 +82,9 @@ ENDS = {
     "watchdog": (0, "did not fail, but was still running (last in step 1 (data), ", False),
 }
 """What rank 3 of 4 does in step 2: the rank that is the root cause, what is said of it, whether with a traceback."""
-ON_SLURM = ("os._exit 0", "out of memory", "watchdog")
-"""The others an agent sees alike everywhere; `tests/slurm/test_follow.py` has three of them on Slurm."""
 
 
-@pytest.mark.parametrize(
-    ("place", "end"),
-    [
-        *(("local", end) for end in ENDS),
-        *(pytest.param("slurm", end, marks=pytest.mark.slurm) for end in ON_SLURM),
-    ],
-    indirect=["place"],
-)
+@pytest.mark.parametrize("end", ENDS)
 def test_a_rank_that_ends_before_its_work_is_done_ends_the_job(end: str, place: Place) -> None:
     rank, says, has_traceback = ENDS[end]
     more = place.limit_memory(3 * 2**29) if end == "out of memory" else {}
@@ -120,7 +111,6 @@ def test_of_eight_ranks_the_one_that_hangs_is_named_with_its_phase(place: Place)
     line.assert_nothing_left()
 
 
-@pytest.mark.parametrize("place", ["local"], indirect=True)  # on Slurm: test_follow.py's first test
 def test_a_rank_that_saves_in_a_thread_when_its_work_is_done_gets_to_finish(place: Place, tmp_path: Path) -> None:
     line = place.submit("--gpus-per-node", "2", "at_end=a script")
     code, out, err = line.finish(120)
