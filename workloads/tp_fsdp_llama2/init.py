@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.weights import Weights
 from workloads.training.parameters import named_parameters
+from workloads.training.shards import bounds
 
 _BLOCK_ELEMENTS = 2**20
 # Part of what a seed means: another size gives other weights.
@@ -35,7 +36,9 @@ def initialize(model: Transformer, seed: int, n_layers: int, weights: Weights | 
         weights: copied instead of drawing any; each rank reads only its own shards.
     """
     for name, parameter in named_parameters(model):
-        local, rows, columns = local_part(parameter)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        parts = [slice(*part) for part in bounds(parameter)]
+        rows, columns = parts[0], parts[-1]
         if weights is not None:
             if local.numel():
                 local.copy_(weights.read(name, rows, columns))
@@ -55,29 +58,3 @@ def _fill(local: Tensor, rows: slice, columns: slice, shape: torch.Size, key: st
         block = torch.empty(min(block_rows, shape[0] - first), shape[1]).normal_(0.0, std, generator=generator)
         begin, end = max(rows.start, first), min(rows.stop, first + len(block))
         local[begin - rows.start : end - rows.start].copy_(block[begin - first : end - first, columns])
-
-
-def local_part(parameter: Tensor) -> tuple[Tensor, slice, slice]:
-    """This rank's shard, and which rows and columns of the whole it is."""
-    if not isinstance(parameter, DTensor):
-        return parameter, slice(0, parameter.shape[0]), slice(0, parameter.shape[-1])
-    mesh = parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    bounds = [[0, size] for size in parameter.shape]
-    # FSDP2 cuts what tensor parallelism has cut before it: on the mesh it comes first, and is marked (as strided)
-    # where both cut one dimension. Cutting in the order in which it was done leaves every shard in one piece.
-    cuts = [(dim, p) for dim, p in enumerate(parameter.placements) if p.is_shard() or _is_strided(p)]
-    for mesh_dim, placement in sorted(cuts, key=lambda cut: _is_strided(cut[1])):
-        dim: int = placement.dim  # type: ignore[attr-defined]
-        low, high = bounds[dim]
-        chunk = -(-(high - low) // mesh.size(mesh_dim))
-        begin = min(low + chunk * coordinate[mesh_dim], high)
-        bounds[dim] = [begin, min(begin + chunk, high)]
-    local = parameter.to_local()
-    assert list(local.shape) == [high - low for low, high in bounds], (local.shape, bounds)
-    return local, slice(*bounds[0]), slice(*bounds[-1])
-
-
-def _is_strided(placement: object) -> bool:
-    return type(placement).__name__ == "_StridedShard"

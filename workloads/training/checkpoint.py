@@ -36,6 +36,7 @@ from workloads.training import checkpoint_files as files
 from workloads.training.checkpoint_config import ResumableConfig as ResumableConfig
 from workloads.training.checkpoint_state import HostBuffers, TrainingState
 from workloads.training.collectives import gather_objects, sums_and_maxima
+from workloads.training.shards import as_chunks
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class Checkpoint:
             raise self._mistake(
                 f"the checkpoint {folder} is of another model or optimizer: it {wrong}; use what it was saved with"
             )
-        dcp.load(targets, storage_reader=reader, process_group=self._ctx.cpu_group)
+        dcp.load(as_chunks(targets), storage_reader=reader, process_group=self._ctx.cpu_group)
         self._state.set(targets, manifest["values"])
         self._has_saved = True
         if self._ctx.rank == 0:
@@ -255,7 +256,7 @@ class Checkpoint:
         try:
             partial = self._partial_folder(snapshot.step)
             writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, thread_count=1)
-            dcp.save(dict(snapshot.tensors), storage_writer=writer, process_group=self._group)
+            dcp.save(as_chunks(snapshot.tensors), storage_writer=writer, process_group=self._group)
             everyone = gather_objects(self._checksums(partial, snapshot.metrics_bytes), self._group)
             self._ctx.note_save(time.monotonic() - began)
             if everyone is not None:

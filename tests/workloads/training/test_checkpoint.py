@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
@@ -170,50 +171,68 @@ def test_each_rank_has_its_own_random_states(tmp_path: Path) -> None:
 
 LLAMA = LlamaConfig.model_validate(
     {
-        "model": {"dim": 12, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "ffn_dim": 14, "vocab_size": 257},
+        "model": {"dim": 24, "n_layers": 1, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 12, "vocab_size": 257},
         "seq_len": 8,
         "checkpoint": {"mode": "sync", "every_steps": 1},
     }
 )
+TP, HSDP = ("dp", "tp"), ("dp_replicate", "dp_shard", "tp")
+WORLDS = [  # of each its layouts, one after the other: the mesh, and which step it saves, if any
+    [((4, 2), TP, 1), ((2, 2, 2), HSDP, 2), ((2, 4), TP, 3), ((2, 2, 2), HSDP, 0), ((4, 2), TP, 0)],
+    [((1, 4), TP, 0), ((2, 2), TP, 0)],
+    [((1, 1), TP, 0)],
+]
 
 
-def llama(ctx: RunContext, saves: bool) -> dict[str, Any]:
-    """Saves or loads a transformer of 257 rows, with widths that four ranks do not divide; returns its whole state."""
+def on_layouts(ctx: RunContext, layouts: list[Any]) -> list[dict[str, Any]]:
+    """What rank 0 has on each layout: the step and the state that were loaded, and the state that was saved."""
+    found = []
+    for number, (sizes, names, saves) in enumerate(layouts):
+        ctx = replace(next_attempt(ctx, number), mesh=init_device_mesh("cpu", sizes, mesh_dim_names=names))
+        found.append(llama(ctx, saves))
+    return found if ctx.rank == 0 else []
+
+
+def llama(ctx: RunContext, saves: int) -> dict[str, Any]:
+    """Loads a transformer, whose weights are others before; then changes and saves it, if it is to."""
     from workloads.tp_fsdp_llama2.init import initialize
     from workloads.tp_fsdp_llama2.parallelize import build
 
+    def state() -> dict[str, Any]:
+        return {name: value.numpy() for name, value in whole(model, optimizer).items()}
+
     model = build(LLAMA, ctx.mesh, ctx.device)
     model.to_empty(device=ctx.device)
-    initialize(model, 0 if saves else 1, LLAMA.model.n_layers, None)
+    initialize(model, saves, LLAMA.model.n_layers, None)
     optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
     checkpoint = Checkpoint(ctx, LLAMA, model=model, optimizer=optimizer)
-    start = checkpoint.resume()
+    found = {"step": checkpoint.resume().step, "loaded": state()}
     if saves:
-        for _ in range(2):
-            for parameter in model.parameters():
-                parameter.grad = parameter.detach().clone().sin_()
-            optimizer.step()
-        step = start.step + 1
-        ctx.end_step({"step": step})
-        checkpoint.after_step(step, 2 * step)
-    else:
-        assert start.step > 0
-    state = whole(model, optimizer)
-    return {name: value.numpy() for name, value in state.items()} if ctx.rank == 0 else {}
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach().clone().sin_()
+        optimizer.step()
+        ctx.end_step({"step": saves})
+        checkpoint.after_step(saves, 2 * saves)
+        found["saved"] = state()
+    return found
 
 
 def test_weights_and_optimizer_states_are_the_same_on_other_layouts(tmp_path: Path) -> None:
-    hsdp = ("dp_replicate", "dp_shard", "tp")
-    [expected, *_] = run_world(llama, True, sizes=(2, 2), run_dir=tmp_path)
-    assert expected["tok_embeddings.weight"].shape == (257, 12)
-    for sizes, names in (((4, 1), ("dp", "tp")), ((1, 2), ("dp", "tp")), ((1, 1), ("dp", "tp")), ((2, 2, 1), hsdp)):
-        [found, *_] = run_world(llama, False, sizes=sizes, names=names, run_dir=tmp_path)
-        assert found.keys() == expected.keys()
-        assert [name for name in found if not np.array_equal(found[name], expected[name])] == [], sizes
-    # And back: what HSDP has saved.
-    [expected, *_] = run_world(llama, True, sizes=(2, 2, 1), names=hsdp, run_dir=tmp_path)
-    [found, *_] = run_world(llama, False, sizes=(2, 2), run_dir=tmp_path)
-    assert [name for name in found if not np.array_equal(found[name], expected[name])] == []
+    """On 4 x 2, the last ranks of dp hold 30 and 32 of the vocabulary's 257 rows, and none of the feed-forward's 12."""
+    step, saved = 0, None
+    for layouts in WORLDS:
+        [states, *_] = run_world(on_layouts, layouts, sizes=layouts[0][0], names=layouts[0][1], run_dir=tmp_path)
+        for (sizes, _, saves), found in zip(layouts, states, strict=True):
+            assert found["step"] == step
+            if saved is not None:
+                assert found["loaded"].keys() == saved.keys()
+                unequal = [name for name, value in found["loaded"].items() if not np.array_equal(value, saved[name])]
+                assert unequal == [], sizes
+            if saves:
+                step, saved = saves, found["saved"]
+                assert not any(np.array_equal(saved[name], value) for name, value in found["loaded"].items())
+    assert saved is not None
+    assert saved["tok_embeddings.weight.exp_avg_sq"].shape == (257, 24)
 
 
 # ---- when it is saved
