@@ -54,6 +54,11 @@ def test_the_example_goes_on_from_another_run(tmp_path: Path) -> None:
     done = submit(tmp_path, *two, "--run-dir", "rest", "steps=8", "resume=half", "--json")
     record: dict[str, Any] = json.loads(done.stdout)
     assert record["resumed_from_step"] == 5
+    start = tmp_path / "half" / "checkpoints" / "step-00000005"
+    assert f"goes on from {start}" in done.stderr
+    assert f"resumed from {start}, after step 5 " in done.stderr
+    steps = re.findall(r"^step (\d+)/8 ", done.stderr, re.MULTILINE)
+    assert (steps[0], steps[-1]) == ("6", "8")  # none that the other run made
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")
     assert record["result"]["final_loss"] == losses(tmp_path / "whole")[-1]
 

@@ -9,6 +9,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from jobs import blame
@@ -17,6 +18,7 @@ from jobs.errors import printable
 from jobs.excluded import REQUEUED_WITH
 from jobs.run_dir import RunDirectory, read_json
 from jobs.runs.tail import Tail
+from workloads.training import checkpoint_files
 
 PLAIN_LINE_EVERY_S = 5.0
 LINES_BEFORE = 10
@@ -114,11 +116,11 @@ class Display:
         return f"{failed}; restarted in place as attempt {number}"
 
     def _new_steps(self, lines: Iterable[str]) -> Iterator[str]:
-        """An attempt's lines without those of earlier ones, with which the metrics of one that was resumed begin."""
+        """An attempt's lines without earlier ones, with which the metrics of one that was resumed begin."""
         for line in lines:
             if self.earlier is None:
                 before = (self.run_dir.attempt(number).metrics for number in range(self.number - 1, -1, -1))
-                newest = next((path for path in before if path.exists()), None)
+                newest = next((path for path in before if path.exists()), _of_another_run(self.run_dir))
                 self.earlier = Tail(newest).lines(ended=True) if newest is not None else iter(())
             if next(self.earlier, None) != line:
                 self.earlier = iter(())
@@ -189,6 +191,14 @@ def _total_steps(run_dir: RunDirectory) -> int | None:
     settings = (read_json(run_dir.job) or {}).get("settings")
     steps = settings.get("steps") if isinstance(settings, dict) else None
     return steps if isinstance(steps, int) else None
+
+
+def _of_another_run(run_dir: RunDirectory) -> Path | None:
+    """The metrics in the checkpoint of another run that `resume=PATH` has named."""
+    settings = (read_json(run_dir.job) or {}).get("settings")
+    resume = settings.get("resume") if isinstance(settings, dict) else None
+    found = checkpoint_files.at_path(Path(resume)) if isinstance(resume, str) else []
+    return found[0] / checkpoint_files.METRICS if found else None
 
 
 _STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")

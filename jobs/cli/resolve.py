@@ -103,8 +103,8 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     )
     mesh = entry.mesh_spec(config, resources.shape)
     entry.call("validate", config, resources.shape)
-    if isinstance(config, ResumableConfig):
-        config.check_resume()
+    if isinstance(config, ResumableConfig) and going_on is None and (folder := config.check_resume()) is not None:
+        announcements.append(f"goes on from {folder}")
     if workload not in registry.BUILT_IN:
         _check_run(entry)
     profile = profiling.from_flags(

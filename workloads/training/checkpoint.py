@@ -129,7 +129,7 @@ class Checkpoint:
             if resume != "never":
                 folders = [files.published(directory)]
             if resume not in ("auto", "never"):
-                folders[0] += files.at_path(Path(resume).expanduser().absolute())
+                folders[0] += files.at_path(Path(resume))
         self._broadcast(folders, 0)
         return folders[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from workloads.base import WorkloadConfig, WorkloadError
 from workloads.errors import first_few
@@ -58,6 +58,12 @@ class ResumableConfig(WorkloadConfig):
     """The settings that may differ from the checkpoint's when a run is resumed, by dotted key; a group's name stands
     for all settings in it. Add your own: `may_change = ResumableConfig.may_change | {"eval_every"}`."""
 
+    @field_validator("resume")
+    @classmethod
+    def _make_absolute(cls, value: str) -> str:
+        # The ranks, and whoever goes on with the run later, may have another working directory.
+        return value if value in ("auto", "never") else str(Path(value).expanduser().absolute())
+
     def fixed_settings(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, by dotted key."""
         return {key: value for key, value in _flat(self.model_dump(mode="json")) if not _is_in(key, self.may_change)}
@@ -88,25 +94,26 @@ class ResumableConfig(WorkloadConfig):
                 "resume=never to start at step 1"
             )
 
-    def check_resume(self) -> None:
-        """Refuses a `resume` that names nothing to start from, before a job is queued.
+    def check_resume(self) -> Path | None:
+        """The checkpoint that a `resume` names, if it names one; checked before a job is queued.
 
         Raises:
             WorkloadError: there is no such checkpoint, or it is of another training.
         """
         if self.resume in ("auto", "never"):
-            return
-        found = files.at_path(Path(self.resume).expanduser())
+            return None
+        found = files.at_path(Path(self.resume))
         if not found:
             raise WorkloadError(
-                f"resume={self.resume}: there is no checkpoint (the working directory is {Path.cwd()}); give a "
-                "checkpoint, a run directory that has one, auto or never"
+                f"resume={self.resume}: there is no checkpoint; give a checkpoint, a run directory that has one, auto "
+                "or never"
             )
         manifests = [(folder, manifest) for folder in found if (manifest := files.read_manifest(folder)) is not None]
         if not manifests:
             raise WorkloadError(f"resume={self.resume}: {files.problem(found[0])}; give another checkpoint")
         folder, manifest = manifests[0]
         self.refuse_other_settings(manifest, folder)
+        return folder
 
 
 def _flat(tree: dict[str, Any], at: str = "") -> list[tuple[str, Any]]:

@@ -163,6 +163,8 @@ def _where_from(config: WorkloadConfig, run_dir: RunDirectory) -> str:
         if manifest is not None:
             config.refuse_other_settings(manifest, folder)
             return f"goes on from {folder.name}"
+    if (elsewhere := config.check_resume()) is not None:
+        return f"goes on from {elsewhere}"
     if (run_dir.recorded() or {}).get("status") == "done":
         raise CommandLineError(
             f"{run_dir.path}: is done and has no checkpoint to go on from; start a new run, with checkpoint.every_steps"

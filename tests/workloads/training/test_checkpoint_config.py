@@ -73,11 +73,15 @@ def test_a_setting_that_is_new_fits_and_one_that_is_gone_does_not(tmp_path: Path
         config.refuse_other_settings(manifest, tmp_path)
 
 
-def test_a_path_without_a_checkpoint_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_path_without_a_checkpoint_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(WorkloadError, match=rf"resume={path}: there is no checkpoint .*; give a checkpoint"):
+        with pytest.raises(WorkloadError, match=rf"resume={path}: there is no checkpoint; give a checkpoint"):
             Config(resume=str(path)).check_resume()
     folder = save(tmp_path, Config())
+    monkeypatch.chdir(tmp_path)
+    named = Config(resume="checkpoints")
+    monkeypatch.chdir("/")
+    assert named.check_resume() == folder
     (folder / files.MANIFEST).write_text("{}")
     with pytest.raises(WorkloadError, match=r"manifest.json is damaged or of another version; give another checkpoint"):
         Config(resume=str(folder)).check_resume()
