@@ -31,6 +31,8 @@ class ResourceSpec(StrictModel):
 
     nodes: int = Field(default=1, ge=1, le=MOST_NODES)
     """Hosts."""
+    spares: int = Field(default=0, ge=0, le=MOST_NODES)
+    """Hosts beside them that train nothing until one takes a lost host's place."""
     gpus_per_node: int = Field(default=1, ge=1, le=MOST_GPUS)
     """GPUs, and so ranks, per host."""
     time_min: int | None = Field(default=None, ge=1)
@@ -52,6 +54,11 @@ class ResourceSpec(StrictModel):
         Under a short limit it must not: it may do so a minute early, while ranks are still being started.
         """
         return LEAD_S if self.time_min is None or self.time_min >= 4 else 0
+
+    @property
+    def hosts(self) -> int:
+        """Hosts that Slurm is asked for."""
+        return self.nodes + self.spares
 
     @property
     def shape(self) -> Shape:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "runs": {"slurm"},
     "executor": {"cluster", "job", "local_executor", "rank", "slurm"},
     "local_executor": set[str](),
-    "agent": {"job", "rank"},
+    "agent": {"job", "rank", "slurm"},
     "job": {"rank"},
     "rank": {"slurm"},
     "slurm": {"cluster"},

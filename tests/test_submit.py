@@ -145,6 +145,8 @@ BAD = [
     Bad(["tp_fsdp", "--env", "=1"], ["--env =...", "not a valid variable name"]),
     Bad(["tp_fsdp", "--env", "A=1", "--env", "A=2"], ["--env A is given twice"]),
     Bad(["tp_fsdp", "--env", "OMP_NUM_THREADS=4"], ["--env OMP_NUM_THREADS=...", "--threads-per-rank"]),
+    Bad(["tp_fsdp", "--executor", "slurm", "--spares", "1"], ["--spares 1: ", "add --max-restarts N"]),
+    Bad(["tp_fsdp", "--executor", "local", "--spares", "1"], ["--spares 1: is for Slurm", "leave it out"]),
     Bad(["tp_fsdp", "--max-restarts", "-1"], ["--max-restarts -1", "greater than or equal to 0"]),
     Bad(["tp_fsdp", "--max-requeues", "2"], ["--max-requeues 2: is for Slurm", "leave it out"]),
     Bad(["tp_fsdp", "--executor", "debug", "--max-restarts", "1"], ["--max-restarts 1: has no effect with"]),

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from jobs import blame, processes
 from jobs.agent import binding, ranks
-from jobs.agent.job_state import SILENT_S
+from jobs.agent.job_state import SILENT_S, first_places
 from jobs.agent.keeper import Keeper, KeeperFailed
 from jobs.agent.leader import Leader
 from jobs.agent.lease import LEASE_S, RENEW_EVERY_S, Lease
@@ -108,6 +108,8 @@ class _Agent:
         self.keeper: Keeper | None = None
         """On the leader."""
         self._met: Met | None = None
+        self.places: list[int] = []
+        """The agents that have ranks, in the order of these."""
         self.ahead_s: float | None = None
         """Seconds by which this host's clock is ahead of the leader's; never too little, and by the fastest message."""
         self.can_fork = True
@@ -178,20 +180,22 @@ class _Agent:
             self.meeting.wait(POLL_S)
             self._check()
         met, self.links = self.met, self.met.links
-        expected = self.spec.resources.nodes if self.on_slurm else 1
-        if len(set(met.hosts)) != expected or len(met.hosts) != expected:
+        expected = self.spec.resources.hosts if self.on_slurm else 1
+        come = [host for host in met.hosts if host]
+        if len(set(come)) != len(come) or len(met.hosts) != expected:
             raise TopologyError(
                 f"the job is for {expected} hosts with one agent each, and they were started on "
-                f"{first_few(met.hosts)}; look for options of sbatch or srun that say how many tasks there are"
+                f"{first_few(come)}; look for options of sbatch or srun that say how many tasks there are"
             )
+        self.places = first_places(met.hosts, self.spec.resources.nodes)
         if self.info.rank == 0:
             self.leader = self._leader(self._hosts(met))
 
     def _hosts(self, met: Met | None = None) -> tuple[str, ...]:
-        """The name of every host; where they have not met, a name for each."""
+        """The name of every host, by number; where they have not met, a name for each."""
         if self.on_slurm and met is not None:
             return met.hosts
-        return tuple(f"host{n}" for n in range(self.spec.resources.nodes))
+        return tuple(f"host{n}" for n in range(self.spec.resources.hosts))
 
     def _leader(self, hosts: tuple[str, ...]) -> Leader:
         return Leader(
@@ -199,13 +203,18 @@ class _Agent:
         )  # fmt: skip
 
     def _start(self) -> None:
-        """Starts this host's ranks."""
-        met, per_node = self.met, self.spec.resources.gpus_per_node
-        first = met.node_rank * per_node
+        """Starts this host's ranks; a spare host has none."""
+        if self.info.rank not in self.places:
+            log.info("this host has no ranks in attempt %d", self.attempt.number)
+            return
+        met, per_node, hosts = self.met, self.spec.resources.gpus_per_node, self._hosts(self.met)
+        if self.on_slurm:
+            hosts = tuple(hosts[number] for number in self.places)
+        first = self.places.index(self.info.rank) * per_node
         cpus, how = binding.plan(os.environ, self._ranks_here, self.spec.cpu_binding)
         log.info("%s", how)
         for index in range(self._ranks_here):
-            env = rank_env(first + index, self._hosts(met), per_node, self.info, met.address, met.port)
+            env = rank_env(first + index, hosts, per_node, self.info, met.address, met.port)
             self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, self.can_fork)
         log.info("%d ranks started after %.2f s", len(self.ranks.all), time.time() - self.started)
 
@@ -218,9 +227,9 @@ class _Agent:
         self.told.clear()
         self._say({"ready": True})
 
-    def _begin_attempt(self, number: int) -> None:
+    def _begin_attempt(self, number: int, places: list[int]) -> None:
         """Starts this host's ranks again, as those of the next attempt."""
-        self.started = time.time()
+        self.started, self.places = time.time(), places
         self.attempt = self.run_dir.attempt(number).make()
         self.info = replace(self.info, attempt=number)
         self.ranks = replace(self.ranks, attempt=self.attempt)
@@ -260,6 +269,8 @@ class _Agent:
             at_most_s = LEASE_S if heard else at_most_s
             if self.leader is None and (not self.links[0].is_open or silent_s > at_most_s):
                 log.error("the leader on %s is gone; this host's ranks are ended", self.met.hosts[0])
+                if self.spec.resources.spares:
+                    self._requeue()
                 return
             for order in self._orders():
                 if "now" in order:
@@ -274,7 +285,7 @@ class _Agent:
                 if order.get("restart"):
                     self._end_attempt()
                 if "start" in order:
-                    self._begin_attempt(order["start"])
+                    self._begin_attempt(order["start"], order["places"])
                 if order.get("end") and not self.said_end:
                     self.said_end, self.code = True, order["code"]
                     self.ranks.end(but=self._kept())
@@ -385,6 +396,16 @@ class _Agent:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
+    def _requeue(self) -> None:
+        """Sees to it that the job does not stay without its first host."""
+        from jobs.agent.abandoned import requeue_without
+        from jobs.slurm.environment import for_queries
+
+        self.ranks.end(but=(), at_once=True)
+        met, env = self.met, for_queries(os.environ)
+        is_told = lambda: self.signals.look() is not None  # noqa: E731
+        requeue_without(met.hosts[0], (met.address, met.port), self.info.job_id, env, is_told)
+
     def _ended_early(self) -> int:
         """Told to end before the ranks were started."""
         told = self.signals.look()
@@ -431,9 +452,11 @@ def _told_by_others(attempt: Attempt) -> Failure | None:
 def _without_the_others(agent: _Agent, failure: Failure) -> int:
     """Leaves the failure of an agent whose ranks have never started."""
     spec, info = agent.spec, agent.info
+    log.error("%s", failure.message)
+    if info.rank >= spec.resources.nodes:  # a spare host; the others wait for it, and then do without it
+        return 1
     number = info.rank * spec.resources.gpus_per_node
     failure = replace(failure, rank=number)
-    log.error("%s", failure.message)
     with contextlib.suppress(OSError):
         write_json(agent.attempt.failure(number), failure.to_json())
     if info.rank == 0:

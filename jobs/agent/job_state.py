@@ -24,7 +24,8 @@ class HostState:
     """What is known of one agent."""
 
     name: str
-    ranks: range
+    ranks: range = range(0)
+    """None on a spare host."""
     log: str = ""
     is_here: bool = True
     """Its agent is connected."""
@@ -38,6 +39,8 @@ class HostState:
     end_signal_at: float | None = None
     """When it reported a signal that asks the job to end, in seconds since the epoch."""
     silent_s: float = 0.0
+    was_replaced: bool = False
+    """A spare host has taken its place."""
 
     @property
     def is_silent(self) -> bool:
@@ -61,29 +64,53 @@ class RankState:
     """How it died after its work was done."""
 
 
+def first_places(host_names: Sequence[str], count: int) -> list[int]:
+    """The agents that have ranks at first: as many as there are to be, of those that have come.
+
+    Args:
+        host_names: the host of every agent, by its number; empty for one that has not come.
+        count: how many have ranks.
+    """
+    return [number for number, name in enumerate(host_names) if name][:count]
+
+
 class JobState:
     """All hosts and ranks of one attempt.
 
     Args:
         spec: the job.
-        host_names: the name of every host, by number.
-        agents: the number of agents; each has as many ranks, in order. One agent may have those of all hosts.
+        host_names: the name of every host, by number; empty for one that has not come.
+        agents: the number of agents; each but the spare hosts' has as many ranks. One may have those of all hosts.
     """
 
     def __init__(self, spec: JobSpec, host_names: Sequence[str], agents: int) -> None:
         resources = spec.resources
-        world_size = resources.shape.world_size
-        each = world_size // agents
         self._rendezvous_timeout_s = spec.rendezvous_timeout_s
-        self._host_of = [host_names[rank // resources.gpus_per_node] for rank in range(world_size)]
-        self.hosts = [HostState(self._host_of[n * each], range(n * each, (n + 1) * each)) for n in range(agents)]
+        self._shape, self._names = resources.shape, host_names
+        self.hosts = [HostState(host_names[n], is_here=bool(host_names[n])) for n in range(agents)]
+        self.places = first_places(host_names[:agents], agents - resources.spares)
+        """The agents that have ranks, in the order of these."""
         self.ranks: list[RankState] = []
 
     def begin(self, attempt: Attempt) -> None:
         """Turns to an attempt, of which nothing is known yet."""
-        self.ranks = [RankState() for _ in self._host_of]
+        self.ranks = [RankState() for _ in range(self._shape.world_size)]
+        nodes_each = self._shape.nodes // len(self.places)
+        names = [self._names[number + node] for number in self.places for node in range(nodes_each)]
+        self._host_of = [name for name in names for _ in range(self._shape.gpus_per_node)]
+        each = len(self.ranks) // len(self.places)
         for number, host in enumerate(self.hosts):
             host.log, host.has_answered, host.is_ready = str(attempt.agent_log(number)), True, False
+            host.ranks = range(0)
+        for place, number in enumerate(self.places):
+            self.hosts[number].ranks = range(place * each, (place + 1) * each)
+
+    def replace(self, number: int) -> str:
+        """Gives an agent's place to the first spare host from the next attempt on; what that is called."""
+        spare = self.spares[0]
+        self.places[self.places.index(number)] = spare
+        self.hosts[number].was_replaced = True
+        return f"spare host {self.hosts[spare].name} in place of {self.hosts[number].name}"
 
     # --- what is heard ------------------------------------------------------------------------------------------------
 
@@ -121,6 +148,8 @@ class JobState:
         one.is_here = False
         if one.said_bye or one.end_signal_at is not None:  # Slurm, or somebody, ends the whole job
             return
+        if not one.ranks:  # a spare host
+            return
         first = self.ranks[one.ranks[0]]
         if first.failure is None or not first.failure.own:
             first.failure = Failure(one.ranks[0], one.name, time.time(), "agent", how, log=one.log)
@@ -150,9 +179,15 @@ class JobState:
         return all(rank.ended for rank in self.ranks)
 
     @property
-    def lost_host(self) -> str:
-        """The name of the first host whose agent is gone; empty where all are here."""
-        return next((host.name for host in self.hosts if not host.is_here), "")
+    def lost(self) -> list[int]:
+        """The agents of ranks that are gone."""
+        return [number for number in self.places if not self.hosts[number].is_here]
+
+    @property
+    def spares(self) -> list[int]:
+        """The agents that can take a place."""
+        can = [host.is_here and not host.was_replaced for host in self.hosts]
+        return [number for number, ready in enumerate(can) if ready and number not in self.places]
 
     def failures(self) -> list[Failure]:
         return [rank.failure for rank in self.ranks if rank.failure is not None]

@@ -7,11 +7,12 @@ From an agent: `{"ended": [...]}`, ranks that have ended or have said what ends 
 `{"stacks": [...]}`, those that it was asked for; `{"told": NUMBER}`, a signal that asks the job to end;
 `{"asked": NAME}`, the signal by which ranks were asked to stop after their step; `{"ready": true}`, no rank is left, as
 a restart asks for; `{"bye": true}`, no process is left.
-To an agent: `{"look": true}`, `{"stacks": NUMBER}`, `{"stop": true}`, `{"restart": true}`, `{"start": ATTEMPT}`,
-`{"end": true}`.
+To an agent: `{"look": true}`, `{"stacks": NUMBER}`, `{"stop": true}`, `{"restart": true}`,
+`{"start": ATTEMPT, "places": [AGENT, ...]}`, `{"end": true, "code": CODE}`.
 
 A restart in place has two steps, so that nothing of the failed attempt still writes when the next one reads: all agents
-end their ranks; when each has said so, the next attempt's folder is made, and all start theirs.
+end their ranks; when each has said so, the next attempt's folder is made, and all start theirs. A spare host then takes
+the place of one that is lost, or was the root cause twice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from jobs.agent.lead_time import LeadTime
 from jobs.agent.restarts import Restarts
 from jobs.agent.watch import Hangs
 from jobs.blame import Failure
-from jobs.excluded import FAILED_TWICE, is_due
+from jobs.excluded import FAILED_TWICE, exclude, is_due
 from jobs.run_dir import TIME_LIMIT, Attempt, RunDirectory
 from jobs.spec import JobSpec
 
@@ -58,6 +59,8 @@ class _Restart:
     cause: Failure
     by: float
     """When all agents must be ready, by time.monotonic."""
+    without: int | None = None
+    """The agent of a host that was the root cause twice; a spare host takes its place."""
 
 
 @dataclass
@@ -68,8 +71,8 @@ class Leader:
         spec: the job.
         run: where the result goes.
         attempt: the first one; later the newest.
-        hosts: the name of every host, by number.
-        agents: the number of agents; each has as many ranks, in order. One agent may have those of all hosts.
+        hosts: the name of every host, by number; empty for one that has not come.
+        agents: the number of agents; each but the spare hosts' has as many ranks. One may have those of all hosts.
         send: sends a message to an agent, by its number.
         on_slurm: whether Slurm ends the job, and says why; else whoever started it does.
     """
@@ -103,7 +106,7 @@ class Leader:
         self.attempt = attempt
         self._record = EndRecord(self.spec, self.run, attempt, started)
         self._state.begin(attempt)
-        self._hangs = Hangs(self.spec, attempt, self.agents, lambda number, message: self.send(number, message))
+        self._hangs = Hangs(self.spec, attempt, self._state.places, lambda n, message: self.send(n, message))
         self._settled_at: float | None = None
         self._restart: _Restart | None = None
 
@@ -120,6 +123,8 @@ class Leader:
 
     def hear(self, host: int, message: dict[str, Any]) -> None:
         """Takes in what the agent of a host says."""
+        if not self._state.hosts[host].is_here:  # given up
+            return
         self._state.hear(host, message)
         self._hangs.hear(host, message)
         self._lead_time.hear(message)
@@ -129,10 +134,14 @@ class Leader:
 
     def lose(self, host: int, how: str = blame.VANISHED) -> None:
         """Notes that the agent of a host is gone."""
-        if self.code is None:
+        one = self._state.hosts[host]
+        if self.code is not None:  # it was to be
+            one.is_here = False
+        elif one.is_here:
             self._state.lose(host, how)
-        else:  # which was to be
-            self._state.hosts[host].is_here = False
+            self.send(host, {"end": True, "code": 1})  # should it hear that
+            if not one.ranks:
+                log.warning("the spare host %s: its agent %s", one.name, how)
 
     # --- what is decided ----------------------------------------------------------------------------------------------
 
@@ -223,24 +232,37 @@ class Leader:
             self.supersede(self.attempt.number + 1)
             return
         why_not = self._restarts.why_not(cause, self._state.ranks[cause.rank].step)
-        if lost := self._state.lost_host:
-            why_not = why_not or f"the agent on {lost} is gone"
+        why_not = why_not or self._why_no_replacement()
+        without = None
         if not why_not and is_due(self.spec, self.run, cause, self.attempt.number):
-            why_not = FAILED_TWICE  # the batch script then requeues the job without that host
+            if len(self._state.spares) > len(self._state.lost):
+                without = next(n for n in self._state.places if cause.rank in self._state.hosts[n].ranks)
+            else:
+                why_not = FAILED_TWICE  # the batch script then requeues the job without that host
         if self._record.is_work_done or why_not:
             self.fail(cause, why_not or _WAS_DONE)
             return
         log.info("%s; all ranks are ended, and started again", cause.headline())
-        self._restart = _Restart(cause, now + END_WITHIN_S)
+        self._restart = _Restart(cause, now + END_WITHIN_S, without)
         self._send_all({"restart": True})
+
+    def _why_no_replacement(self) -> str:
+        """Why a restart cannot do without the hosts that are lost; empty where it can, or none is."""
+        hosts, lost, spares = self._state.hosts, self._state.lost, self._state.spares
+        if not hosts[0].is_here:  # which has the store
+            return f"the agent on {hosts[0].name} is gone"
+        if len(lost) <= len(spares):
+            return ""
+        none_left = ", and no spare host is left" if self.spec.resources.spares else ""
+        return f"the agent on {hosts[lost[-1]].name} is gone{none_left}"
 
     def _restart_when_ready(self, restart: _Restart, now: float) -> None:
         """Begins the next attempt once no rank of the failed one is left."""
         cause = restart.cause
-        if lost := self._state.lost_host:
-            self.fail(cause, f"the agent on {lost} was lost while the ranks were being ended")
+        if why_not := self._why_no_replacement():
+            self.fail(cause, f"{why_not}, since the ranks were being ended")
             return
-        if late := [number for number, host in enumerate(self._state.hosts) if not host.is_ready]:
+        if late := [number for number, host in enumerate(self._state.hosts) if host.is_here and not host.is_ready]:
             for number in late if now > restart.by else ():
                 if self._state.hosts[number].has_come:
                     self.lose(number, f"has not ended its ranks within {END_WITHIN_S:g} s")
@@ -250,8 +272,15 @@ class Leader:
             return
         number = self.attempt.number + 1
         decision = f"restarted as attempt {number} (restart {self._restarts.made + 1} of {self._restarts.at_most})"
-        # Before the folder is there, so that a follower that sees it knows why.
         why = "a rank failed, and the agent of every host is well"
+        leaving = self._state.lost
+        if restart.without is not None and restart.without not in leaving and len(self._state.spares) > len(leaving):
+            leaving = [*leaving, restart.without]
+            exclude(self.run, cause)
+        if leaving:
+            replaced = ", ".join(self._state.replace(one) for one in leaving)
+            decision, why = f"{decision}, {replaced}", "there was a spare host for each that is given up"
+        # Before the folder is there, so that a follower that sees it knows why.
         self._record.write_failure(cause, self._state, decision, why)
         self._record.publish("failed", cause.headline(), cause, decision=decision, next_attempt=number)
         try:
@@ -265,7 +294,7 @@ class Leader:
             return
         self._restarts.made += 1
         self._begin(attempt, time.time())
-        self._send_all({"start": number})
+        self._send_all({"start": number, "places": self._state.places})
 
     def _end_by_signal(self, failures: list[Failure]) -> None:
         """The job is ended from outside: by Slurm, which says why itself, or by whoever started it."""

@@ -55,8 +55,7 @@ class Met:
     """What an agent knows once all hosts have met."""
 
     hosts: tuple[str, ...]
-    """By their number, which is the agent's place among the agents."""
-    node_rank: int
+    """By the numbers of their agents; empty for a spare host's that has not come."""
     address: str
     port: int
     """Of the store."""
@@ -86,6 +85,7 @@ class Gathering:
         self._hosts = {info.rank: info.host}
         self._nonce = secrets.token_hex(16)
         self._deadline: float | None = None
+        self._spares = spec.resources.spares
         self._problem = ""
         self._look_at = 0.0
         with failing_for_all(info, self._file):
@@ -105,7 +105,7 @@ class Gathering:
 
         Raises:
             RendezvousError: agents are missing at the deadline (named, with their hosts where known), or one has come
-                twice.
+                twice. With spare hosts, as many may be missing.
             KeeperFailed: there is no store.
         """
         if self._deadline is None:
@@ -114,10 +114,12 @@ class Gathering:
             self._deadline = time.monotonic() + self._timeout_s
             self._announce()
         self._accept()
-        if len(self._hosts) == self._info.world_size and not self._problem:
+        missing = self._info.world_size - len(self._hosts)
+        is_late = time.monotonic() >= self._deadline
+        if missing <= (self._spares if is_late else 0) and not self._problem:
             return self._met()
         if not self._problem:
-            self._check(self._deadline)
+            self._check(is_late)
         if self._problem:
             for link in (*self._links.values(), *self._newcomers):
                 link.send({"error": self._problem})
@@ -164,10 +166,10 @@ class Gathering:
         left_s = max(0.0, self._deadline - time.monotonic())
         link.send({"leader": self._info.identity, "left_s": left_s})
 
-    def _check(self, deadline: float) -> None:
+    def _check(self, is_late: bool) -> None:
         """Looks for what makes it impossible to meet."""
         info, now = self._info, time.monotonic()
-        if now >= deadline:
+        if is_late:
             seats = [Seat(number, host, 0) for number, host in self._hosts.items()]
             self._problem = some_are_missing(info, seats, self._timeout_s)
         elif now >= self._look_at:
@@ -182,11 +184,13 @@ class Gathering:
             self._listener = None
         for link in self._newcomers:  # of nobody who has said a word
             link.close()
-        hosts = tuple(host for _, host in sorted(self._hosts.items()))
+        hosts = tuple(self._hosts.get(number, "") for number in range(self._info.world_size))
+        if absent := [number for number, host in enumerate(hosts) if not host]:
+            log.warning("agents %s have not come in %.0f s: there are fewer spare hosts", absent, self._timeout_s)
         where = {"address": self.keeper.address, "port": self.keeper.port}
         for link in self._links.values():
             link.send({"hosts": hosts, **where})
-        return Met(hosts, 0, **where, links=self._links)
+        return Met(hosts, **where, links=self._links)
 
 
 def _doubled(number: int, where: str) -> str:
@@ -293,7 +297,7 @@ class Joining:
                 raise RendezvousError(message["error"])
             if "hosts" in message:
                 hosts, address, port = message["hosts"], message["address"], message["port"]
-                return Met(tuple(hosts), self._info.rank, address, port, {0: link})
+                return Met(tuple(hosts), address, port, {0: link})
             if "left_s" in message:
                 # It may have begun later than this agent, and waits as long: it knows who else is missing.
                 self._has_come, self._deadline = True, now + message["left_s"] + GRACE_S

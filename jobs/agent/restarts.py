@@ -38,9 +38,7 @@ class Restarts:
         self._last = failed
         if self.at_most == 0:
             return "--max-restarts is 0"
-        if cause.kind == "agent":
-            return "a restart in place needs the agent of every host"
-        if failed == last and cause.own and not _FROM_OUTSIDE.match(cause.message):
+        if failed == last and cause.own and cause.kind != "agent" and not _FROM_OUTSIDE.match(cause.message):
             place = f"after step {step}" if step >= 0 else "before its first step"
             return f"the attempt before ended in the same way at the same place ({place})"
         if self.made >= self.at_most:

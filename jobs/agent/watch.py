@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,14 +126,14 @@ class Hangs:
     Args:
         spec: the job.
         attempt: where the stacks are written.
-        agents: their number.
+        agents: the numbers of those that have ranks.
         send: sends a message to an agent, by its number.
     """
 
     def __init__(
-        self, spec: JobSpec, attempt: Attempt, agents: int, send: Callable[[int, dict[str, Any]], None]
+        self, spec: JobSpec, attempt: Attempt, agents: Sequence[int], send: Callable[[int, dict[str, Any]], None]
     ) -> None:
-        self._attempt, self._agents, self._send = attempt, agents, send
+        self._attempt, self._agents, self._send = attempt, tuple(agents), send
         self._ranks = spec.resources.shape.world_size
         self._watch = Watch(self._ranks, spec.watchdog_timeout_s, spec.collective_timeout_s, spec.rendezvous_timeout_s)
         self._asked_at: float | None = None
@@ -162,11 +162,11 @@ class Hangs:
             log.warning("no rank has ended a step for %.0f s: taking the stacks of all ranks", self._watch.waited_s)
             self._asked_at, self._answers = time.monotonic(), {}
             self._question += 1
-            for number in range(self._agents):
+            for number in self._agents:
                 self._send(number, {"stacks": self._question})
         if self._asked_at is None:
             return None
-        if len(self._answers) < self._agents and time.monotonic() - self._asked_at < ANSWER_WITHIN_S:
+        if len(self._answers) < len(self._agents) and time.monotonic() - self._asked_at < ANSWER_WITHIN_S:
             return None
         waited_s, self._asked_at = self._watch.waited_s, None
         shown = {rank: Shown(last(rank)) for rank in range(self._ranks)}

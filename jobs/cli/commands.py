@@ -65,6 +65,11 @@ _LAUNCH = (
         "when a rank fails and its host is well, start all ranks again in place, up to N times (default: 0)",
     ),
     Flag(
+        "--spares",
+        "K",
+        "ask Slurm for K hosts more than --nodes; at a restart, one takes the place of a lost host (default: 0)",
+    ),
+    Flag(
         "--max-requeues",
         "N",
         "requeue a Slurm job that was stopped before its time limit, to go on, up to N times (default: 3)",

@@ -36,7 +36,8 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
     console.say(f"mesh: {resolved.mesh}, on {spec.resources.shape} ranks")
     console.say(_indent(mesh_table(resolved.mesh, hosts)) + "\n")
     if spec.max_restarts:
-        console.say(f"restarts in place after a failure: at most {spec.max_restarts}\n")
+        spares = f"; spare hosts: {spec.resources.spares}" if spec.resources.spares else ""
+        console.say(f"restarts in place after a failure: at most {spec.max_restarts}{spares}\n")
     if spec.executor != "slurm":  # otherwise both are in the script
         console.say("environment variables of every rank:")
         console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(submission.env.items()))) + "\n")

@@ -31,9 +31,12 @@ def check_limits(
             "use fewer"
         )
     at_most = f"{shown(path)} allows at most"
-    if cluster.max_nodes is not None and resources.nodes > cluster.max_nodes:
+    if cluster.max_nodes is not None and resources.hosts > cluster.max_nodes:
         flag = "--nodes" if given.nodes is not None else "nodes:"
-        raise ResourceError(f"{flag} {resources.nodes}: {at_most} {cluster.max_nodes} (max_nodes); ask for fewer")
+        spares = f" and --spares {resources.spares}" if resources.spares else ""
+        raise ResourceError(
+            f"{flag} {resources.nodes}{spares}: {at_most} {cluster.max_nodes} (max_nodes); ask for fewer"
+        )
     if cluster.max_gpus_per_node is not None and resources.gpus_per_node > cluster.max_gpus_per_node:
         flag = "--gpus-per-node" if given.gpus_per_node is not None else "gpus_per_node:"
         raise ResourceError(

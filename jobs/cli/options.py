@@ -47,6 +47,7 @@ class Options:
     job_name: str | None = None
     sbatch: list[str] = field(default_factory=list)
     max_restarts: str | None = None
+    spares: str | None = None
     max_requeues: str | None = None
     threads_per_rank: str | None = None
     watchdog_timeout: str | None = None

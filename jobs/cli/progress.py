@@ -113,7 +113,7 @@ class Display:
         failed, decision = f"attempt {number - 1} failed ({before.get('error')})", before.get("decision", "")
         if decision.startswith(REQUEUED_WITH):
             return f"{failed}; {decision}; attempt {number} goes on"
-        return f"{failed}; restarted in place as attempt {number}"
+        return f"{failed}; {decision}"
 
     def _new_steps(self, lines: Iterable[str]) -> Iterator[str]:
         """An attempt's lines without earlier ones, with which the metrics of one that was resumed begin."""

@@ -46,6 +46,7 @@ class _Flags(StrictModel):
     gpus_per_node: int | None = Field(default=None, ge=1, le=MOST_GPUS)
     threads_per_rank: int | None = Field(default=None, ge=1, le=10**4)
     max_restarts: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
+    spares: int | None = Field(default=None, ge=0, le=MOST_NODES)
     max_requeues: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
     watchdog_timeout: float | None = Field(default=None, ge=0, le=10**7)
 
@@ -135,10 +136,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     if which == "slurm" and flags.max_requeues is None and script.requeues(resources, options):
         announcements.append(f"at its time limit, the job is requeued up to {MAX_REQUEUES} times (--max-requeues)")
     elif which != "slurm" and flags.max_requeues is not None:
-        raise CommandLineError(
-            f"--max-requeues {given.max_requeues}: is for Slurm, and this job runs with --executor {which}; leave it "
-            "out"
-        )
+        raise _only_with_slurm("--max-requeues", given.max_requeues, which)
     run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     if going_on is None:
         RunDirectory.check(run_dir)
@@ -312,6 +310,7 @@ def _resources(
         for flag, text in (
             *((f"--{n}", getattr(given, n)) for n in ("time", "partition", "account", "qos")),
             ("--max-restarts", given.max_restarts),
+            ("--spares", given.spares),
             ("--no-wait", "" if given.wait is False else None),
         ):
             if text is not None:
@@ -335,8 +334,16 @@ def _resources(
             origin = f" (from SBATCH_{name.upper()})" if flag is None else ""
             raise CommandLineError(f"--{name} '{chosen}'{origin}: {problem}")
         queue[name] = chosen if chosen is not None else getattr(cluster, name)
+    if flags.spares and which != "slurm":
+        raise _only_with_slurm("--spares", given.spares, which)
+    if flags.spares and not flags.max_restarts:
+        raise CommandLineError(
+            f"--spares {flags.spares}: a spare host takes a lost host's place at a restart, and there is none without "
+            "--max-restarts; add --max-restarts N"
+        )
     return ResourceSpec(
         nodes=flags.nodes or cluster.nodes,
+        spares=flags.spares or 0,
         gpus_per_node=flags.gpus_per_node or cluster.gpus_per_node,
         time_min=time_min,
         cpus_per_gpu=cluster.cpus_per_gpu,
@@ -344,6 +351,10 @@ def _resources(
         mem_gb_per_gpu=cluster.mem_gb_per_gpu,
         **queue,
     )
+
+
+def _only_with_slurm(flag: str, value: str | None, which: str) -> CommandLineError:
+    return CommandLineError(f"{flag} {value}: is for Slurm, and this job runs with --executor {which}; leave it out")
 
 
 def _env(given: Options) -> dict[str, str]:

@@ -413,7 +413,8 @@ def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> 
     env = environment.for_queries(os.environ)
     cause, job = Failure.from_json(record["failure"]), read_json(run.job) or {}
     assert cause is not None
-    by_user, nodes = str(job["sbatch"].get("exclude", "")), job["resources"]["nodes"]
+    by_user, resources = str(job["sbatch"].get("exclude", "")), job["resources"]
+    nodes = resources["nodes"] + resources.get("spares", 0)
     others = query.hosts_up(os.environ.get("SLURM_JOB_PARTITION", ""), env) - {cause.host}
     without = ""
     if len(others - set(srun.hosts_of(excluded.option(by_user, run)))) < nodes:

@@ -178,6 +178,11 @@ def requeue(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN
     return (_one_line(said.stderr or said.stdout) or f"code {said.code}") if said.code else ""
 
 
+def cancel(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> None:
+    """Cancels a job, if Slurm answers."""
+    _run(["scancel", job_id], env, within_s)
+
+
 def hosts_up(partition: str, env: Mapping[str, str], within_s: float = 10.0) -> set[str]:
     """The hosts of a partition that run jobs or could; empty if sinfo does not answer."""
     command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]

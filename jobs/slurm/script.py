@@ -33,7 +33,8 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         "account": resources.account,
         "qos": resources.qos,
         "time": resources.time_min,
-        "nodes": resources.nodes,
+        "nodes": resources.hosts,
+        "no-kill": True if resources.spares else None,  # else Slurm ends the job with the first lost host
         "ntasks-per-node": count,
         **(gpus if cluster.gpu_request != "none" else {}),
         "cpus-per-task": resources.cpus_per_gpu,
@@ -84,11 +85,12 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
     arguments = [
         "--cpu-bind=none",  # the agent binds its ranks; a site's own word wins
         *site,
-        f"--nodes={resources.nodes}",
-        f"--ntasks={resources.nodes}",
+        f"--nodes={resources.hosts}",
+        f"--ntasks={resources.hosts}",
         "--ntasks-per-node=1",
         "--distribution=block",
-        "--kill-on-bad-exit=1",  # else the others wait for an agent that could not start
+        # Else the others wait for an agent that could not start. With spare hosts, the job must outlive any agent.
+        *(["--no-kill", "--kill-on-bad-exit=0"] if resources.spares else ["--kill-on-bad-exit=1"]),
         "--wait=0",  # else a site's WaitTime ends the agents that still work once the first has returned
         f"--export=ALL{resolver}",
     ]
@@ -151,6 +153,12 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "    fi",
         '    if grep -qs \'^  "status": "\\(stopped\\|cancelled\\)"\' "$MESHRUN_ATTEMPT/result.json"; then',
         "        status=1",
+        # srun's code is then also that of an agent whose host was lost.
+        *(
+            ['    elif grep -qs \'^  "status": "done"\' "$MESHRUN_ATTEMPT/result.json"; then', "        status=0"]
+            if spec.resources.spares
+            else []
+        ),
         "    fi",
         '    exit "$status"',
         "}",

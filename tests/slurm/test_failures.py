@@ -155,14 +155,35 @@ def batch_hosts_cable_is_plugged_again(cluster: Cluster, used: list[str]) -> Non
     first, sruns = ranks(run), ranks(run, of_srun=True)
     assert sruns
     cluster.unplug(used[0])
-    log = run / "attempt-1" / "rank-0.log"
-    wait_until(lambda: log.exists() and "resumed from" in log.read_text(), "the successor works", DEADLINE_S)
+    wait_until(lambda: is_trained_in(run, 1), "the successor works", DEADLINE_S)
     shutil.copy(run / "attempt-0" / "metrics.jsonl", run.parent / "published-before.jsonl")
     cluster.plug(used[0])
     wait_until(lambda: not ranks(run, first), "the old ranks end", DEADLINE_S)
     wait_until(lambda: not ranks(run, sruns, of_srun=True), "their srun ends", DEADLINE_S)
     wait_until(lambda: cluster.states()[used[0]] == "idle", f"{used[0]} is used again", DEADLINE_S)
     (run.parent / "go").touch()
+
+
+def two_hosts_are_lost(cluster: Cluster, used: list[str]) -> None:
+    """One loses its power; then its successor is taken out of use by the site."""
+    run = cluster.root.parent / "work" / "run"
+    cluster.kill_host(used[1])
+    wait_until(lambda: is_trained_in(run, 1), "a spare host works", DEADLINE_S)
+    cluster.declare_down(used[2])
+    wait_until(lambda: is_trained_in(run, 2), "the other spare host works", DEADLINE_S)
+    (run.parent / "go").touch()
+
+
+def batch_host_is_lost(cluster: Cluster, used: list[str]) -> None:
+    run = cluster.root.parent / "work" / "run"
+    cluster.unplug(used[0])
+    wait_until(lambda: is_trained_in(run, 1), "the job is back", DEADLINE_S)
+    (run.parent / "go").touch()
+
+
+def is_trained_in(run: Path, attempt: int) -> bool:
+    log = run / f"attempt-{attempt}" / "rank-0.log"
+    return log.exists() and "resumed from" in log.read_text()
 
 
 def batch_hosts_slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
@@ -188,6 +209,7 @@ def slurmctld_restarts(cluster: Cluster, used: list[str]) -> None:
 TWO_HOSTS = ["mine:ENTRY", "--nodes", "2", "pause_seconds=0.1", "pause_again=false"]
 LONG, SHORT = [*TWO_HOSTS, f"steps={STEPS}"], [*TWO_HOSTS, "steps=120", f"rank_0_longer={2 * WAIT_TIME_S}"]
 SAVED = ["checkpointed:ENTRY", "checkpoint.every_steps=5"]
+SPARE = [*SAVED, "--nodes", "2", "--max-restarts", "3", "--spares"]
 SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "host dies": (host_dies, LONG, 3),
     "batch host dies": (batch_host_dies, LONG, 3),
@@ -197,6 +219,8 @@ SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "batch host's slurmd": (batch_hosts_slurmd_is_killed, LONG, 3),
     "cable again": (batch_hosts_cable_is_plugged_again, [*SAVED, "--nodes", "2"], 3),
     "only host's cable again": (batch_hosts_cable_is_plugged_again, SAVED, 2),
+    "spare hosts": (two_hosts_are_lost, [*SPARE, "2"], 4),
+    "batch host, with a spare host": (batch_host_is_lost, [*SPARE, "1"], 4),
     "host dies, no requeue": (host_dies, [*LONG, "--sbatch", "no-requeue"], 2),
     "slurmd restarts": (slurmd_restarts, SHORT, 2),
     "slurmctld restarts": (slurmctld_restarts, SHORT, 2),
@@ -277,6 +301,25 @@ def test_a_host_that_is_back_disturbs_no_successor(name: str, of_all_ranks: int,
         "has not answered for 5 s; its host, or the ",
     )
     assert record["error"] == again or (of_all_ranks > 1 and silent in record["error"])
+
+
+def test_spare_hosts_take_the_places_of_lost_ones(stories: dict[str, Story]) -> None:
+    """Within the allocation; the first host alone cannot be replaced, and the job goes back into the queue."""
+    steps = checkpointed.Config().steps
+    for name, attempts in (("spare hosts", 3), ("batch host, with a spare host", 2)):
+        story = story_of(stories, name)
+        assert (story.code, story.state) == (0, "COMPLETED")
+        assert story.attempts == [f"attempt-{number}" for number in range(attempts)]
+        assert (story.result["status"], story.result["attempt"]) == ("done", attempts - 1)
+        assert story.result["result"] == {"total": checkpointed.expected(steps, 1 + 2)}
+        assert story.steps == list(range(1, steps + 1))
+    run = stories["spare hosts"].run
+    decisions = [json.loads((run / f"attempt-{number}/failure.json").read_text()) for number in (0, 1)]
+    assert [one["decision"] for one in decisions] == [
+        "restarted as attempt 1 (restart 1 of 3), spare host node2 in place of node1",
+        "restarted as attempt 2 (restart 2 of 3), spare host node3 in place of node2",
+    ]
+    assert [one["root_cause"]["host"] for one in decisions] == ["node1", "node2"]
 
 
 def test_without_a_requeue_the_loss_of_a_host_is_the_end(stories: dict[str, Story]) -> None:

@@ -34,7 +34,7 @@ def test_a_rank_that_is_killed_costs_an_attempt_and_not_the_allocation(resumable
     first = attempt(line, 0)
     assert first["decision"] == "restarted as attempt 1 (restart 1 of 3)"
     assert first["error"].startswith("rank 3 on node1: killed by SIGKILL")
-    assert f"attempt 0 failed ({first['error']}); restarted in place as attempt 1" in out.splitlines()
+    assert f"attempt 0 failed ({first['error']}); restarted as attempt 1 (restart 1 of 3)" in out.splitlines()
     job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
     assert slurm.job_state(job) == "COMPLETED"
     assert " Restarts=0 " in slurm.run("scontrol", "show", "job", job)

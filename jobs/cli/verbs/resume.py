@@ -119,11 +119,12 @@ def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirec
         "job_name": spec.job_name,
         "threads_per_rank": str(spec.threads_per_rank),
         "max_restarts": str(spec.max_restarts) if spec.max_restarts else None,
+        "spares": str(resources.spares) if resources.spares else None,
         "max_requeues": str(spec.max_requeues) if spec.executor == "slurm" else None,
         "watchdog_timeout": None if spec.watchdog_timeout_s is None else str(spec.watchdog_timeout_s),
     }
     if given.executor not in (None, spec.executor):  # those of the other executor would be refused
-        before |= dict.fromkeys(("partition", "account", "qos", "job_name", "max_requeues"))
+        before |= dict.fromkeys(("partition", "account", "qos", "job_name", "spares", "max_requeues"))
     kept: dict[str, Any] = {name: value for name, value in before.items() if getattr(given, name) is None}
     on_slurm = (given.executor or spec.executor) == "slurm"
     added = {word.partition("=")[0] for word in given.env}

@@ -29,11 +29,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
+_END = {"ended": True, "done": False, "by": None}
+
+
 class Job:
     """Two hosts of two ranks, and what their agents are told."""
 
-    def __init__(self, directory: Path, on_slurm: bool = True, minutes: int | None = None, **changes: Any) -> None:
-        resources = ResourceSpec(nodes=2, gpus_per_node=2, time_min=minutes)
+    def __init__(
+        self, directory: Path, on_slurm: bool = True, minutes: int | None = None, spares: int = 0, **changes: Any
+    ) -> None:
+        resources = ResourceSpec(nodes=2, gpus_per_node=2, time_min=minutes, spares=spares)
         executor = "slurm" if on_slurm else "local"
         spec = JobSpec(
             workload="mine:ENTRY", settings={}, resources=resources, executor=executor, cluster="none",
@@ -42,12 +47,13 @@ class Job:
         self.run = RunDirectory(directory)
         self.sent: list[tuple[int, dict[str, Any]]] = []
         attempt = self.run.attempt(0).make()
-        hosts, agents = ("n0", "n1"), 2 if on_slurm else 1
+        hosts, agents = tuple(f"n{n}" for n in range(2 + spares)), 2 + spares if on_slurm else 1
         self.leader = Leader(spec, self.run, attempt, hosts, agents, lambda n, m: self.sent.append((n, m)), on_slurm)
         for number in range(agents):
             self.leader.hear(number, {})
 
-    def ends(self, rank: int, failure: Failure | None = None, *, ended: bool = True, done: bool = False) -> None:
+    def ends(self, rank: int, failure: Failure | None = None, **changes: Any) -> None:
+        ended, done, by = (changes.get(name, default) for name, default in _END.items())
         one = {
             "rank": rank,
             "ended": ended,
@@ -56,12 +62,12 @@ class Job:
             "ago_s": 0.0,
             "death": "",
         }
-        self.leader.hear(rank // 2, {"ended": [one]})
+        self.leader.hear(rank // 2 if by is None else by, {"ended": [one]})
 
     def decide(self, but_silent: int = -1) -> dict[str, Any]:
         """Lets time pass, in which agents answer, until it has decided; the result."""
         for _ in range(1000):
-            for number in (0, 1):
+            for number in range(self.leader.agents):
                 if number != but_silent:
                     self.leader.hear(number, {})
             self.leader.step()
@@ -199,7 +205,7 @@ def test_ranks_start_again_when_every_host_has_ended_its_own(tmp_path: Path) -> 
     assert not (tmp_path / "attempt-1").exists()
     job.leader.hear(1, {"ready": True})
     job.leader.step()
-    assert job.sent[-2:] == [(0, {"start": 1}), (1, {"start": 1})]
+    assert job.sent[-2:] == [(n, {"start": 1, "places": [0, 1]}) for n in (0, 1)]
     failed = read_json(job.run.attempt(0).result) or {}
     assert (failed["error"], failed["next_attempt"]) == ("rank 3 on n1: ValueError: mine", 1)
     assert failed["decision"] == "restarted as attempt 1 (restart 1 of 2)"
@@ -219,7 +225,7 @@ def test_a_host_that_is_lost_while_ranks_are_ended_prevents_the_restart(tmp_path
     job = restarting(tmp_path)
     job.leader.lose(1)
     record = job.decide(but_silent=1)
-    assert record["error"].startswith("rank 3 on n1: ValueError: mine; not restarted: the agent on n1 was lost")
+    assert record["error"].startswith("rank 3 on n1: ValueError: mine; not restarted: the agent on n1 is gone")
     assert "next_attempt" not in record
     assert not (tmp_path / "attempt-1").exists()
 
@@ -227,7 +233,7 @@ def test_a_host_that_is_lost_while_ranks_are_ended_prevents_the_restart(tmp_path
 def test_a_host_that_does_not_end_its_ranks_prevents_the_restart(tmp_path: Path) -> None:
     job = restarting(tmp_path)
     job.leader.hear(0, {"ready": True})
-    assert "not restarted: the agent on n1 was lost" in job.decide()["error"]
+    assert "not restarted: the agent on n1 is gone" in job.decide()["error"]
 
 
 def test_restarts_are_counted_in_all_starts_of_the_job(tmp_path: Path) -> None:
@@ -270,6 +276,59 @@ def test_a_start_that_has_a_successor_ends(tmp_path: Path) -> None:
     assert (record["status"], job.leader.code) == ("failed", 0)
     assert record["error"] == "the scheduler has started this job again (attempt 1)"
     assert job.run.recorded() is None
+
+
+# --- spare hosts ------------------------------------------------------------------------------------------------------
+
+
+def restart(job: Job, *, of: tuple[int, ...]) -> dict[str, Any]:
+    """Lets time pass until agents are asked to restart and these have ended their ranks; what they are told then."""
+    for _ in range(100):
+        if job.sent and job.sent[-1][1] == {"restart": True}:
+            break
+        job.leader.step()
+    for number in of:
+        job.leader.hear(number, {"ready": True})
+    job.leader.step()
+    return job.sent[-1][1]
+
+
+def test_a_spare_host_takes_a_lost_hosts_place_until_none_is_left(tmp_path: Path) -> None:
+    job = Job(tmp_path, spares=1, max_restarts=5)
+    job.leader.lose(1)
+    assert restart(job, of=(0, 2)) == {"start": 1, "places": [0, 2]}
+    record = read_json(job.run.attempt(0).failure_record) or {}
+    assert record["decision"] == "restarted as attempt 1 (restart 1 of 5), spare host n2 in place of n1"
+    assert record["root_cause"]["host"] == "n1"
+    # The lost host is heard of again: it is told to end, and its ranks count no more.
+    assert (1, {"end": True, "code": 1}) in job.sent
+    job.leader.hear(1, {"ranks": [(2, 99, "forward", 0.0)]})
+    job.leader.hear(2, {"ranks": [(2, 7, "forward", 0.0), (3, 7, "forward", 0.0)]})
+    assert max(rank.step for rank in job.leader._state.ranks) == 7
+    job.leader.lose(2)
+    record = job.decide(but_silent=1)
+    assert record["error"].startswith("the agent on n2: ended without a record")
+    assert record["decision"] == "not restarted: the agent on n2 is gone, and no spare host is left"
+
+
+def test_the_loss_of_a_spare_host_fails_nothing(tmp_path: Path) -> None:
+    job = Job(tmp_path, spares=1, max_restarts=5)
+    job.leader.lose(2)
+    write_json(job.leader.attempt.result, {"status": "done", "attempt": 0})
+    for rank in range(4):
+        job.ends(rank, done=True)
+    assert job.decide()["status"] == "done"
+
+
+def test_a_spare_host_takes_the_place_of_one_that_failed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent of the bad host may lead: it then leads without ranks, and is no spare host."""
+    job = Job(tmp_path, spares=1, max_restarts=5)
+    monkeypatch.setattr(module, "is_due", lambda *_: True)
+    job.ends(0, of(0, "error", "ValueError: mine"))
+    assert restart(job, of=(0, 1, 2)) == {"start": 1, "places": [2, 1]}
+    assert [one["host"] for one in (read_json(job.run.excluded) or {})["hosts"]] == ["n0"]
+    job.ends(0, Failure(0, "n2", time.time(), "error", "ValueError: another"), by=2)
+    assert job.decide()["decision"] == "not restarted: its host was the root cause twice"
 
 
 # --- asked to stop ----------------------------------------------------------------------------------------------------

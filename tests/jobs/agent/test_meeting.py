@@ -38,10 +38,10 @@ def agent(attempt: Attempt) -> Iterator[Open]:
     """Called with an agent's number: its side of the meeting."""
     opened: list[Gathering | Joining] = []
 
-    def open_one(number: int, timeout_s: float = 30, **more: Any) -> Gathering | Joining:
+    def open_one(number: int, timeout_s: float = 30, spares: int = 0, **more: Any) -> Gathering | Joining:
         known = {"expected_hosts": HOSTS, **{key: more.pop(key) for key in ("expected_hosts",) if key in more}}
         me = RankInfo("local", number, len(HOSTS), 0, 1, HOSTS[number], "7", noun="agent", **known)
-        resources = ResourceSpec(nodes=len(HOSTS))
+        resources = ResourceSpec(nodes=len(HOSTS) - spares, spares=spares)
         spec = JobSpec(
             workload="mine", settings={}, resources=resources, executor="local", cluster="none",
             run_dir=attempt.path.parent, rendezvous_timeout_s=timeout_s, **more,
@@ -88,6 +88,14 @@ def test_one_whose_imports_took_longer_than_the_deadline_is_not_late(agent: Open
     assert all(isinstance(met, Met) for met in come([leader, other, slow]))
 
 
+def test_a_spare_host_that_does_not_come_is_done_without(agent: Open) -> None:
+    leader, other = agents = [agent(0, spares=1), agent(2, spares=1)]
+    come(agents, until=lambda: len(leader._hosts) == 2)  # type: ignore[union-attr]
+    for met in (at_its_deadline(leader), *come([other])):
+        assert isinstance(met, Met)
+        assert met.hosts == ("a", "", "c")
+
+
 def test_they_learn_the_hosts_the_store_and_each_other(agent: Open) -> None:
     import torch.distributed as dist
 
@@ -95,12 +103,11 @@ def test_they_learn_the_hosts_the_store_and_each_other(agent: Open) -> None:
     assert all(isinstance(met, Met) for met in ends), ends
     assert isinstance(leader, Met)
     assert [met.hosts for met in ends if isinstance(met, Met)] == [HOSTS] * 3
-    assert [met.node_rank for met in ends if isinstance(met, Met)] == [0, 2, 1]
-    for met in others:
+    for number, met in zip((2, 1), others, strict=True):
         assert isinstance(met, Met)
         store = dist.TCPStore(met.address, met.port, is_master=False, wait_for_workers=False)
         store.add("came", 1)
-        met.links[0].send({"from": met.node_rank})
+        met.links[0].send({"from": number})
         assert list(met.links) == [0]
     assert store.add("came", 0) == 2
     heard: dict[int, Any] = {}

@@ -71,7 +71,7 @@ def test_a_rank_that_fails_once_costs_an_attempt(what: str, says: str, resumable
     assert first["error"].startswith(says)
     assert (first["status"], first["failure"]["rank"]) == ("failed", 3)
     (shown,) = [text for text in out.splitlines() if text.startswith("attempt ")]
-    assert shown == f"attempt 0 failed ({first['error']}); restarted in place as attempt 1"
+    assert shown == f"attempt 0 failed ({first['error']}); restarted as attempt 1 (restart 1 of 3)"
     steps = [row["step"] for row in line.metrics()]
     assert steps in ([3, 4, 5, 6], [4, 5, 6])
     for rank in range(4):
@@ -161,7 +161,6 @@ def test_only_what_a_rank_does_itself_at_the_same_step_is_a_repetition() -> None
     assert [restarts.why_not(lost, 4), restarts.why_not(lost, 4)] == ["", ""]
 
 
-def test_without_its_agent_or_without_leave_no_rank_is_restarted() -> None:
+def test_without_leave_no_rank_is_restarted() -> None:
     assert Restarts(at_most=0).why_not(failure("ValueError"), 3) == "--max-restarts is 0"
-    assert "the agent of every host" in Restarts(at_most=1).why_not(failure("vanished", "agent"), 3)
     assert "used up" in Restarts(at_most=1, made=1).why_not(failure("ValueError"), 3)

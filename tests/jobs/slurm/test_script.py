@@ -73,6 +73,18 @@ def test_a_full_script_is_the_golden_one(tmp_path: Path) -> None:
     assert text == (GOLDEN / "everything.sbatch").read_text()
 
 
+def test_a_job_with_spare_hosts_outlives_the_loss_of_one(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run", resources=ResourceSpec(nodes=2, spares=1), max_restarts=1)
+    lines = script.script(spec, ClusterConfig(), {}).splitlines()
+    assert {"#SBATCH --nodes=3", "#SBATCH --no-kill"} < set(lines)
+    kept = ["--nodes=3", "--ntasks=3", "--no-kill", "--kill-on-bad-exit=0"]
+    assert [word for line in lines if (word := line.strip(" \\")) in kept] == kept
+    spec = make_spec(tmp_path / "run", resources=ResourceSpec(nodes=2))
+    text = script.script(spec, ClusterConfig(), {})
+    assert "no-kill" not in text
+    assert "status=0" not in text
+
+
 @pytest.mark.parametrize(
     ("site", "named"),
     [

@@ -1,0 +1,70 @@
+"""What an agent does that has lost its leader in a job with spare hosts.
+
+Slurm does not end such a job with a lost host (--no-kill): it takes the host out of the job. If that is the first host,
+the batch script is gone with it, and the job would hold the others for nothing until its time limit. So the agents that
+are left put the job back into the queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+from jobs.slurm import query, srun
+from jobs.slurm.query import JobState
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
+GIVE_UP_S = 900.0
+"""Slurm takes a host for lost after SlurmdTimeout, by default 300 s."""
+ANSWERS = 3
+"""A host that so many looks in a row find alive has only lost its leader: srun and the batch script see to the rest."""
+
+
+def requeue_without(
+    host: str,
+    address: tuple[str, int],
+    job_id: str,
+    env: Mapping[str, str],
+    is_told_to_end: Callable[[], bool],
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Returns when the job is back in the queue, or somebody else sees to it that it ends.
+
+    Args:
+        host: the leader's.
+        address: where the leader's store was.
+        job_id: Slurm's number of the job.
+        env: the environment of Slurm's commands; see `environment.for_queries`.
+        is_told_to_end: whether Slurm ends this agent.
+        sleep: for tests.
+    """
+    until, answers = time.monotonic() + GIVE_UP_S, 0
+    while time.monotonic() < until and not is_told_to_end():
+        answers = answers + 1 if _answers(address) else 0
+        if answers == ANSWERS:
+            return
+        state = query.ask_scontrol(job_id, env)
+        if isinstance(state, JobState) and state.state != "RUNNING":
+            return
+        if isinstance(state, JobState) and host not in srun.hosts_of(state.nodes):
+            log.error("%s is lost, and the batch script with it: job %s goes back into the queue", host, job_id)
+            if problem := query.requeue(job_id, env):
+                log.error("the job is cancelled, since it cannot be requeued: %s", problem)
+                query.cancel(job_id, env)
+            return
+        sleep(LOOK_EVERY_S)
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    """Whether a host is there, be it that it refuses the connection."""
+    try:
+        socket.create_connection(address, LOOK_EVERY_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
