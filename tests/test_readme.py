@@ -65,7 +65,7 @@ def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
             continue  # tests/slurm/test_readme.py and tests/jobs/cli/test_resume.py, with a run to go on with
         if words[0] == "tp_fsdp" and "--dry-run" not in words:
             words.append("--dry-run")
-        if {"--partition", "--sbatch"} & set(words):
+        if {"--partition", "--sbatch", "--spares"} & set(words):
             words += ["--executor", "slurm"]
         done = subprocess.run(
             [sys.executable, str(ROOT / "submit.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
