@@ -32,6 +32,14 @@ LONGEST_TRACEBACK, LONGEST_PART = 40_000, 8_000
 """Maximum characters of a recorded traceback, and of one frame or message in it, so that long messages do not displace
 frames."""
 
+OUT_OF_TOUCH = "out of touch for "
+
+
+def out_of_touch(seconds: float) -> str:
+    """The message for an agent that the leader does not hear: neither can know which of the two is cut off."""
+    return f"{OUT_OF_TOUCH}{seconds:g} s; one of the two, its host, or the network between the hosts failed"
+
+
 Kind = Literal["error", "exit", "killed", "hang", "agent", "lost_peer", "unreachable"]
 """hang: the other ranks waited for it. agent: the agent of the rank's host ended. The last two are about other ranks:
 this rank lost a peer, or could never reach rank 0, which rank 0 does not notice."""
@@ -43,6 +51,7 @@ class Failure:
 
     rank: int
     host: str
+    """Both hosts, as `node0 and node1`, where it is not known which of them failed."""
     when: float
     """Seconds since the epoch."""
     kind: Kind
@@ -71,9 +80,15 @@ class Failure:
         numbers = isinstance(failure.rank, int) and isinstance(failure.when, (int, float))
         return failure if numbers and all(isinstance(text, str) for text in texts) else None
 
+    @property
+    def is_between_hosts(self) -> bool:
+        """Whether the leader and an agent are out of touch; `rank`, the agent's first, is then no cause."""
+        return self.message.startswith(OUT_OF_TOUCH)
+
     def headline(self) -> str:
         """One line for the user: who, where, what, and the log."""
-        who = f"rank {self.rank}" if self.kind != "agent" else "the leader" if self.rank == 0 else "the agent"
+        agent = "the agents" if self.is_between_hosts else "the leader" if self.rank == 0 else "the agent"
+        who = agent if self.kind == "agent" else f"rank {self.rank}"
         return f"{who} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
 
 

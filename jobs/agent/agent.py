@@ -268,7 +268,8 @@ class _Agent:
             silent_s = 0.0 if heard or self.leader is not None else silent_s + passed
             at_most_s = LEASE_S if heard else at_most_s
             if self.leader is None and (not self.links[0].is_open or silent_s > at_most_s):
-                log.error("the leader on %s is gone; this host's ranks are ended", self.met.hosts[0])
+                host = self.met.hosts[0]
+                log.error("the leader on %s is gone or out of reach; this host's ranks are ended", host)
                 if self.spec.resources.spares:
                     self._requeue()
                 return

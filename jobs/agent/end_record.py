@@ -122,13 +122,14 @@ def failure_record(attempt: int, cause: Failure, state: JobState, decision: str,
     return {
         "attempt": attempt,
         "root_cause": {
-            "rank": cause.rank,
+            "rank": None if cause.is_between_hosts else cause.rank,
             "host": cause.host,
             "when": cause.when,
             "kind": cause.kind,
             "message": cause.message,
             "exception": cause.message.partition(":")[0] if cause.kind == "error" else None,
             "signal": signal[1] if signal else None,
+            # Between two hosts: of the first rank that is not heard.
             "step": where.number if where.number >= 0 else None,
             "phase": where.phase,
             "in_phase_s": round(where.ago_s, 1),

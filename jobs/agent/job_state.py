@@ -152,7 +152,8 @@ class JobState:
             return
         first = self.ranks[one.ranks[0]]
         if first.failure is None or not first.failure.own:
-            first.failure = Failure(one.ranks[0], one.name, time.time(), "agent", how, log=one.log)
+            where = f"{self.hosts[0].name} and {one.name}" if how.startswith(blame.OUT_OF_TOUCH) else one.name
+            first.failure = Failure(one.ranks[0], where, time.time(), "agent", how, log=one.log)
         for rank in one.ranks:
             self.ranks[rank].ended = True
 
@@ -163,7 +164,7 @@ class JobState:
             host.silent_s += passed_s
             at_most_s = SILENT_S if host.has_come else max(SILENT_S, self._rendezvous_timeout_s)
             if host.is_here and host.silent_s > at_most_s:
-                silent[number] = f"has said nothing for {at_most_s:g} s"
+                silent[number] = blame.out_of_touch(at_most_s)
         return silent
 
     # --- what follows from it -----------------------------------------------------------------------------------------

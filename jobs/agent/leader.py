@@ -184,9 +184,7 @@ class Leader:
             if silent and not own:
                 if now - self._settled_at > ANSWER_WITHIN_S:
                     for number in silent:
-                        # Which end of the network has failed cannot be known here: it may be this host's own.
-                        between = f"its host, or the network between it and {self._state.hosts[0].name}, failed"
-                        self.lose(number, f"has not answered for {ANSWER_WITHIN_S:g} s; {between}")
+                        self.lose(number, blame.out_of_touch(ANSWER_WITHIN_S))
                 return
             if now - self._settled_at > settle_s or self._state.have_all_ended:
                 self._restart_or_fail(self._state.root_cause(), now)

@@ -99,13 +99,15 @@ def test_a_ranks_own_failure_wins_over_the_loss_of_it(tmp_path: Path) -> None:
     assert job.leader.code == 1
 
 
-def test_a_host_that_does_not_answer_is_the_root_cause_of_lost_peers(tmp_path: Path) -> None:
+def test_a_host_that_does_not_answer_is_not_accused_alone(tmp_path: Path) -> None:
     job = Job(tmp_path)
     for rank in (0, 1):
         job.ends(rank, of(rank, "lost_peer"), ended=False)
     record = job.decide(but_silent=1)
-    says = "has not answered for 5 s; its host, or the network between it and n0, failed"
-    assert record["error"].startswith(f"the agent on n1: {says}")
+    says = "out of touch for 5 s; one of the two, its host, or the network between the hosts failed"
+    assert record["error"].startswith(f"the agents on n0 and n1: {says}")
+    cause = (read_json(job.leader.attempt.failure_record) or {})["root_cause"]
+    assert (cause["host"], cause["rank"]) == ("n0 and n1", None)
 
 
 def test_a_host_that_still_imports_is_waited_for(tmp_path: Path, clock: list[float]) -> None:
@@ -117,7 +119,7 @@ def test_a_host_that_still_imports_is_waited_for(tmp_path: Path, clock: list[flo
         job.leader.step()
     assert job.leader.code is None
     record = job.decide(but_silent=1)
-    assert record["error"].startswith("the agent on n1: has said nothing for 300 s")
+    assert record["error"].startswith("the agents on n0 and n1: out of touch for 300 s; ")
 
 
 def test_a_rank_that_dies_as_its_host_is_told_to_end_is_no_failure(tmp_path: Path) -> None:
