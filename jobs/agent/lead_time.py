@@ -1,4 +1,4 @@
-"""When a run must be asked to stop before its time limit, so that its last step is saved.
+"""Whether a run can end its step and save in the time that it gets: before its time limit, and after SIGTERM.
 
 A request comes in the middle of a step, is agreed on as that one ends, and is followed as the next one ends; then comes
 a save. How long both take is measured while the run goes on, and held against the time that was set aside.
@@ -7,6 +7,7 @@ a save. How long both take is measured while the run goes on, and held against t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -42,12 +43,14 @@ class LeadTime:
         ends_at: when the job reaches its limit, by time.monotonic; None where that is not known.
         limit_s: how long that was when the agent started.
         asks: whether nobody else asks ranks to stop at `lead_s`; Slurm does.
+        grace_s: how long ranks have from SIGTERM on; 0: no time at all.
     """
 
     lead_s: float
     ends_at: float | None
     limit_s: float = 0.0
     asks: bool = False
+    grace_s: float = 0.0
     step_s: float = field(default=0.0, init=False)
     save_s: float = field(default=0.0, init=False)
 
@@ -55,14 +58,14 @@ class LeadTime:
         self._step = -1
         self._since_s = self._saving_s = 0.0
         """Since rank 0 last ended a step, and how much of it was a checkpoint."""
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_grace = False
 
     @staticmethod
     def of(spec: JobSpec) -> LeadTime:
         left_s = seconds_left(spec, os.environ)
         limit_s, end = left_s or 0.0, None if left_s is None else time.monotonic() + left_s
         if spec.executor == "slurm":
-            return LeadTime(spec.lead_s, end, limit_s)
+            return LeadTime(spec.lead_s, end, limit_s, grace_s=spec.grace_s)
         return LeadTime(min(LEAD_S, limit_s / 4), end, limit_s, asks=True)
 
     @property
@@ -92,11 +95,23 @@ class LeadTime:
         if is_short and self.lead_s and (self.ends_at is not None or not self.asks) and not self._has_warned:
             self._has_warned = True
             self._warn()
+        if self.needed_s > self.grace_s > 0 and not self._has_warned_of_grace:
+            self._has_warned_of_grace = True
+            log.warning(
+                "grace_s=%g is too short for a preemption or scancel: a stop may take %.0f s (%s), and what was done "
+                "since the last checkpoint would be lost; set grace_s: %d in the cluster config if Slurm's "
+                "GraceTime (scontrol show partition) allows it, or save more often",
+                *(self.grace_s, self.needed_s, self._parts, math.ceil(self.needed_s)),
+            )
         if self.ends_at is None or not (is_short or self.asks):
             return False
         # No more than half of the limit, otherwise a run would be stopped as it starts, again and again.
         lead_s = min(self.needed_s, self.limit_s / 2) if is_short else self.lead_s
         return time.monotonic() > self.ends_at - lead_s
+
+    @property
+    def _parts(self) -> str:
+        return f"two steps of {self.step_s:.1f} s, a save of {self.save_s:.1f} s, {MARGIN_S:.0f} s to spare"
 
     def _warn(self) -> None:
         does = "ranks are asked to stop that much before it"
@@ -104,7 +119,6 @@ class LeadTime:
             does = "when it comes is not known here, so what was done since the last checkpoint may be lost"
         next_time = "" if self.asks else f"; submit with --sbatch signal=USR2@{round(self.needed_s)}"
         log.warning(
-            "the lead time of %.0f s before the time limit is too short: a stop may take %.0f s (two steps of %.1f s, "
-            "a save of %.1f s, %.0f s to spare); %s%s",
-            *(self.lead_s, self.needed_s, self.step_s, self.save_s, MARGIN_S, does, next_time),
+            "the lead time of %.0f s before the time limit is too short: a stop may take %.0f s (%s); %s%s",
+            *(self.lead_s, self.needed_s, self._parts, does, next_time),
         )

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.jobs.cli.test_resume import SMALL, losses, typed
 from tests.jobs.submitting import SUBMIT
@@ -16,12 +19,18 @@ from tests.slurm.harness import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
 
+def state(run: Path, step: int) -> dict[str, Tensor]:
+    """Weights and optimizer states after a step, whole. Random states are each run's own, and used by none of it."""
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", run / "state.pt")
+    return {name: value for name, value in torch.load(run / "state.pt").items() if not name.startswith("random.")}
+
+
 def test_a_run_goes_on_in_another_job_on_the_same_and_on_another_shape(
     slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The losses of four ranks are bit for bit those of one local run, those of two equal but for rounding."""
-    words = ["tp_fsdp", *SMALL, "precision=fp64", "min_lr_ratio=1", "checkpoint.every_steps=1", "warmup_steps=1"]
-    words += ["--nodes", "2", "--gpus-per-node", "2", "tp=2"]
+    """All that four ranks save is bit for bit what one local run saves; what two save is equal but for rounding."""
+    words = ["tp_fsdp", *SMALL, "precision=fp64", "min_lr_ratio=1", "warmup_steps=1", "checkpoint.every_steps=1"]
+    words += ["checkpoint.keep_every=2", "checkpoint.mode=sync", "--nodes", "2", "--gpus-per-node", "2", "tp=2"]
     local = [sys.executable, SUBMIT, *words, "--executor", "local", "steps=6", "--run-dir", "whole"]
     whole = subprocess.Popen(local, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for name, value in slurm.env.items():
@@ -54,5 +63,12 @@ def test_a_run_goes_on_in_another_job_on_the_same_and_on_another_shape(
     expected = losses(tmp_path / "whole")
     assert losses(run)[:4] == expected[:4]
     assert losses(run)[4:] == pytest.approx(expected[4:], rel=1e-12)
+    here, there = state(run, 4), state(tmp_path / "whole", 4)
+    assert here.keys() == there.keys()
+    assert [name for name in here if not here[name].equal(there[name])] == []
+    assert {"model.output.weight", "optimizer.output.weight.exp_avg_sq"} <= here.keys()
+    here, there = state(run, 6), state(tmp_path / "whole", 6)
+    for name in here:
+        assert here[name].double().norm().item() == pytest.approx(there[name].double().norm().item(), rel=1e-9), name
     assert " NumNodes=1 " in slurm.run("scontrol", "--oneliner", "show", "job", jobs[-1])
     assert [json.loads((run / f"attempt-{n}/result.json").read_text())["next_attempt"] for n in (0, 1)] == [1, 2]

@@ -59,6 +59,19 @@ def test_one_that_suffices_is_left_to_slurm(caplog: pytest.LogCaptureFixture) ->
     assert lead.look(0.0)
 
 
+def test_a_grace_time_that_is_too_short_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    after_steps(LeadTime(90.0, None, grace_s=18.0), 4)
+    assert caplog.messages == []  # it suffices exactly
+    lead = after_steps(LeadTime(90.0, None, grace_s=20.0), 7)
+    lead.hear({"ranks": [], "save_s": 30.0})
+    lead.look(0.0)
+    assert caplog.messages == [
+        "grace_s=20 is too short for a preemption or scancel: a stop may take 24 s (two steps of 7.0 s, a save of "
+        "0.0 s, 10 s to spare), and what was done since the last checkpoint would be lost; set grace_s: 24 in the "
+        "cluster config if Slurm's GraceTime (scontrol show partition) allows it, or save more often"
+    ]
+
+
 def test_where_the_limit_is_not_known_the_warning_says_what_may_be_lost(caplog: pytest.LogCaptureFixture) -> None:
     after_steps(LeadTime(90.0, None), 50)
     assert "so what was done since the last checkpoint may be lost; submit with" in caplog.text
