@@ -3,9 +3,10 @@
     python -m tests.chaos --rounds 500 --seed 1 --executor slurm
 
 Each round is one run of one workload on two hosts of two ranks, and one blow; the hosts are emulated ones of the local
-executor, or those of a Slurm cluster of three on this machine. A run that ends is resumed until it is done. The tally
-counts what must not be: weights or metrics that differ (wrong), a run that does not end, or leaves processes behind
-(hung), more steps made twice than were promised (lost), another cause named than what was struck (false accusations).
+executor, or those of a Slurm cluster of four on this machine, some with a spare one. A run that ends
+is resumed until it is done. The tally counts what must not be: weights or metrics that differ (wrong), a run that does
+not end, or leaves processes behind (hung), more steps made twice than were promised (lost), another cause named than
+what was struck (false accusations).
 """
 
 from __future__ import annotations

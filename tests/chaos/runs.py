@@ -69,7 +69,7 @@ class Place:
         if self.small_disk:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "chaos", self.disk], check=True)
         if self.executor == "slurm":
-            self.cluster = Cluster(self.root / "s", hosts=3, gpus=2, **CLUSTER).start()  # type: ignore[arg-type]
+            self.cluster = Cluster(self.root / "s", hosts=4, gpus=2, **CLUSTER).start()  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,6 +143,7 @@ class Run:
             words += ["--env", f"CHAOS={self.folder}", "--env", f"PYTHONPATH={self.folder}"]
             if self.cluster is not None:  # under a limit of less than 4 minutes a preemption comes as SIGTERM
                 words += ["--time", self.chance.choice(["3", "10"])]
+                words += self.chance.choice([["--spares", "1"], [], []])
         else:
             words = ["resume", "run"]
         return subprocess.Popen(
