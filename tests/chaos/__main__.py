@@ -186,9 +186,13 @@ def main() -> None:
         runs = pool.map(lambda workload: undisturbed(place("local"), workload), WORKLOADS)
         expected = dict(zip(WORKLOADS, runs, strict=True))
         verdicts = []
-        for verdict in pool.map(strike, range(given.first, given.first + given.rounds)):
-            print(verdict, flush=True)
-            verdicts.append(verdict)
+        try:
+            for verdict in pool.map(strike, range(given.first, given.first + given.rounds)):
+                print(verdict, flush=True)
+                verdicts.append(verdict)
+        except KeyboardInterrupt:
+            print("interrupted: waiting for the rounds under way, which are not counted", flush=True)
+            pool.shutdown(cancel_futures=True)
     for executor in executors:
         tally([verdict for verdict in verdicts if verdict.executor == executor], executor)
     sys.exit(any(verdict.bad for verdict in verdicts))
