@@ -35,8 +35,15 @@ frames."""
 OUT_OF_TOUCH = "out of touch for "
 
 
-def out_of_touch(seconds: float) -> str:
-    """The message for an agent that the leader does not hear: neither can know which of the two is cut off."""
+def silence(seconds: float, hears_others: bool) -> str:
+    """The message for an agent that the leader does not hear.
+
+    Args:
+        seconds: for how long.
+        hears_others: whether the leader hears those of other hosts. Otherwise it may itself be cut off.
+    """
+    if hears_others:
+        return f"has not been heard for {seconds:g} s, and other hosts have: its host, or the network to it, failed"
     return f"{OUT_OF_TOUCH}{seconds:g} s; one of the two, its host, or the network between the hosts failed"
 
 

@@ -164,8 +164,13 @@ class JobState:
             host.silent_s += passed_s
             at_most_s = SILENT_S if host.has_come else max(SILENT_S, self._rendezvous_timeout_s)
             if host.is_here and host.silent_s > at_most_s:
-                silent[number] = blame.out_of_touch(at_most_s)
+                silent[number] = self.silence(number, at_most_s)
         return silent
+
+    def silence(self, number: int, seconds: float) -> str:
+        """What it is called that an agent has not been heard for so long."""
+        others = [host for other, host in enumerate(self.hosts) if other not in (0, number) and host.is_here]
+        return blame.silence(seconds, any(host.has_come and host.silent_s < seconds / 2 for host in others))
 
     # --- what follows from it -----------------------------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ class Leader:
             if silent and not own:
                 if now - self._settled_at > ANSWER_WITHIN_S:
                     for number in silent:
-                        self.lose(number, blame.out_of_touch(ANSWER_WITHIN_S))
+                        self.lose(number, self._state.silence(number, ANSWER_WITHIN_S))
                 return
             if now - self._settled_at > settle_s or self._state.have_all_ended:
                 self._restart_or_fail(self._state.root_cause(), now)

@@ -110,6 +110,15 @@ def test_a_host_that_does_not_answer_is_not_accused_alone(tmp_path: Path) -> Non
     assert (cause["host"], cause["rank"]) == ("n0 and n1", None)
 
 
+def test_a_host_that_does_not_answer_where_others_do_is_the_root_cause(tmp_path: Path) -> None:
+    job = Job(tmp_path, spares=1)
+    job.ends(0, of(0, "lost_peer"), ended=False)
+    record = job.decide(but_silent=1)
+    says = "has not been heard for 5 s, and other hosts have: its host, or the network to it, failed"
+    assert record["error"].startswith(f"the agent on n1: {says}")
+    assert record["failure"]["host"] == "n1"
+
+
 def test_a_host_that_still_imports_is_waited_for(tmp_path: Path, clock: list[float]) -> None:
     job = Job(tmp_path, rendezvous_timeout_s=300)
     job.leader._state.hosts[1].has_come = False
