@@ -318,7 +318,8 @@ def test_spare_hosts_take_the_places_of_lost_ones(stories: dict[str, Story]) -> 
         "restarted as attempt 1 (restart 1 of 3), spare host node2 in place of node1",
         "restarted as attempt 2 (restart 2 of 3), spare host node3 in place of node2",
     ]
-    assert [one["root_cause"]["host"] for one in decisions] == ["node1", "node2"]
+    # Of the first, only its silence is known, so it may be the leader's host that was cut off.
+    assert [one["root_cause"]["host"].rpartition(" ")[2] for one in decisions] == ["node1", "node2"]
 
 
 def test_without_a_requeue_the_loss_of_a_host_is_the_end(stories: dict[str, Story]) -> None:
