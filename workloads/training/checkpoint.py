@@ -7,8 +7,8 @@
         stop = ctx.end_step(metrics)
         checkpoint.after_step(step, samples=step * config.global_batch_size, is_last=step == config.steps)
 
-`config` is a ResumableConfig (checkpoint_config.py); checkpoint_files.py has what lies on disk and checkpoint_state.py
-what is in it. docs/CHECKPOINTS.md is the page for users.
+`config` is a ResumableConfig (checkpoint_config.py); checkpoint_files.py has what lies on disk, checkpoint_state.py
+what is in it, checkpoint_index.py which rank writes and reads which part. docs/CHECKPOINTS.md is the page for users.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from workloads.base import RunContext, SupersededError, WorkloadError, to_json
 from workloads.errors import first_few, in_words, spoken_for
 from workloads.training import checkpoint_files as files
+from workloads.training import checkpoint_index as shards
 from workloads.training.checkpoint_config import ResumableConfig as ResumableConfig
 from workloads.training.checkpoint_state import HostBuffers, TrainingState
 from workloads.training.collectives import gather_objects, sums_and_maxima
@@ -63,6 +62,19 @@ class _Snapshot:
     manifest: Mapping[str, Any]
     metrics_bytes: int | None
     """How much of the metrics file belongs to it; None: not all of it could be written."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank has written of a checkpoint."""
+
+    shards: shards.Part
+    files: dict[str, Any]
+    """Size and checksum by name."""
+
+
+class _PartError(Exception):
+    """A rank could not write its part; the message says which rank, and why."""
 
 
 class Checkpoint:
@@ -141,17 +153,18 @@ class Checkpoint:
             self._config.refuse_other_settings(manifest, folder)
         except WorkloadError as error:
             raise spoken_for(error, 0, self._ctx.rank) from None
-        reader = dcp.FileSystemReader(folder)
-        saved = reader.read_metadata().state_dict_metadata
-        targets = self._state.targets(saved, manifest["values"], manifest["layout"] == self._layout)
-        wrong = self._agreed(self._state.mistake(saved, targets))
-        if wrong is None and (left_over := self._left_over(saved, targets)):
+        index = shards.TorchIndex(folder) if manifest["format"] == 1 else shards.Index(folder, self._ctx.rank)
+        targets = self._state.targets(index.tensors, manifest["values"], manifest["layout"] == self._layout)
+        wrong = self._agreed(self._state.mistake(index.tensors, targets))
+        if wrong is None and (left_over := self._left_over(index.tensors, targets)):
             wrong = f"also holds {first_few(left_over)}"
         if wrong is not None:
             raise self._mistake(
                 f"the checkpoint {folder} is of another model or optimizer: it {wrong}; use what it was saved with"
             )
-        dcp.load(as_chunks(targets), storage_reader=reader, process_group=self._ctx.cpu_group)
+        wrong = self._agreed(shards.load(folder, index.find(targets), targets))
+        if wrong is not None:
+            raise self._mistake(f"the checkpoint {folder} {wrong}; give another one with resume=PATH")
         self._state.set(targets, manifest["values"])
         self._has_saved = True
         if self._ctx.rank == 0:
@@ -255,20 +268,19 @@ class Checkpoint:
         began, partial = time.monotonic(), None
         try:
             partial = self._partial_folder(snapshot.step)
-            writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, thread_count=1)
-            dcp.save(as_chunks(snapshot.tensors), storage_writer=writer, process_group=self._group)
-            everyone = gather_objects(self._checksums(partial, snapshot.metrics_bytes), self._group)
+            copies = shards.find_copies(snapshot.tensors, self._ctx.rank, self._group)
+            everyone = gather_objects(self._write_part(partial, snapshot, copies), self._group)
             self._ctx.note_save(time.monotonic() - began)
             if everyone is not None:
                 self._publish(partial, snapshot, everyone, began)
         except SupersededError as error:
             self._superseded = error
-        except (Exception, CheckpointException) as error:
+        except Exception as error:
             self._failed = True
-            if self._ctx.rank == 0 or not isinstance(error, CheckpointException):
-                newest = next(iter(files.published(self._ctx.paths.checkpoint_dir)), None)
-                stays = f"; {newest} stays" if newest is not None else ""
-                log.warning("the checkpoint of step %d is not saved: %s%s", snapshot.step, _reason(error), stays)
+            newest = next(iter(files.published(self._ctx.paths.checkpoint_dir)), None)
+            stays = f"; {newest} stays" if newest is not None else ""
+            reason = str(error) if isinstance(error, _PartError) else in_words(error)
+            log.warning("the checkpoint of step %d is not saved: %s%s", snapshot.step, reason, stays)
         finally:
             if partial is not None and self._ctx.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # it has another name if it is published
@@ -286,27 +298,31 @@ class Checkpoint:
             raise made[0]
         return made[0]
 
-    def _checksums(self, folder: Path, metrics_bytes: int | None) -> dict[str, Any] | str:
-        """Of the files that this rank has written, by name; or why they cannot be written or read.
+    def _write_part(self, folder: Path, snapshot: _Snapshot, copies: shards.Copies) -> _Part | str:
+        """Writes this rank's part of a checkpoint; what is wrong if that fails.
 
         An error must not be raised here: the other ranks would wait for this one.
         """
-        names = [path.name for path in folder.glob(f"__{self._ctx.rank}_*")]
+        rank = self._ctx.rank
         try:
-            if self._ctx.rank == 0:
-                if metrics_bytes is None:
+            part = shards.write(folder, rank, snapshot.tensors, copies)
+            names = [shards.file_of(rank)]
+            if rank == 0:
+                if snapshot.metrics_bytes is None:
                     return "the metrics up to this step cannot be written"
-                files.copy_metrics(self._ctx.paths.metrics, folder, metrics_bytes)
-                names += [".metadata", files.METRICS]
-            return {name: files.checksum(folder / name) for name in names}
-        except OSError as error:
-            return f"rank {self._ctx.rank}: {in_words(error)}"
+                files.copy_metrics(self._ctx.paths.metrics, folder, snapshot.metrics_bytes)
+                names.append(files.METRICS)
+            return _Part(part, {name: files.checksum(folder / name) for name in names})
+        except Exception as error:
+            return f"rank {rank}: {in_words(error)}"
 
     def _publish(self, partial: Path, snapshot: _Snapshot, everyone: list[Any], began: float) -> None:
         for part in everyone:
             if isinstance(part, str):
-                raise OSError(part)
-        written = {name: entry for part in everyone for name, entry in part.items()}
+                raise _PartError(part)
+        shards.write_index(partial, [part.shards for part in everyone])
+        written = {name: entry for part in everyone for name, entry in part.files.items()}
+        written[shards.INDEX] = files.checksum(partial / shards.INDEX)
         files.write_manifest(partial, {**snapshot.manifest, "files": written})
         check = self._ctx.paths.refuse_if_superseded
         folder = files.publish(partial, snapshot.step, check)
@@ -344,10 +360,3 @@ class Checkpoint:
 
     def _mistake(self, message: str) -> Exception:
         return spoken_for(WorkloadError(message), 0, self._ctx.rank)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (cause, _) = min(error.failures.items())
-        return f"rank {rank}: {in_words(cause)}"
-    return in_words(error)

@@ -5,7 +5,8 @@ checkpoints/
     step-00000120/      the state after step 120
         manifest.json       what it is, and a checksum and a size per file
         metrics.jsonl       the run's metrics up to that step
-        .metadata, __0_0.distcp, ...  torch.distributed.checkpoint's own
+        index               which part of which tensor is in which file
+        ranks-0/__0_0.distcp, ...  one file per rank, torch.distributed.checkpoint's own
     .step-00000160.1f0c9a3b.partial/  one that is being written, or whose writer was killed
 
 A checkpoint is written in a hidden folder, made durable, and published by one rename; then `latest` follows, and only
@@ -30,7 +31,8 @@ from workloads.whole_files import is_there, make_folder, write_text, written_bes
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 LATEST = "latest"
-FORMAT = 1
+FORMAT = 2
+"""Format 1 has no index and no folders of ranks; it is still read."""
 _READ_AT_ONCE = 2**20
 
 
@@ -100,7 +102,8 @@ def publish(partial: Path, step: int, check: Callable[[], None]) -> Path:
     """
     directory = partial.parent
     target = directory / folder_name(step)
-    sync_folder(partial)
+    for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
+        sync_folder(folder)
     check()
     aside = _aside(target)
     with contextlib.suppress(FileNotFoundError):
@@ -160,7 +163,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         digest = content.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return content if digest == _of_manifest(content) and content.get("format") == FORMAT else None
+    return content if digest == _of_manifest(content) and content.get("format") in (1, FORMAT) else None
 
 
 def _of_manifest(content: Mapping[str, Any]) -> str:
