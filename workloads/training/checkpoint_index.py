@@ -27,7 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    LoadPlan,
+    SavePlan,
+)
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -36,6 +43,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
 from workloads.errors import first_few, in_words
@@ -87,19 +96,20 @@ def find_copies(tensors: Mapping[str, Tensor], rank: int, group: dist.ProcessGro
 
 def write(folder: Path, rank: int, tensors: Mapping[str, Tensor], copies: Copies) -> Part:
     """Writes this rank's share of the tensors, durably; no other rank is asked."""
-    mine = {name: tensor for name, tensor in tensors.items() if _is_written_here(name, tensor, copies)}
-    writer = FileSystemWriter(folder / Path(file_of(rank)).parent, thread_count=1)  # it syncs what it writes
+    chunks = _chunks({name: tensor for name, tensor in tensors.items() if _is_written_here(name, tensor, copies)})
+    mine = {name: tensors[name] for name in chunks}
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(mine, is_coordinator=False)
+    writer = FileSystemWriter(folder / Path(file_of(rank)).parent, thread_count=1)  # it syncs what it writes
     writer.set_up_storage_writer(False, rank=rank, use_collectives=False)
-    plan = planner.finish_plan(writer.prepare_local_plan(planner.create_local_plan()))
+    plan = SavePlan([_write_item(name, mine[name], chunk) for name, chunk in chunks.items()])
+    plan = planner.finish_plan(writer.prepare_local_plan(plan))
     places = {result.index: result.storage_data for result in writer.write_data(plan, planner).wait()}
     numbers = {name: number for number, name in enumerate(_shared(tensors))}
     dims = _dims(tensors[name].shape for name in numbers)
     rows, random = [], []
-    for item in plan.items:
-        assert item.tensor_data is not None
-        name, chunk, place = item.index.fqn, item.tensor_data.chunk, places[item.index]
+    for name, chunk in chunks.items():
+        place = places[MetadataIndex(name, chunk.offsets)]
         if name in numbers:
             offsets, sizes = _padded(chunk.offsets, dims, 0), _padded(chunk.sizes, dims, 1)
             rows.append([numbers[name], place.offset, place.length, *offsets, *sizes])
@@ -121,15 +131,15 @@ def write_index(folder: Path, parts: Sequence[Part]) -> None:
     for name, *kind in (entry for tensors in sets.values() for entry in tensors):
         if kinds.setdefault(name, kind) != kind:
             raise ValueError(f"{name} has not the same size and type on all ranks that have it")
-    written: Counter[str] = Counter()
+    dims = {digest: _dims(size for _, size, _ in tensors) for digest, tensors in sets.items()}
+    volumes = {digest: np.zeros(len(tensors)) for digest, tensors in sets.items()}
     for part in parts:
-        tensors = sets[part.digest]
-        dims = _dims(size for _, size, _ in tensors)
-        columns = _columns(part.columns, dims)
-        volumes = np.bincount(columns[0], weights=columns[3 + dims :].prod(0), minlength=len(tensors))
-        for number in volumes.nonzero()[0].tolist():
-            written[tensors[number][0]] += int(volumes[number])
-    # Parts may be written more than once, such as shards of a mesh that has no dimension for their copies.
+        columns, total = _columns(part.columns, dims[part.digest]), volumes[part.digest]
+        total += np.bincount(columns[0], weights=columns[3 + dims[part.digest] :].prod(0), minlength=len(total))
+    written: Counter[str] = Counter()
+    for digest, tensors in sets.items():
+        written.update({name: int(volume) for (name, *_), volume in zip(tensors, volumes[digest], strict=True)})
+    # Some may be written more than once, such as shards on a mesh that has no dimension for their copies.
     if lacking := [name for name, (size, _) in kinds.items() if written[name] < math.prod(size)]:
         raise ValueError(f"no rank has written all of {first_few(lacking)}")
     ranks = [[str(part.digest), len(part.columns), part.random] for part in parts]
@@ -148,12 +158,18 @@ def _is_written_here(name: str, tensor: Tensor, copies: Copies) -> bool:
     if not isinstance(tensor, DTensor):
         return copy % copies.ranks == copies.place
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or tensor.to_local().numel() == 0:
-        return False
-    return all(
+    return coordinate is not None and all(
         place == copy % tensor.device_mesh.size(dim)
         for dim, (place, placement) in enumerate(zip(coordinate, tensor.placements, strict=True))
         if placement.is_replicate()
+    )
+
+
+def _write_item(name: str, tensor: Tensor, chunk: ChunkStorageMetadata) -> WriteItem:
+    properties = TensorProperties(dtype=tensor.dtype)
+    kind = WriteItemType.SHARD if isinstance(tensor, DTensor) else WriteItemType.TENSOR
+    return WriteItem(
+        MetadataIndex(name, chunk.offsets), kind, tensor_data=TensorWriteData(chunk, properties, tensor.shape)
     )
 
 
@@ -209,7 +225,7 @@ class Index:
 
     def find(self, targets: Mapping[str, Tensor]) -> Metadata:
         """The shards that overlap with this rank's parts of the targets, in torch.distributed.checkpoint's terms."""
-        wanted = {name: chunk for name, tensor in targets.items() if (chunk := _chunk(tensor)) is not None}
+        wanted = _chunks(targets)
         bounds = {digest: _bounds(tensors, wanted) for digest, tensors in self._sets.items()}
         found = {name: _metadata(*_kind(tensor)) for name, tensor in targets.items()}
         places: dict[MetadataIndex, _StorageInfo] = {}
@@ -223,15 +239,15 @@ class Index:
         begin = 0
         for rank, (digest, length, _) in enumerate(self._ranks):
             lows, highs = bounds[digest]
-            dims = len(lows)
+            dims, file = len(lows), file_of(rank)
             columns = _columns(self._blocks[begin : begin + length], dims)
             begin += length
             number, offsets, ends = columns[0], columns[3 : 3 + dims], columns[3 : 3 + dims] + columns[3 + dims :]
             overlaps = ((offsets < highs[:, number]) & (ends > lows[:, number])).all(0)
-            for row in columns[:, overlaps].T.tolist():
-                name, size, _ = self._sets[digest][row[0]]
-                at = row[3 : 3 + len(size)], row[3 + dims : 3 + dims + len(size)]
-                add(name, *at, _StorageInfo(file_of(rank), row[1], row[2]))
+            for number, *row in columns[:, overlaps].T.tolist():
+                name, size, _ = self._sets[digest][number]
+                sizes = row[2 + dims : 2 + dims + len(size)]
+                add(name, row[2 : 2 + len(size)], sizes, _StorageInfo(file, row[0], row[1]))
         for name, size, _, position, length in self._random:
             if name in targets:
                 add(name, [0] * len(size), size, _StorageInfo(self._file, position, length))
@@ -258,19 +274,21 @@ def load(folder: Path, metadata: Metadata, targets: dict[str, Any]) -> str | Non
         folder: the checkpoint's.
         metadata: has every target, of the same size.
     """
+    items, wrong = [], []
+    for name, chunk in _chunks(targets).items():
+        saved = metadata.state_dict_metadata[name]
+        assert isinstance(saved, TensorStorageMetadata)
+        found = create_read_items_for_chunk_list(name, saved, [chunk])
+        if sum(math.prod(item.lengths) for item in found) != math.prod(chunk.sizes):
+            wrong.append(name)
+        items += found
+    if wrong:
+        return f"does not hold every part of {first_few(wrong)} exactly once"
     planner, reader = DefaultLoadPlanner(flatten_state_dict=False), FileSystemReader(folder)
     planner.set_up_planner(targets, metadata, is_coordinator=False)
     reader.set_up_storage_reader(metadata, is_coordinator=False)
-    plan = planner.create_local_plan()
-    volumes: Counter[str] = Counter()
-    for item in plan.items:
-        volumes[item.dest_index.fqn] += math.prod(item.lengths)
-    chunks = {name: _chunk(tensor) for name, tensor in targets.items()}
-    wrong = [name for name, chunk in chunks.items() if volumes[name] != (math.prod(chunk.sizes) if chunk else 0)]
-    if wrong:
-        return f"does not hold every part of {first_few(wrong)} exactly once"
     try:
-        reader.read_data(plan, planner).wait()
+        reader.read_data(LoadPlan(items), planner).wait()
     except OSError as error:
         return f"cannot be read: {in_words(error)}"
     return None
@@ -280,15 +298,22 @@ def _metadata(size: Sequence[int], dtype: str) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(dtype=getattr(torch, dtype)), torch.Size(size), chunks=[])
 
 
-def _chunk(tensor: Tensor) -> ChunkStorageMetadata | None:
-    """This rank's part of a tensor; None if it is empty."""
-    if not isinstance(tensor, DTensor):
-        chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
-    elif tensor.device_mesh.get_coordinate() is None:
-        return None
-    else:
-        (chunk,) = tensor.__create_chunk_list__()
-    return chunk if math.prod(chunk.sizes) else None
+def _chunks(tensors: Mapping[str, Tensor]) -> dict[str, ChunkStorageMetadata]:
+    """This rank's part of each tensor, unless it is empty."""
+    chunks, known = {}, {}  # torch takes a millisecond for each, and most layers' tensors are alike
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
+        elif tensor.device_mesh.get_coordinate() is None:
+            continue
+        else:
+            layout = (tensor.shape, tensor.device_mesh, tensor.placements)
+            if layout not in known:
+                (known[layout],) = tensor.__create_chunk_list__()
+            chunk = known[layout]
+        if math.prod(chunk.sizes):
+            chunks[name] = chunk
+    return chunks
 
 
 def _bounds(
