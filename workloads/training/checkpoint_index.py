@@ -216,7 +216,7 @@ class Index:
         with (folder / INDEX).open("rb") as file:
             header = json.loads(file.readline())
             self._blocks = file.read()
-        self._folder, self._ranks = folder, header["ranks"]
+        self._ranks: list[Any] = header["ranks"]
         self._sets: dict[str, list[list[Any]]] = header["tensors"]
         self._random = self._ranks[rank][2] if rank < len(self._ranks) else []
         self._file = file_of(rank)
@@ -244,10 +244,10 @@ class Index:
             begin += length
             number, offsets, ends = columns[0], columns[3 : 3 + dims], columns[3 : 3 + dims] + columns[3 + dims :]
             overlaps = ((offsets < highs[:, number]) & (ends > lows[:, number])).all(0)
-            for number, *row in columns[:, overlaps].T.tolist():
-                name, size, _ = self._sets[digest][number]
-                sizes = row[2 + dims : 2 + dims + len(size)]
-                add(name, row[2 : 2 + len(size)], sizes, _StorageInfo(file, row[0], row[1]))
+            for row in columns[:, overlaps].T.tolist():
+                name, size, _ = self._sets[digest][row[0]]
+                place = _StorageInfo(file, row[1], row[2])
+                add(name, row[3 : 3 + len(size)], row[3 + dims : 3 + dims + len(size)], place)
         for name, size, _, position, length in self._random:
             if name in targets:
                 add(name, [0] * len(size), size, _StorageInfo(self._file, position, length))
@@ -300,7 +300,7 @@ def _metadata(size: Sequence[int], dtype: str) -> TensorStorageMetadata:
 
 def _chunks(tensors: Mapping[str, Tensor]) -> dict[str, ChunkStorageMetadata]:
     """This rank's part of each tensor, unless it is empty."""
-    chunks, known = {}, {}  # torch takes a millisecond for each, and most layers' tensors are alike
+    chunks, known = {}, {}  # torch takes milliseconds for each layout, and the tensors of most layers share theirs
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
             chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)

@@ -235,6 +235,12 @@ def test_weights_and_optimizer_states_are_the_same_on_other_layouts(tmp_path: Pa
                 assert not any(np.array_equal(saved[name], value) for name, value in found["loaded"].items())
     assert saved is not None
     assert saved["tok_embeddings.weight.exp_avg_sq"].shape == (257, 24)
+    # Of the two copies that HSDP has of 4 shards, one is written.
+    hsdp, sharded = (
+        sum(path.stat().st_size for path in (tmp_path / "checkpoints" / files.folder_name(number)).rglob("*.distcp"))
+        for number in (2, 3)
+    )
+    assert hsdp < 0.8 * sharded
 
 
 # ---- when it is saved
