@@ -25,18 +25,17 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, planner_helpers
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.futures import Future
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from workloads.tp_fsdp_llama2.config import Config
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.training import checkpoint_files as files
-from workloads.training import checkpoint_index as shards
+from workloads.training import checkpoint_index, shards
 from workloads.training.checkpoint_state import TrainingState
 from workloads.training.optimizer import adamw
 
@@ -67,15 +66,9 @@ def as_rank(rank: int, mesh: DeviceMesh, state: dict[str, torch.Tensor]) -> Iter
         # FSDP2 and TP meshes are parts of the same one, in its order.
         return [coordinate[names.index(name)] for name in other.mesh_dim_names or ()]
 
-    def shape_and_offset(shape: Any, other: DeviceMesh, placements: Any) -> Any:
-        return _compute_local_shape_and_global_offset(shape, other.shape, of(other), placements)
-
     own = {name.replace("random.0.", f"random.{rank}."): tensor for name, tensor in state.items()}
 
-    with (
-        mock.patch.object(DeviceMesh, "get_coordinate", of),
-        mock.patch.object(planner_helpers, "compute_local_shape_and_global_offset", shape_and_offset),
-    ):
+    with mock.patch.object(DeviceMesh, "get_coordinate", of), mock.patch.object(checkpoint_index, "bounds", shards.cut):
         yield own
 
 
@@ -91,16 +84,18 @@ def write_nothing(writer: FileSystemWriter, plan: Any, planner: Any) -> Future[l
     return future
 
 
-def part_of(rank: int, mesh: DeviceMesh, state: dict[str, torch.Tensor], folder: Path) -> tuple[shards.Part, float]:
+def part_of(
+    rank: int, mesh: DeviceMesh, state: dict[str, torch.Tensor], folder: Path
+) -> tuple[checkpoint_index.Part, float]:
     """What a rank plans and sends to rank 0, and the seconds that it takes the rank."""
     with (
         as_rank(rank, mesh, state) as own,
         mock.patch.object(FileSystemWriter, "write_data", write_nothing),
-        mock.patch.object(shards, "all_gather", lambda mine, group: [mine] * mesh.size()),
+        mock.patch.object(checkpoint_index, "all_gather", lambda mine, group: [mine] * mesh.size()),
     ):
         began = time.process_time()
-        copies = replace(shards.find_copies(own, 0, None), place=rank)
-        part = shards.write(folder, rank, own, copies)
+        copies = replace(checkpoint_index.find_copies(own, 0, None), place=rank)
+        part = checkpoint_index.write(folder, rank, own, copies)
         return part, time.process_time() - began
 
 
@@ -109,7 +104,7 @@ def plan_load(folder: Path, state: dict[str, torch.Tensor]) -> str | None:
     done: Future[None] = Future()
     done.set_result(None)
     with mock.patch.object(FileSystemReader, "read_data", return_value=done):
-        return shards.load(folder, shards.Index(folder, 0).find(state), dict(state))
+        return checkpoint_index.load(folder, checkpoint_index.Index(folder, 0).find(state), dict(state))
 
 
 class Plenty(Counter[str]):
@@ -132,21 +127,21 @@ def measure(mesh: DeviceMesh, other: DeviceMesh, blocks: int, made: int, folder:
         strict=True,
     )
     parts = [made_parts[rank // step] for rank in range(ranks)]
-    sums = {shards.file_of(rank): {"bytes": 2**40 + rank, "sha256": f"{rank:064x}"} for rank in range(ranks)}
-    messages = [len(pickle.dumps((part, {"": sums[shards.file_of(0)]}))) for part in made_parts]
+    sums = {checkpoint_index.file_of(rank): {"bytes": 2**40 + rank, "sha256": f"{rank:064x}"} for rank in range(ranks)}
+    messages = [len(pickle.dumps((part, {"": sums[checkpoint_index.file_of(0)]}))) for part in made_parts]
     yield "rank 0's plan, s", seconds[0]
     yield "the longest plan, s", max(seconds)
     yield "rank 0's part, KB", messages[0] / 1e3
     yield "the largest part, KB", max(messages) / 1e3
     yield "rank 0 gathers, MB", ranks * max(messages) / 1e6  # gather_object fills all up to the largest
-    with mock.patch.object(shards, "Counter", Counter if step == 1 else Plenty):
-        yield "rank 0 joins them, s", timed(lambda: shards.write_index(folder, parts))[1]
+    with mock.patch.object(checkpoint_index, "Counter", Counter if step == 1 else Plenty):
+        yield "rank 0 joins them, s", timed(lambda: checkpoint_index.write_index(folder, parts))[1]
     yield "manifest, s", timed(lambda: files.write_manifest(folder, {"files": sums}))[1]
-    yield "index, MB", (folder / shards.INDEX).stat().st_size / 1e6
+    yield "index, MB", (folder / checkpoint_index.INDEX).stat().st_size / 1e6
     yield "manifest, MB", (folder / files.MANIFEST).stat().st_size / 1e6
-    yield "shards written", sum(len(shards._columns(part.columns, 2)[0]) + len(part.random) for part in parts)
+    yield "shards written", sum(len(checkpoint_index._columns(part.columns, 2)[0]) + len(part.random) for part in parts)
     yield "folders", len({Path(name).parent for name in sums})
-    yield "files per folder, at most", min(ranks, shards.RANKS_PER_FOLDER)
+    yield "files per folder, at most", min(ranks, checkpoint_index.RANKS_PER_FOLDER)
     for name, target in (("same", state), (f"tp={OTHER_TP}", training_state(blocks, other))):
         wrong, load_s = timed(lambda: plan_load(folder, target))  # noqa: B023 (called at once)
         assert step > 1 or wrong is None, wrong

@@ -31,11 +31,10 @@ from torch.optim import Optimizer
 from workloads.base import RunContext, SupersededError, WorkloadError, to_json
 from workloads.errors import first_few, in_words, spoken_for
 from workloads.training import checkpoint_files as files
-from workloads.training import checkpoint_index as shards
+from workloads.training import checkpoint_index
 from workloads.training.checkpoint_config import ResumableConfig as ResumableConfig
 from workloads.training.checkpoint_state import HostBuffers, TrainingState
 from workloads.training.collectives import gather_objects, sums_and_maxima
-from workloads.training.shards import as_chunks
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class _Snapshot:
 class _Part:
     """What one rank has written of a checkpoint."""
 
-    shards: shards.Part
+    index: checkpoint_index.Part
     files: dict[str, Any]
     """Size and checksum by name."""
 
@@ -153,7 +152,11 @@ class Checkpoint:
             self._config.refuse_other_settings(manifest, folder)
         except WorkloadError as error:
             raise spoken_for(error, 0, self._ctx.rank) from None
-        index = shards.TorchIndex(folder) if manifest["format"] == 1 else shards.Index(folder, self._ctx.rank)
+        index = (
+            checkpoint_index.TorchIndex(folder)
+            if manifest["format"] == 1
+            else checkpoint_index.Index(folder, self._ctx.rank)
+        )
         targets = self._state.targets(index.tensors, manifest["values"], manifest["layout"] == self._layout)
         wrong = self._agreed(self._state.mistake(index.tensors, targets))
         if wrong is None and (left_over := self._left_over(index.tensors, targets)):
@@ -162,7 +165,7 @@ class Checkpoint:
             raise self._mistake(
                 f"the checkpoint {folder} is of another model or optimizer: it {wrong}; use what it was saved with"
             )
-        wrong = self._agreed(shards.load(folder, index.find(targets), targets))
+        wrong = self._agreed(checkpoint_index.load(folder, index.find(targets), targets))
         if wrong is not None:
             raise self._mistake(f"the checkpoint {folder} {wrong}; give another one with resume=PATH")
         self._state.set(targets, manifest["values"])
@@ -268,7 +271,7 @@ class Checkpoint:
         began, partial = time.monotonic(), None
         try:
             partial = self._partial_folder(snapshot.step)
-            copies = shards.find_copies(snapshot.tensors, self._ctx.rank, self._group)
+            copies = checkpoint_index.find_copies(snapshot.tensors, self._ctx.rank, self._group)
             everyone = gather_objects(self._write_part(partial, snapshot, copies), self._group)
             self._ctx.note_save(time.monotonic() - began)
             if everyone is not None:
@@ -298,15 +301,15 @@ class Checkpoint:
             raise made[0]
         return made[0]
 
-    def _write_part(self, folder: Path, snapshot: _Snapshot, copies: shards.Copies) -> _Part | str:
+    def _write_part(self, folder: Path, snapshot: _Snapshot, copies: checkpoint_index.Copies) -> _Part | str:
         """Writes this rank's part of a checkpoint; what is wrong if that fails.
 
         An error must not be raised here: the other ranks would wait for this one.
         """
         rank = self._ctx.rank
         try:
-            part = shards.write(folder, rank, snapshot.tensors, copies)
-            names = [shards.file_of(rank)]
+            part = checkpoint_index.write(folder, rank, snapshot.tensors, copies)
+            names = [checkpoint_index.file_of(rank)]
             if rank == 0:
                 if snapshot.metrics_bytes is None:
                     return "the metrics up to this step cannot be written"
@@ -320,9 +323,9 @@ class Checkpoint:
         for part in everyone:
             if isinstance(part, str):
                 raise _PartError(part)
-        shards.write_index(partial, [part.shards for part in everyone])
+        checkpoint_index.write_index(partial, [part.index for part in everyone])
         written = {name: entry for part in everyone for name, entry in part.files.items()}
-        written[shards.INDEX] = files.checksum(partial / shards.INDEX)
+        written[checkpoint_index.INDEX] = files.checksum(partial / checkpoint_index.INDEX)
         files.write_manifest(partial, {**snapshot.manifest, "files": written})
         check = self._ctx.paths.refuse_if_superseded
         folder = files.publish(partial, snapshot.step, check)

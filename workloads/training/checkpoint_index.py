@@ -49,6 +49,7 @@ from torch.distributed.tensor import DTensor
 
 from workloads.errors import first_few, in_words
 from workloads.training.collectives import all_gather
+from workloads.training.shards import bounds
 
 INDEX = "index"
 RANKS_PER_FOLDER = 256
@@ -226,7 +227,7 @@ class Index:
     def find(self, targets: Mapping[str, Tensor]) -> Metadata:
         """The shards that overlap with this rank's parts of the targets, in torch.distributed.checkpoint's terms."""
         wanted = _chunks(targets)
-        bounds = {digest: _bounds(tensors, wanted) for digest, tensors in self._sets.items()}
+        ranges = {digest: _ranges(tensors, wanted) for digest, tensors in self._sets.items()}
         found = {name: _metadata(*_kind(tensor)) for name, tensor in targets.items()}
         places: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -238,7 +239,7 @@ class Index:
 
         begin = 0
         for rank, (digest, length, _) in enumerate(self._ranks):
-            lows, highs = bounds[digest]
+            lows, highs = ranges[digest]
             dims, file = len(lows), file_of(rank)
             columns = _columns(self._blocks[begin : begin + length], dims)
             begin += length
@@ -300,23 +301,18 @@ def _metadata(size: Sequence[int], dtype: str) -> TensorStorageMetadata:
 
 def _chunks(tensors: Mapping[str, Tensor]) -> dict[str, ChunkStorageMetadata]:
     """This rank's part of each tensor, unless it is empty."""
-    chunks, known = {}, {}  # torch takes milliseconds for each layout, and the tensors of most layers share theirs
+    chunks = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
-            chunk = ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
-        elif tensor.device_mesh.get_coordinate() is None:
+        if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
             continue
-        else:
-            layout = (tensor.shape, tensor.device_mesh, tensor.placements)
-            if layout not in known:
-                (known[layout],) = tensor.__create_chunk_list__()
-            chunk = known[layout]
-        if math.prod(chunk.sizes):
-            chunks[name] = chunk
+        parts = bounds(tensor)
+        if all(low < high for low, high in parts):
+            sizes = torch.Size(high - low for low, high in parts)
+            chunks[name] = ChunkStorageMetadata(torch.Size(low for low, _ in parts), sizes)
     return chunks
 
 
-def _bounds(
+def _ranges(
     tensors: Sequence[Sequence[Any]], wanted: Mapping[str, ChunkStorageMetadata]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the wanted parts of a set's tensors begin and end: (dims, tensors) each, zeros for what is not wanted."""
