@@ -36,6 +36,7 @@ from workloads.tp_fsdp_llama2.config import Config
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.training import checkpoint_files as files
 from workloads.training import checkpoint_index, shards
+from workloads.training.checkpoint_index import Part
 from workloads.training.checkpoint_state import TrainingState
 from workloads.training.optimizer import adamw
 
@@ -84,9 +85,7 @@ def write_nothing(writer: FileSystemWriter, plan: Any, planner: Any) -> Future[l
     return future
 
 
-def part_of(
-    rank: int, mesh: DeviceMesh, state: dict[str, torch.Tensor], folder: Path
-) -> tuple[checkpoint_index.Part, float]:
+def part_of(rank: int, mesh: DeviceMesh, state: dict[str, torch.Tensor], folder: Path) -> tuple[Part, float]:
     """What a rank plans and sends to rank 0, and the seconds that it takes the rank."""
     with (
         as_rank(rank, mesh, state) as own,

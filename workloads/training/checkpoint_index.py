@@ -266,6 +266,11 @@ class TorchIndex:
         return self._metadata
 
 
+def read_index(folder: Path, version: int, rank: int) -> Index | TorchIndex:
+    """The index of a checkpoint whose manifest has this format."""
+    return TorchIndex(folder) if version == 1 else Index(folder, rank)
+
+
 def load(folder: Path, metadata: Metadata, targets: dict[str, Any]) -> str | None:
     """Reads into the targets, without collectives; what is wrong if the checkpoint lacks a part of one.
 
