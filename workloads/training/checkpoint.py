@@ -152,11 +152,7 @@ class Checkpoint:
             self._config.refuse_other_settings(manifest, folder)
         except WorkloadError as error:
             raise spoken_for(error, 0, self._ctx.rank) from None
-        index = (
-            checkpoint_index.TorchIndex(folder)
-            if manifest["format"] == 1
-            else checkpoint_index.Index(folder, self._ctx.rank)
-        )
+        index = checkpoint_index.read_index(folder, manifest["format"], self._ctx.rank)
         targets = self._state.targets(index.tensors, manifest["values"], manifest["layout"] == self._layout)
         wrong = self._agreed(self._state.mistake(index.tensors, targets))
         if wrong is None and (left_over := self._left_over(index.tensors, targets)):
