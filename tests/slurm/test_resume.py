@@ -8,21 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.jobs.cli.test_resume import SMALL, losses, typed
 from tests.jobs.submitting import SUBMIT
 from tests.slurm.harness import Cluster
+from workloads.training.checkpoint_index import load_whole
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:
     """Weights and optimizer states after a step, whole. Random states are each run's own, and used by none of it."""
-    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", run / "state.pt")
-    return {name: value for name, value in torch.load(run / "state.pt").items() if not name.startswith("random.")}
+    return load_whole(run / "checkpoints" / f"step-{step:08d}")
 
 
 def test_a_run_goes_on_in_another_job_on_the_same_and_on_another_shape(

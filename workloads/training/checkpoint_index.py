@@ -207,20 +207,20 @@ class Index:
 
     Args:
         folder: the checkpoint's.
-        rank: whose random states are among the tensors, if such a rank has saved.
+        rank: whose random states are among the tensors, if such a rank has saved; None: no rank's.
     """
 
     tensors: dict[str, TensorStorageMetadata]
     """The whole tensors, by name; on every rank the same, and in the same order, but for random states."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int | None) -> None:
         with (folder / INDEX).open("rb") as file:
             header = json.loads(file.readline())
             self._blocks = file.read()
         self._ranks: list[Any] = header["ranks"]
         self._sets: dict[str, list[list[Any]]] = header["tensors"]
-        self._random = self._ranks[rank][2] if rank < len(self._ranks) else []
-        self._file = file_of(rank)
+        self._random = self._ranks[rank][2] if rank is not None and rank < len(self._ranks) else []
+        self._file = file_of(rank or 0)
         described = [entry for digest in sorted(self._sets) for entry in self._sets[digest]]
         self.tensors = {name: _metadata(*kind) for name, *kind in (*described, *(entry[:3] for entry in self._random))}
 
@@ -298,6 +298,21 @@ def load(folder: Path, metadata: Metadata, targets: dict[str, Any]) -> str | Non
     except OSError as error:
         return f"cannot be read: {in_words(error)}"
     return None
+
+
+def load_whole(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint but random states, none of them sharded; for one process alone.
+
+    Raises:
+        ValueError: the checkpoint lacks a part of a tensor, or cannot be read.
+    """
+    index = Index(folder, None)
+    whole: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.tensors.items()
+    }
+    if wrong := load(folder, index.find(whole), whole):
+        raise ValueError(f"the checkpoint {folder} {wrong}")
+    return whole
 
 
 def _metadata(size: Sequence[int], dtype: str) -> TensorStorageMetadata:

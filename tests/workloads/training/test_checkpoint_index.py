@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from workloads.training import checkpoint_index
-from workloads.training.checkpoint_index import Copies, Index, Part, find_copies, load, read_index, write, write_index
+from workloads.training.checkpoint_index import Copies, Index, Part, find_copies, load, load_whole, read_index, write, write_index
 
 RANKS = 4
 
@@ -52,7 +52,9 @@ def test_copies_are_written_once_and_every_rank_loads_all(tmp_path: Path, monkey
     for rank in range(RANKS):
         assert is_same(loaded(tmp_path, rank), tensors(rank))
     # A rank that the checkpoint does not know has no random states there.
-    assert is_same(loaded(tmp_path, RANKS), {n: t for n, t in tensors(0).items() if not n.startswith("random.")})
+    shared = {name: tensor for name, tensor in tensors(0).items() if not name.startswith("random.")}
+    assert is_same(loaded(tmp_path, RANKS), shared)
+    assert is_same(load_whole(tmp_path), shared)
 
 
 def test_what_no_rank_has_written_is_named(tmp_path: Path) -> None:
