@@ -11,7 +11,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from workloads.training import checkpoint_index
-from workloads.training.checkpoint_index import Copies, Index, Part, find_copies, load, load_whole, read_index, write, write_index
+from workloads.training.checkpoint_index import (
+    Copies,
+    Index,
+    Part,
+    find_copies,
+    load,
+    load_whole,
+    read_index,
+    write,
+    write_index,
+)
 
 RANKS = 4
 
