@@ -116,6 +116,7 @@ class Run:
     starts: int = 0
     said: list[str] = field(default_factory=list)
     """What each start ended with."""
+    has_spares: bool = False
     keep: bool = False
     """Whether its folder is copied before it is removed."""
 
@@ -143,7 +144,8 @@ class Run:
             words += ["--env", f"CHAOS={self.folder}", "--env", f"PYTHONPATH={self.folder}"]
             if self.cluster is not None:  # under a limit of less than 4 minutes a preemption comes as SIGTERM
                 words += ["--time", self.chance.choice(["3", "10"])]
-                words += self.chance.choice([["--spares", "1"], [], []])
+                self.has_spares = self.chance.random() < 1 / 3
+                words += ["--spares", "1"] if self.has_spares else []
         else:
             words = ["resume", "run"]
         return subprocess.Popen(
