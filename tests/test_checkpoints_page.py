@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_readme import example
+from tests.test_readme import README, example
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "CHECKPOINTS.md").read_text()
@@ -28,6 +28,7 @@ def test_five_lines_make_the_readmes_example_resumable() -> None:
     """But for a call that no longer fits into its `if`."""
     marked = [line for line in snippet().splitlines() if re.search(r"  # \d", line)]
     assert len(marked) == 5
+    assert all(line.partition("  # ")[0] in README.splitlines() for line in marked)
     kept = [line.strip() for line in snippet().splitlines() if line not in marked]
     before = [line.strip() for line in example().splitlines()]
     assert [line for line in kept if line not in before] == [

@@ -15,12 +15,12 @@ README = (ROOT / "README.md").read_text()
 
 
 def example() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     return code
 
 
 def test_the_example_workload_is_short() -> None:
-    assert len(example().splitlines()) < 30
+    assert len(example().splitlines()) < 32
 
 
 @pytest.mark.dist

@@ -205,7 +205,7 @@ class _Agent:
     def _start(self) -> None:
         """Starts this host's ranks; a spare host has none."""
         if self.info.rank not in self.places:
-            log.info("this host has no ranks in attempt %d", self.attempt.number)
+            log.info("a spare host, without ranks in attempt %d", self.attempt.number)
             return
         met, per_node, hosts = self.met, self.spec.resources.gpus_per_node, self._hosts(self.met)
         if self.on_slurm:
@@ -216,7 +216,7 @@ class _Agent:
         for index in range(self._ranks_here):
             env = rank_env(first + index, hosts, per_node, self.info, met.address, met.port)
             self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, self.can_fork)
-        log.info("%d ranks started after %.2f s", len(self.ranks.all), time.time() - self.started)
+        log.info("ranks started: %d, after %.2f s", len(self.ranks.all), time.time() - self.started)
 
     def _end_attempt(self) -> None:
         """Ends this host's ranks, to start others; whatever is known of them is forgotten."""

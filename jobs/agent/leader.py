@@ -277,7 +277,7 @@ class Leader:
             exclude(self.run, cause)
         if leaving:
             replaced = ", ".join(self._state.replace(one) for one in leaving)
-            decision, why = f"{decision}, {replaced}", "there was a spare host for each that is given up"
+            decision, why = f"{decision}, {replaced}", "a spare host takes the place of each that is given up"
         # Before the folder is there, so that a follower that sees it knows why.
         self._record.write_failure(cause, self._state, decision, why)
         self._record.publish("failed", cause.headline(), cause, decision=decision, next_attempt=number)

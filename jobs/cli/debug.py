@@ -43,4 +43,4 @@ def run(spec: JobSpec, console: Console) -> int:
         run_dir.publish({**ended, "status": "interrupted", "error": "interrupted by SIGINT"})
         raise
     assert record is not None
-    return report_end(record, console, time.monotonic() - began)
+    return report_end(record, console, time.monotonic() - began, run_dir)

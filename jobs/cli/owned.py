@@ -66,6 +66,8 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             outcome = f"the job had already ended; see its result with: {come_back(run_dir)}"
         else:
             outcome = "the job was ended, and all of its processes are gone"
+            if run_dir.has_checkpoints():
+                outcome += f"; go on from the newest checkpoint: {come_back(run_dir, 'resume')}"
         console.error(f"{interruption}; {outcome}")
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
@@ -79,4 +81,4 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             *record.get("warnings", ()),
             f"the agent exited with code {process.returncode} after the work was done",
         ]
-    return report_end(record, console, time.monotonic() - began)
+    return report_end(record, console, time.monotonic() - began, run_dir)

@@ -128,6 +128,8 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
             )
     if on_gpus or which == "slurm":
         announcements += fit.check_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
+    if resources.spares:
+        announcements.append(f"{resources.nodes} hosts train, and Slurm is asked for {resources.hosts}: --spares")
     if profile is not None:
         announcements.append(f"profile: {profile}")
     announcements += notices

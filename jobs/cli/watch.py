@@ -46,7 +46,7 @@ def watch(run_dir: RunDirectory, submitted: Submitted, console: Console, *, from
             display.close()
         return detached(run_dir, submitted, console, interruption, job is not None and job.has_ended())
     seconds = time.monotonic() - began if from_the_start else record.get("seconds")
-    return report_end(record, console, seconds)
+    return report_end(record, console, seconds, run_dir)
 
 
 def _until_over(job: Tracker, display: Display, from_the_start: bool) -> None:

@@ -67,11 +67,11 @@ def why_not_submitted(run_dir: RunDirectory) -> str:
     )
 
 
-def come_back(run_dir: RunDirectory) -> str:
+def come_back(run_dir: RunDirectory, verb: str = "wait") -> str:
     """The command that follows a run again, with the same program name as this command, so that it can be pasted."""
     path = run_dir.path
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     program = sys.argv[0] if sys.argv and Path(sys.argv[0]).name in ("submit.py", "meshrun") else "submit.py"
     command = ["python", program] if program.endswith(".py") else [Path(program).name]
-    return shlex.join([*command, "wait", str(path)])
+    return shlex.join([*command, verb, str(path)])

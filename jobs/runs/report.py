@@ -55,5 +55,7 @@ def details(record: Mapping[str, Any]) -> str:
 def headline(record: Mapping[str, Any]) -> str:
     """The line about a job that is not done."""
     status = record["status"]
+    if str(record.get("error", "")).startswith(f"{status} "):
+        return f"the job was {record['error']}"
     what = {"failed": "the job failed: ", "unknown": "", "cancelled": ""}.get(status, f"the job was {status}: ")
     return what + record.get("error", "no reason is known")

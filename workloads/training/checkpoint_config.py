@@ -78,7 +78,7 @@ class ResumableConfig(WorkloadConfig):
         if isinstance(steps, int) and manifest.get("step", 0) > steps:
             raise WorkloadError(
                 f"steps={steps}: the checkpoint {folder} was saved after step {manifest['step']}; give more steps, or "
-                "resume=never to start at step 1"
+                "start a new run"
             )
         saved, given = manifest["settings"], self.fixed_settings()
         # A key that the checkpoint lacks belongs to a newer version, whose default leaves things as they were.
@@ -87,11 +87,15 @@ class ResumableConfig(WorkloadConfig):
             for key, value in given.items()
             if key in saved and saved[key] != value
         ]
-        different += [f"{key}, which no longer exists (saved: {saved[key]})" for key in saved if key not in given]
+        different += [
+            f"{key}, which no longer exists (saved: {saved[key]})"
+            for key in saved
+            if key not in given and not _is_in(key, self.may_change)  # may change since the checkpoint was saved
+        ]
         if different:
             raise WorkloadError(
                 f"the checkpoint {folder} cannot be resumed with {first_few(different)}: use the saved values, or "
-                "resume=never to start at step 1"
+                "start a new run"
             )
 
     def check_resume(self) -> Path | None:

@@ -43,6 +43,11 @@ def run(given: Options, console: Console) -> int:
     """
     run_dir = find(given.words[1])
     spec = _described(run_dir)
+    if "resume=never" in given.words:
+        raise CommandLineError(
+            f"resume=never: submit.py resume goes on from a checkpoint; to train from step 1, start a new run: "
+            f"submit.py {spec.workload} ..."
+        )
     _refuse_if_it_runs(run_dir)
     resolved = resolve(_with_what_was_given_before(given, spec, run_dir), going_on=spec)
     notes = [_where_from(resolved.config, run_dir)]
@@ -138,10 +143,13 @@ def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirec
         for name, value in options.items()
         if name not in known
     ]
+    words = given.words[2:]
+    if spec.settings.get("resume") == "never" and not any(word.startswith("resume=") for word in words):
+        words = [*words, "resume=auto"]
     return replace(
         given,
         **kept,
-        words=[spec.workload, *given.words[2:]],
+        words=[spec.workload, *words],
         run_dir=str(run_dir.path),
         env=[*env, *given.env],
         sbatch=[*sbatch, *given.sbatch],
@@ -159,7 +167,7 @@ def _where_from(config: WorkloadConfig, run_dir: RunDirectory) -> str:
             f"{run_dir.path}: its workload saves no checkpoints (its settings are not a ResumableConfig), so a run of "
             "it cannot go on; start a new run"
         )
-    for folder in checkpoint_files.published(run_dir.paths(0).checkpoint_dir) if config.resume != "never" else ():
+    for folder in checkpoint_files.published(run_dir.paths(0).checkpoint_dir):
         manifest = checkpoint_files.read_manifest(folder)
         if manifest is not None:
             config.refuse_other_settings(manifest, folder)

@@ -25,5 +25,5 @@ def run(given: Options, console: Console) -> int:
         record = run_dir.recorded()
         if record is None:
             raise CommandLineError(why_not_submitted(run_dir))
-        return report_end(record, console, record.get("seconds"))
+        return report_end(record, console, record.get("seconds"), run_dir)
     return watch(run_dir, submitted, console, from_the_start=False)

@@ -59,6 +59,9 @@ def test_a_run_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
         f"meshrun: error: {tmp_path / 'run'}: is done and has no checkpoint to go on from; start a new run, with "
         "checkpoint.every_steps"
     ]
+    shown = typed(tmp_path, "resume", "run", "steps=2", "resume=never", code=2)
+    says = "submit.py resume goes on from a checkpoint; to train from step 1, start a new run: submit.py tp_fsdp ..."
+    assert shown.splitlines() == [f"meshrun: error: resume=never: {says}"]
     assert tree(tmp_path) == before
 
 

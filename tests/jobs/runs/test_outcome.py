@@ -238,7 +238,7 @@ def begin(run: RunDirectory, attempt: int, name: str) -> None:
     there = run.attempt(attempt).make()
     there.srun_log.write_text((RECORDED / f"{name}.log").read_text())
     for number in range(2):
-        there.agent_log(number).write_text("12:00:00 [agent] INFO: 2 ranks started after 2.01 s\n")
+        there.agent_log(number).write_text("12:00:00 [agent] INFO: ranks started: 2, after 2.01 s\n")
 
 
 def judge(run: RunDirectory, attempt: int = 0, **more: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_what_may_change_and_what_may_not(tmp_path: Path) -> None:
         changed.check_resume()
     assert str(refused.value) == (
         f"the checkpoint {folder} cannot be resumed with data.path=there (saved: here), lr=0.2 (saved: 0.1): use the "
-        "saved values, or resume=never to start at step 1"
+        "saved values, or start a new run"
     )
 
 
@@ -93,3 +93,10 @@ def test_the_newest_whose_manifest_can_be_read_decides(tmp_path: Path) -> None:
     save(tmp_path, Config(), 5)
     (save(tmp_path, Config(lr=0.3), 6) / files.MANIFEST).unlink()
     Config(resume=str(tmp_path)).check_resume()
+
+
+def test_a_setting_may_be_declared_changeable_after_the_checkpoint_was_saved(tmp_path: Path) -> None:
+    class Later(Config):
+        may_change = Config.may_change | {"lr"}
+
+    Later.model_validate({"resume": str(save(tmp_path, Config(lr=0.1))), "lr": 0.2}).check_resume()
