@@ -17,8 +17,9 @@ from jobs.spec import JobSpec
 
 EXCLUDED_FOR_S = 24 * 3600.0
 FAILED_TWICE = "its host was the root cause twice"
+NO_SPARE = "no spare host is left"
 REQUEUED_WITH = "requeued with"
-"""How the decision begins: without that host, or with it where there are too few others."""
+"""How the decision begins: without that host, with it where there are too few others, or with other spare hosts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _counts(failure: Failure) -> bool:
 
 
 def requeues(run: RunDirectory) -> int:
-    """How often the run was requeued because a host was the root cause twice."""
+    """How often the run was requeued because a host was the root cause twice, or no spare host was left."""
     decisions = ((run.recorded(n) or {}).get("decision", "") for n in range(run.last_attempt().number + 1))
     return sum(decision.startswith(REQUEUED_WITH) for decision in decisions)
 

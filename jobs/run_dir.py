@@ -291,12 +291,27 @@ class RunDirectory:
         write_json(self.job, spec.model_dump(mode="json"))
         write_text(self.settings, dump_yaml(spec.settings))
 
-    def put_away(self) -> PutAway:
+    def put_away(self, submitted: Submitted | None) -> PutAway:
         """Makes room for the description and the submission of an attempt that is to follow the newest one.
 
         That one's result then says so, and no longer counts as the end of the run.
+
+        Args:
+            submitted: what the run was submitted as when it was found to have ended.
+
+        Raises:
+            RunDirectoryError: another command goes on with the run at the same time.
         """
         attempt = self.last_attempt().make()
+        if submitted is not None:
+            own = self.submission.with_name(f".{self.submission.name}.{secrets.token_hex(4)}")
+            with contextlib.suppress(FileNotFoundError):
+                self.submission.rename(own)  # of several commands, one alone can do so
+            if (read_json(own) or {}).get("job_id") != submitted.job_id:
+                with contextlib.suppress(FileNotFoundError):
+                    own.rename(self.submission)
+                raise RunDirectoryError(f"{self.path}: another command goes on with it just now; wait for it")
+            own.rename(attempt.path / self.submission.name)
         before = self.recorded(attempt.number)
         ended = before or {"status": "failed", "attempt": attempt.number, "error": "left no result"}
         self.amend(attempt.number, {**ended, "next_attempt": attempt.number + 1})

@@ -270,6 +270,7 @@ class _Agent:
             if self.leader is None and (not self.links[0].is_open or silent_s > at_most_s):
                 host = self.met.hosts[0]
                 log.error("the leader on %s is gone or out of reach; this host's ranks are ended", host)
+                self._say({"left": LEASE_S})  # should the leader go on
                 if self.spec.resources.spares:
                     self._requeue()
                 return

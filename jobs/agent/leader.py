@@ -6,7 +6,8 @@ calling `step`. What it decides is final: the run directory then holds the resul
 From an agent: `{"ended": [...]}`, ranks that have ended or have said what ends them; `{"ranks": [...]}`, where each is;
 `{"stacks": [...]}`, those that it was asked for; `{"told": NUMBER}`, a signal that asks the job to end;
 `{"asked": NAME}`, the signal by which ranks were asked to stop after their step; `{"ready": true}`, no rank is left, as
-a restart asks for; `{"bye": true}`, no process is left.
+a restart asks for; `{"left": SECONDS}`, it ends, since it has heard nothing for so long; `{"bye": true}`, no process is
+left.
 To an agent: `{"look": true}`, `{"stacks": NUMBER}`, `{"stop": true}`, `{"restart": true}`,
 `{"start": ATTEMPT, "places": [AGENT, ...]}`, `{"end": true, "code": CODE}`.
 
@@ -32,7 +33,7 @@ from jobs.agent.lead_time import LeadTime
 from jobs.agent.restarts import Restarts
 from jobs.agent.watch import Hangs
 from jobs.blame import Failure
-from jobs.excluded import FAILED_TWICE, exclude, is_due
+from jobs.excluded import FAILED_TWICE, NO_SPARE, exclude, is_due
 from jobs.run_dir import TIME_LIMIT, Attempt, RunDirectory
 from jobs.spec import JobSpec
 
@@ -128,6 +129,8 @@ class Leader:
         self._state.hear(host, message)
         self._hangs.hear(host, message)
         self._lead_time.hear(message)
+        if "left" in message:
+            self.lose(host, blame.silence(message["left"], hears_others=False))
         if "told" in message:
             self._end_signal = self._end_signal or (message["told"], time.monotonic())
         self._stopped_by = self._stopped_by or message.get("asked", "")
@@ -251,14 +254,14 @@ class Leader:
             return f"the agent on {hosts[0].name} is gone"
         if len(lost) <= len(spares):
             return ""
-        none_left = ", and no spare host is left" if self.spec.resources.spares else ""
+        none_left = f", and {NO_SPARE}" if self.spec.resources.spares else ""
         return f"the agent on {hosts[lost[-1]].name} is gone{none_left}"
 
     def _restart_when_ready(self, restart: _Restart, now: float) -> None:
         """Begins the next attempt once no rank of the failed one is left."""
         cause = restart.cause
         if why_not := self._why_no_replacement():
-            self.fail(cause, f"{why_not}, since the ranks were being ended")
+            self.fail(cause, why_not)
             return
         if late := [number for number, host in enumerate(self._state.hosts) if host.is_here and not host.is_ready]:
             for number in late if now > restart.by else ():

@@ -22,7 +22,7 @@ from typing import Any
 from jobs import blame, excluded
 from jobs.blame import Failure
 from jobs.errors import JobFailed
-from jobs.excluded import FAILED_TWICE
+from jobs.excluded import FAILED_TWICE, NO_SPARE
 from jobs.run_dir import (
     BY_ITSELF,
     PREEMPTION,
@@ -318,8 +318,26 @@ def conclude(run: RunDirectory, evidence: Evidence) -> dict[str, Any]:
     """Writes the result to the run directory unless it has a more informative one; returns the one that stays."""
     record = outcome(evidence)
     with contextlib.suppress(OSError):
-        return run.publish(record)
+        record = run.publish(record)
+        path = run.attempt(evidence.attempt).failure_record
+        if record["status"] == "failed" and not path.exists():
+            write_json(path, _failure_record(record))
     return record
+
+
+def _failure_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What failure.json holds where no leader was left to write it."""
+    unknown = {"rank": None, "host": None, "when": None, "kind": None, "message": record.get("error", ""), "log": ""}
+    cause = record.get("failure") or unknown
+    return {
+        "attempt": record["attempt"],
+        "root_cause": {
+            **cause,
+            "last_lines": end_of(Path(cause["log"]), 10_000).splitlines()[-20:] if cause["log"] else [],
+        },
+        "decision": "the job has ended",
+        "why": "no leader was left that could decide",
+    }
 
 
 # --- in the batch script ----------------------------------------------------------------------------------------------
@@ -357,7 +375,7 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
         record = conclude(run, evidence)
     elif is_undecided(record) and "stopped_by" in record:
         return _go_on(run, number, record, int(status), sleep)
-    if record.get("decision", "").endswith(FAILED_TWICE):
+    if record.get("decision", "").endswith((FAILED_TWICE, NO_SPARE)):
         return _go_on_elsewhere(run, number, record)
     if record["status"] == "stopped":
         return f"meshrun: attempt {number} was stopped: {record.get('error', '')}"
@@ -409,7 +427,7 @@ def _go_on(run: RunDirectory, number: int, record: dict[str, Any], status: int, 
 
 
 def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> str:
-    """Requeues a run whose host was the root cause twice, without that host if there are enough others."""
+    """Requeues a run that has no spare host left, or whose host was the root cause twice (if possible, without it)."""
     env = environment.for_queries(os.environ)
     cause, job = Failure.from_json(record["failure"]), read_json(run.job) or {}
     assert cause is not None
@@ -417,7 +435,9 @@ def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> 
     nodes = resources["nodes"] + resources.get("spares", 0)
     others = query.hosts_up(os.environ.get("SLURM_JOB_PARTITION", ""), env) - {cause.host}
     without = ""
-    if len(others - set(srun.hosts_of(excluded.option(by_user, run)))) < nodes:
+    if record["decision"].endswith(NO_SPARE):
+        what = f"{excluded.REQUEUED_WITH} other spare hosts, since none is left"
+    elif len(others - set(srun.hosts_of(excluded.option(by_user, run)))) < nodes:
         what = f"{excluded.REQUEUED_WITH} {cause.host}, which was the root cause twice: too few other hosts are up"
     else:
         what = f"{excluded.REQUEUED_WITH}out {excluded.exclude(run, cause)}"
@@ -430,6 +450,8 @@ def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> 
             write_json(path, {**(read_json(path) or {}), "decision": decision, "excluded": hosts})
         return f"meshrun: attempt {number} failed: {cause.headline()}; {decision}"
 
+    if excluded.requeues(run) >= job.get("max_requeues", 0):
+        return decide(f"not requeued: all requeues are used up (--max-requeues {job.get('max_requeues')})")
     count = f"requeue {excluded.requeues(run) + 1} of {job.get('max_requeues')}"
     line, job_id = decide(f"{what} ({count})", next_attempt=number + 1), os.environ.get("SLURM_JOB_ID", "")
     # As it requeues the job, Slurm ends this process and its children; what must follow takes less than its KillWait.

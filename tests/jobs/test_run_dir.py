@@ -15,7 +15,7 @@ import pytest
 
 from jobs import run_dir
 from jobs.errors import RunDirectoryError
-from jobs.run_dir import RunDirectory, default_run_dir, open_regular, read_json, write_json, write_text
+from jobs.run_dir import RunDirectory, Submitted, default_run_dir, open_regular, read_json, write_json, write_text
 from tests.fork_server import fork_server
 
 
@@ -281,17 +281,35 @@ def test_a_result_that_an_earlier_version_left_at_the_top_is_read(tmp_path: Path
     assert run.recorded() is None  # that of another attempt says nothing of this one
 
 
+def test_of_two_commands_that_go_on_with_a_run_one_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for path in (run.job, run.settings):
+        path.write_text(path.name)
+    run.record_submission(Submitted.now("local", "12"))
+    seen = run.submitted()
+    run.put_away(seen)
+    with pytest.raises(RunDirectoryError, match="another command goes on with it"):
+        run.put_away(seen)
+    run.record_submission(Submitted.now("local", "13"))
+    with pytest.raises(RunDirectoryError, match="another command goes on with it"):
+        run.put_away(seen)
+    now = run.submitted()
+    assert now is not None
+    assert now.job_id == "13"
+
+
 @pytest.mark.parametrize("result", [None, {"status": "failed", "error": "x", "attempt": 1}])
 def test_what_is_put_away_for_a_next_attempt_can_be_put_back(tmp_path: Path, result: dict[str, Any] | None) -> None:
     run = RunDirectory(tmp_path)
     for number in (0, 1):
         run.attempt(number).make()
-    for path in (run.job, run.settings, run.submission):
+    for path in (run.job, run.settings):
         path.write_text(path.name)
+    run.record_submission(Submitted.now("local", "12"))
     if result is not None:
         write_json(run.attempt(1).result, result)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()}
-    away = run.put_away()
+    away = run.put_away(run.submitted())
     assert run.job.exists()
     assert run.settings.exists()
     assert not run.submission.exists()

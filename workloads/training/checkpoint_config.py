@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -83,12 +84,12 @@ class ResumableConfig(WorkloadConfig):
         saved, given = manifest["settings"], self.fixed_settings()
         # A key that the checkpoint lacks belongs to a newer version, whose default leaves things as they were.
         different = [
-            f"{key}={value} (saved: {saved[key]})"
+            f"{key}={_typed(value)} (saved: {_typed(saved[key])})"
             for key, value in given.items()
             if key in saved and saved[key] != value
         ]
         different += [
-            f"{key}, which no longer exists (saved: {saved[key]})"
+            f"{key}, which this workload does not have (saved: {_typed(saved[key])})"
             for key in saved
             if key not in given and not _is_in(key, self.may_change)  # may change since the checkpoint was saved
         ]
@@ -118,6 +119,11 @@ class ResumableConfig(WorkloadConfig):
         folder, manifest = manifests[0]
         self.refuse_other_settings(manifest, folder)
         return folder
+
+
+def _typed(value: Any) -> Any:
+    """As it is written on the command line."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 
 def _flat(tree: dict[str, Any], at: str = "") -> list[tuple[str, Any]]:

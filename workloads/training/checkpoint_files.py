@@ -195,7 +195,10 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         part: which share of the files to read; all shares together are all files.
         parts: the number of shares.
     """
-    is_whole = is_there(folder / MANIFEST)
+    try:
+        is_whole = is_there(folder / MANIFEST)
+    except OSError as error:  # a file in the folder's place
+        return f"{folder}: {MANIFEST} cannot be read: {error.strerror or error}"
     manifest = read_manifest(folder)
     if manifest is None:
         return f"{folder}: {MANIFEST} is {'damaged or of another version' if is_whole else 'missing'}"
@@ -211,8 +214,20 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def has_all_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has all its files, of the right sizes. What is in them is not looked at."""
+    try:
+        return all((folder / name).stat().st_size == one["bytes"] for name, one in manifest["files"].items())
+    except OSError:
+        return False
+
+
 def at_path(path: Path) -> list[Path]:
-    """The checkpoints at a path that a user names: a checkpoint, a directory of them, or a run directory."""
+    """The checkpoints at a path that a user names: a checkpoint, a directory of them, its `latest`, a run directory."""
+    if path.name == LATEST and path.is_file():
+        path = path.parent
+    if path.is_file():
+        return []
     if is_there(path / MANIFEST) or (re.fullmatch(r"step-\d+", path.name) and is_there(path)):
         return [path]
     return published(path / "checkpoints") or published(path)

@@ -16,7 +16,7 @@ from jobs.cli.resolve import resolve
 from jobs.cli.verbs import launch
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.excluded import excluded, option
-from jobs.run_dir import RunDirectory, read_json
+from jobs.run_dir import RunDirectory, Submitted, read_json
 from jobs.runs.find import come_back, find, submission
 from jobs.runs.tracker import track
 from jobs.spec import JobSpec
@@ -48,7 +48,7 @@ def run(given: Options, console: Console) -> int:
             f"resume=never: submit.py resume goes on from a checkpoint; to train from step 1, start a new run: "
             f"submit.py {spec.workload} ..."
         )
-    _refuse_if_it_runs(run_dir)
+    before = _refuse_if_it_runs(run_dir)
     resolved = resolve(_with_what_was_given_before(given, spec, run_dir), going_on=spec)
     notes = [_where_from(resolved.config, run_dir)]
     without = str(resolved.spec.sbatch.get("exclude", "")).split(",")  # what the line says wins
@@ -60,7 +60,7 @@ def run(given: Options, console: Console) -> int:
     resolved = launch.ask_slurm(resolved)
     if fault := run_dir.fault():
         raise RunDirectoryError(f"{fault}; make room there")
-    away = run_dir.put_away()
+    away = run_dir.put_away(before)
 
     @contextlib.contextmanager
     def undo(errors: launch.Errors) -> Iterator[None]:
@@ -91,10 +91,11 @@ def _described(run_dir: RunDirectory) -> JobSpec:
     return spec
 
 
-def _refuse_if_it_runs(run_dir: RunDirectory) -> None:
+def _refuse_if_it_runs(run_dir: RunDirectory) -> Submitted | None:
+    """What the run was last submitted as."""
     submitted = submission(run_dir)
     if submitted is None:
-        return
+        return None
     job, began = track(run_dir, submitted), time.monotonic()
     while not (job.was_over() or job.is_over()):
         is_ending = run_dir.recorded() is not None or job.has_ended() or not job.is_known()
@@ -106,6 +107,7 @@ def _refuse_if_it_runs(run_dir: RunDirectory) -> None:
             f"{run_dir.path}: its {name} {submitted.job_id} has not ended, as far as is known; follow it: "
             f"{come_back(run_dir)}"
         )
+    return submitted
 
 
 def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirectory) -> Options:
@@ -167,13 +169,18 @@ def _where_from(config: WorkloadConfig, run_dir: RunDirectory) -> str:
             f"{run_dir.path}: its workload saves no checkpoints (its settings are not a ResumableConfig), so a run of "
             "it cannot go on; start a new run"
         )
-    for folder in checkpoint_files.published(run_dir.paths(0).checkpoint_dir):
+    folders = checkpoint_files.published(run_dir.paths(0).checkpoint_dir)
+    for folder in folders:
         manifest = checkpoint_files.read_manifest(folder)
-        if manifest is not None:
+        if manifest is not None and checkpoint_files.has_all_files(folder, manifest):
             config.refuse_other_settings(manifest, folder)
             return f"goes on from {folder.name}"
     if (elsewhere := config.check_resume()) is not None:
         return f"goes on from {elsewhere}"
+    if folders:
+        raise CommandLineError(
+            f"{run_dir.path}: none of its checkpoints is whole ({folders[0].name} is the newest); start a new run"
+        )
     if (run_dir.recorded() or {}).get("status") == "done":
         raise CommandLineError(
             f"{run_dir.path}: is done and has no checkpoint to go on from; start a new run, with checkpoint.every_steps"

@@ -322,6 +322,14 @@ def test_a_spare_host_takes_a_lost_hosts_place_until_none_is_left(tmp_path: Path
     assert record["decision"] == "not restarted: the agent on n2 is gone, and no spare host is left"
 
 
+def test_an_agent_that_has_not_heard_the_leader_is_not_called_killed(tmp_path: Path) -> None:
+    """Where the leader's own process was suspended, say."""
+    job = Job(tmp_path)
+    job.leader.hear(1, {"left": 30.0})
+    record = job.decide(but_silent=1)
+    assert record["error"].startswith("the agents on n0 and n1: out of touch for 30 s; one of the two, its host, or")
+
+
 def test_the_loss_of_a_spare_host_fails_nothing(tmp_path: Path) -> None:
     job = Job(tmp_path, spares=1, max_restarts=5)
     job.leader.lose(2)

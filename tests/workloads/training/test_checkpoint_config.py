@@ -69,7 +69,7 @@ def test_a_setting_that_is_new_fits_and_one_that_is_gone_does_not(tmp_path: Path
     manifest = {"settings": {name: value for name, value in config.fixed_settings().items() if name != "lr"}}
     config.refuse_other_settings(manifest, tmp_path)
     manifest["settings"]["momentum"] = 0.9
-    with pytest.raises(WorkloadError, match=r"momentum, which no longer exists \(saved: 0\.9\)"):
+    with pytest.raises(WorkloadError, match=r"momentum, which this workload does not have \(saved: 0\.9\)"):
         config.refuse_other_settings(manifest, tmp_path)
 
 

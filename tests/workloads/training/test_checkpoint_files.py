@@ -81,6 +81,13 @@ def test_damage_is_named(kind: str, tmp_path: Path) -> None:
     assert [words in (files.problem(folder, part, 2) or "") for part in range(2)].count(True) >= 1
 
 
+def test_a_file_in_a_checkpoints_place_is_a_damaged_one(tmp_path: Path) -> None:
+    good, bad = save(tmp_path, 1), tmp_path / "step-00000002"
+    bad.write_text("hi")
+    assert files.published(tmp_path) == [bad, good]
+    assert files.problem(bad) == f"{bad}: manifest.json cannot be read: Not a directory"
+
+
 def test_the_newest_is_the_last_attempts(tmp_path: Path) -> None:
     """A later attempt may have started from an earlier step; its checkpoints count."""
     for step, attempt in ((9, 0), (10, 0), (5, 1), (8, 1)):
@@ -151,6 +158,8 @@ def test_what_a_path_may_be(tmp_path: Path) -> None:
     first, second = save(directory, 1), save(directory, 2)
     assert files.at_path(first) == [first]
     assert files.at_path(directory) == files.at_path(tmp_path / "run") == [second, first]
+    assert files.at_path(directory / "latest") == [second, first]
+    assert files.at_path(first / files.MANIFEST) == []
     assert files.at_path(tmp_path) == files.at_path(tmp_path / "nowhere") == files.at_path(directory / "step-3") == []
 
 
