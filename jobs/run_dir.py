@@ -425,11 +425,17 @@ class RunDirectory:
     def show_newest(self) -> None:
         """Makes metrics.jsonl and result.json at the top links to the newest attempt's, whoever calls this, and when.
 
+        Of an attempt that has ended without any metrics, those of the one before are shown.
+
         A file system without symbolic links gets a copy of the result, and no metrics there.
         """
         newest = None
         while newest != (newest := self.last_attempt()):  # it may have got a successor in the meantime
-            self._link(self.metrics, newest.metrics)
+            metrics = newest.metrics
+            if newest.result.exists() and not is_there(metrics):  # it ended before it had loaded a checkpoint
+                before = (self.attempt(number).metrics for number in range(newest.number - 1, -1, -1))
+                metrics = next((path for path in before if path.exists()), metrics)
+            self._link(self.metrics, metrics)
             if not self._link(self.result, newest.result):
                 with contextlib.suppress(OSError, ValueError):
                     if (record := read_json(newest.result)) is not None:

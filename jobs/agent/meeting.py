@@ -40,6 +40,7 @@ from jobs.rank.rendezvous_file import (
 )
 from jobs.run_dir import Attempt, write_json
 from jobs.spec import JobSpec
+from workloads.errors import first_few
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +186,9 @@ class Gathering:
         for link in self._newcomers:  # of nobody who has said a word
             link.close()
         hosts = tuple(self._hosts.get(number, "") for number in range(self._info.world_size))
-        if absent := [number for number, host in enumerate(hosts) if not host]:
-            log.warning("agents %s have not come in %.0f s: there are fewer spare hosts", absent, self._timeout_s)
+        if absent := [f"agent {number}" for number, host in enumerate(hosts) if not host]:
+            came = f"{first_few(absent)} did not come within {self._timeout_s:g} s"
+            log.warning("%s; the job goes on with fewer spare hosts", came)
         where = {"address": self.keeper.address, "port": self.keeper.port}
         for link in self._links.values():
             link.send({"hosts": hosts, **where})

@@ -217,6 +217,18 @@ def test_what_is_at_the_top_is_the_newest_attempts(tmp_path: Path) -> None:
     assert read_json(moved.result) == record
 
 
+def test_of_an_attempt_that_ended_before_it_had_metrics_those_before_are_shown(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run")
+    run.begin_attempt().metrics.write_text("0\n")
+    run.publish({"status": "failed", "attempt": 0})
+    run.begin_attempt()
+    assert not run.metrics.exists()
+    run.publish({"status": "failed", "attempt": 1})
+    assert run.metrics.read_text() == "0\n"
+    run.begin_attempt().metrics.write_text("2\n")
+    assert run.metrics.read_text() == "2\n"
+
+
 def test_a_link_that_is_late_is_put_right_by_who_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another attempt begins, and is shown, between the look for the newest and the link to it."""
     run, link = RunDirectory(tmp_path), os.symlink
