@@ -28,6 +28,7 @@ def requeue_without(
     host: str,
     address: tuple[str, int],
     job_id: str,
+    restarts: int,
     env: Mapping[str, str],
     is_told_to_end: Callable[[], bool],
     sleep: Callable[[float], None] = time.sleep,
@@ -38,25 +39,39 @@ def requeue_without(
         host: the leader's.
         address: where the leader's store was.
         job_id: Slurm's number of the job.
+        restarts: how often Slurm had started it again before this start.
         env: the environment of Slurm's commands; see `environment.for_queries`.
         is_told_to_end: whether Slurm ends this agent.
         sleep: for tests.
     """
     until, answers = time.monotonic() + GIVE_UP_S, 0
-    while time.monotonic() < until and not is_told_to_end():
+    while time.monotonic() < until:
+        state = query.ask_scontrol(job_id, env)
+        if isinstance(state, JobState):
+            if state.restarts not in (None, restarts):  # another agent was faster
+                return
+            # Where a host that is set DOWN had the batch script, Slurm (22.05) ends the job, with this reason.
+            is_held = state.state == "RUNNING" or state.reason == "JobLaunchFailure"
+            if is_held and host not in srun.hosts_of(state.nodes):
+                _requeue(host, job_id, restarts, env)
+                return
+            if state.state != "RUNNING":
+                return
+        if is_told_to_end():
+            return
         answers = answers + 1 if _answers(address) else 0
         if answers == ANSWERS:
             return
-        state = query.ask_scontrol(job_id, env)
-        if isinstance(state, JobState) and state.state != "RUNNING":
-            return
-        if isinstance(state, JobState) and host not in srun.hosts_of(state.nodes):
-            log.error("%s is lost, and the batch script with it: job %s goes back into the queue", host, job_id)
-            if problem := query.requeue(job_id, env):
-                log.error("the job is cancelled, since it cannot be requeued: %s", problem)
-                query.cancel(job_id, env)
-            return
         sleep(LOOK_EVERY_S)
+
+
+def _requeue(host: str, job_id: str, restarts: int, env: Mapping[str, str]) -> None:
+    log.error("%s is lost, and the batch script with it: job %s goes back into the queue", host, job_id)
+    problem = query.requeue(job_id, env)
+    state = query.ask_scontrol(job_id, env) if problem else None
+    if isinstance(state, JobState) and state.state == "RUNNING" and state.restarts in (None, restarts):
+        log.error("the job is cancelled, since it cannot be requeued: %s", problem)
+        query.cancel(job_id, env)
 
 
 def _answers(address: tuple[str, int]) -> bool:

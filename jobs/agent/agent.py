@@ -406,7 +406,8 @@ class _Agent:
         self.ranks.end(but=(), at_once=True)
         met, env = self.met, for_queries(os.environ)
         is_told = lambda: self.signals.look() is not None  # noqa: E731
-        requeue_without(met.hosts[0], (met.address, met.port), self.info.job_id, env, is_told)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        requeue_without(met.hosts[0], (met.address, met.port), self.info.job_id, restarts, env, is_told)
 
     def _ended_early(self) -> int:
         """Told to end before the ranks were started."""
