@@ -38,8 +38,8 @@ from workloads.training.collectives import gather_objects, sums_and_maxima
 
 log = logging.getLogger(__name__)
 
-MUCH_BYTES = 16 * 2**20
-"""If fewer are free after a save has failed, that may be why: torch's own message does not say so."""
+LITTLE_ROOM_BYTES = 16 * 2**20
+"""If no more are free after a save has failed, that may be why: torch's own message does not say so."""
 SAVE_WITHIN_S = 1800.0
 """A save that takes longer has failed: the ranks stop waiting for each other."""
 
@@ -315,9 +315,7 @@ class Checkpoint:
                 names.append(files.METRICS)
             return _Part(part, {name: files.checksum(folder / name) for name in names})
         except Exception as error:
-            free = shutil.disk_usage(folder).free if folder.exists() else MUCH_BYTES
-            full = f" (only {free / 1e6:.1f} MB are free on that disk)" if free < MUCH_BYTES else ""
-            return f"rank {rank}: {in_words(error)}{full}"
+            return f"rank {rank}: {in_words(error)}{_little_room(folder)}"
 
     def _publish(self, partial: Path, snapshot: _Snapshot, everyone: list[Any], began: float) -> None:
         for part in everyone:
@@ -363,3 +361,12 @@ class Checkpoint:
 
     def _mistake(self, message: str) -> Exception:
         return spoken_for(WorkloadError(message), 0, self._ctx.rank)
+
+
+def _little_room(folder: Path) -> str:
+    """A remark for a save that has failed, if the disk is all but full."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # the folder is gone
+        return ""
+    return f" (only {free / 1e6:.1f} MB are free on that disk)" if free <= LITTLE_ROOM_BYTES else ""
