@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from jobs.slurm import query, srun
+from jobs.slurm import environment, query, srun
 from jobs.slurm.query import JobState
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,6 @@ ANSWERS = 3
 def requeue_without(
     host: str,
     address: tuple[str, int],
-    job_id: str,
-    restarts: int,
     env: Mapping[str, str],
     is_told_to_end: Callable[[], bool],
     sleep: Callable[[float], None] = time.sleep,
@@ -38,12 +36,12 @@ def requeue_without(
     Args:
         host: the leader's.
         address: where the leader's store was.
-        job_id: Slurm's number of the job.
-        restarts: how often Slurm had started it again before this start.
-        env: the environment of Slurm's commands; see `environment.for_queries`.
+        env: this agent's environment, as Slurm made it.
         is_told_to_end: whether Slurm ends this agent.
         sleep: for tests.
     """
+    job_id, restarts = env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", "0"))
+    env = environment.for_queries(env)
     until, answers = time.monotonic() + GIVE_UP_S, 0
     while time.monotonic() < until:
         state = query.ask_scontrol(job_id, env)

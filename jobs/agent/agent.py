@@ -401,13 +401,10 @@ class _Agent:
     def _requeue(self) -> None:
         """Sees to it that the job does not stay without its first host."""
         from jobs.agent.abandoned import requeue_without
-        from jobs.slurm.environment import for_queries
 
         self.ranks.end(but=(), at_once=True)
-        met, env = self.met, for_queries(os.environ)
-        is_told = lambda: self.signals.look() is not None  # noqa: E731
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        requeue_without(met.hosts[0], (met.address, met.port), self.info.job_id, restarts, env, is_told)
+        store = (self.met.address, self.met.port)
+        requeue_without(self.met.hosts[0], store, os.environ, lambda: self.signals.look() is not None)
 
     def _ended_early(self) -> int:
         """Told to end before the ranks were started."""

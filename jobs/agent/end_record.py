@@ -141,7 +141,7 @@ def failure_record(attempt: int, cause: Failure, state: JobState, decision: str,
             "lost_their_peer": len(lost),
             "failed_themselves": len(failed),
             "were_done": len(done),
-            "were_still_running": len(state.ranks) - 1 - len(others) - len({*done} - {cause.rank}),
+            "were_still_running": len({*range(len(state.ranks))} - {cause.rank, *lost, *failed, *done}),
             # Of a job of thousands, the first ones say as much.
             "ranks_that_lost_their_peer": lost[:64],
             "ranks_that_failed_themselves": failed[:64],

@@ -30,6 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return answers
 
 
+ENV = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
 NOBODY = ("192.0.2.1", 9)
 LOST = JobState("RUNNING", nodes="node[1-2]", restarts=1)
 DOWN = JobState("COMPLETING", reason="JobLaunchFailure", nodes="node[1-2]", restarts=1)
@@ -37,7 +38,7 @@ DOWN = JobState("COMPLETING", reason="JobLaunchFailure", nodes="node[1-2]", rest
 
 def look(told: bool = False, address: tuple[str, int] = NOBODY) -> list[float]:
     slept: list[float] = []
-    abandoned.requeue_without("node0", address, "12", 1, {}, lambda: told, sleep=slept.append)
+    abandoned.requeue_without("node0", address, ENV, lambda: told, sleep=slept.append)
     return slept
 
 
