@@ -188,15 +188,18 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
 
 def _traceback(error: BaseException, log: str) -> str:
     """The traceback, shortened if it is very long; the rank's log has all of it."""
-    parts = traceback.format_exception(type(error), error, _from_the_workload_on(error))
+    parts = traceback.format_exception(type(error), error, from_the_workload_on(error))
     return shortened("".join(shortened(part, LONGEST_PART, log) for part in parts), LONGEST_TRACEBACK, log)
 
 
-def _from_the_workload_on(error: BaseException) -> TracebackType | None:
+_LAUNCHER = ("jobs.rank.run", "jobs.rank.script", "jobs.processes", "workloads.script.main", "runpy")
+"""Modules whose frames lie above those of a workload or a script."""
+
+
+def from_the_workload_on(error: BaseException) -> TracebackType | None:
     """The traceback without the launcher's frames at its beginning."""
     trace = error.__traceback__
-    ours = "jobs.rank.run"
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__") == ours:
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__") in _LAUNCHER:
         trace = trace.tb_next
     return trace
 

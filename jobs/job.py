@@ -31,7 +31,12 @@ class Job:
         return Job(JobSpec.model_validate_json(RunDirectory(run_dir).job.read_bytes()))
 
     def __call__(self) -> dict[str, Any] | None:
-        from jobs.rank.run import run_rank  # late, because the submitting process runs no rank
+        # Late, because the submitting process runs no rank.
+        if self.spec.is_script:
+            from jobs.rank.script import run_script
+
+            return run_script(self.spec, os.environ)
+        from jobs.rank.run import run_rank
 
         return run_rank(self.spec, os.environ)
 

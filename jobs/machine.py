@@ -105,3 +105,22 @@ def _available_by_kernel() -> int:
     if match:
         return int(match[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+_OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
+
+
+def own_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """The type of the file system of a path, if it is one that other machines usually do not see; otherwise empty.
+
+    Args:
+        path: any absolute path.
+        mounts: what is mounted where, as the kernel lists it.
+    """
+    try:
+        lines = [line.split() for line in mounts.read_text(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    found = [(line[1], line[2]) for line in lines if len(line) > 2 and path.resolve().is_relative_to(line[1])]
+    kind = max(found, key=lambda one: len(one[0]), default=("", ""))[1]
+    return kind if kind in _OF_ONE_MACHINE else ""

@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jobs.errors import ResourceError
 from workloads.errors import first_few
@@ -164,6 +164,23 @@ def as_rank(work: Callable[[], T]) -> T:
         raise
     leave_done()
     return value
+
+
+def as_this_process(work: Callable[[], T]) -> T:
+    """Calls a rank's own code. A process that it forked and that leaves the code ends here, since it is no rank."""
+    rank = os.getpid()
+    code: Any = 0
+    try:
+        result = work()
+        if os.getpid() == rank:
+            return result
+    except BaseException as error:
+        if os.getpid() == rank:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+    leave(code if isinstance(code, int) else int(code is not None))
 
 
 def leave_done() -> None:

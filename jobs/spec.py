@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from workloads.base import Shape, StrictModel
 from workloads.errors import first_few
+from workloads.script.config import ScriptConfig
 
 ExecutorName = Literal["slurm", "local", "debug"]
 CpuBinding = Literal["auto", "none"]
@@ -127,8 +128,15 @@ class JobSpec(StrictModel):
     """Seconds after SIGTERM (a preemption, scancel) that ranks on Slurm get to end their step and save."""
 
     @property
+    def is_script(self) -> bool:
+        """Whether the ranks run a user's own script instead of a workload."""
+        return self.workload == "script"
+
+    @property
     def name(self) -> str:
-        """The workload's name, short and without its package."""
+        """The workload's name, short and without its package; of a script, the script's."""
+        if self.is_script:
+            return re.sub(r"[^\w.-]", "-", ScriptConfig.model_validate(self.settings).name)
         return re.sub(r"[^\w.-]", "-", self.workload.partition(":")[0].rpartition(".")[2])
 
     @property

@@ -25,6 +25,10 @@ class BuiltIn(NamedTuple):
 
 
 BUILT_IN = {
+    "script": BuiltIn(
+        "workloads.script:ENTRY",
+        "a training script of your own, unchanged, as torchrun runs it: submit.py script train.py ARGS...",
+    ),
     "fsdp_mnist": BuiltIn(
         "workloads.fsdp_mnist:ENTRY",
         "CNN on MNIST with FSDP2; HSDP, DDP and a single process for comparison",

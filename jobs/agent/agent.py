@@ -214,7 +214,7 @@ class _Agent:
         cpus, how = binding.plan(os.environ, self._ranks_here, self.spec.cpu_binding)
         log.info("%s", how)
         for index in range(self._ranks_here):
-            env = rank_env(first + index, hosts, per_node, self.info, met.address, met.port)
+            env = rank_env(first + index, hosts, per_node, self.info, met.address, met.port, self.spec.max_restarts)
             self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, self.can_fork)
         log.info("ranks started: %d, after %.2f s", len(self.ranks.all), time.time() - self.started)
 
@@ -342,6 +342,7 @@ class _Agent:
             "failure": failure and failure.to_json(),
             "ago_s": rank.failed_ago_s if failure else 0.0,
             "death": death.headline() if death else "",
+            "stopped_at": rank.stopped_at,
         }
 
     def _answer_signals(self) -> None:

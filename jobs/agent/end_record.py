@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from jobs.agent.job_state import JobState
 from jobs.blame import Failure
 from jobs.run_dir import BY_ITSELF, TIME_LIMIT, Attempt, RunDirectory, end_of, read_json, write_json
+from jobs.runs.tail import last_lines
 from jobs.spec import JobSpec
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,32 @@ class EndRecord:
         except OSError as unwritten:
             log.error("the result cannot be written: %s", unwritten)
         return 1
+
+    def publish_script(self, stopped_at: int | None) -> None:
+        """Leaves the result of a script, all of whose ranks have ended well.
+
+        Args:
+            stopped_at: the step at which it stopped because it was asked to; None: it did not.
+        """
+        last = last_lines(self.attempt.metrics, 1)
+        try:
+            result = json.loads(last) if last else {}
+        except ValueError:
+            result = {}
+        stopped = {"status": "stopped", "error": f"by request, after step {stopped_at}"}
+        record = {
+            **({"status": "done"} if stopped_at is None else stopped),
+            "workload": self.spec.workload,
+            "nodes": self.spec.resources.nodes,
+            "gpus_per_node": self.spec.resources.gpus_per_node,
+            "attempt": self.attempt.number,
+            "seconds": round(time.time() - self.started, 3),
+            "result": result,
+        }
+        try:
+            self.run.publish(record)
+        except OSError as error:
+            log.error("the result cannot be written: %s", error)
 
     def complete(self, deaths: Sequence[str], stopped_by: str) -> None:
         """Adds to the result that rank 0 has left what only the leader knows.

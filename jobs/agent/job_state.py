@@ -62,6 +62,8 @@ class RankState:
     failure: Failure | None = None
     death: str = ""
     """How it died after its work was done."""
+    stopped_at: int | None = None
+    """The step after which a script has stopped because it was asked to."""
 
 
 def first_places(host_names: Sequence[str], count: int) -> list[int]:
@@ -138,7 +140,7 @@ class JobState:
         if failure is not None and rank.failure is None:
             # Hosts' clocks differ; this one's counts.
             rank.failure = replace(failure, when=time.time() - one["ago_s"])
-        rank.death = one["death"]
+        rank.death, rank.stopped_at = one["death"], one["stopped_at"]
 
     def lose(self, host: int, how: str) -> None:
         """Notes that the agent of a host is gone."""
@@ -201,6 +203,11 @@ class JobState:
     def done(self) -> list[int]:
         """The ranks whose work is done."""
         return [number for number, rank in enumerate(self.ranks) if rank.done]
+
+    @property
+    def stopped_at(self) -> int | None:
+        """The step after which a script has stopped because it was asked to; None: it has not."""
+        return max((rank.stopped_at for rank in self.ranks if rank.stopped_at is not None), default=None)
 
     def root_cause(self) -> Failure:
         """The failure that all others follow from; there must be one."""

@@ -87,6 +87,8 @@ class Rank:
     """By time.monotonic."""
     done: bool = False
     """Whether it has said that its work is done."""
+    stopped_at: int | None = None
+    """The step after which a script has said that it stopped because it was asked to."""
     failed: Failure | None = None
     """What it has said of its own failure."""
     failed_at: float = 0.0
@@ -107,7 +109,8 @@ class Rank:
         for line in lines:
             with contextlib.suppress(ValueError, AttributeError, RecursionError):  # what a user's code wrote there
                 record = json.loads(line)
-                self.done = self.done or record.get("done") is True
+                if record.get("done") is True:
+                    self.done, self.stopped_at = True, record.get("stopped_at")
                 failure, at = Failure.from_json(record.get("failure")), record.get("at")
                 if self.failed is None and failure is not None:
                     self.failed, self.failed_at = failure, at if isinstance(at, float) else time.monotonic()
@@ -249,6 +252,8 @@ class Ranks:
                 if not rank.done and rank.failed is None:  # it has lost the pipe, or had nothing to say
                     rank.done = self.attempt.done(rank.rank).exists()
                     rank.failed = Failure.from_json(read_json(self.attempt.failure(rank.rank)))
+                if self.job.spec.is_script and rank.exit_code == 0 and rank.failed is None:
+                    rank.done = True  # by os._exit(0), or a program that it has become
                 rank.out_of_memory = rank.exit_code == -signal.SIGKILL and self.oom.killed_since() > 0
 
     def ask_for_stacks(self, question: int) -> None:

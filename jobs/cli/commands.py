@@ -6,6 +6,7 @@ A new verb is one row here and one file in jobs/cli/verbs with `run(given: Optio
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -106,8 +107,18 @@ LAUNCH = Verb(
     (*_LAUNCH, JSON),
 )
 """What a command line without a verb does."""
+_NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
+SCRIPT = Verb(
+    "script",
+    "jobs.cli.verbs.launch",
+    "SCRIPT ARGS...  (or -m MODULE ARGS...)",
+    "runs a script of your own as torchrun would; all that follows it is the script's",
+    (*(flag for flag in _LAUNCH if flag.name not in _NO_SCRIPT), JSON),
+    most=0,
+)
 VERBS = (
+    SCRIPT,
     Verb(
         "list",
         "jobs.cli.verbs.list",
@@ -137,9 +148,10 @@ VERBS = (
 RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "report", "compare", "doctor", "clean")
 """Names of future verbs, which no workload may have."""
 
-DESCRIPTION = "Runs a distributed PyTorch workload on a Slurm cluster or on this machine, one rank per GPU."
+DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."
 EPILOG = """\
 examples:
+  submit.py --nodes 2 --gpus-per-node 4 script train.py --lr 3e-4
   submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200 model.dim=512
   submit.py tp_fsdp --executor local --dry-run
   submit.py my_package.my_module:ENTRY --gpus-per-node 2
@@ -157,6 +169,11 @@ def flags() -> list[Flag]:
 def usage_of(verb: Verb) -> str:
     """A verb's usage without its flags: `submit.py wait RUN`."""
     return f"submit.py {verb.name} {verb.usage}"
+
+
+def script_line(words: Sequence[str]) -> str:
+    """The line that runs a script, without flags of ours."""
+    return f"`submit.py [flags] script {shlex.join(words)}`"
 
 
 def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
@@ -186,9 +203,12 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
             key = first.partition("=")[0]
             raise CommandLineError(f"'{key}=...' comes before any workload; write submit.py WORKLOAD {key}=...")
         close = did_you_mean(first, (*registry.BUILT_IN, *by_name))
-        module = Path(first).stem
+        module = first.removesuffix(".py")
         if os.path.isfile(f"{module}.py"):  # noqa: PTH113 (Path's raises for a name that is too long)
-            close = f"; for {module}.py here, write {module}:ENTRY, where ENTRY is its WorkloadEntry"
+            close = (
+                f"; to run {module}.py here as a script, write {script_line([f'{module}.py', *words[1:]])}; if it has "
+                f"a WorkloadEntry, write {Path(module).name}:ENTRY"
+            )
         raise CommandLineError(f"'{first}': no such workload or verb{close}; {known}")
     _check(LAUNCH, words, given_flags)
     return LAUNCH

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0 success, 1 the job failed, 2 the user's mistake, 130 interrupted.
     """
-    console = Console(as_json="--json" in argv)
+    console = Console(as_json="--json" in options.split_at_script(argv)[0])
     try:
         with interrupts.raised(), console.guard_stdout():
             code = _run(argv, console)

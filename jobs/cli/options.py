@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -27,6 +28,8 @@ SLURMS_LONG = (
     *("--exclude", "--mem", "--signal", "--hold", "--requeue", "--no-requeue", "--nice", "--licenses", "--export"),
 )
 """sbatch's flags, for which the refusal says what to write instead."""
+SCRIPT = "script"
+"""The workload whose arguments are not ours."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Options:
 
     words: list[str] = field(default_factory=list)
     """The verb or the workload, then its arguments."""
+    script: list[str] = field(default_factory=list)
+    """What follows `script`, verbatim: the script, or -m and a module, and its arguments."""
     nodes: str | None = None
     gpus_per_node: str | None = None
     cluster: str | None = None
@@ -62,7 +67,11 @@ class Options:
 
     def flags(self) -> list[str]:
         """The names of the flags on the command line: `--nodes`, `--no-wait`."""
-        names = [name for name, value in vars(self).items() if name != "words" and value not in (None, [], False)]
+        names = [
+            name
+            for name, value in vars(self).items()
+            if name not in ("words", "script") and value not in (None, [], False)
+        ]
         switched_off = ["--no-wait"] if self.wait is False else []
         return [f"--{name.replace('_', '-')}" for name in names] + switched_off
 
@@ -126,7 +135,12 @@ def parse(argv: Sequence[str]) -> Options:
         SystemExit: after printing --help.
     """
     parser = _parser()
-    given, unknown = parser.parse_known_intermixed_args(list(argv))
+    own, script, misplaced = split_at_script(argv)
+    if misplaced:
+        line = commands.script_line(misplaced)
+        hint = "" if misplaced[0] == "-m" else f"; if it has a WorkloadEntry: {misplaced[0].removesuffix('.py')}:ENTRY"
+        raise CommandLineError(f"{misplaced[0]}: to run a script of your own, write {line}{hint}")
+    given, unknown = parser.parse_known_intermixed_args(own)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         flag, _, _ = unknown[0].partition("=")
@@ -136,6 +150,8 @@ def parse(argv: Sequence[str]) -> Options:
             hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
         elif flag[:2] in SLURMS_TOTALS and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} counts over all hosts; use --nodes and --gpus-per-node)"
+        elif flag.replace("_", "-").startswith(TORCHRUNS_OWN):
+            hint = " (torchrun's: leave it out, the ranks find each other without it)"
         elif flag == "--gres":
             hint = " (ask for GPUs with --gpus-per-node)"
         elif long[2:] in OWNED and long[2:] not in ("help", "version", "usage"):
@@ -145,4 +161,43 @@ def parse(argv: Sequence[str]) -> Options:
         elif not hint and flag.startswith("--"):
             hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
         raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
-    return Options(**vars(given))
+    return Options(**vars(given), script=script)
+
+
+TORCHRUNS = {"--nnodes": "--nodes", "--nproc-per-node": "--gpus-per-node"}
+"""torchrun's names of flags of ours, also with underscores, as it has them."""
+TORCHRUNS_OWN = (
+    *("--standalone", "--rdzv-", "--master-addr", "--master-port", "--node-rank", "--local-addr", "--run-path"),
+    *("--monitor-interval", "--start-method", "--log-dir", "--redirects", "--tee", "--role", "--no-python"),
+)
+"""torchrun's flags that nothing here needs."""
+
+
+def split_at_script(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Splits a line into what is ours, with torchrun's flags under our names, and what belongs to a user's script.
+
+    Returns:
+        Everything up to `script`, with the flags between it and the path; from the path (or -m) on, verbatim; and a
+        script that is given without `script` before it, with all that follows. The last two are empty where the line
+        has none.
+    """
+    takes_value = {flag.name for flag in commands.flags() if flag.kind in ("once", "repeated")}
+    own: list[str] = []
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if words == [SCRIPT] and (not word.startswith("-") or word == "-m"):
+            return own, [word, *rest], []
+        if not words and (word == "-m" or (word.endswith(".py") and os.path.isfile(word))):  # noqa: PTH113 (Path's raises)
+            return own, [], [word, *rest]
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = TORCHRUNS.get(name.replace("_", "-"), name)
+            own.append(name + equals + value)
+            if name in takes_value and not equals and rest:
+                own.append(rest.pop(0))
+            continue
+        own.append(word)
+        words += [] if word.startswith("-") else [word]
+    return own, [], []

@@ -34,6 +34,7 @@ from jobs.spec import (
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 from workloads.errors import did_you_mean
+from workloads.script import config as script_config
 from workloads.training.checkpoint_config import ResumableConfig
 
 EXECUTORS = ("auto", "slurm", "local", "debug")
@@ -96,6 +97,8 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         import_path = going_on.import_path
     entry = registry.load(workload, import_path)
     document = settings.read_yaml(Path(given.config)) if given.config is not None else None
+    if workload == "script" and going_on is None:
+        document = settings.Document(script_config.of_line(given.script, Path.cwd()).model_dump(mode="json"), "script")
     config, announcements = settings.build(
         entry.config,
         document,
@@ -133,13 +136,21 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     if profile is not None:
         announcements.append(f"profile: {profile}")
     announcements += notices
+    if which == "slurm" and isinstance(config, script_config.ScriptConfig):
+        folder = config.file.parent if config.path is not None else Path(config.directory)
+        if kind := machine.own_file_system(folder):
+            announcements.append(
+                f"warning: {folder} is on a file system of this machine's own ({kind}), which the hosts may not see; "
+                "scripts belong on a shared one"
+            )
     if which == "local":
         announcements += _only_for_slurm(cluster)
     if which == "slurm" and flags.max_requeues is None and script.requeues(resources, options):
         announcements.append(f"at its time limit, the job is requeued up to {MAX_REQUEUES} times (--max-requeues)")
     elif which != "slurm" and flags.max_requeues is not None:
         raise _only_with_slurm("--max-requeues", given.max_requeues, which)
-    run_dir = default_run_dir(workload) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
+    name = config.name if isinstance(config, script_config.ScriptConfig) else workload
+    run_dir = default_run_dir(name) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     if going_on is None:
         RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):

@@ -124,7 +124,7 @@ def local_env(rank: int, nodes: int, ranks_per_node: int, job_id: str, attempt: 
 
 
 def rank_env(
-    rank: int, hosts: Sequence[str], ranks_per_node: int, agent: RankInfo, address: str, port: int
+    rank: int, hosts: Sequence[str], ranks_per_node: int, agent: RankInfo, address: str, port: int, max_restarts: int
 ) -> dict[str, str]:
     """The variables by which an agent tells a rank its place: ours, and torchrun's, so that its scripts run, too.
 
@@ -135,6 +135,7 @@ def rank_env(
         agent: who starts it.
         address: where the store is, which is in no rank.
         port: of the store.
+        max_restarts: how often the ranks may be started again in place.
     """
     node, world_size = rank // ranks_per_node, len(hosts) * ranks_per_node
     job_id = agent.job_id + (agent.step_id and f".{agent.step_id}")
@@ -156,8 +157,9 @@ def rank_env(
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": job_id,
         "TORCHELASTIC_RESTART_COUNT": str(agent.attempt),
-        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "NODE_RANK": str(node),
     }
 
 

@@ -7,9 +7,18 @@ hand) leaves its failure in the run directory instead.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
+
+from jobs import blame
+from jobs.blame import Failure
+from jobs.rank.identity import RankInfo
+from jobs.run_dir import Attempt, write_json
+from workloads.whole_files import make_folder
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "MESHRUN_REPORT"
 """NUMBER:INODE of the pipe's write end."""
@@ -33,3 +42,34 @@ def send(env: Mapping[str, str], record: dict[str, Any]) -> bool:
         return True
     except (KeyError, ValueError, OSError):
         return False
+
+
+def leave_done(env: Mapping[str, str], attempt: Attempt, rank: int, stopped_at: int | None = None) -> None:
+    """Says that this rank's work is done, or that it has stopped after a step because it was asked to."""
+    if not send(env, {"done": True, "stopped_at": stopped_at}):
+        make_folder(attempt.done(rank).parent, 0o700)
+        attempt.done(rank).write_bytes(b"")
+
+
+def leave_failure(
+    error: BaseException, info: RankInfo, attempt: Attempt, env: Mapping[str, str], when: float, moment: float
+) -> Failure:
+    """Leaves a record of what ended this rank.
+
+    Args:
+        error: what did.
+        info: the rank.
+        attempt: where the record goes if no agent takes it.
+        env: the rank's variables.
+        when: in seconds since the epoch, by rank 0's clock where that is known.
+        moment: the same by time.monotonic.
+    """
+    path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
+    failure = blame.failure_of(error, info.rank, info.host, when, str(path) if path.exists() else "")
+    if not send(env, {"failure": failure.to_json(), "at": moment}):
+        try:
+            attempt.make()
+            write_json(attempt.failure(info.rank), failure.to_json())
+        except OSError as unwritten:  # must not take the error's place, in the log the last line counts
+            log.error("its record cannot be written: %s", unwritten)
+    return failure

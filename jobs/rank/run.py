@@ -18,8 +18,7 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -29,13 +28,12 @@ from jobs.errors import TopologyError
 from jobs.rank import profiling, report, stacks
 from jobs.rank.identity import RankInfo
 from jobs.rank.numbering import Placement, mesh_table
-from jobs.run_dir import Attempt, RunDirectory, write_json
+from jobs.run_dir import Attempt, RunDirectory
 from jobs.spec import JobSpec
 from workloads import registry
-from workloads.base import RunContext, Shape, WorkloadConfig, to_json
+from workloads.base import RunContext, Shape, to_json
 from workloads.errors import spoken_for
 from workloads.steps.board import Slot
-from workloads.whole_files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +92,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str], attempt_number: int | None =
             if getattr(error, "is_spoken_for", False):
                 log.error("%s; another rank records it, and the launcher ends this one with that", error)
                 time.sleep(SPOKEN_FOR_S)
-            path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
-            failure = blame.failure_of(error, info.rank, info.host, failed, str(path) if path.exists() else "")
-            if not report.send(env, {"failure": failure.to_json(), "at": moment}):
-                try:
-                    attempt.make()
-                    write_json(attempt.failure(info.rank), failure.to_json())
-                except OSError as unwritten:  # must not take the error's place, in the log the last line counts
-                    log.error("its record cannot be written: %s", unwritten)
+            failure = report.leave_failure(error, info, attempt, env, failed, moment)
             log.error(blame.ENDS + "%s", failure.message)
             raise
 
@@ -173,12 +164,12 @@ def _run(
         if spec.profile is not None and placement.rank in spec.profile.ranks:
             at_end.callback(profiling.attach(spec.profile, context, attempt).close)
         with contextlib.closing(context):
-            result = _work(run, config, context)
+            result = processes.as_this_process(lambda: run(config, context))
             context.settle()
 
         meeting.finish(spec.collective_timeout_s)
         if placement.rank != 0:
-            _say_done(env, attempt, info.rank)
+            report.leave_done(env, attempt, info.rank)
             return None
         context.paths.refuse_if_superseded()
         record = {
@@ -195,7 +186,7 @@ def _run(
             "result": to_json(result),
         }
         published = RunDirectory(spec.run_dir).publish(record)
-        _say_done(env, attempt, info.rank)
+        report.leave_done(env, attempt, info.rank)
         return published
     finally:
         # After a failure the peers may be gone: closing NCCL's communicators would wait for them. The workload may have
@@ -207,34 +198,11 @@ def _run(
                 log.warning("the process group could not be destroyed: %s: %s", type(error).__name__, error)
 
 
-def _say_done(env: Mapping[str, str], attempt: Attempt, rank: int) -> None:
-    if not report.send(env, {"done": True}):
-        make_folder(attempt.done(rank).parent, 0o700)
-        attempt.done(rank).write_bytes(b"")
-
-
 def _how(stopped_at: int | None, steps: int | None) -> dict[str, str]:
     """How the run ended: done, or stopped before its last step because some rank was asked to stop."""
     if stopped_at is None or stopped_at == steps:
         return {"status": "done"}
     return {"status": "stopped", "error": f"by request, after step {stopped_at}" + (f" of {steps}" if steps else "")}
-
-
-def _work(run: Callable[..., Any], config: WorkloadConfig, context: RunContext) -> Any:
-    """Calls the workload. A process that it forked and that leaves its function ends here, since it is no rank."""
-    rank = os.getpid()
-    code: Any = 0
-    try:
-        result = run(config, context)
-        if os.getpid() == rank:
-            return result
-    except BaseException as error:
-        if os.getpid() == rank:
-            raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        code = error.code if isinstance(error, SystemExit) else 1
-    processes.leave(code if isinstance(code, int) else int(code is not None))
 
 
 def _check_shape(spec: JobSpec, placement: Placement) -> None:

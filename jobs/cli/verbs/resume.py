@@ -22,6 +22,7 @@ from jobs.runs.tracker import track
 from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig
 from workloads.errors import first_few
+from workloads.script.config import ScriptConfig
 from workloads.training import checkpoint_files
 from workloads.training.checkpoint_config import ResumableConfig
 
@@ -43,6 +44,8 @@ def run(given: Options, console: Console) -> int:
     """
     run_dir = find(given.words[1])
     spec = _described(run_dir)
+    if spec.is_script and len(given.words) > 2:
+        raise CommandLineError(f"{given.words[2]}: a script that is resumed gets the arguments it had; leave it out")
     if "resume=never" in given.words:
         raise CommandLineError(
             f"resume=never: submit.py resume goes on from a checkpoint; to train from step 1, start a new run: "
@@ -164,6 +167,8 @@ def _where_from(config: WorkloadConfig, run_dir: RunDirectory) -> str:
     Raises:
         CommandLineError, WorkloadError: what the ranks would refuse as they load the newest checkpoint.
     """
+    if isinstance(config, ScriptConfig):
+        return f"{config.name} is started again, and finds its own checkpoint"
     if not isinstance(config, ResumableConfig):
         raise CommandLineError(
             f"{run_dir.path}: its workload saves no checkpoints (its settings are not a ResumableConfig), so a run of "

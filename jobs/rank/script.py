@@ -1,0 +1,170 @@
+"""A rank that runs a user's own script: the same place among the others as any rank, and nothing else of ours.
+
+There is no process group, no mesh and no logging but the script's own. How it ends is what Python makes of a script:
+its last line or `sys.exit(0)` is success, anything else a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, MutableMapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jobs import blame, processes
+from jobs.errors import RendezvousError
+from jobs.rank import report, stacks
+from jobs.rank.identity import RankInfo
+from jobs.run_dir import RunDirectory
+from jobs.spec import JobSpec
+from workloads import registry
+from workloads.script import steps
+from workloads.steps.board import Slot
+
+PHASE = "script"
+"""What a rank is in from the script's first line to its first `log_step`."""
+READY_WITHIN_S = 60.0
+"""For rank 0 to empty the store after a restart."""
+
+
+def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] | None:
+    """Runs this process's part of the job.
+
+    Returns:
+        The result, where no agent waits for this rank's end (the debug executor); None elsewhere.
+
+    Raises:
+        BaseException: what ended the script, where no agent waits; elsewhere the process ends as Python would.
+    """
+    started = time.time()
+    info = RankInfo.from_env(env, processes.ancestry())
+    run_dir = RunDirectory(spec.run_dir)
+    attempt = run_dir.attempt(info.attempt)
+    faulthandler.enable()
+    stacks.show_on_signal(env)
+    try:
+        processes.allow_open_files(info.world_size, info.host)
+        env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
+        if info.has_agent:
+            _as_a_fresh_python()
+            _use_own_gpus(info, env)
+            _empty_store(info, env, spec.rendezvous_timeout_s)
+        slot = Slot.from_env(env) or Slot.unwatched()
+        before = [run_dir.attempt(number).metrics for number in range(info.attempt)]
+        steps.attach(info.rank, info.host, slot, run_dir.paths(info.attempt), before)
+        _offer_meshrun()
+        entry = registry.load(spec.workload)
+        run, config = entry.hook("run"), entry.config.model_validate(spec.settings)
+        assert run is not None
+        slot.enter(PHASE)
+        processes.as_this_process(lambda: run(config))
+    except BaseException as error:
+        moment = time.monotonic()
+        with contextlib.suppress(Exception):
+            steps.finish()
+        if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            report.leave_failure(error, info, attempt, env, time.time(), moment)
+            if not info.has_agent:
+                raise
+            _leave_as_python_does(error)
+    stopped_at = steps.finish()
+    slot.enter("ended")
+    report.leave_done(env, attempt, info.rank, stopped_at=stopped_at)
+    if info.has_agent:
+        return None
+    return run_dir.publish(
+        {
+            "status": "done",
+            "workload": spec.workload,
+            "nodes": spec.resources.nodes,
+            "gpus_per_node": spec.resources.gpus_per_node,
+            "attempt": info.attempt,
+            "seconds": round(time.time() - started, 3),
+            "result": {},
+        }
+    )
+
+
+def _offer_meshrun() -> None:
+    """Lets the script, and the data workers that it spawns, `import meshrun`, also where it is not installed."""
+    if importlib.util.find_spec("meshrun") is None:
+        sys.path.append(str(Path(__file__).parents[2]))
+    importlib.import_module("meshrun")
+
+
+def _as_a_fresh_python() -> None:
+    """Takes back what a process that was forked from an agent has, and one that Python has just started has not."""
+    logging.getLogger().setLevel(logging.WARNING)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if (numpy := sys.modules.get("numpy.random")) is not None:  # Python's own generator does it by itself
+        numpy.seed()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _use_own_gpus(info: RankInfo, env: MutableMapping[str, str]) -> None:
+    """On a host that is emulated, shows this rank the GPUs of that host: a script takes number LOCAL_RANK of them.
+
+    Does not initialize CUDA. Where there are too few for all ranks, all of them see all.
+    """
+    if info.launcher != "local" or info.local_world_size == info.world_size:
+        return
+    torch = importlib.import_module("torch")
+    text = env.get("CUDA_VISIBLE_DEVICES")
+    names = text.split(",") if text else [str(number) for number in range(torch.cuda.device_count())]
+    if len(names) >= info.world_size:
+        first = info.rank - info.local_rank
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + info.local_world_size])
+
+
+def _empty_store(info: RankInfo, env: Mapping[str, str], timeout_s: float) -> None:
+    """After a restart, removes what an earlier attempt's process group has left in the store that the agents keep.
+
+    torchrun opens a new store for each restart, and torch relies on it: what lies there would be taken for this
+    attempt's. Rank 0 empties it, and the others wait for that before they run the script.
+
+    Raises:
+        RendezvousError: rank 0 has not done it in time.
+    """
+    if info.attempt == 0:
+        return
+    import torch.distributed as dist
+
+    from jobs.rank.store import launchers_store
+
+    store = launchers_store(info, env, timeout_s)
+    ready = f"meshrun/{info.identity}/empty"
+    if info.rank == 0:
+        for key in store.list_keys():
+            if not key.startswith("meshrun/"):
+                store.delete_key(key)
+        store.set(ready, "")
+        return
+    try:
+        store.wait([ready], timedelta(seconds=READY_WITHIN_S))
+    except dist.DistError as error:
+        raise RendezvousError(f"missing: rank 0, which has not come within {READY_WITHIN_S:g} s") from error
+
+
+def _leave_as_python_does(error: BaseException) -> NoReturn:
+    """Prints what Python prints of an error that ends a script, and ends this process with Python's exit code."""
+    processes.leave_soon()
+    code: Any = 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+        if not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+    else:
+        # torch's hook, which has the rank's number, takes the traceback from the error itself.
+        error = error.with_traceback(blame.from_the_workload_on(error))
+        sys.excepthook(type(error), error, error.__traceback__)
+    processes.leave(code)
