@@ -1,0 +1,73 @@
+"""Scripts that were written for torchrun run unchanged, and give the same losses, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.submitting import SUBMIT
+
+SCRIPTS = Path(__file__).parent / "scripts"
+LINES = {
+    "ddp": [str(SCRIPTS / "ddp.py"), "--lr", "3e-2", "--epochs=2"],
+    "overrides": [str(SCRIPTS / "overrides.py"), "optim.lr=0.05", "model.width=16"],
+    "package": ["-m", "trainer.train", "5"],
+    "transformers": [str(SCRIPTS / "hugging_face.py")],
+    "lightning": [str(SCRIPTS / "lightning_script.py")],
+}
+NEEDS = {"transformers": ("transformers", "accelerate"), "lightning": ("lightning",)}
+
+
+def losses(shown: str) -> list[str]:
+    return [line.partition("loss ")[2] for line in shown.splitlines() if "loss " in line]
+
+
+def folder_for(name: str, tmp_path: Path) -> Path:
+    """Where the line is typed."""
+    (tmp_path / "scale.txt").write_text("0.5")
+    return SCRIPTS if name == "package" else tmp_path
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def under_torchrun(name: str, tmp_path: Path) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    ended = subprocess.run(
+        [*torchrun, *LINES[name]],
+        cwd=folder_for(name, tmp_path),
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return losses(ended.stdout)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", LINES)
+def test_losses_are_those_of_torchrun(name: str, tmp_path: Path) -> None:
+    missing = [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)}: not installed")
+    expected = under_torchrun(name, tmp_path)
+    flags = ["--executor", "local", "--nnodes", "2", "--nproc_per_node=2", "--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(
+        [sys.executable, SUBMIT, *flags, "script", *LINES[name]],
+        cwd=folder_for(name, tmp_path),
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert losses((tmp_path / "run/attempt-0/rank-0.log").read_text()) == expected
+    assert len(expected) >= 4
+    assert "loss" in ended.stdout + ended.stderr  # what rank 0 prints is shown
