@@ -14,7 +14,6 @@ from typing import Any
 from jobs.agent.job_state import JobState
 from jobs.blame import Failure
 from jobs.run_dir import BY_ITSELF, TIME_LIMIT, Attempt, RunDirectory, end_of, read_json, write_json
-from jobs.runs.tail import last_lines
 from jobs.spec import JobSpec
 
 log = logging.getLogger(__name__)
@@ -90,10 +89,9 @@ class EndRecord:
         Args:
             stopped_at: the step at which it stopped because it was asked to; None: it did not.
         """
-        last = last_lines(self.attempt.metrics, 1)
         try:
-            result = json.loads(last) if last else {}
-        except ValueError:
+            result = json.loads(end_of(self.attempt.metrics, 100_000).splitlines()[-1])
+        except (ValueError, IndexError):  # it has logged no step
             result = {}
         stopped = {"status": "stopped", "error": f"by request, after step {stopped_at}"}
         record = {

@@ -140,7 +140,7 @@ class JobState:
         if failure is not None and rank.failure is None:
             # Hosts' clocks differ; this one's counts.
             rank.failure = replace(failure, when=time.time() - one["ago_s"])
-        rank.death, rank.stopped_at = one["death"], one["stopped_at"]
+        rank.death, rank.stopped_at = one["death"], one.get("stopped_at")
 
     def lose(self, host: int, how: str) -> None:
         """Notes that the agent of a host is gone."""

@@ -219,6 +219,7 @@ def _check(verb: Verb, words: Sequence[str], given_flags: Sequence[str]) -> None
     for name in given_flags:
         takers = [v for v in (LAUNCH, *VERBS) if name.replace("--no-", "--", 1) in [flag.name for flag in v.flags]]
         if verb not in takers:
+            takers = [taker for taker in takers if taker is not SCRIPT]  # WORKLOAD is named, which takes all of its
             owners = " and ".join(f"submit.py {taker.name}" for taker in takers)
             raise CommandLineError(f"{name}: is a flag of {owners}, not of submit.py {verb.name}; leave it out")
     if len(words) < verb.least or (verb.most is not None and len(words) > verb.most):

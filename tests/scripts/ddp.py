@@ -30,7 +30,9 @@ def main():
     dist.init_process_group("gloo")
     assert local_rank == rank % int(os.environ["LOCAL_WORLD_SIZE"])
     torch.manual_seed(0)
-    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)))
+    model = DistributedDataParallel(
+        torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     data = Squares()
     sampler = DistributedSampler(data, seed=1)
@@ -42,7 +44,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            dist.all_reduce(loss.detach_(), op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+            dist.all_reduce(loss.detach_())
             if rank == 0:
                 print("loss", loss.item().hex(), flush=True)
     dist.destroy_process_group()
