@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from jobs import blame, processes
 from jobs.errors import RendezvousError
-from jobs.rank import report, stacks
+from jobs.rank import network, report, stacks
 from jobs.rank.identity import RankInfo
 from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec
@@ -58,6 +58,8 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
             _as_a_fresh_python()
             _use_own_gpus(info, env)
             _empty_store(info, env, spec.rendezvous_timeout_s)
+            address = network.own_address(info, spec.interface, info.master_addr)
+            env.update(network.socket_variables(info, address, spec.interface, env))
         slot = Slot.from_env(env) or Slot.unwatched()
         before = [run_dir.attempt(number).metrics for number in range(info.attempt)]
         steps.attach(info.rank, info.host, slot, run_dir.paths(info.attempt), before)

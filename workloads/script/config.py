@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import os
 import sys
 import tokenize
 from collections.abc import Sequence
@@ -98,11 +97,11 @@ def _check_module(name: str, directory: str) -> None:
     top = name.partition(".")[0]
     if not all(part.isidentifier() for part in name.split(".")):
         raise WorkloadError(f"script -m {name}: is not a module's name; write -m package.module")
-    if (
-        importlib.machinery.PathFinder.find_spec(top, [directory, *(entry for entry in sys.path if entry)]) is None
-        and top not in sys.builtin_module_names
-    ):
-        hint = f"; for the file, leave -m out: script {name}" if os.path.isfile(Path(directory, name)) else ""  # noqa: PTH113
+    if name.endswith(".py") and Path(directory, name).exists():
+        raise WorkloadError(f"script -m {name}: is a file, and not a module's name; leave -m out: script {name}")
+    searched = [directory, *(entry for entry in sys.path if entry)]
+    if importlib.machinery.PathFinder.find_spec(top, searched) is None and top not in sys.builtin_module_names:
         raise WorkloadError(
-            f"script -m {name}: there is no module '{top}' in {directory} or installed for {sys.executable}{hint}"
+            f"script -m {name}: there is no module '{top}' in {directory} or installed for {sys.executable}; give the "
+            "name as you would to python -m"
         )

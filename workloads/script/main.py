@@ -29,7 +29,7 @@ def run(config: ScriptConfig, context: None = None) -> None:
     main.__dict__.update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main  # data workers that are spawned find the script by it
     if config.path is not None:
-        file = str(config.file.absolute())
+        file = config.path if config.path.startswith("/") else f"{os.getcwd()}/{config.path}"  # noqa: PTH109 (as Python)
         sys.argv[:] = [config.path, *config.args]
         _search_first(str(config.file.resolve().parent))
         main.__dict__.update(
