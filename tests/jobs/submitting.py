@@ -96,7 +96,8 @@ def submit(directory: Path, *words: str, mark_by_flag: bool = True, **popen: Any
     if not (directory / "mine.py").exists():
         shutil.copy(Path(__file__).with_name("sample_workload.py"), directory / "mine.py")
     mark = f"mark-{uuid.uuid4().hex}"
-    words = (*words, "--run-dir", "run", *(("--env", f"TEST_MARK={mark}") if mark_by_flag else ()))
+    flags = ("--run-dir", "run", *(("--env", f"TEST_MARK={mark}") if mark_by_flag else ()))
+    words = (*flags, *words) if "script" in words else (*words, *flags)  # what follows a script is its own
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, SUBMIT, *words], cwd=directory, text=True, **{**streams, **popen})
     return Line(directory, mark, process)
