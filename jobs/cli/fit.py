@@ -104,7 +104,8 @@ def check_this_machine(
             f"({_gib(each)} each), but only {_gib(available)} are available; use a smaller model or batch, "
             "fewer ranks, or a cluster"
         )
-    return f"{ranks} on this machine's CPU over gloo ({why})"
+    group = "" if workload == "script" else " over gloo"  # a script's process group is its own
+    return f"{ranks} on this machine's CPU{group} ({why})"
 
 
 def _gib(size: float) -> str:
