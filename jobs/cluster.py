@@ -82,9 +82,9 @@ class ClusterConfig(StrictModel):
     cpu_binding: CpuBinding = "auto"
     """auto divides a host's CPUs among its ranks, close to each rank's GPU; none lets the ranks share all CPUs."""
     rendezvous_timeout_s: float = Field(default=300, gt=0, le=10**7)
-    """Seconds within which all ranks must have joined the rendezvous."""
+    """Seconds within which all ranks must have joined the rendezvous, if --rendezvous-timeout is not given."""
     collective_timeout_s: float = Field(default=600, gt=0, le=10**7)
-    """Seconds that a collective may wait for the other ranks."""
+    """Seconds that a collective may wait for the other ranks, if --collective-timeout is not given."""
     grace_s: float = Field(default=20, ge=0, le=10**7)
     """Seconds after SIGTERM that ranks on Slurm get to end their step and save; Slurm itself ends a job after its
     KillWait (scancel) or GraceTime (preemption)."""

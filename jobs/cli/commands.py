@@ -82,6 +82,17 @@ _LAUNCH = (
         "fail the job, and name the rank that hangs, if no step ends within SECONDS; 0 turns this off (default: "
         "adapts to the measured steps)",
     ),
+    Flag(
+        "--collective-timeout",
+        "SECONDS",
+        "fail the job if a collective waits for other ranks for SECONDS (default: the cluster config's)",
+    ),
+    Flag(
+        "--rendezvous-timeout",
+        "SECONDS",
+        "fail the job, and name the missing ranks, if not all have joined within SECONDS (default: the cluster "
+        "config's)",
+    ),
     Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
     Flag("--run-dir", "DIR", "run directory, new or empty (default: runs/<utc time>-<workload>-<short id>)"),
     Flag("--profile", "FIRST:LAST", "profile the steps from FIRST to LAST, counted from 1: traces and top operators"),

@@ -56,6 +56,8 @@ class Options:
     max_requeues: str | None = None
     threads_per_rank: str | None = None
     watchdog_timeout: str | None = None
+    collective_timeout: str | None = None
+    rendezvous_timeout: str | None = None
     env: list[str] = field(default_factory=list)
     run_dir: str | None = None
     profile: str | None = None

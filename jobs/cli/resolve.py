@@ -50,6 +50,8 @@ class _Flags(StrictModel):
     spares: int | None = Field(default=None, ge=0, le=MOST_NODES)
     max_requeues: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
     watchdog_timeout: float | None = Field(default=None, ge=0, le=10**7)
+    collective_timeout: float | None = Field(default=None, gt=0, le=10**7)
+    rendezvous_timeout: float | None = Field(default=None, gt=0, le=10**7)
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,8 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         env=env,
         threads_per_rank=flags.threads_per_rank or cluster.threads_per_rank,
         cpu_binding=cluster.cpu_binding,
-        rendezvous_timeout_s=cluster.rendezvous_timeout_s,
-        collective_timeout_s=cluster.collective_timeout_s,
+        rendezvous_timeout_s=flags.rendezvous_timeout or cluster.rendezvous_timeout_s,
+        collective_timeout_s=flags.collective_timeout or cluster.collective_timeout_s,
         watchdog_timeout_s=(cluster.watchdog_timeout_s if flags.watchdog_timeout is None else flags.watchdog_timeout),
         interface=cluster.interface,
         rendezvous_ports=_ports(cluster, resources, which),

@@ -132,6 +132,8 @@ def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirec
         "spares": str(resources.spares) if resources.spares else None,
         "max_requeues": str(spec.max_requeues) if spec.executor == "slurm" else None,
         "watchdog_timeout": None if spec.watchdog_timeout_s is None else str(spec.watchdog_timeout_s),
+        "collective_timeout": str(spec.collective_timeout_s),
+        "rendezvous_timeout": str(spec.rendezvous_timeout_s),
     }
     if given.executor not in (None, spec.executor):  # those of the other executor would be refused
         before |= dict.fromkeys(("partition", "account", "qos", "job_name", "spares", "max_requeues"))
