@@ -14,6 +14,7 @@ from workloads.script.config import ScriptConfig
 
 ExecutorName = Literal["slurm", "local", "debug"]
 CpuBinding = Literal["auto", "none"]
+GpuNeed = Literal["none", "required", "optional"]
 
 RESOLVER = "timeout:1 attempts:1"
 """RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
@@ -101,6 +102,9 @@ class JobSpec(StrictModel):
     """Directories that a user's own module is imported from."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
+    gpus: GpuNeed = "none"
+    """required: the job asks Slurm for GPUs, and a rank that sees none fails; optional: it then trains on the CPU
+    (--allow-cpu); none: the job asks for none, and ranks take what is there."""
     threads_per_rank: int = Field(default=1, ge=1)
     """CPU threads per rank for tensor operations. Part of the job, because it changes the last bits of results."""
     cpu_binding: CpuBinding = "auto"

@@ -47,7 +47,7 @@ def test_verbs_and_flags() -> None:
     assert [flag.name for flag in commands.flags()] == [
         *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--config", "--time", "--partition", "--account"),
         *("--qos", "--job-name", "--sbatch", "--max-restarts", "--spares", "--max-requeues", "--threads-per-rank"),
-        *("--watchdog-timeout", "--collective-timeout", "--rendezvous-timeout", "--env", "--run-dir"),
+        *("--watchdog-timeout", "--collective-timeout", "--rendezvous-timeout", "--env", "--allow-cpu", "--run-dir"),
         *("--profile", "--profile-ranks", "--profile-memory", "--dry-run", "--wait", "--json"),
     ]
     taken = {*commands.RESERVED, *(verb.name for verb in commands.VERBS)}

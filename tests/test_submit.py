@@ -132,6 +132,7 @@ BAD = [
     Bad(["tp_fsdp", "--watchdog-timeout", "inf"], ["--watchdog-timeout inf"]),
     Bad(["tp_fsdp", "--collective-timeout", "0"], ["--collective-timeout 0", "greater than 0"]),
     Bad(["tp_fsdp", "--rendezvous-timeout", "1h"], ["--rendezvous-timeout 1h", "valid number"]),
+    Bad(["tp_fsdp", "--allow-cpu"], ["--allow-cpu: is for Slurm", "--executor local", "leave it out"]),
     Bad(["tp_fsdp", "--executor", "slrum"], ["--executor slrum", "did you mean 'slurm'?"]),
     Bad(["tp_fsdp", "--executor", "debug", "--nodes", "2"], ["--nodes 2", "debug runs one rank"]),
     Bad(["tp_fsdp", "--partition", "gpu"], ["--partition gpu", "--executor local", "leave it out"]),

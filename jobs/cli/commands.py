@@ -94,6 +94,7 @@ _LAUNCH = (
         "config's)",
     ),
     Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
+    Flag("--allow-cpu", "", "train on the CPU if the job asked Slurm for GPUs and its ranks see none", "switch"),
     Flag("--run-dir", "DIR", "run directory, new or empty (default: runs/<utc time>-<workload>-<short id>)"),
     Flag("--profile", "FIRST:LAST", "profile the steps from FIRST to LAST, counted from 1: traces and top operators"),
     Flag("--profile-ranks", "R,R|all", "ranks to profile (default: 0)"),

@@ -59,6 +59,7 @@ class Options:
     collective_timeout: str | None = None
     rendezvous_timeout: str | None = None
     env: list[str] = field(default_factory=list)
+    allow_cpu: bool = False
     run_dir: str | None = None
     profile: str | None = None
     profile_ranks: str | None = None

@@ -26,6 +26,7 @@ from jobs.spec import (
     MOST_GPUS,
     MOST_NODES,
     MOST_RESTARTS,
+    GpuNeed,
     JobSpec,
     ResourceSpec,
     parse_minutes,
@@ -151,6 +152,11 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         announcements.append(f"at its time limit, the job is requeued up to {MAX_REQUEUES} times (--max-requeues)")
     elif which != "slurm" and flags.max_requeues is not None:
         raise _only_with_slurm("--max-requeues", given.max_requeues, which)
+    if which != "slurm" and given.allow_cpu:
+        raise _only_with_slurm("--allow-cpu", None, which)
+    gpus: GpuNeed = "none"
+    if which == "slurm" and cluster.gpu_request != "none":
+        gpus = "optional" if given.allow_cpu else "required"
     name = config.name if isinstance(config, script_config.ScriptConfig) else workload
     run_dir = default_run_dir(name) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
     if going_on is None:
@@ -166,6 +172,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         run_dir=run_dir,
         import_path=import_path,
         env=env,
+        gpus=gpus,
         threads_per_rank=flags.threads_per_rank or cluster.threads_per_rank,
         cpu_binding=cluster.cpu_binding,
         rendezvous_timeout_s=flags.rendezvous_timeout or cluster.rendezvous_timeout_s,
@@ -369,7 +376,8 @@ def _resources(
 
 
 def _only_with_slurm(flag: str, value: str | None, which: str) -> CommandLineError:
-    return CommandLineError(f"{flag} {value}: is for Slurm, and this job runs with --executor {which}; leave it out")
+    shown = flag if value is None else f"{flag} {value}"
+    return CommandLineError(f"{shown}: is for Slurm, and this job runs with --executor {which}; leave it out")
 
 
 def _env(given: Options) -> dict[str, str]:

@@ -141,6 +141,7 @@ def spec_by_hand(argv: list[str], info: RankInfo, env: Mapping[str, str]) -> Job
         cluster="none",
         run_dir=Path(run_dir).absolute() if run_dir is not None else _default_run_dir(words[0], info),
         import_path=import_path,
+        gpus="required" if env.get("SLURM_STEP_GPUS") else "none",
         threads_per_rank=_threads(env),
         profile=profile,
     )

@@ -115,7 +115,7 @@ def _run(
     from jobs.rank import devices, mesh, network, rendezvous
 
     torch.set_num_threads(spec.threads_per_rank)
-    choice = devices.choose_device(info, env)
+    choice = devices.choose_device(info, env, spec.gpus)
     network.check_socket_variables(info, choice.device.type, env)
     kind, deadline_s, interface = choice.device.type, spec.rendezvous_timeout_s, spec.interface
     if info.has_agent:

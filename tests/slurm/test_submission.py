@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import running
 from tests.jobs.slurm.test_script import AWKWARD, SHIPPED
@@ -154,8 +155,7 @@ def test_values_and_paths_arrive_exactly(slurm: Cluster, tmp_path: Path) -> None
 def test_what_a_site_says(config: str, slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(f"executor: slurm\n{config}\nsetup: [export FROM_SETUP=yes]\n")
     names = '["SLURM_CPUS_PER_TASK", "FROM_SETUP", "CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS"]'
-    # The GPUs here are fakes, which torch cannot see.
-    words = ["--gpus-per-node", "2", *(() if "none" in config else ("--env", "MESHRUN_DEVICE=cpu"))]
+    words = ["--gpus-per-node", "2", "--allow-cpu"]  # the GPUs here are fakes, which torch cannot see
     result = done(tmp_path, "--cluster", "site.yaml", *words, f"names={names}", env=without_device(slurm))["result"]
     assert result["FROM_SETUP"] == "yes"
     # Of the agent, which has the CPUs of all its ranks.
@@ -187,8 +187,11 @@ def test_setup_that_fails_ends_the_job(slurm: Cluster, tmp_path: Path) -> None:
 
 def test_gpus_that_no_rank_sees_end_the_job_at_once(slurm: Cluster, tmp_path: Path) -> None:
     result = done(tmp_path, "--gpus-per-node", "2", env=without_device(slurm), code=1)
-    assert "the job failed: rank " in result["stderr"].splitlines()[-1]
-    assert "Slurm gave this job GPUs on node0 (SLURM_STEP_GPUS=0,1), but torch" in result["stderr"].splitlines()[-1]
+    last = result["stderr"].splitlines()[-1]
+    assert "the job failed: rank " in last
+    assert f"the job asked Slurm for GPUs, but torch {torch.__version__}, " in last
+    assert " sees none on node0 (SLURM_STEP_GPUS=0,1" in last
+    assert last.count("--allow-cpu") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -52,7 +52,7 @@ def run(given: Options, console: Console) -> int:
             f"submit.py {spec.workload} ..."
         )
     before = _refuse_if_it_runs(run_dir)
-    resolved = resolve(_with_what_was_given_before(given, spec, run_dir), going_on=spec)
+    resolved = resolve(with_what_was_given_before(given, spec, run_dir), going_on=spec)
     notes = [_where_from(resolved.config, run_dir)]
     without = str(resolved.spec.sbatch.get("exclude", "")).split(",")  # what the line says wins
     if hosts := [str(one) for one in excluded(run_dir) if one.host in without]:
@@ -113,7 +113,7 @@ def _refuse_if_it_runs(run_dir: RunDirectory) -> Submitted | None:
     return submitted
 
 
-def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirectory) -> Options:
+def with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirectory) -> Options:
     """The line that starts the run again: what this line says wins over what the run's files say."""
     resources = spec.resources
     before = {
@@ -157,6 +157,7 @@ def _with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirec
         given,
         **kept,
         words=[spec.workload, *words],
+        allow_cpu=given.allow_cpu or (on_slurm and spec.gpus == "optional"),
         run_dir=str(run_dir.path),
         env=[*env, *given.env],
         sbatch=[*sbatch, *given.sbatch],

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from jobs.cli.main import main
+from jobs.cli.options import parse
+from jobs.cli.resolve import resolve
+from jobs.cli.verbs.resume import with_what_was_given_before
+from jobs.run_dir import RunDirectory
 from tests.jobs.submitting import SUBMIT
 from tests.test_submit import Bad, check_refusal, name, tree
 
@@ -38,6 +42,23 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     code = main(bad.line)
     out, err = capsys.readouterr()
     check_refusal(bad, code, out, err, before, tmp_path)
+
+
+def test_what_a_run_was_started_with_is_kept_unless_the_line_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = ["tp_fsdp", "--executor", "slurm", "--run-dir", "run", "--collective-timeout", "900", "--allow-cpu"]
+    before = resolve(parse([*first, "--rendezvous-timeout", "45"])).spec
+    assert (before.collective_timeout_s, before.rendezvous_timeout_s, before.gpus) == (900, 45, "optional")
+    run_dir = RunDirectory(before.run_dir)
+    run_dir.path.mkdir()
+    run_dir.describe(before)
+    after = resolve(with_what_was_given_before(parse(["resume", "run"]), before, run_dir), going_on=before).spec
+    assert after == before
+    line = parse(["resume", "run", "--collective-timeout", "30.5"])
+    after = resolve(with_what_was_given_before(line, before, run_dir), going_on=before).spec
+    assert after == before.model_copy(update={"collective_timeout_s": 30.5})
 
 
 def typed(folder: Path, *words: str, code: int = 0) -> str:
