@@ -12,7 +12,6 @@ from multiprocessing.context import ForkServerContext
 PRELOAD = [
     *("torch", "torch._dynamo", "torch._inductor.compile_fx", "jobs.rank.rendezvous", "tests.workloads.worlds"),
     *("workloads.tp_fsdp_llama2.train", "workloads.fsdp_mnist.train", "workloads.pipeline_mlp.train"),
-    "workloads.images.mnist_like",
 ]
 
 

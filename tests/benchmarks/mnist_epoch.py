@@ -1,7 +1,7 @@
 """An fsdp_mnist epoch, training and evaluation, beside the structure of PyTorch's FSDP1 tutorial.
 
 Theirs is "Getting Started with Fully Sharded Data Parallel" (pytorch/tutorials, FSDP1_tutorial), in our words: the same
-network, FSDP1 with its size policy at 20,000 parameters, torchvision's transforms sample by sample, a loss that is read
+network, FSDP1 with its size policy at 20,000 parameters, samples scaled and normalized one by one, a loss that is read
 in each step and reduced once per epoch. Each side has one thread and no loader processes. The two take turns in the
 same ranks, epoch by epoch, and read the same samples in batches of the same size.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from tests.benchmarks.rows import Row, Times, compare, now
 from tests.workloads.worlds import run_world
@@ -29,7 +29,7 @@ from workloads.base import RunContext, Shape
 from workloads.fsdp_mnist.config import Config, mesh
 from workloads.fsdp_mnist.model import Net
 from workloads.fsdp_mnist.train import train
-from workloads.images.datasets import open_split
+from workloads.images.datasets import images_labels
 from workloads.images.prepare import Prepared, prepare
 
 RANKS = 4
@@ -42,15 +42,27 @@ MIN_PARAMS = 20_000
 """The tutorial's; it makes a unit of fc1."""
 
 
+class Samples(Dataset[tuple[torch.Tensor, int]]):
+    """What torchvision's MNIST gives with ToTensor and Normalize, without the detour through a PIL image."""
+
+    def __init__(self, prepared: Prepared, train: bool) -> None:
+        pixels, labels = images_labels(prepared, train)
+        self.pixels, self.labels = torch.from_numpy(pixels.copy()), labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        image = self.pixels[number].unsqueeze(0).to(torch.float32).div(255)
+        return image.sub(torch.tensor([0.1307])).div(torch.tensor([0.3081])), self.labels[number]
+
+
 class Tutorial:
     """The tutorial's training, an epoch at a time."""
 
     def __init__(self, prepared: Prepared) -> None:
-        from torchvision import transforms
-
-        normalized = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        parts = {part: open_split(prepared, train=part == "train", transform=normalized) for part in ("train", "test")}
+        parts = {part: Samples(prepared, train=part == "train") for part in ("train", "test")}
         self.sampler = DistributedSampler(parts["train"], ranks, rank, shuffle=True, drop_last=True)
         self.train_loader = DataLoader(parts["train"], batch_size=BATCH, sampler=self.sampler, drop_last=True)
         test_sampler = DistributedSampler(parts["test"], ranks, rank, shuffle=False)

@@ -48,10 +48,6 @@ ENTRY = WorkloadEntry(
     prepare_by_hand=False,
     build="workloads.fsdp_mnist.parallelize:build",
     memory_bytes="workloads.fsdp_mnist.config:memory_bytes",
-    # Each rank would import torchvision and, when FSDP2 is first used, the compiler; eight doing so take seconds.
-    preload=(
-        "workloads.fsdp_mnist.run",
-        "workloads.images.mnist_like",
-        "torch._dynamo",
-    ),
+    # Each rank would import the compiler when FSDP2 is first used; eight doing so take seconds.
+    preload=("workloads.fsdp_mnist.run", "torch._dynamo"),
 )

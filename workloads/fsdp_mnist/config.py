@@ -8,7 +8,6 @@ from pydantic import Field
 
 from workloads.base import MeshSpec, Shape, WorkloadError
 from workloads.divisors import divisors
-from workloads.images import vision
 from workloads.images.config import ImageDataConfig
 from workloads.training.checkpoint_config import ResumableConfig
 
@@ -137,7 +136,6 @@ def validate(config: Config, shape: Shape) -> None:
     Raises:
         WorkloadError: in one line, what was given, which rule it breaks and what to do.
     """
-    vision.refuse_if_missing()
     ranks = shape.world_size
     batch = config.global_batch_size
     if batch % ranks:
@@ -201,8 +199,7 @@ def memory_bytes(config: Config, shape: Shape, device: str = "cpu") -> int:
 
     With `e` bytes a parameter (8 in fp64, else 4) and N parameters: 4 e N for the parameters, gradients and the
     optimizer's two means, divided by the ranks that share a copy, and e N for what is gathered; 0.4 MB (in fp32) a
-    sample of a rank's batch for activations, kept and temporary; 450 MB for the process: Python, torch, torchvision,
-    the data.
+    sample of a rank's batch for activations, kept and temporary; 450 MB for the process: Python, torch, the data.
     """
     stored = 8 if config.precision == "fp64" else 4
     copies = 1 if config.compare else mesh(config, shape).sizes[1]

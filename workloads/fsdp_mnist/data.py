@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from workloads.base import RunContext, WorkloadError
 from workloads.fsdp_mnist.config import Config, refuse_if_no_step
 from workloads.images import prepare as images
-from workloads.images.datasets import open_split
+from workloads.images.datasets import images_labels
 from workloads.images.sources import MEAN_AND_STD
 from workloads.training import data_workers
 from workloads.training.prepared import make_if_missing
 
 WORKER_TIMEOUT_S = 300
-"""How long a rank waits for a batch of its workers, of which the first have torch and torchvision to import, maybe from
-a cold file system; then it fails and says so, also of one that was killed before."""
+"""How long a rank waits for a batch of its workers, of which the first have torch to import, maybe from a cold file
+system; then it fails and says so, also of one that was killed before."""
 
 
 def prepare(config: Config, directory: Path) -> str:
@@ -158,8 +158,9 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, prepared: images.Prepared, train: bool) -> None:
-        opened = open_split(prepared, train)
-        self._pixels, self._labels, self._source = opened.data, opened.targets, prepared.source
+        pixels, labels = images_labels(prepared, train)
+        self._pixels, self._labels = torch.from_numpy(pixels.copy()), torch.from_numpy(labels.astype("int64"))
+        self._source = prepared.source
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -179,7 +180,7 @@ def _loader(
     if workers:
         options |= {
             "num_workers": workers,
-            "multiprocessing_context": data_workers.fork_server(["workloads.images.mnist_like"]),
+            "multiprocessing_context": data_workers.fork_server(["workloads.fsdp_mnist.data"]),
             "worker_init_fn": data_workers.die_with_parent,
             "prefetch_factor": config.data.prefetch or 2,
             "timeout": config.data.worker_timeout_s or WORKER_TIMEOUT_S,

@@ -10,7 +10,6 @@ from workloads.fsdp_mnist import data
 from workloads.fsdp_mnist.compare import compare
 from workloads.fsdp_mnist.config import Config
 from workloads.fsdp_mnist.train import train
-from workloads.images import vision
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +22,6 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     """
     prepared = data.find(config, ctx)
     if ctx.rank == 0:
-        for line in (prepared.announcement, vision.remark()):
-            if line is not None:
-                log.info("%s", line)
+        log.info("%s", prepared.announcement)
     result = compare(config, ctx, prepared) if config.compare else train(config, ctx, prepared)
     return {"data": {"source": prepared.source, "root": str(prepared.root), "why": prepared.why}, **result}

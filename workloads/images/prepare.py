@@ -385,16 +385,15 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
             from workloads.images.fetch import FetchError, fetch
 
             try:
-                place = fetch(source, folder, data.download_timeout_s)
+                fetch(source, folder, data.download_timeout_s)
             except FetchError as error:
                 raise UnavailableError(what, f"{damage}no download: {error}", cure) from None
         else:
-            place = folder
             for name, content in sources.make(source).items():
-                (place / name).write_bytes(content)
+                (folder / name).write_bytes(content)
         files, counts = {}, {}
         for name in FILES:
-            content = (place / name).read_bytes()
+            content = (folder / name).read_bytes()
             try:
                 counts[name] = idx.count(content, name)
             except idx.IdxError as error:
@@ -412,7 +411,7 @@ def _made_anew(source: Source, data: ImageDataConfig, root: Path, download: bool
             current = _content(raw / name)
             if current is not None and _record(current) == files[name]:
                 continue
-            (place / name).replace(raw / name)
+            (folder / name).replace(raw / name)
         _write_checksums(source, root, files)
     return Found(files, counts, True, (), (), ())
 

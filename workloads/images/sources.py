@@ -1,6 +1,7 @@
 """The datasets, by the name that data.source gives them: where their files lie, and how digits and fake are made.
 
-All have torchvision's layout, `ROOT/CLASS/raw/` with four IDX files, so that its dataset classes read them.
+All have torchvision's layout, `ROOT/CLASS/raw/` with four IDX files, and `torchvision.datasets.MNIST(ROOT)` reads them.
+torchvision itself is not needed: its wheels on PyPI are built for CUDA, and fail beside a CPU build of torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Source:
         words: what its images are.
         train: images to train on.
         test: images held out.
-        downloaded: whether it comes from the network; the others are made here.
+        mirrors: addresses of folders that have its files, gzipped; none: it is made here.
         md5: of each file, unpacked: as published, or as it is made here.
     """
 
@@ -42,16 +43,21 @@ class Source:
     words: str
     train: int
     test: int
-    downloaded: bool
+    mirrors: tuple[str, ...]
     md5: Mapping[str, str]
+
+    @property
+    def downloaded(self) -> bool:
+        """Whether it comes from the network."""
+        return bool(self.mirrors)
 
     def raw(self, root: Path) -> Path:
         """The directory of its files."""
         return root / self.folder / "raw"
 
 
-# The sums of the unpacked files, which torchvision, knowing only those of the .gz files, takes unchecked. Several
-# public projects that are independent of each other list these same ones, beside those of the .gz files.
+# The mirrors are torchvision's. The sums are of the unpacked files; several public projects that are independent of
+# each other list these same ones.
 SOURCES = {
     source.name: source
     for source in (
@@ -62,7 +68,7 @@ SOURCES = {
             "handwritten digits",
             60_000,
             10_000,
-            True,
+            ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
             {
                 "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
                 "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -77,7 +83,7 @@ SOURCES = {
             "pieces of clothing",
             60_000,
             10_000,
-            True,
+            ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
             {
                 "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
                 "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -92,7 +98,7 @@ SOURCES = {
             "handwritten digits from scikit-learn",
             1500,
             297,
-            False,
+            (),
             {
                 "train-images-idx3-ubyte": "4ce5abed09c8be1a25d3305a71d08191",
                 "train-labels-idx1-ubyte": "453d1ac5e77eac09cc896f1801b596aa",
@@ -107,7 +113,7 @@ SOURCES = {
             "images of noise",
             2048,
             512,
-            False,
+            (),
             {
                 "train-images-idx3-ubyte": "f69368faf87f0132fb2c2ed58bc8bf00",
                 "train-labels-idx1-ubyte": "1bf8a4f2225a8e53d610c943dedc9c12",

@@ -80,26 +80,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words: list[str], line: str, t
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_torchvision_that_cannot_be_imported_is_one_line(tmp_path: Path) -> None:
-    """The ranks say so: the process that imports it for them, before they are forked, goes on without."""
-    (tmp_path / "path" / "torchvision").mkdir(parents=True)
-    (tmp_path / "path" / "torchvision" / "__init__.py").write_text("raise OSError('libjpeg.so: cannot open')")
-    words = ["--gpus-per-node", "2", "data.source=fake", "steps=1"]
-    _, said = typed(tmp_path, *words, code=1, PYTHONPATH=str(tmp_path / "path"))
-    [error] = [row for row in said.splitlines() if row.startswith("meshrun: error: ")]
-    assert re.search(r"rank \d on host0: .*torchvision \S+ cannot be imported beside torch .*OSError: libjpeg", error)
-    assert "pip install --force-reinstall --no-deps 'torchvision==0." in error
-
-
-def test_no_torchvision_is_refused_before_anything_is_queued(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torchvision'] = None")
-    _, said = typed(tmp_path, "data.source=fake", code=2, PYTHONPATH=str(tmp_path))
-    [error] = [row for row in said.splitlines() if row.startswith("meshrun: error: ")]
-    assert "torchvision is not installed, and images are read through it: pip install 'torchvision==0." in error
-    assert not (tmp_path / "runs").exists()
-    assert not (tmp_path / "data").exists()
-
-
 def test_the_readmes_table(tmp_path: Path) -> None:
     """Its bytes are those of a run, and the package's docstring has them, too."""
     readme = (ROOT / "README.md").read_text()

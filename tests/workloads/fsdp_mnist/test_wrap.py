@@ -42,18 +42,8 @@ class Containers(nn.Module):
         self.heads = nn.ModuleDict({"a": nn.Linear(8, 40), "b": nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 90)])})
 
 
-def resnet18() -> nn.Module:
-    from workloads.images.vision import torchvision
-
-    torchvision()
-    from torchvision.models import resnet18
-
-    return resnet18()
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "net": Net,
-    "resnet18": resnet18,
     "transformer": lambda: nn.Transformer(32, 4, 2, 2, 64),  # its attention is an nn.MultiheadAttention
     "attention": lambda: nn.MultiheadAttention(32, 4),
     "tied": Tied,

@@ -6,7 +6,6 @@ import dataclasses
 import gzip
 import hashlib
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import pytest
 
 from workloads.images import fetch
 from workloads.images.sources import FILES, SOURCES, digits
-from workloads.images.vision import torchvision
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,11 @@ def small_files() -> Small:
 
 @pytest.fixture
 def small(small_files: Small, monkeypatch: pytest.MonkeyPatch) -> Small:
-    """Makes `mnist` mean these files: torchvision's own download path, with other sums and other addresses."""
-    mnist = torchvision().datasets.MNIST
-    resources = [(f"{name}.gz", hashlib.md5(small_files.gz[name]).hexdigest()) for name in FILES]
-    monkeypatch.setattr(mnist, "resources", resources)
-    # Nothing listens there; tests that want a server set their own.
-    monkeypatch.setattr(mnist, "mirrors", ["http://127.0.0.1:9/"])
+    """Makes `mnist` mean these files, with other sums and other addresses."""
     md5 = {name: hashlib.md5(small_files.raw[name]).hexdigest() for name in FILES}
-    monkeypatch.setitem(SOURCES, "mnist", dataclasses.replace(SOURCES["mnist"], md5=md5))
+    # Nothing listens there; tests that want a server set their own.
+    theirs = dataclasses.replace(SOURCES["mnist"], md5=md5, mirrors=("http://127.0.0.1:9/",))
+    monkeypatch.setitem(SOURCES, "mnist", theirs)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     # urllib reads the environment's proxies once a process.
@@ -71,9 +66,12 @@ class Web:
     monkeypatch: pytest.MonkeyPatch
 
     def mirrors(self, *behaviours: str) -> None:
-        """What torchvision's MNIST is downloaded from."""
-        addresses = [f"{self.address}/{behaviour}/" for behaviour in behaviours]
-        self.monkeypatch.setattr(torchvision().datasets.MNIST, "mirrors", addresses)
+        """What MNIST is downloaded from."""
+        self.at(*(f"{self.address}/{behaviour}/" for behaviour in behaviours))
+
+    def at(self, *addresses: str) -> None:
+        """The same, at other addresses."""
+        self.monkeypatch.setitem(SOURCES, "mnist", dataclasses.replace(SOURCES["mnist"], mirrors=addresses))
 
     def patience(self, seconds: float) -> None:
         """How long a mirror may be silent; a good one, too, may take its time on a loaded machine."""
@@ -158,12 +156,3 @@ def web(small: Small, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     meeting.abort()
     server.shutdown()
     server.server_close()
-    downloads_have_ended()
-
-
-def downloads_have_ended() -> None:
-    """Waits for the threads of downloads that were given up."""
-    deadline = time.monotonic() + 30
-    while any(thread.name.startswith("download of") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "a download that was given up still runs"
-        time.sleep(0.02)

@@ -24,7 +24,6 @@ from tests.workloads.tp_fsdp_llama2.reference import (
 )
 from tests.workloads.worlds import run_world
 from workloads.base import RunContext, Shape
-from workloads.images.vision import torchvision
 from workloads.tp_fsdp_llama2.checks import validate
 from workloads.tp_fsdp_llama2.config import Config
 from workloads.tp_fsdp_llama2.files import python_docs
@@ -38,8 +37,6 @@ SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96,
 def transformers() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        # transformers imports it where it is installed, and beside a CPU build of torch it fails without this.
-        torchvision()
         import transformers
 
         yield transformers
