@@ -9,7 +9,9 @@ SETUP  := pyproject.toml .ci/constraints.txt .ci/bootstrap.py
 help:
 	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
 	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
-	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need"
+	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need. TORCH=cpu|cuda names"
+	@echo "             the build of torch (default: by whether this machine has a GPU); VENV=DIR an environment that is"
+	@echo "             there, which keeps its torch; PYTHON=python3.12 the Python of a new one"
 	@echo "make bench   benchmarks: one table of ratios with their goals, also as build/benchmarks.json; 20 minutes"
 	@echo "make chaos   strike N=100 runs at random moments, and compare each with the undisturbed run; SEED=1,"
 	@echo "             EXECUTOR=both (local and slurm in turn), AT_ONCE=2"
@@ -20,12 +22,18 @@ setup: $(VENV)/.ready
 dev: $(VENV)/.ready-dev
 
 $(VENV)/.ready: $(SETUP)
-	@$(PYTHON) .ci/bootstrap.py $(VENV)
+	@$(PYTHON) .ci/bootstrap.py $(VENV) $(if $(TORCH),--torch $(TORCH))
 	@touch $@
 
 $(VENV)/.ready-dev: $(SETUP)
-	@$(PYTHON) .ci/bootstrap.py $(VENV) dev
+	@$(PYTHON) .ci/bootstrap.py $(VENV) dev $(if $(TORCH),--torch $(TORCH))
 	@touch $(VENV)/.ready $@
+
+# Who names a build of torch wants it also where an environment is ready.
+ifneq ($(TORCH),)
+$(VENV)/.ready $(VENV)/.ready-dev: FORCE
+endif
+FORCE:
 
 demo: setup
 	$(BIN)/python submit.py tp_fsdp --executor local --nodes 2 --gpus-per-node 4 tp=4

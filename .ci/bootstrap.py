@@ -1,13 +1,17 @@
 """Makes the virtual environment of `make`: says what it will download and how large, then installs pinned versions.
 
-usage: python3 .ci/bootstrap.py VENV [EXTRA]
+usage: python3 .ci/bootstrap.py VENV [EXTRA] [--torch cpu|cuda]
 
-Standard library only. A CPU build of torch is taken where there is no GPU and pip finds one, be it through pip's own
-configuration or on PyTorch's index: it is a tenth of the CUDA build with its libraries.
+Standard library only. The build of torch is the one that --torch names; without it, a machine with a GPU gets CUDA's,
+and another one the CPU build if pip finds it, be it through pip's own configuration or on PyTorch's index: it is a
+tenth of the CUDA build with its libraries.
+
+An environment that somebody else has made (conda's, say) keeps its torch and all its versions: it gets what is missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -20,22 +24,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-OTHERS_MIB = {"": 90, "dev": 145}
-"""Measured size of everything but torch, as wheels; a third of it is scipy, which scikit-learn needs."""
+OTHERS_MIB = {"": 75, "dev": 130}
+"""Measured size of everything but torch, as wheels; nearly half of it is scipy, which scikit-learn needs."""
 CUDA_LIBRARIES_MIB = 2500
 """Roughly what a Linux CUDA build of torch asks for beside itself."""
 
 
 def main() -> int:
-    venv, extra = Path(sys.argv[1]), (sys.argv[2] if len(sys.argv) > 2 else "")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("venv", type=Path)
+    parser.add_argument("extra", nargs="?", default="")
+    parser.add_argument("--torch", default="")
+    given = parser.parse_args()
+    venv, extra = given.venv, given.extra
     if sys.version_info < (3, 10):  # noqa: UP036 (this is where the minimum is enforced)
         return fail(f"Python {sys.version.split()[0]} is too old; 3.10 or newer is needed: make PYTHON=python3.12")
+    if given.torch not in ("", "cpu", "cuda"):
+        return fail(f"TORCH={given.torch}: must be cpu or cuda; for another build, install it first ({PAGE})")
     python = venv / "bin" / "python"
+    is_ours = venv.absolute() == ROOT / ".venv"
     if not works(python):
         if (venv / "pyvenv.cfg").is_file():
             shutil.rmtree(venv)  # its making was interrupted
         elif venv.exists() and any(venv.iterdir()):
             return fail(f"{venv} is not empty and is no virtual environment; name another: make VENV=...")
+        is_ours = True
         print(f"setup: making a virtual environment in {venv} with {sys.executable}", flush=True)
         made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
         if made.returncode:
@@ -44,24 +57,26 @@ def main() -> int:
                 "(on Debian and Ubuntu: apt install python3-venv; or another Python: make PYTHON=...)"
             )
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-    wanted = pinned("torch")
     have = installed(python, "torch")
-    torch_arguments: list[str] = []
-    if have is not None and have.partition("+")[0] == wanted:
-        # A torchvision that is missing comes as the plain wheel below, which leaves this torch alone: it asks for its
-        # version, not for its build.
-        print(f"setup: torch {have} is installed already; up to {OTHERS_MIB[extra]} MiB of other packages", flush=True)
+    if have is not None and not is_ours:
+        if mistake := kept_torch_mistake(have, given.torch):
+            return fail(f"{venv} has torch {have}, which setup does not replace there, and {mistake} ({PAGE})")
+        print(f"setup: {venv} was not made here: its torch {have} and all its versions stay", flush=True)
+        versions = [f"torch=={have}"]
+        torch_arguments: list[str] = []
     else:
-        torch_arguments, line = choose_torch(pip, wanted)
-        print(f"setup: will download {line}, and about {OTHERS_MIB[extra]} MiB of other packages", flush=True)
+        versions = ["--constraint", str(CONSTRAINTS)]
+        torch_arguments, line = choose_torch(pip, have, given.torch)
+        print(f"setup: {line}, and about {OTHERS_MIB[extra]} MiB of other packages", flush=True)
     if torch_arguments:
-        run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), *torch_arguments])
+        run([*pip, "install", "--quiet", *versions, *torch_arguments])
     target = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    run([*pip, "install", "--quiet", "--constraint", str(CONSTRAINTS), "--editable", target])
-    if line := make_torchvision_importable(python):
-        print(f"setup: {line}", flush=True)
+    run([*pip, "install", "--quiet", *versions, "--editable", target])
     print(f"setup: done; {venv}/bin/meshrun is ready", flush=True)
     return 0
+
+
+PAGE = "docs/CLUSTER.md, The environment"
 
 
 def works(python: Path) -> bool:
@@ -71,65 +86,52 @@ def works(python: Path) -> bool:
     return subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
-def choose_torch(pip: list[str], version: str) -> tuple[list[str], str]:
-    """pip's arguments for the build of torch that fits this machine, and a line that says what it is.
+def choose_torch(pip: list[str], have: str | None, wish: str) -> tuple[list[str], str]:
+    """pip's arguments for the build of torch that is wanted, and a line that says what it is and why.
 
-    torchvision is taken with it where its build would otherwise be another: each index has one to go with its torch.
+    Args:
+        have: the version that is installed, as in 2.13.0+cpu.
+        wish: cpu, cuda, or "" for what fits this machine.
     """
-    vision = pinned("torchvision")
-    if has_gpu():
+    version = pinned("torch")
+    if have is not None and have.partition("+")[0] == version and wish in ("", kind_of(have)):
+        return [], f"torch {have} is installed already"
+    kind = wish or ("cuda" if has_gpu() else "cpu")
+    why = f"TORCH={wish}" if wish else "this machine has a GPU" if kind == "cuda" else "no GPU here"
+    if kind == "cuda":
         # `===` matches the plain version only, not a "+cpu" build that pip would otherwise prefer.
         arguments = [f"torch==={version}"]
-        found = ask(pip, arguments)
-        return [*arguments, f"torchvision==={vision}"], describe(found, version, "this machine has a GPU")
-    arguments = [f"torch=={version}"]
-    found = ask(pip, arguments)
-    if sys.platform == "linux" and not (found and "+cpu" in found["version"]):
+        return arguments, describe(ask(pip, arguments), version, why)
+    arguments, found = [f"torch=={version}"], ask(pip, [f"torch=={version}"])
+    if found and kind_of(found["version"]) == "cpu":
+        arguments = [f"torch=={found['version']}"]  # by its whole name, so that it replaces another build
+    elif sys.platform == "linux":
         index = ["--index-url", CPU_INDEX, "--retries", "0", "--timeout", "5"]
         cpu = ask(pip, [*index, f"torch=={version}"], deadline_s=30)
         if cpu:
-            # Only these two come from there; what they need is found as usual.
-            both = [f"torch=={cpu['version']}"]
-            cpu_vision = ask(pip, [*index, f"torchvision=={vision}"], deadline_s=30)
-            if cpu_vision:
-                both.append(f"torchvision=={cpu_vision['version']}")
-            return ["--extra-index-url", CPU_INDEX, *both], describe(cpu, version, "no GPU here")
-    return arguments, describe(found, version, "no GPU here")
+            # It alone comes from there; what it needs is found as usual.
+            arguments = ["--extra-index-url", CPU_INDEX, f"torch=={cpu['version']}"]
+            return arguments, describe(cpu, version, why)
+    return arguments, describe(found, version, why)
 
 
-DECLARATION = """
-
-# Added by meshrun's .ci/bootstrap.py. This torchvision is built for CUDA and torch is not, so its compiled operators do
-# not load. Importing torchvision needs them to be declared, and most of it works without them.
-if not _has_ops():
-    _declared = torch.library.Library("torchvision", "DEF")
-    _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
+def kind_of(version: str) -> str:
+    """cpu or cuda, by the name of a torch's version: the plain one is CUDA's, but for macOS."""
+    return "cpu" if "+cpu" in version or sys.platform == "darwin" else "cuda"
 
 
-def make_torchvision_importable(python: Path) -> str | None:
-    """Declares torchvision's operators where its build is not torch's and no fitting one was found.
-
-    Otherwise `import torchvision` fails, and so does every package that tries it, such as transformers.
-
-    Returns:
-        What was done, in one line; None if nothing had to be done.
-    """
-    imported = subprocess.run([str(python), "-c", "import torchvision"], capture_output=True, text=True)
-    if "operator torchvision::nms does not exist" not in imported.stderr:
-        return None
-    code = "from importlib.util import find_spec; print(find_spec('torchvision').submodule_search_locations[0])"
-    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    extension = Path(found.stdout.strip()) / "extension.py"
-    # Renamed into place, because an installer may have hard-linked the file from its cache.
-    changed = extension.with_name("extension.py.new")
-    changed.write_text(extension.read_text(encoding="utf-8") + DECLARATION, encoding="utf-8")
-    changed.replace(extension)
-    return (
-        "the only torchvision that pip finds is built for CUDA, and torch is not: its datasets, transforms and models "
-        "work, its compiled operators do not"
-    )
+def kept_torch_mistake(have: str, wish: str) -> str | None:
+    """Why an environment that was not made here cannot be used with its torch; None if it can."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    match = re.search(r'"torch>=2\.(\d+),<2\.(\d+)"', text)
+    assert match
+    least, below = int(match[1]), int(match[2])
+    minor = re.match(r"2\.(\d+)", have)
+    if not minor or not least <= int(minor[1]) < below:
+        return f"meshrun needs 2.{least} to 2.{below - 1}: install that one, or leave VENV out"
+    if wish and kind_of(have) != wish:
+        return f"TORCH={wish} asks for another build: install that one, or leave TORCH out"
+    return None
 
 
 def has_gpu() -> bool:
@@ -149,12 +151,12 @@ def ask(pip: list[str], arguments: list[str], deadline_s: float = 120) -> dict[s
 
 def describe(found: dict[str, str] | None, version: str, why: str) -> str:
     if found is None:
-        return f"torch {version} ({why}; its size is unknown)"
+        return f"will download torch {version} ({why}; its size is unknown)"
     size = size_mib(found["url"])
     shown = f"{size:.0f} MiB" if size else "size unknown"
-    is_cpu = "+cpu" in found["version"] or sys.platform == "darwin"
+    is_cpu = kind_of(found["version"]) == "cpu"
     kind = "CPU build" if is_cpu else f"CUDA build, with about {CUDA_LIBRARIES_MIB} MiB of CUDA libraries"
-    return f"torch {found['version']} ({why}: {kind}, {shown})"
+    return f"will download torch {found['version']} ({why}: {kind}, {shown})"
 
 
 def size_mib(url: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -55,10 +55,8 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "plain").as_uri())
     monkeypatch.setattr(module, "CPU_INDEX", (tmp_path / "cpu").as_uri())
     monkeypatch.setattr(module, "has_gpu", lambda: False)
-    torch, vision = module.pinned("torch"), module.pinned("torchvision")
     for index, build in (("plain", ""), ("cpu", "+cpu")):
-        wheel(tmp_path / index, "torch", torch + build)
-        wheel(tmp_path / index, "torchvision", vision + build, f"Requires-Dist: torch=={torch}\n")
+        wheel(tmp_path / index, "torch", module.pinned("torch") + build)
     return module
 
 
@@ -73,27 +71,60 @@ def would_install(arguments: list[str]) -> set[str]:
     return {f"{entry['name']} {entry['version']}" for entry in found}
 
 
-def test_without_a_gpu_torch_and_torchvision_are_both_cpu_builds(bootstrap: ModuleType) -> None:
-    torch, vision = bootstrap.pinned("torch"), bootstrap.pinned("torchvision")
-    arguments, line = bootstrap.choose_torch(PIP, torch)
-    assert f"torch {torch}+cpu (no GPU here: CPU build" in line
-    assert would_install(arguments) == {f"torch {torch}+cpu", f"torchvision {vision}+cpu"}
-
-
-def test_where_the_cpu_index_has_no_torchvision_torch_is_a_cpu_build_still(
-    bootstrap: ModuleType, tmp_path: Path
-) -> None:
-    torch, vision = bootstrap.pinned("torch"), bootstrap.pinned("torchvision")
-    shutil.rmtree(tmp_path / "cpu" / "torchvision")
-    arguments, _ = bootstrap.choose_torch(PIP, torch)
-    assert would_install([*arguments, "torchvision"]) == {f"torch {torch}+cpu", f"torchvision {vision}"}
-
-
-def test_with_a_gpu_both_are_plain_builds_even_where_pip_prefers_another(
+def test_the_build_of_torch_follows_from_the_machine_unless_it_is_named(
     bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch, vision = bootstrap.pinned("torch"), bootstrap.pinned("torchvision")
-    monkeypatch.setattr(bootstrap, "has_gpu", lambda: True)
+    torch = bootstrap.pinned("torch")
+    cpu, cuda = {f"torch {torch}+cpu"}, {f"torch {torch}"}
+
+    def chosen(wish: str, have: str | None = None) -> set[str]:
+        arguments, line = bootstrap.choose_torch(PIP, have, wish)
+        reason = f"TORCH={wish}" if wish else "this machine has a GPU" if bootstrap.has_gpu() else "no GPU here"
+        kind = "CPU build, " if "+cpu" in line else "CUDA build, with about 2500 MiB of CUDA libraries, "
+        assert re.fullmatch(rf"will download torch \S+ \({reason}: {kind}0 MiB\)", line)
+        return would_install(arguments)
+
+    assert chosen("") == cpu  # of PyTorch's index: pip's own has plain builds alone
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "cpu").as_uri())
-    arguments, _ = bootstrap.choose_torch(PIP, torch)
-    assert would_install(arguments) == {f"torch {torch}", f"torchvision {vision}"}
+    assert chosen("cuda", f"{torch}+cpu") == cuda  # although pip prefers another
+    monkeypatch.setattr(bootstrap, "has_gpu", lambda: True)
+    assert chosen("") == cuda
+    assert chosen("cpu", torch) == cpu
+    for have in (torch, f"{torch}+cpu"):
+        assert bootstrap.choose_torch(PIP, have, "") == ([], f"torch {have} is installed already")
+
+
+def test_an_environment_that_was_not_made_here_keeps_its_torch(bootstrap: ModuleType) -> None:
+    mistake = bootstrap.kept_torch_mistake
+    for have in ("2.11.0", "2.12.1+cu126", "2.13.0+cpu", "2.13.0a0+git1234"):
+        assert mistake(have, "") is None
+    for have in ("2.10.0", "2.14.0", "1.13.1+cu117"):
+        assert mistake(have, "").startswith("meshrun needs 2.11 to 2.13: ")
+    assert mistake("2.13.0+cpu", "cuda").startswith("TORCH=cuda asks for another build")
+    assert mistake("2.13.0+cu126", "cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("have", "words", "code"),
+    [
+        ("2.12.1+cu126", [], 0),
+        ("2.10.0", [], 2),
+        ("2.12.1+cu126", ["--torch", "cpu"], 2),
+        ("2.12.1", ["--torch", "x"], 2),
+    ],
+)
+def test_nothing_of_an_environment_with_another_torch_is_replaced(
+    have: str, words: list[str], code: int, bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python records what it is asked to do, and has no other package than torch."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    asked = tmp_path / "asked"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{asked}\ncase "$*" in *"version(\'torch\')"*) echo {have};; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", str(tmp_path / "env"), *words])
+    assert bootstrap.main() == code
+    installs = [line for line in (asked.read_text() if asked.exists() else "").splitlines() if " install " in line]
+    assert len(installs) == (0 if code else 1)
+    for line in installs:
+        assert line.endswith(f"install --quiet torch=={have} --editable {bootstrap.ROOT}")

@@ -5,6 +5,8 @@ transformers computes norms and rotary tables in fp32 whatever the weights' type
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +42,14 @@ def transformers() -> Iterator[ModuleType]:
         import transformers
 
         yield transformers
+
+
+def test_nothing_that_was_installed_beside_it_breaks_its_import(transformers: ModuleType) -> None:
+    """It tries torchvision where that is installed: one for another build of torch would end this."""
+    assert transformers.AutoModel
+    assert transformers.Trainer
+    if importlib.util.find_spec("torchvision"):
+        importlib.import_module("torchvision")
 
 
 LLAMA_SIZES = {
