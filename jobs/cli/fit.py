@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jobs import machine
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig
 from jobs.errors import ResourceError
-from jobs.spec import MOST_RANKS, ResourceSpec, parse_minutes
+from jobs.spec import MOST_RANKS, JobSpec, ResourceSpec, parse_minutes
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
 RANK_AT_LEAST_BYTES = 150 * 10**6
@@ -106,6 +107,28 @@ def check_this_machine(
         )
     group = "" if workload == "script" else " over gloo"  # a script's process group is its own
     return f"{ranks} on this machine's CPU{group} ({why})"
+
+
+def check_torch_build(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> list[str]:
+    """Refuses a job whose ranks will need GPUs and import this Python's torch, which is a build for CPUs.
+
+    Raises:
+        ResourceError: it would fail on the first host, perhaps after hours in the queue.
+
+    Returns:
+        A warning in its place if the site's set-up lines may bring in another torch.
+    """
+    in_an_image = cluster.command_prefix or any(word.startswith("--container-") for word in cluster.srun_args)
+    takes_the_cpu = {**env, **spec.env}.get("MESHRUN_DEVICE") == "cpu"
+    if spec.gpus != "required" or takes_the_cpu or cluster.python or in_an_image or machine.torch_sees_gpus():
+        return []
+    line = (
+        f"the job asks Slurm for GPUs, but the torch of {sys.executable}, which runs the ranks, is a build for CPUs "
+        "only; install a CUDA or ROCm build (docs/CLUSTER.md), or train on the CPU: --allow-cpu"
+    )
+    if cluster.setup:
+        return [f"warning: {line}"]
+    raise ResourceError(line)
 
 
 def _gib(size: float) -> str:

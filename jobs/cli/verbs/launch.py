@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from jobs import executor
-from jobs.cli import dry_run, interrupts, preparation
+from jobs.cli import dry_run, fit, interrupts, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
@@ -64,12 +65,14 @@ def ask_slurm(resolved: Resolved) -> Resolved:
     """The job, with what Slurm says of when it would start.
 
     Raises:
+        ResourceError: its ranks would see no GPU.
         SubmissionError: Slurm would refuse it.
     """
     if resolved.spec.executor != "slurm":
         return resolved
+    warnings = fit.check_torch_build(resolved.spec, resolved.cluster, os.environ)
     reply = executor.check_slurm(executor.render(resolved.spec, resolved.cluster))
-    return replace(resolved, announcements=(*resolved.announcements, *([reply] if reply else [])))
+    return replace(resolved, announcements=(*resolved.announcements, *warnings, *([reply] if reply else [])))
 
 
 def start(resolved: Resolved, run_dir: RunDirectory, undo: Undo, console: Console, wait: bool | None) -> int:
