@@ -492,7 +492,7 @@ def test_with_json_a_job_that_may_be_queued_is_one_object_too(
     # A directory in the place of the file's: it cannot be written.
     scheduler(tmp_path, monkeypatch, f'[ "$1" = --test-only ] && exit; mkdir {tmp_path}/run/submission.json; {says}')
     monkeypatch.setattr("jobs.executor.FIND_AFTER_S", ())
-    assert main(["tp_fsdp", "--executor", "slurm", "--run-dir", "run", "--json"]) == 1
+    assert main(["tp_fsdp", "--executor", "slurm", "--allow-cpu", "--run-dir", "run", "--json"]) == 1
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert (record["status"], record["exit_code"], record["run_dir"]) == ("unknown", 1, str(tmp_path / "run"))

@@ -65,13 +65,13 @@ def ask_slurm(resolved: Resolved) -> Resolved:
     """The job, with what Slurm says of when it would start.
 
     Raises:
-        ResourceError: its ranks would see no GPU.
         SubmissionError: Slurm would refuse it.
+        ResourceError: its ranks would see no GPU.
     """
     if resolved.spec.executor != "slurm":
         return resolved
-    warnings = fit.check_torch_build(resolved.spec, resolved.cluster, os.environ)
     reply = executor.check_slurm(executor.render(resolved.spec, resolved.cluster))
+    warnings = fit.check_torch_build(resolved.spec, resolved.cluster, os.environ)
     return replace(resolved, announcements=(*resolved.announcements, *warnings, *([reply] if reply else [])))
 
 
