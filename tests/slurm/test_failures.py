@@ -146,10 +146,6 @@ def cable_is_pulled(cluster: Cluster, used: list[str]) -> None:
     cluster.unplug(used[1])
 
 
-def batch_hosts_cable_is_pulled(cluster: Cluster, used: list[str]) -> None:
-    cluster.unplug(used[0])
-
-
 def batch_hosts_cable_is_plugged_again(cluster: Cluster, used: list[str]) -> None:
     """While the successor works: the old ranks, their srun, their batch script and their slurmd are heard again."""
     run = cluster.root.parent / "work" / "run"
@@ -195,10 +191,6 @@ def batch_hosts_slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
     cluster.kill_slurmd(used[0])
 
 
-def slurmd_is_killed(cluster: Cluster, used: list[str]) -> None:
-    cluster.kill_slurmd(used[1])
-
-
 def slurmd_restarts(cluster: Cluster, used: list[str]) -> None:
     cluster.kill_slurmd(used[1])
     time.sleep(1)
@@ -219,8 +211,6 @@ SCENARIOS: dict[str, tuple[Blow, list[str], int]] = {
     "host dies": (host_dies, LONG, 3),
     "batch host dies": (batch_host_dies, LONG, 3),
     "cable": (cable_is_pulled, LONG, 3),
-    "slurmd": (slurmd_is_killed, LONG, 3),
-    "batch host's cable": (batch_hosts_cable_is_pulled, LONG, 3),
     "batch host's slurmd": (batch_hosts_slurmd_is_killed, LONG, 3),
     "cable again": (batch_hosts_cable_is_plugged_again, [*SAVED, "--nodes", "2"], 3),
     "only host's cable again": (batch_hosts_cable_is_plugged_again, SAVED, 2),
@@ -263,9 +253,7 @@ def story_of(stories: dict[str, Story], name: str) -> Story:
     return story
 
 
-@pytest.mark.parametrize(
-    "name", ["host dies", "batch host dies", "cable", "slurmd", "batch host's cable", "batch host's slurmd"]
-)
+@pytest.mark.parametrize("name", ["host dies", "batch host dies", "cable", "batch host's slurmd"])
 def test_a_job_that_loses_a_host_starts_again_on_others(name: str, stories: dict[str, Story]) -> None:
     story = story_of(stories, name)
     assert (story.code, story.state) == (0, "COMPLETED")

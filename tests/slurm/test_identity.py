@@ -109,10 +109,12 @@ def test_the_batch_script_of_a_job_that_a_rank_submitted_is_no_rank(slurm: Clust
         "#!/bin/bash\n#SBATCH --nodes=1 --ntasks=1\n"
         "env | grep -E '^SLURM_(STEP_ID|PROCID|STEP_NUM_TASKS)=' | sort > carried\n"
         f"{LINE} 2> refusal; echo $? > code\n"
-        f"srun {LINE} > result\n"
+        f"srun {LINE} > result.new; mv result.new result\n"
     )
     done = bash(
-        "srun --nodes=2 --ntasks-per-node=2 bash -c '[ $SLURM_PROCID != 3 ] || sbatch --wait --quiet inner.sh'",
+        # Not --wait, which looks more and more rarely.
+        "srun --nodes=2 --ntasks-per-node=2 bash -c '[ $SLURM_PROCID != 3 ] || sbatch --quiet inner.sh' && "
+        "until [ -e result ]; do sleep 0.1; done",
         slurm,
         tmp_path,
     )

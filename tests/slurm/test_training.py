@@ -85,9 +85,10 @@ def test_how_slurm_would_deal_out_tasks_changes_nothing(
     shutil.copy(SAMPLE, tmp_path / "mine.py")
     placed = finished(tmp_path / "placed", "mine:ENTRY", *words, "tells_hostnames=true", env=env)["result"]
     assert placed["hostnames"] == placed["hosts"] == [f"node{rank // 4}" for rank in range(8)]
-    result = train(tmp_path / "run", *words, "tp=4", env=env)
-    assert (result["mesh"], result["nodes"]) == ({"dp": 2, "tp": 4}, 2)
-    assert trained(tmp_path / "run") == local(2, 4, 4)
+    if distribution == "cyclic":  # the one that would put neighbors of a TP group on different hosts
+        result = train(tmp_path / "run", *words, "tp=4", env=env)
+        assert (result["mesh"], result["nodes"]) == ({"dp": 2, "tp": 4}, 2)
+        assert trained(tmp_path / "run") == local(2, 4, 4)
 
 
 def test_four_hosts_of_two(make_cluster: Callable[..., Cluster], tmp_path: Path, local: Callable[..., Any]) -> None:

@@ -84,7 +84,15 @@ ENDS = {
 """What rank 3 of 4 does in step 2: the rank that is the root cause, what is said of it, whether with a traceback."""
 
 
-@pytest.mark.parametrize("end", ENDS)
+ON_SLURM = ("os._exit 0", "out of memory", "watchdog")
+"""What Slurm could hide, or tell otherwise; tests/slurm/test_follow.py has raise, sys.exit and SIGKILL there."""
+
+
+@pytest.mark.parametrize(
+    ("place", "end"),
+    [("local", end) for end in ENDS] + [pytest.param("slurm", end, marks=pytest.mark.slurm) for end in ON_SLURM],
+    indirect=["place"],
+)
 def test_a_rank_that_ends_before_its_work_is_done_ends_the_job(end: str, place: Place) -> None:
     rank, says, has_traceback = ENDS[end]
     more = place.limit_memory(3 * 2**29) if end == "out of memory" else {}
@@ -101,6 +109,7 @@ def test_a_rank_that_ends_before_its_work_is_done_ends_the_job(end: str, place: 
     line.assert_nothing_left()
 
 
+@pytest.mark.parametrize("place", ["local"], indirect=True)  # tests/slurm/test_hangs.py has one across hosts
 def test_of_eight_ranks_the_one_that_hangs_is_named_with_its_phase(place: Place) -> None:
     line = place.submit("--nodes", "2", "--gpus-per-node", "4", "does=hang in data", "on_rank=5", "steps=100000")
     code, out, err = line.finish(120)
