@@ -56,6 +56,10 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
         env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
         if info.has_agent:
             _as_a_fresh_python()
+            if spec.gpus == "required":  # else a script that chooses its device itself would train on the CPU
+                from jobs.rank import devices
+
+                devices.refuse_without_gpus(info, env, spec.gpus)
             _use_own_gpus(info, env)
             _empty_store(info, env, spec.rendezvous_timeout_s)
             address = network.own_address(info, spec.interface, info.master_addr)

@@ -201,6 +201,14 @@ def test_gpus_that_no_rank_sees_end_the_job_at_once(slurm: Cluster, tmp_path: Pa
     assert " sees none on node0 (SLURM_STEP_GPUS=0,1" in last
     assert last.count("--allow-cpu") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    # A script that takes what there is would train on the CPU in silence.
+    (tmp_path / "train.py").write_text("open('ran', 'w')\n")
+    line = [sys.executable, SUBMIT, "script", "--wait", *words, "train.py"]
+    env = without_device(slurm)
+    ended = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert f"the job asked Slurm for GPUs, but torch {torch.__version__}, " in ended.stderr.splitlines()[-1]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_submitting_from_inside_a_job(slurm: Cluster, tmp_path: Path) -> None:
