@@ -292,6 +292,9 @@ class RunContext:
     """Called on every rank, in order, when the workload has returned: each waits for something that still runs."""
     save_requested: bool = False
     """Set on any rank before a step ends, it makes `save_at` the number of the step after it, on every rank."""
+    total_steps: int | None = None
+    """The run's last step, for the progress bar and for whether a stopped run was done. Set it on rank 0 before the
+    first step ends if the settings have no `steps`; it is then in every step's line."""
     resumed_from_step: int | None = None
     """The step of the checkpoint that this attempt goes on from."""
 
@@ -325,19 +328,34 @@ class RunContext:
 
         Args:
             metrics: by name; the names that are reduced must be the same on every rank. "step" is the number of the
-                step that just ended, and is used in messages.
+                step that just ended; without it, steps are counted.
 
         Returns:
             True where, as the step before ended, some rank was asked to stop: every rank gets the same answer, save
-            and return. Unless it was the last step (by the metric "total_steps", or the setting `steps`), the run is
-            recorded as stopped, and not as done.
+            and return. Unless it was the last step (by `total_steps`, or the setting `steps`), the run is recorded as
+            stopped, and not as done.
 
         Raises:
-            NonFiniteError: on every rank, when a metric of the step before that is marked `finite` was not on some.
+            NonFiniteError: on every rank, when a metric of the step before that must be finite was not on some: `loss`
+                and `train_loss`, plain ones on any rank included, and what is marked `finite=True`. `finite=False`,
+                as in `mean(loss, finite=False)`, allows it.
             SupersededError: on rank 0, when a newer incarnation of this job has begun.
+            WorkloadError: the ranks name different metrics, or the process group was destroyed.
         """
         save_requested, self.save_requested = self.save_requested, False
-        return self._ends.end(metrics, self.stop_requested, save_requested, self.step_hooks)
+        return self._ends.end(metrics, self.stop_requested, save_requested, self.total_steps, self.step_hooks)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Writes a line of its own to metrics.jsonl, with the number of the step that ended last, and ends no step.
+
+        `ctx.log({"heldout_loss": loss})` after an evaluation: `submit.py` shows it beside the steps. Plain values
+        only. Rank 0 alone writes, and waits for the last step's metrics; on other ranks it does nothing. Log before
+        the checkpoint that is to contain the line: a resumed run's lines are those of its checkpoint.
+
+        Raises:
+            WorkloadError: a value is made by `mean`, `total`, `largest` or `per_second`.
+        """
+        self._ends.log(metrics)
 
     @property
     def stop_requested(self) -> bool:

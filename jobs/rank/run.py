@@ -173,7 +173,7 @@ def _run(
             return None
         context.paths.refuse_if_superseded()
         record = {
-            **_how(context.stopped_at, context.last_metrics.get("total_steps", spec.settings.get("steps"))),
+            **_how(context.stopped_at, _total_steps(context, spec)),
             "workload": spec.workload,
             "nodes": placement.nodes,
             "gpus_per_node": placement.local_world_size,
@@ -196,6 +196,11 @@ def _run(
                 dist.destroy_process_group()
             except Exception as error:
                 log.warning("the process group could not be destroyed: %s: %s", type(error).__name__, error)
+
+
+def _total_steps(context: RunContext, spec: JobSpec) -> int | None:
+    said = context.last_metrics.get("total_steps", context.total_steps)
+    return spec.settings.get("steps") if said is None else said
 
 
 def _how(stopped_at: int | None, steps: int | None) -> dict[str, str]:

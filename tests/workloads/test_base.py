@@ -208,7 +208,8 @@ def test_phases_are_left_as_they_were_entered(tmp_path: Path) -> None:
     ctx.end_step({"step": 4, "loss": mean(1.0)})
     ctx.step_hooks.append(lambda step: seen.append(f"{slot.read().step} {slot.read().phase}"))
     ctx.end_step({"loss": mean(1.0)})  # a step without a number is counted
-    assert seen == ["2 training"]
+    assert seen == ["5 training"]
+    assert (slot.read().step, ctx.last_metrics["step"]) == (5, 5)
     assert not ctx.stop_requested
     ctx.stop_requested = True
     assert ctx.stop_requested

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workloads.errors import NonFiniteError, WorkloadError, first_few, spoken_for
-from workloads.metric import Metric, PerSecond, Reduced
+from workloads.metric import LOSSES, Metric, PerSecond, Reduced
 from workloads.steps.board import Slot
 from workloads.steps.clock import StepClock, StepTime
 from workloads.steps.garbage import StepCollector
@@ -19,23 +19,21 @@ from workloads.steps.recorder import Recorder
 if TYPE_CHECKING:
     from workloads.steps.reduction import Reduction
 
-_BEFORE_VALUES = 5
+_BEFORE_LOSSES = 5
 """Entries of a row: a checksum of the metrics' names and its negative, rank 0's checksum, whether to stop, to save."""
+_BEFORE_VALUES = _BEFORE_LOSSES + len(LOSSES)
+"""Then this rank's own plain losses, where they are not finite; else zeros."""
 
 
 @dataclass(frozen=True)
 class _Step:
     """A step that has ended, and whose reduction is under way."""
 
+    number: int
     metrics: dict[str, Metric]
     reduced: dict[str, Reduced]
-    names: float
     reduction: Reduction
     time: StepTime
-
-    @property
-    def name(self) -> Any:
-        return self.metrics.get("step", "?")
 
 
 class StepEnds:
@@ -78,13 +76,19 @@ class StepEnds:
         metrics: Mapping[str, Any],
         stop_requested: bool,
         save_requested: bool,
+        total_steps: int | None,
         hooks: Sequence[Callable[[int], None]],
     ) -> bool:
         """See RunContext.end_step."""
-        from workloads.steps.reduction import reduce
+        from workloads.steps.reduction import ranks_can_meet, reduce
 
         self.slot.enter("end_step")
         self.check()
+        if len(self.hosts) > 1 and not ranks_can_meet():
+            raise WorkloadError(
+                f"end_step on rank {self.rank}: the workload has destroyed its process group, by which the ranks end a "
+                "step together; destroy it after the last end_step, or leave that to meshrun"
+            )
         stop, self._stop = self._stop, False
         save, self._save = self._save, False
 
@@ -93,12 +97,12 @@ class StepEnds:
         reduced = {name: metric for name, metric in plain.items() if isinstance(metric, Reduced)}
         names = float(zlib.crc32("\0".join(reduced).encode()))
         own = [names, -names, names if self.rank == 0 else 0.0, float(stop_requested), float(save_requested)]
-        values = [*own, *(metric.value for metric in reduced.values())]
-        reduction = reduce(values, self.device)
+        losses = [_if_not_finite(plain.get(name)) for name in LOSSES]
+        reduction = reduce([*own, *losses, *(metric.value for metric in reduced.values())], self.device)
 
-        self._number += 1
-        step = plain.get("step", "?")
-        number = step if isinstance(step, int) else self._number
+        step = plain.get("step")
+        number = self._number = step if isinstance(step, int) else self._number + 1
+        plain = {"step": number, **plain, **({} if total_steps is None else {"total_steps": total_steps})}
         self.stopped_at = number if stop else None
         self.save_at = number if save else None
         self.slot.end_step(number)
@@ -106,8 +110,21 @@ class StepEnds:
         self._collector.end_step()
         for hook in hooks:
             hook(number)
-        self._pending = _Step(plain, reduced, names, reduction, self.clock.end_step())
+        self._pending = _Step(number, plain, reduced, reduction, self.clock.end_step())
         return stop
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """See RunContext.log."""
+        made = [name for name, metric in metrics.items() if isinstance(metric, (Reduced, PerSecond))]
+        if made:
+            raise WorkloadError(
+                f"log: {first_few(made)}: only plain values can be logged between steps; reduce them over the ranks "
+                "first, or give them to end_step"
+            )
+        if self.rank == 0:
+            self._read()  # the last step's line comes first
+            self.recorder.add({"step": self._number, **metrics})
+            self.recorder.end_step()
 
     def restore(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes over what an earlier attempt's step came to, as if it had just ended."""
@@ -175,33 +192,39 @@ class StepEnds:
         values |= {name: value for name, value in seconds.items() if name not in values}
         self._last = values
         self.recorder.add(values)
+        finite = {name: columns[name] for name, metric in step.reduced.items() if metric.must_be_finite(name)}
+        finite |= {name: column for column, name in enumerate(LOSSES, start=_BEFORE_LOSSES) if name not in columns}
         # A maximum may ignore a NaN; a sum with one is never finite.
-        bad = [name for name, m in step.reduced.items() if m.finite and not math.isfinite(sums[columns[name]])]
+        bad = [name for name, column in finite.items() if not math.isfinite(sums[column])]
         if bad:
-            self._wrong = lambda: self._not_finite(step, bad[0], columns[bad[0]])
+            self._wrong = lambda: self._not_finite(step, bad[0], finite[bad[0]])
 
     def _names_differ(self, step: _Step, first: float) -> Exception:
-        rows = self._rows(step)
-        odd = [rank for rank, row in enumerate(rows) if row[0] != first]
+        odd = [rank for rank, row in self._rows(step).items() if row[0] != first]
         return WorkloadError(
             f"end_step: ranks {odd[:8]} name other metrics than rank 0; the names made by mean(), total() and "
             f"largest() must be the same on every rank, in the same order (rank {self.rank}: {', '.join(step.reduced)})"
         )
 
     def _not_finite(self, step: _Step, name: str, column: int) -> Exception:
-        own = [row[column] for row in self._rows(step)]
-        bad = [rank for rank, value in enumerate(own) if not math.isfinite(value)]
-        where = first_few([f"rank {rank} on {self.hosts[rank]}" for rank in bad])
+        bad = {rank: row[column] for rank, row in self._rows(step).items() if not math.isfinite(row[column])}
+        where = first_few([f"rank {rank} on {self.hosts[rank]}" for rank in bad]) or "another rank"
         error = NonFiniteError(
-            f"step {step.name}: {name} is {own[bad[0]]} on {where}; "
+            f"step {step.number}: {name} is {next(iter(bad.values()), 'not finite')} on {where}; "
             "the run stops here; a smaller learning rate or a longer warm-up is the usual cure"
         )
-        return spoken_for(error, bad[0], self.rank)
+        return spoken_for(error, next(iter(bad), -1), self.rank)
 
-    def _rows(self, step: _Step) -> list[list[float]]:
-        from workloads.steps.reduction import gather
+    def _rows(self, step: _Step) -> dict[int, list[float]]:
+        """Each rank's own row; only this one's, if the workload has destroyed its process group meanwhile."""
+        from workloads.steps.reduction import gather, ranks_can_meet
 
-        return gather(step.reduction.own, self.cpu_group)
+        rows = gather(step.reduction.own, self.cpu_group)
+        return dict(enumerate(rows)) if ranks_can_meet() else {self.rank: rows[0]}
+
+
+def _if_not_finite(value: Any) -> float:
+    return value if isinstance(value, float) and not math.isfinite(value) else 0.0
 
 
 def _one(metric: Reduced, total: float, maximum: float, ranks: int) -> float | int:

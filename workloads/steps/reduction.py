@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from workloads.metric import Number
@@ -68,6 +69,11 @@ def reduce(values: Sequence[Number], device: torch.device | None) -> Reduction:
     event = torch.cuda.Event()
     event.record()
     return Reduction(own, result_2R, len(values), event)
+
+
+def ranks_can_meet() -> bool:
+    """Whether there is a process group, which a workload may destroy; a single rank needs none."""
+    return dist.is_initialized()
 
 
 def gather(own: Tensor, group: Any) -> list[list[float]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.workloads.worlds import WorldFailed, run_world
-from workloads.base import NonFiniteError, RunContext, RunPaths, largest, mean, total
+from workloads.base import NonFiniteError, RunContext, RunPaths, WorkloadError, largest, mean, per_second, total
 
 
 def context(folder: Path, device: str = "cpu") -> RunContext:
@@ -88,8 +88,93 @@ def test_a_line_comes_also_while_the_next_step_lasts(tmp_path: Path) -> None:
     ctx.close()
 
 
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        ({"loss": math.nan}, "step 1: loss is nan on rank 0 on node0;"),
+        ({"loss": torch.tensor(math.inf)}, "step 1: loss is inf on"),
+        ({"train_loss": mean(-math.inf)}, "step 1: train_loss is -inf on"),
+        ({"norm": largest(math.nan, finite=True)}, "step 1: norm is nan on"),
+        ({"loss": mean(math.nan, finite=False)}, ""),
+        ({"best_loss": math.inf, "heldout_loss": mean(math.nan), "loss": 0.5}, ""),
+        ({"loss": None}, ""),
+    ],
+)
+def test_a_loss_must_be_finite_however_it_is_given(metrics: dict[str, Any], says: str, tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    ctx.end_step(metrics)
+    if says:
+        with pytest.raises(NonFiniteError, match=says):
+            ctx.settle()
+    else:
+        ctx.settle()
+    ctx.close()
+
+
+def test_steps_without_a_number_are_counted_on_from_where_the_run_was(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    ctx.go_on_from(7, {"loss": 0.5})
+    ctx.total_steps = 9
+    ctx.end_step({"loss": 0.25})
+    ctx.end_step({"loss": math.nan})
+    with pytest.raises(NonFiniteError, match="step 9: loss is nan"):
+        ctx.settle()
+    ctx.close()
+    assert [(row["step"], row["total_steps"], row["loss"]) for row in rows(tmp_path)] == [(8, 9, 0.25), (9, 9, None)]
+
+
+def test_an_evaluation_has_a_line_of_its_own_after_its_steps(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    ctx.log({"heldout_loss": 4.5})  # before training
+    for step in (1, 2):
+        ctx.end_step({"step": step, "loss": 1.0 / step})
+    ctx.log({"heldout_loss": 0.75, "confusion": [[3, 1], [0, 4]]})
+    with pytest.raises(WorkloadError, match="log: heldout_loss, speed: only plain values"):
+        ctx.log({"heldout_loss": mean(0.75), "speed": per_second(3), "epoch": 1})
+    ctx.end_step({"step": 3, "loss": 0.5})
+    assert ctx.last_metrics["step"] == 3
+    ctx.settle()
+    ctx.close()
+    assert [(row["step"], row.get("loss"), row.get("heldout_loss")) for row in rows(tmp_path)] == [
+        (0, None, 4.5), (1, 1.0, None), (2, 0.5, None), (2, None, 0.75), (3, 0.5, None)
+    ]  # fmt: skip
+    assert "step_seconds" not in rows(tmp_path)[3]
+
+
 def end_a_step_that_rank_1_spoils(ctx: RunContext) -> None:
     ctx.end_step({"step": 1, "loss": mean(math.nan if ctx.rank == 1 else 1.0, finite=True)})
+
+
+def lose_a_plain_loss_and_then_the_process_group(ctx: RunContext) -> list[str]:
+    import torch.distributed as dist
+
+    said: list[str] = []
+
+    def note(act: Any) -> None:
+        try:
+            act()
+        except (NonFiniteError, WorkloadError) as error:
+            said.append(str(error))
+
+    ctx.log({"heldout_loss": 1.0} if ctx.rank == 0 else {})
+    ctx.end_step({"loss": math.nan if ctx.rank == 1 else 1.0})  # no number, and rank 0's counts
+    note(ctx.settle)
+    ctx.end_step({"loss": math.inf if ctx.rank == 1 else 1.0})
+    dist.destroy_process_group()
+    note(ctx.settle)
+    note(lambda: ctx.end_step({"loss": 1.0}))
+    return said
+
+
+@pytest.mark.dist
+def test_a_plain_loss_of_another_rank_is_seen_and_no_step_ends_without_the_group() -> None:
+    said = run_world(lose_a_plain_loss_and_then_the_process_group, sizes=(3,), names=("dp",))
+    for rank, (first, second, third) in enumerate(said):
+        assert first.startswith("step 1: loss is nan on rank 1 on ")
+        assert second.startswith(
+            "step 2: loss is inf on rank 1" if rank == 1 else "step 2: loss is not finite on another"
+        )
+        assert third.startswith(f"end_step on rank {rank}: the workload has destroyed its process group")
 
 
 @pytest.mark.dist
