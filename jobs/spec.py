@@ -124,6 +124,8 @@ class JobSpec(StrictModel):
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
     """Other sbatch options by their long names; True gives the bare flag, False leaves it out."""
     profile: ProfileSpec | None = None
+    shown: tuple[str, ...] = ()
+    """The metrics that progress shows, as the workload's entry names them."""
     max_restarts: int = Field(default=0, ge=0, le=MOST_RESTARTS)
     """How often failed ranks are started again in place, each time as a new attempt; `resume` counts anew."""
     max_requeues: int = Field(default=MAX_REQUEUES, ge=0, le=MOST_RESTARTS)

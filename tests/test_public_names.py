@@ -70,11 +70,11 @@ def test_what_a_workload_imports() -> None:
     ]
     assert public(workloads.base.WorkloadEntry) == [
         *("build", "call", "config", "hook", "memory_bytes", "mesh", "mesh_spec", "name", "plan", "preload"),
-        *("prepare", "prepare_by_hand", "prepare_timeout_s", "run", "summary", "validate"),
+        *("prepare", "prepare_by_hand", "prepare_timeout_s", "run", "shown", "summary", "validate"),
     ]
     assert public(workloads.base.RunContext) == [
         *("attempt", "close", "cpu_group", "device", "end_hooks", "end_step", "go_on_from", "gpu_memory_gb", "host"),
-        *("hosts", "last_metrics", "local_rank", "local_world_size", "mesh", "metrics_are_written"),
+        *("hosts", "last_metrics", "local_rank", "local_world_size", "log", "mesh", "metrics_are_written"),
         *(
             "node_rank",
             "note_save",
@@ -90,7 +90,7 @@ def test_what_a_workload_imports() -> None:
             "start_steps",
         ),
         *("step_hooks", "stop_requested"),
-        *("stopped_at", "timed", "timing", "world_size"),
+        *("stopped_at", "timed", "timing", "total_steps", "world_size"),
     ]
 
 

@@ -151,6 +151,8 @@ class WorkloadEntry:
         build: `build(config, mesh, device) -> nn.Module`, the sharded model, still on the meta device.
         memory_bytes: `memory_bytes(config, shape, device) -> int`, roughly the peak bytes of one rank; `device` is
             "cuda" or "cpu". Torch-free.
+        shown: the metrics that `submit.py` shows beside the step, in this order, as many as fit. Default: all numbers
+            that the workload gives to end_step, in its order.
         preload: built-in workloads only: modules that may be imported once before ranks are forked (they must
             start no thread and touch no device). A user's module is imported by each rank.
     """
@@ -167,6 +169,7 @@ class WorkloadEntry:
     prepare_by_hand: bool = True
     build: Hook | None = None
     memory_bytes: Hook | None = None
+    shown: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
 
     def hook(self, name: str) -> Callable[..., Any] | None:

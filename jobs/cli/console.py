@@ -52,6 +52,14 @@ class Console:
         else:
             self._write(printable(text) + "\n", self.stream)
 
+    def draw(self, text: str) -> None:
+        """Writes text where `say` does, unchanged: a bar, with what moves a terminal's cursor.
+
+        Raises:
+            OutputLost: it cannot be written.
+        """
+        self._write(text, self.stream)
+
     def complain(self, text: str) -> None:
         """Prints a line to stderr; the command continues even if that fails."""
         with contextlib.suppress(OutputLost):

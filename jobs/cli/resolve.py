@@ -183,6 +183,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         job_name=given.job_name,
         sbatch=options,
         profile=profile,
+        shown=tuple(entry.shown),
         max_restarts=flags.max_restarts or 0,
         max_requeues=MAX_REQUEUES if flags.max_requeues is None else flags.max_requeues,
         grace_s=cluster.grace_s,

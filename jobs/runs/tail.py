@@ -41,6 +41,17 @@ class Tail:
             line, self.rest = self.rest, b""
             yield line.decode("utf-8", errors="replace")
 
+    def newest_state(self) -> str | None:
+        """The newest state of a line that carriage returns rewrite, as a user's progress bar; None if there is none.
+
+        Earlier states of the line are forgotten.
+        """
+        states = self.rest.split(b"\r")
+        if len(states) == 1:
+            return None
+        self.rest = b"\r".join(states[-2:])  # the last one may not be written in full
+        return states[-2].decode("utf-8", errors="replace")
+
     def _read(self, late: bool) -> bytes:
         try:
             with open_regular(self.path) as file:

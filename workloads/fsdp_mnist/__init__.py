@@ -48,6 +48,7 @@ ENTRY = WorkloadEntry(
     prepare_by_hand=False,
     build="workloads.fsdp_mnist.parallelize:build",
     memory_bytes="workloads.fsdp_mnist.config:memory_bytes",
+    shown=("loss", "lr", "samples_per_second", "accuracy", "heldout_loss"),
     # Each rank would import the compiler when FSDP2 is first used; eight doing so take seconds.
     preload=("workloads.fsdp_mnist.run", "torch._dynamo"),
 )

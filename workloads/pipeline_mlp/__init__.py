@@ -46,5 +46,6 @@ ENTRY = WorkloadEntry(
     prepare_by_hand=False,
     build="workloads.pipeline_mlp.model:build",
     memory_bytes="workloads.pipeline_mlp.config:memory_bytes",
+    shown=("loss", "lr", "samples_per_second"),
     preload=("workloads.pipeline_mlp.train", "torch._dynamo"),
 )

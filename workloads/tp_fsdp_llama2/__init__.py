@@ -38,6 +38,7 @@ ENTRY = WorkloadEntry(
     plan="workloads.tp_fsdp_llama2.config:plan",
     build="workloads.tp_fsdp_llama2.parallelize:build",
     memory_bytes="workloads.tp_fsdp_llama2.layout:memory_bytes",
+    shown=("loss", "grad_norm", "lr", "tokens_per_second", "heldout_loss"),
     # FSDP2 imports the compiler when it is first used; eight ranks doing that by themselves take seconds.
     preload=("workloads.tp_fsdp_llama2.train", "torch._dynamo", "pydoc_data.topics", "numpy.random"),
 )
