@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from jobs import processes
+from jobs import prepared, processes
 from jobs.errors import one_line
 from jobs.run_dir import RunDirectory, read_json
 from jobs.spec import JobSpec
@@ -47,12 +47,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
         entry = registry.load(spec.workload, spec.import_path)
         config = entry.config.model_validate(spec.settings)
         _say(results, {"called": True})  # the time limit of prepare begins here
-        line = entry.call("prepare", config, RunDirectory(run_dir).data)
-        if line is not None and not isinstance(line, str):
-            raise WorkloadError(
-                f"workload {entry.name}: prepare returned a {type(line).__name__}; return None, or one line that "
-                "says what was prepared"
-            )
+        line = prepared.prepare(entry, config, RunDirectory(run_dir).data)
         if os.getpid() != this:  # a child that prepare forked and did not end must not answer
             os._exit(0)
     except WorkloadError as error:

@@ -66,11 +66,12 @@ def test_what_a_workload_imports() -> None:
     assert sorted(passed_on + own) == [
         *("MeshSpec", "NonFiniteError", "Reduced", "RunContext", "RunPaths", "Shape", "StrictModel"),
         *("SupersededError", "WorkloadConfig", "WorkloadEntry", "WorkloadError"),
-        *("largest", "mean", "per_second", "to_json", "total"),
+        *("file_stamp", "largest", "mean", "per_second", "to_json", "total"),
     ]
     assert public(workloads.base.WorkloadEntry) == [
-        *("build", "call", "config", "hook", "memory_bytes", "mesh", "mesh_spec", "name", "plan", "preload"),
-        *("prepare", "prepare_by_hand", "prepare_timeout_s", "run", "shown", "summary", "validate"),
+        *("build", "call", "check_prepared", "config", "hook", "memory_bytes", "mesh", "mesh_spec", "name", "plan"),
+        "preload",
+        *("prepare", "prepare_by_hand", "prepare_key", "prepare_timeout_s", "run", "shown", "summary", "validate"),
     ]
     assert public(workloads.base.RunContext) == [
         *("attempt", "close", "cpu_group", "device", "end_hooks", "end_step", "go_on_from", "gpu_memory_gb", "host"),

@@ -34,6 +34,7 @@ from workloads.steps.board import Slot
 from workloads.steps.clock import StepClock
 from workloads.steps.ends import StepEnds
 from workloads.steps.recorder import Recorder
+from workloads.whole_files import file_stamp as file_stamp
 from workloads.whole_files import is_there
 
 if TYPE_CHECKING:
@@ -141,6 +142,12 @@ class WorkloadEntry:
             library unless that says otherwise, and an empty stdin; processes that it leaves running are ended.
             Without a submission (torchrun, srun) it runs in rank 0 itself, whatever `plan` says, and its line is not
             shown; `prepare_by_hand=False` turns that off.
+        prepare_key: `prepare_key(config)`, all that what `prepare` makes depends on, as JSON knows it: settings, a
+            `file_stamp` of each file that it reads. Runs of the same key share what the first of them prepared, and
+            `prepare` is not called again; nor must anything be written into it. The text of `prepare` itself is a part
+            of the key; that of other functions is not. None, as without this hook: each run prepares for itself.
+        check_prepared: `check_prepared(config, directory) -> str | None`, called in place of `prepare` where an earlier
+            run's data is used: refuses what does not suit this run's other settings, and may return a line.
         plan: `plan(config) -> str | None`, one line on what `prepare` would do, which a dry run shows; None where
             there is nothing to prepare, and then `prepare` is not started. Torch-free; reads no network and writes
             nothing. Default: there is always something to prepare.
@@ -164,6 +171,8 @@ class WorkloadEntry:
     validate: Hook | None = None
     mesh: Hook | None = None
     prepare: Hook | None = None
+    prepare_key: Hook | None = None
+    check_prepared: Hook | None = None
     plan: Hook | None = None
     prepare_timeout_s: float = 3600
     prepare_by_hand: bool = True

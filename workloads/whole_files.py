@@ -55,6 +55,17 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
         path.mkdir(mode)
 
 
+def file_stamp(path: str | Path) -> list[str | int]:
+    """A file's absolute path, its size in bytes and its time of change in nanoseconds: what `prepare_key` is made of.
+
+    Raises:
+        OSError: it is not there.
+    """
+    whole = Path(path).expanduser().absolute()
+    stat = whole.stat()
+    return [str(whole), stat.st_size, stat.st_mtime_ns]
+
+
 def is_there(path: Path) -> bool:
     """Whether a file or folder is there, whatever a cache of a shared file system still holds of its absence.
 

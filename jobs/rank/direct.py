@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs import processes, settings
+from jobs import prepared, processes, settings
 from jobs.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -194,7 +194,7 @@ def _prepare(spec: JobSpec, info: RankInfo, board: _StoreBoard | _FileBoard) -> 
             entry = registry.load(spec.workload, spec.import_path)
             RunDirectory.create(spec.run_dir).describe(spec)
             if entry.prepare_by_hand:
-                entry.call("prepare", entry.config.model_validate(spec.settings), run.data)
+                prepared.prepare(entry, entry.config.model_validate(spec.settings), run.data)
         attempt: int = said["attempt"] if "attempt" in said else run.begin_attempt().number
     except BaseException as error:
         board.say({"refused": str(error)})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from workloads.base import MeshSpec, Shape, WorkloadError
+from workloads.base import MeshSpec, Shape, WorkloadError, file_stamp
 from workloads.divisors import divisors
 from workloads.images.config import ImageDataConfig
 from workloads.training.checkpoint_config import ResumableConfig
@@ -161,7 +162,15 @@ def plan(config: Config) -> str:
 
     if config.data.path is None:
         return plan(config.data)
-    return f"{config.data.target} of {config.data.path}: preparing checks it and copies it into the run directory"
+    return f"{config.data.target} of {config.data.path}: preparing checks it and copies it for the ranks"
+
+
+def prepare_key(config: Config) -> Any:
+    """What the table that all ranks read depends on; None for images, which lie in data.root for all runs."""
+    if config.data.path is not None:
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # `prepare` says what is wrong with the path
+            return [file_stamp(config.data.path), config.data.target]
+    return None
 
 
 def learning_rate(config: Config) -> float:

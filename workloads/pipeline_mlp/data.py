@@ -74,6 +74,13 @@ def prepare(config: Config, directory: Path) -> str:
     return _words(config, table)
 
 
+def check_prepared(config: Config, directory: Path) -> str:
+    """As `prepare`, where an earlier run has prepared the table."""
+    table = Table.load(directory / TABLE_FILE)
+    _enough(config, len(table.split(config.data.heldout)[0]))
+    return _words(config, table)
+
+
 def find(config: Config, ctx: RunContext, *, inputs: bool = True) -> Samples:
     """What was prepared for this run; where nobody has, as under a bare torchrun, rank 0 does, without a download.
 

@@ -15,7 +15,7 @@ from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
 from workloads.tp_fsdp_llama2.corpus import Split
 from workloads.tp_fsdp_llama2.files import check_length, python_docs, resolve
-from workloads.whole_files import written_beside
+from workloads.whole_files import file_stamp, written_beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,6 +133,19 @@ def prepare(config: Config, directory: Path) -> str | None:
     return done
 
 
+def prepare_key(config: Config) -> dict[str, Any] | None:
+    """What the tokens depend on; None if there is no tokenizer."""
+    return None if config.data.tokenizer is None else _fingerprint(config)
+
+
+def check_prepared(config: Config, directory: Path) -> str:
+    """As `prepare`, where an earlier run, of smaller batches perhaps, has made the tokens."""
+    info = prepared(config, directory)
+    assert info is not None, "shared tokens of another key"
+    check_length(info["tokens"], config.data, config.seq_len, config.global_batch_size, "tokens")
+    return f"{info['bytes']:,} bytes in {info['tokens']:,} tokens"
+
+
 def prepared(config: Config, directory: Path) -> dict[str, Any] | None:
     """What `prepare` wrote down, if it ran with the same text, tokenizer and split."""
     try:
@@ -148,8 +161,7 @@ def _fingerprint(config: Config) -> dict[str, Any]:
     if data.path is None:
         text: Any = hashlib.sha256(python_docs()).hexdigest()
     else:
-        stats = [(path.absolute(), path.stat()) for path in resolve(data)]
-        text = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        text = [file_stamp(path) for path in resolve(data)]
     tokenizer = hashlib.sha256(Path(data.tokenizer).expanduser().read_bytes()).hexdigest()
     settings = data.model_dump(include={"holdout_fraction", "bos_token", "eos_token"})
     return {"text": text, "tokenizer": tokenizer, **settings}

@@ -38,7 +38,15 @@ def make_if_missing(ctx: RunContext, is_there: Callable[[], bool], make: Callabl
         WorkloadError: on every rank, what rank 0 could not read or make; or that a rank's host does not see what is
             there.
     """
-    on_rank_0(ctx, lambda: is_there() or make())
+
+    def on_the_first_rank() -> None:
+        if not is_there():
+            # Data that runs share was removed, or its sources have changed: this run makes its own beside it.
+            if ctx.paths.data_dir.is_symlink():
+                ctx.paths.data_dir.unlink()
+            make()
+
+    on_rank_0(ctx, on_the_first_rank)
     if not is_there():
         raise WorkloadError(
             f"{ctx.paths.data_dir}: what was prepared for this run cannot be seen on {ctx.host}; run directories must "

@@ -233,7 +233,7 @@ def test_prepared_and_scaled(tmp_path: Path) -> None:
     one = config(many(tmp_path, 50))
     line = data.prepare(one, tmp_path / "data")
     assert line == f"y from 3 columns of {tmp_path / 'table.npz'} (40 rows to train on, 10 held out)"
-    assert plan(one) == f"y of {tmp_path / 'table.npz'}: preparing checks it and copies it into the run directory"
+    assert plan(one) == f"y of {tmp_path / 'table.npz'}: preparing checks it and copies it for the ranks"
     table = Table.load(tmp_path / "data" / "table.npz")
     samples = data.of_table(table, 0.2, torch.float64, line)
     assert samples.regression

@@ -18,7 +18,7 @@ from workloads.tp_fsdp_llama2.corpus import Corpus, Part, Split
 from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
 from workloads.tp_fsdp_llama2.files import python_docs, resolve
 from workloads.tp_fsdp_llama2.samples import SampleOrder, TrainingSamples
-from workloads.tp_fsdp_llama2.tokenized import _Piece, load_tokenizer, prepare
+from workloads.tp_fsdp_llama2.tokenized import _Piece, check_prepared, load_tokenizer, prepare, prepare_key
 
 NOWHERE = Path("nowhere")
 
@@ -222,6 +222,11 @@ def test_text_is_tokenized_once_and_decodes_to_itself(tokenized: Config, tmp_pat
     cut = Split.of(len(corpus), tokenized.data.holdout_fraction, 64)
     heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
+
+    assert check_prepared(tokenized, directory) == f"{len(text.encode()):,} bytes in {len(corpus):,} tokens"
+    with pytest.raises(WorkloadError, match="too few for a batch of global_batch_size=4000 samples"):
+        check_prepared(tokenized.model_copy(update={"global_batch_size": 4000}), directory)
+    assert prepare_key(make()) is None
 
     before = (directory / "tokens.npy").stat().st_mtime_ns
     prepare(tokenized, directory)
