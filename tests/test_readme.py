@@ -57,13 +57,16 @@ def test_the_output_that_it_shows_is_there_and_of_today() -> None:
 
 def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
     (tmp_path / "experiment.yaml").write_text("steps: 100\n")
+    (tmp_path / "train.py").touch()
     commands = re.findall(r"^\| `submit\.py ([^`]*)`", README, re.MULTILINE)
     assert len(commands) > 8
     for command in commands:
         words = command.split()
         if words[0] in ("wait", "resume"):
             continue  # tests/slurm/test_readme.py and tests/jobs/cli/test_resume.py, with a run to go on with
-        if words[0] == "tp_fsdp" and "--dry-run" not in words:
+        if "script" in words:
+            words = ["--dry-run", *words]  # what follows the script is its own
+        elif words[0] == "tp_fsdp" and "--dry-run" not in words:
             words.append("--dry-run")
         if {"--partition", "--sbatch", "--spares"} & set(words):
             words += ["--executor", "slurm"]
