@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from jobs.errors import one_line, shortened
+from jobs.frames import as_traceback, at_fatal_error, place_in
 from workloads.errors import first_few, in_words, message_of
 from workloads.steps.board import PHASES
 
@@ -67,6 +68,8 @@ class Failure:
     traceback: str = ""
     log: str = ""
     """The rank's log file."""
+    place: str = ""
+    """`train.py:52, run`: the line of the user's own code at which it happened; empty if not known."""
 
     @property
     def own(self) -> bool:
@@ -83,7 +86,7 @@ class Failure:
             failure = Failure(**record or {})
         except TypeError:
             return None
-        texts = (failure.host, failure.kind, failure.message, failure.traceback, failure.log)
+        texts = (failure.host, failure.kind, failure.message, failure.traceback, failure.log, failure.place)
         numbers = isinstance(failure.rank, int) and isinstance(failure.when, (int, float))
         return failure if numbers and all(isinstance(text, str) for text in texts) else None
 
@@ -93,10 +96,12 @@ class Failure:
         return self.message.startswith(OUT_OF_TOUCH)
 
     def headline(self) -> str:
-        """One line for the user: who, where, what, and the log."""
+        """One line for the user: who, on which host, what, at which line, and the log."""
         agent = "the agents" if self.is_between_hosts else "the leader" if self.rank == 0 else "the agent"
         who = agent if self.kind == "agent" else f"rank {self.rank}"
-        return f"{who} on {self.host}: {self.message}" + (f" (log: {self.log})" if self.log else "")
+        line = self.place.partition(",")[0]
+        place = f" ({self.place})" if line and not re.search(rf"{re.escape(line)}\b", self.message) else ""
+        return f"{who} on {self.host}: {self.message}{place}" + (f" (log: {self.log})" if self.log else "")
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,17 @@ class LastSeen:
     ago_s: float = 0.0
     phase: str = ""
     """Its phase at that time; empty if not known."""
+    left_at: str = ""
+    """`train.py:52, run`: where it called sys.exit or os._exit; empty if it did not, or it is not known."""
 
     @property
     def number(self) -> int:
         return int(self.step) if self.step.isdecimal() else -1
+
+    def returned(self) -> str:
+        """What it is called that its workload is over while others still work."""
+        how = f"left its work at {self.left_at}" if self.left_at else "returned from its work"
+        return f"{how} ({self})"
 
     def __str__(self) -> str:
         phase = f" ({self.phase})" if self.phase else ""
@@ -175,20 +187,21 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
         message = f"called sys.exit({error.code!r}) before its work was done"
     else:
         message = in_words(error)
+    parts = traceback.format_exception(type(error), error, from_the_workload_on(error))
     return Failure(
         rank=rank,
         host=host,
         when=when,
         kind=kind_of(error),
         message=one_line(message),
-        traceback=_traceback(error, log),
+        traceback=_shortened(parts, log),
         log=log,
+        place=place_in("".join(parts)),
     )
 
 
-def _traceback(error: BaseException, log: str) -> str:
-    """The traceback, shortened if it is very long; the rank's log has all of it."""
-    parts = traceback.format_exception(type(error), error, from_the_workload_on(error))
+def _shortened(parts: Sequence[str], log: str) -> str:
+    """A traceback, shortened if it is very long; the rank's log has all of it."""
     return shortened("".join(shortened(part, LONGEST_PART, log) for part in parts), LONGEST_TRACEBACK, log)
 
 
@@ -204,15 +217,28 @@ def from_the_workload_on(error: BaseException) -> TracebackType | None:
     return trace
 
 
+_FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
+"""Signals that a rank raises by itself; faulthandler writes its stack into its log first."""
+
+
 def failure_of_exit(
-    code: int, rank: int, host: str, when: float, log: str, end_of_log: str = "", *, is_done: bool = False
+    code: int,
+    rank: int,
+    host: str,
+    when: float,
+    log: str,
+    end_of_log: str = "",
+    *,
+    is_done: bool = False,
+    call: str = "",
 ) -> Failure:
     """The record of a rank that ended without writing one.
 
     Args:
         code: as in subprocess: the exit status, or minus the signal that killed the rank.
-        end_of_log: the end of the rank's log; read for SIGABRT and for an exit code other than 0.
+        end_of_log: the end of the rank's log; read for signals of its own, and for an exit code other than 0.
         is_done: whether its work was done before.
+        call: the stack of its call of os._exit; empty if there was none.
     """
     if code == -signal.SIGABRT:
         lines = end_of_log.splitlines()
@@ -231,10 +257,14 @@ def failure_of_exit(
             "SIGTERM": " (someone's kill, or the scheduler's)",
         }.get(name, "")
         after = " after its work was done" if is_done else ""
-        return Failure(rank, host, when, "killed", f"killed by {name}{hint}{after}", log=log)
+        frames = at_fatal_error(end_of_log) if -code in _FAULTS else []
+        stack = as_traceback(frames, "the thread that died") if frames else ""
+        message = f"killed by {name}{hint}{after}"
+        return Failure(rank, host, when, "killed", message, stack, log, place_in(stack))
     relation = "after" if is_done else "before"
     error = f": {line}" if code and (line := error_at_end(end_of_log)) else ""
-    return Failure(rank, host, when, "exit", f"exited with code {code} {relation} its work was done{error}", log=log)
+    how = f"called os._exit({code})" if call else f"exited with code {code}"
+    return Failure(rank, host, when, "exit", f"{how} {relation} its work was done{error}", call, log, place_in(call))
 
 
 def failure_of_agent(code: int | None, rank: int, host: str, when: float, log: str, end_of_log: str = "") -> Failure:
@@ -384,15 +414,16 @@ def _list(ranks: Sequence[LastSeen]) -> str:
 def _left_early(failure: Failure, done: Sequence[LastSeen]) -> Failure:
     """The root cause if `failure` lost ranks that had returned from their work."""
     first, also = done[0], first_few([f"rank {rank.rank}" for rank in done[1:]], 7)
-    message = f"returned from its work ({first})" + (f" (and {also})" if also else "")
-    message += f" while rank {failure.rank} was still working and lost its peer"
-    return _attributed(failure, first.rank, first.host, message)
+    message = first.returned() + (f" (and {also})" if also else "")
+    message += f" while rank {failure.rank} was still working{_at(failure)} and lost its peer"
+    return replace(_attributed(failure, first.rank, first.host, message), place=first.left_at)
 
 
 def _attributed(failure: Failure, rank: int, host: str, message: str) -> Failure:
     """The failure attributed to another rank, whose log is in the same folder."""
     log = str(Path(failure.log).with_name(f"rank-{rank}.log")) if failure.log else ""
-    return replace(failure, rank=rank, host=host, message=f"{message}: {failure.message}"[:2000], log=log)
+    message = f"{message}: {failure.message}"[:2000]
+    return replace(failure, rank=rank, host=host, message=message, log=log, place="")  # it shows another's stack
 
 
 def blame(failures: Sequence[Failure]) -> Failure:

@@ -199,12 +199,12 @@ def _end_late_in_exit() -> None:
 
 
 def _watch_exit() -> None:
-    activity, idle = _activity(), 0
+    now, idle = activity(os.getpid()), 0
     for waited in itertools.count(1):  # seconds in which this process could run; a suspended job loses no time
         time.sleep(1)
         _end_late_in_exit()
-        before, activity = activity, _activity()
-        idle = 0 if activity[0] != before[0] or activity[1] - before[1] > 0.05 else idle + 1
+        before, now = now, activity(os.getpid())
+        idle = 0 if now[0] != before[0] or now[1] - before[1] > 0.05 else idle + 1
         if waited == SAY_AFTER_S:
             log.warning(
                 "the work is done, but this rank is still running: %s; it will be ended after %d s without output or "
@@ -221,13 +221,13 @@ def _what_runs() -> str:
     return f"threads {first_few(names)} (start them with daemon=True or join them)" if names else "its exit hooks"
 
 
-def _activity() -> tuple[int, float]:
-    """The bytes that this process and its descendants have written, and their CPU seconds, as the kernel counts them.
+def activity(process: int) -> tuple[int, float]:
+    """The bytes that a process and its descendants have written, and their CPU seconds, as the kernel counts them.
 
     If the set of processes changes, so do the sums, and that counts as activity too.
     """
     written, ticks = 0, 0
-    for pid in _family(os.getpid()):
+    for pid in _family(process):
         with contextlib.suppress(OSError, ValueError):  # the process has just ended, or is not readable
             ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
             written += int(Path(f"/proc/{pid}/io").read_text().partition("wchar:")[2].partition("\n")[0])

@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/ARCHITECTURE.md"
 
-BASE = {"blame", "errors", "excluded", "machine", "prepared", "processes", "run_dir", "settings", "spec", "status"}
+BASE = {
+    *("blame", "errors", "excluded", "frames", "machine", "prepared", "processes", "run_dir", "settings", "spec"),
+    "status",
+}
 """Files of jobs/ that every room may import."""
 MAY_IMPORT = {
     "submit": {"cli"},

@@ -252,7 +252,7 @@ class _Agent:
             self._answer_signals()
             if now >= say_at:
                 say_at = now + SAY_EVERY_S
-                self._say(self._where())
+                self._say({**self._where(), "calm": self.ranks.calm()})
                 if self.leader is not None:
                     for link in self.links.values():
                         link.send({"now": time.time()})
@@ -343,6 +343,7 @@ class _Agent:
             "ago_s": rank.failed_ago_s if failure else 0.0,
             "death": death.headline() if death else "",
             "stopped_at": rank.stopped_at,
+            "left_at": rank.left_at,
         }
 
     def _answer_signals(self) -> None:

@@ -8,25 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from jobs import blame
 from jobs.blame import Failure, LastSeen
+from jobs.frames import Frame, as_traceback, below_the_launcher, frames_in, own_frame
 from workloads.errors import first_few
 
-
-class Frame(NamedTuple):
-    file: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.line}, {self.function}"
-
-
-_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 _TORCH = re.compile(r"(site|dist)-packages/torch/")
-_LIBRARY = re.compile(r"/lib/python3[^/]*/|(site|dist)-packages/|^<frozen |\bworkloads/(base\.py|steps/|training/)")
 _COLLECTIVES = re.compile(
     r"torch/distributed/(distributed_c10d|_functional_collectives|tensor/_collective_utils|c10d_logger)\.py$"
     r"|workloads/(training/collectives|steps/reduction)\.py$"
@@ -40,19 +28,7 @@ def main_thread(text: str) -> tuple[Frame, ...]:
         text: all threads' as faulthandler writes them: the innermost frame first, and the main thread last.
     """
     last = text.rpartition("(most recent call first):")[2]
-    frames = [Frame(file, int(line), function) for file, line, function in reversed(_FRAME.findall(last))]
-    ours = [place for place, frame in enumerate(frames) if frame.file.endswith("jobs/rank/run.py")]
-    return tuple(frames[ours[-1] + 1 :] if ours and ours[-1] + 1 < len(frames) else frames)
-
-
-def as_traceback(frames: Sequence[Frame]) -> str:
-    """Frames as Python prints those of an exception."""
-    lines = ["Stack of the main thread (most recent call last):"]
-    for frame in frames:
-        lines.append(f'  File "{frame.file}", line {frame.line}, in {frame.function}')
-        source = linecache.getline(frame.file, frame.line).strip()
-        lines += [f"    {source}"] if source else []
-    return "\n".join(lines) + "\n"
+    return tuple(below_the_launcher(frames_in(last)[::-1]))
 
 
 def waits_in(frames: Sequence[Frame]) -> str:
@@ -68,9 +44,8 @@ def waits_in(frames: Sequence[Frame]) -> str:
 
 
 def _place(frames: Sequence[Frame]) -> Frame | None:
-    """The innermost line of the workload's own; else the innermost one; None where there is no stack."""
-    own = [frame for frame in frames if not _LIBRARY.search(frame.file)]
-    return own[-1] if own else frames[-1] if frames else None
+    """The innermost line of the user's own; else the innermost one; None where there is no stack."""
+    return own_frame(frames) or (frames[-1] if frames else None)
 
 
 @dataclass(frozen=True)
@@ -82,6 +57,12 @@ class Shown:
     """Its stacks, as faulthandler writes them; empty: it did not show them."""
     state: str = ""
     """Why not: "is stopped (SIGSTOP)"."""
+    has_returned: bool = False
+    """Whether its workload has returned; it may still run, to wait for the others."""
+    woken: int | None = None
+    """How often its main thread has been woken so far; None: not known."""
+    cpu_s: float = 0.0
+    """CPU seconds that it and the processes that it started have used so far."""
 
     @property
     def frames(self) -> tuple[Frame, ...]:
@@ -89,11 +70,13 @@ class Shown:
 
     @property
     def waits(self) -> str:
-        return waits_in(self.frames)
+        return "" if self.has_returned else waits_in(self.frames)
 
     def where(self) -> str:
         """`waits in all_reduce (train.py:112)` or `is in data (data.py:88, read)`."""
         place = _place(self.frames)
+        if self.has_returned:
+            return "has returned from its work"
         if self.state:
             return self.state
         if self.waits:
@@ -105,50 +88,75 @@ class Shown:
 def root_cause(shown: Mapping[int, Shown], waited_s: float, when: float) -> Failure:
     """The rank that a job which hangs waits for.
 
-    It is one that is stopped or does not wait while others do; else it is behind by its step or phase; else it waits in
-    another place than most.
+    It is one that is stopped or does not wait while others do; else one that has returned while others wait for it;
+    else it is behind by its step or phase; else it waits in another place than most.
     """
-    failures = {
-        rank: Failure(rank, one.last.host, when, "hang", "", as_traceback(one.frames) if one.frames else "")
-        for rank, one in shown.items()
-    }
-    last = {rank: one.last for rank, one in shown.items()}
-    rank = _cause(shown, failures, last)
+    failures = {rank: _failure(rank, one, when) for rank, one in shown.items()}
+    rank = _cause(shown, failures)
     if rank is None:
         places = _count([one.where() for one in shown.values()])
-        return _with(failures[min(shown)], f"no rank has ended a step for {waited_s:.0f} s: {places}")
+        return _with(failures[min(shown)], f"{UNDECIDED} for {waited_s:.0f} s: {places}")
     one = shown[rank]
     place = _place(one.frames)
     at = f" ({place})" if place else ""
-    if one.state:
-        message = f"{one.state}, and has been in {last[rank].phase} for {last[rank].ago_s:.0f} s"
-    elif one.waits:
-        message = f"has waited in {one.waits}{at} for {last[rank].ago_s:.0f} s"
-    else:
-        message = f"has been in {last[rank].phase}{at} for {last[rank].ago_s:.0f} s"
+    for_s = f" for {one.last.ago_s:.0f} s"
     rest = _count([other.where() for number, other in shown.items() if number != rank])
+    if one.has_returned:
+        return _with(failures[rank], f"{one.last.returned()} while {rest}")
+    if one.state:
+        message = f"{one.state}, and has been in {one.last.phase}{for_s}"
+    elif one.waits:
+        message = f"has waited in {one.waits}{at}" + (for_s if one.last.phase != SCRIPT else "")
+    elif one.last.phase == SCRIPT:  # of which nobody knows when this began
+        message = f"is in the script{at}"
+    else:
+        message = f"has been in {one.last.phase}{at}{for_s}"
     hint = "; did a rank skip a collective, or call an extra one?" if one.waits and len(shown) > 1 else ""
     return _with(failures[rank], message + (f"; {rest}" if rest else "") + hint)
 
 
-def _cause(shown: Mapping[int, Shown], failures: Mapping[int, Failure], last: Mapping[int, LastSeen]) -> int | None:
+def standstill(cause: Failure, stood_s: float, is_script: bool) -> str:
+    """One line about a job that stands still: `no step for 60 s: rank 2 on node1 has been in data (data.py:88) ...`."""
+    if cause.message.startswith(UNDECIDED):
+        return cause.message
+    what = "no movement" if is_script else "no step"
+    return f"{what} for {stood_s:.0f} s: rank {cause.rank} on {cause.host} {cause.message}"
+
+
+def _failure(rank: int, one: Shown, when: float) -> Failure:
+    if one.has_returned:
+        return Failure(rank, one.last.host, when, "hang", "", place=one.last.left_at)
+    place = own_frame(one.frames)
+    stack = as_traceback(one.frames) if one.frames else ""
+    return Failure(rank, one.last.host, when, "hang", "", stack, place=str(place) if place else "")
+
+
+def _cause(shown: Mapping[int, Shown], failures: Mapping[int, Failure]) -> int | None:
     if len(shown) == 1:
         return min(shown)
     still = [rank for rank, one in shown.items() if one.state.startswith("is ")]
     if still:
         return min(still)
+    last = {rank: one.last for rank, one in shown.items()}
     place = blame.places([*last.values()])
-    working = [rank for rank, one in shown.items() if not one.waits and (one.text or one.state)]
+    returned = [rank for rank, one in shown.items() if one.has_returned]
+    at_work = [rank for rank in shown if rank not in returned]
+    working = [rank for rank in at_work if not shown[rank].waits and (shown[rank].text or shown[rank].state)]
     if 0 < len(working) < len(shown):
         return min(working, key=lambda rank: (place[rank], rank))
-    lowest = min(place.values())
-    behind = [rank for rank in shown if place[rank] == lowest]
-    if 2 * len(behind) <= len(shown):
+    if 0 < len(returned) <= len(at_work):
+        return min(returned)
+    lowest = min(place[rank] for rank in at_work or shown)
+    behind = [rank for rank in at_work if place[rank] == lowest]
+    if behind and 2 * len(behind) <= len(shown):
         return min(behind)
     odd, rest = blame.elsewhere(min(shown), failures, last)
     return min(odd) if odd and rest else None
 
 
+UNDECIDED = "no rank has ended a step"
+SCRIPT = "script"
+"""The phase of a rank that runs a user's own program, of which no steps are known."""
 _PLURALS = {"waits": "wait", "is": "are", "does": "do", "has": "have"}
 
 

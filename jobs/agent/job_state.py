@@ -64,6 +64,8 @@ class RankState:
     """How it died after its work was done."""
     stopped_at: int | None = None
     """The step after which a script has stopped because it was asked to."""
+    left_at: str = ""
+    """Where it ended its work by a call, such as sys.exit; empty where it returned."""
 
 
 def first_places(host_names: Sequence[str], count: int) -> list[int]:
@@ -141,6 +143,7 @@ class JobState:
             # Hosts' clocks differ; this one's counts.
             rank.failure = replace(failure, when=time.time() - one["ago_s"])
         rank.death, rank.stopped_at = one["death"], one.get("stopped_at")
+        rank.left_at = one.get("left_at", "")
 
     def lose(self, host: int, how: str) -> None:
         """Notes that the agent of a host is gone."""
@@ -209,6 +212,10 @@ class JobState:
         """The step after which a script has stopped because it was asked to; None: it has not."""
         return max((rank.stopped_at for rank in self.ranks if rank.stopped_at is not None), default=None)
 
+    def returned(self) -> set[int]:
+        """The ranks whose workload has returned; such a one may still wait for the others."""
+        return {number for number, rank in enumerate(self.ranks) if rank.done or rank.phase == "ended"}
+
     def root_cause(self) -> Failure:
         """The failure that all others follow from; there must be one."""
         failures = self.failures()
@@ -223,7 +230,8 @@ class JobState:
         """Where a rank was when it was last heard of."""
         rank = self.ranks[number]
         ago_s = rank.since_s + (time.monotonic() - rank.at if rank.at else 0.0)
-        return LastSeen(number, self._host_of[number], str(rank.step) if rank.step >= 0 else "", ago_s, rank.phase)
+        step = str(rank.step) if rank.step >= 0 else ""
+        return LastSeen(number, self._host_of[number], step, ago_s, rank.phase, rank.left_at)
 
     def died_of_end_signal(self, failure: Failure) -> bool:
         """Whether a rank died as its host was told to end: Slurm sends a signal to every process of a job."""

@@ -4,10 +4,10 @@ Runs in the agent of host 0. It does nothing by itself: messages come in, decisi
 calling `step`. What it decides is final: the run directory then holds the result, or Slurm has ended the job.
 
 From an agent: `{"ended": [...]}`, ranks that have ended or have said what ends them; `{"ranks": [...]}`, where each is;
-`{"stacks": [...]}`, those that it was asked for; `{"told": NUMBER}`, a signal that asks the job to end;
-`{"asked": NAME}`, the signal by which ranks were asked to stop after their step; `{"ready": true}`, no rank is left, as
-a restart asks for; `{"left": SECONDS}`, it ends, since it has heard nothing for so long; `{"bye": true}`, no process is
-left.
+`{"calm": [...]}`, those whose main threads are not woken; `{"stacks": [...], "counts": [...]}`, what it was asked for;
+`{"told": NUMBER}`, a signal that asks the job to end; `{"asked": NAME}`, the signal by which ranks were asked to stop
+after their step; `{"ready": true}`, no rank is left, as a restart asks for; `{"left": SECONDS}`, it ends, since it has
+heard nothing for so long; `{"bye": true}`, no process is left.
 To an agent: `{"look": true}`, `{"stacks": NUMBER}`, `{"stop": true}`, `{"restart": true}`,
 `{"start": ATTEMPT, "places": [AGENT, ...]}`, `{"end": true, "code": CODE}`.
 
@@ -193,7 +193,7 @@ class Leader:
                 self._restart_or_fail(self._state.root_cause(), now)
         elif self._state.have_all_ended:
             self._finish()
-        elif (hang := self._hangs.look(passed, self._state.silent_s, self._state.last_seen)) is not None:
+        elif (hang := self._look_for_hang(passed)) is not None:
             self._restart_or_fail(hang, now)
         elif self._deadline is not None and now > self._deadline:
             limit = self.spec.resources.time_min
@@ -203,6 +203,10 @@ class Leader:
             log.warning("the time limit is near: every rank is asked to stop after its step")
             self._stopped_by = signal.SIGUSR2.name if self.on_slurm else TIME_LIMIT  # as if Slurm had warned
             self._send_all({"stop": True})
+
+    def _look_for_hang(self, passed: float) -> Failure | None:
+        state = self._state
+        return self._hangs.look(passed, state.silent_s, state.last_seen, state.returned())
 
     def _has_grace(self, now: float) -> bool:
         """Whether ranks get to end their step and save: Slurm sends SIGTERM before it ends a job."""

@@ -22,6 +22,7 @@ from jobs.agent.memory import OomCounter
 from jobs.agent.signals import OF_AN_AGENT
 from jobs.agent.stacks import Stacks
 from jobs.blame import Failure
+from jobs.frames import place_in
 from jobs.job import Job
 from jobs.rank import report
 from jobs.run_dir import Attempt, end_of, read_json
@@ -96,6 +97,8 @@ class Rank:
     out_of_memory: bool = False
     """Whether the kernel has killed a process of this job's for its memory by the time that this one was killed."""
     _text: bytes = b""
+    _call: str = ""
+    """The stack of its call of os._exit or, in a script, of sys.exit."""
 
     def read(self) -> None:
         """Takes in what it has said."""
@@ -111,6 +114,7 @@ class Rank:
                 record = json.loads(line)
                 if record.get("done") is True:
                     self.done, self.stopped_at = True, record.get("stopped_at")
+                self._call = str(record.get("leaves", self._call))
                 failure, at = Failure.from_json(record.get("failure")), record.get("at")
                 if self.failed is None and failure is not None:
                     self.failed, self.failed_at = failure, at if isinstance(at, float) else time.monotonic()
@@ -124,6 +128,11 @@ class Rank:
     def failed_ago_s(self) -> float:
         """Seconds since what ended it."""
         return max(0.0, time.monotonic() - (self.failed_at or self.ended))
+
+    @property
+    def left_at(self) -> str:
+        """Where it called os._exit, or said that it ends; empty if it did not."""
+        return place_in(self._call)
 
     def failure(self) -> Failure | None:
         """What ended it, or will, if that was not the end of its work; for when, see `failed_ago_s`."""
@@ -142,7 +151,7 @@ class Rank:
         when = time.time() - self.failed_ago_s
         said = end_of(self.log, 100_000) if self.exit_code not in (0, -signal.SIGKILL) else ""
         failure = blame.failure_of_exit(
-            self.exit_code, self.rank, self.host, when, str(self.log), said, is_done=is_done
+            self.exit_code, self.rank, self.host, when, str(self.log), said, is_done=is_done, call=self._call
         )
         if self.out_of_memory:
             return replace(failure, message=blame.OUT_OF_MEMORY)
@@ -258,8 +267,15 @@ class Ranks:
 
     def ask_for_stacks(self, question: int) -> None:
         """Asks those that run for their stacks; what they show is `stacks.answer()`, soon."""
-        running = {rank.rank: rank.pid for rank in self.all if rank.exit_code is None}
-        self.stacks.ask(question, running, self.attempt)
+        self.stacks.ask(question, self._running, self.attempt)
+
+    def calm(self) -> list[tuple[int, float]]:
+        """Those whose main threads wait, or compute without waiting for anything, each with for how many seconds."""
+        return self.stacks.look(self._running)
+
+    @property
+    def _running(self) -> dict[int, int]:
+        return {rank.rank: rank.pid for rank in self.all if rank.exit_code is None}
 
     @property
     def have_ended(self) -> bool:

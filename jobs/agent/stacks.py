@@ -1,7 +1,11 @@
-"""The stacks of a host's ranks, taken by its agent without waiting.
+"""The stacks of a host's ranks, taken by its agent without waiting, and what the kernel counts of them.
 
 Each rank has an open file of its own from its agent, in memory: what a hang leaves must need neither a full disk nor
 the rank's help. A rank that does not answer is looked at from outside: it may be stopped, or sit in the kernel.
+
+Between two stacks, the kernel counts how often a main thread has been woken. One that waits in the same call is not
+woken at all; a loop that is always found on the same line is. To look at these counts disturbs nobody, so it is done
+all the time; to ask for stacks interrupts system calls, so it is done where a job seems to stand.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import processes
 from jobs.rank.stacks import SIGNAL, VARIABLE, variable
 from jobs.run_dir import Attempt
 
@@ -24,6 +29,8 @@ QUIET_S = 0.2
 """A rank that has written nothing more for so long has written all."""
 MOST_BYTES = 30_000
 """Of one rank's stacks; its main thread, which comes last, is kept."""
+CALM_S = 2.0
+"""A main thread that is woken at most once between two looks, a second apart, for so long is calm."""
 
 
 @dataclass
@@ -37,6 +44,24 @@ class _Asked:
 
 
 @dataclass
+class _Wakes:
+    """How often a main thread was woken by what it waited for, and not by a question for its stacks."""
+
+    count: int | None
+    """As the kernel has it; None: not known."""
+    woken: int = 0
+    calm_s: float = 0.0
+
+    def look(self, pid: int, passed_s: float) -> None:
+        before, self.count = self.count, wakes(pid)
+        if before is None or self.count is None:
+            self.calm_s = 0.0
+            return
+        self.woken += self.count - before
+        self.calm_s = self.calm_s + passed_s if self.count - before <= 1 else 0.0
+
+
+@dataclass
 class Stacks:
     """The files for the stacks of this host's ranks, and the answer to the leader's question for them."""
 
@@ -45,6 +70,8 @@ class Stacks:
     _asked: dict[int, _Asked] = field(default_factory=dict)
     _question: int | None = None
     _until: float = 0.0
+    _wakes: dict[int, _Wakes] = field(default_factory=dict)
+    _looked: float = field(default_factory=time.monotonic)
 
     def open(self, rank: int) -> dict[str, str]:
         """Opens the file of a rank that is about to be started; the environment by which the rank finds it."""
@@ -56,6 +83,7 @@ class Stacks:
         if rank in self._files:  # an earlier attempt's
             os.close(self._files[rank])
         self._files[rank] = descriptor
+        self._wakes.pop(rank, None)
         return {VARIABLE: variable(descriptor)}
 
     def others(self, rank: int) -> Iterable[int]:
@@ -65,6 +93,21 @@ class Stacks:
     def file(self, rank: int) -> int:
         return self._files[rank]
 
+    def look(self, pids: Mapping[int, int]) -> list[tuple[int, float]]:
+        """The ranks whose main threads are calm, each with for how many seconds; to be called each second.
+
+        Args:
+            pids: the processes, by rank.
+        """
+        now = time.monotonic()
+        # Seconds in which this process ran, too: a suspended job has not been calm.
+        passed_s, self._looked = min(now - self._looked, 2.0), now
+        if self._question is None:  # which wakes them
+            for rank, pid in pids.items():
+                self._wakes.setdefault(rank, _Wakes(wakes(pid))).look(pid, passed_s)
+        calm = [(rank, one.calm_s) for rank, one in self._wakes.items() if rank in pids]
+        return [(rank, calm_s) for rank, calm_s in calm if calm_s >= CALM_S]
+
     def ask(self, question: int, pids: Mapping[int, int], attempt: Attempt) -> None:
         """Asks ranks for their stacks, and NCCL in them for its record of collectives.
 
@@ -73,6 +116,7 @@ class Stacks:
             pids: the processes, by rank.
             attempt: where NCCL's records go.
         """
+        self.look(pids)
         now = time.monotonic()
         self._question, self._until, self._asked = question, now + WITHIN_S, {}
         for rank, pid in pids.items():
@@ -106,9 +150,22 @@ class Stacks:
             text = _without_addresses(written[-MOST_BYTES:].decode(errors="replace"))
             groups.setdefault((text, "" if written else state(one.pid)), []).append(rank)
         shown = [{"ranks": ranks, "text": text, "state": state} for (text, state), ranks in groups.items()]
-        message = {"question": self._question, "stacks": shown}
+        counts = []
+        for rank, one in self._asked.items():
+            wakes_of = self._wakes[rank]
+            wakes_of.count = wakes(one.pid)
+            counts.append((rank, None if wakes_of.count is None else wakes_of.woken, processes.activity(one.pid)[1]))
+        message = {"question": self._question, "stacks": shown, "counts": counts}
         self._question = None
         return message
+
+
+def wakes(pid: int) -> int | None:
+    """How often a process's main thread has waited and been woken, as the kernel counts it; None: not known."""
+    with contextlib.suppress(OSError, ValueError):
+        text = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].partition("\n")[0])
+    return None
 
 
 def _waits_for_signal(pid: int) -> bool:

@@ -1,7 +1,11 @@
-"""Whether a job hangs. Runs in the leader; `Watch` is pure, and `Hangs` asks the agents for stacks.
+"""Whether a job stands still, and whether it hangs. Runs in the leader; `Watch` is pure, and `Hangs` asks for stacks.
 
-A job may hang if no rank has ended a step, or has entered or left a phase outside steps, for too long. Slow is not
-hung, so the stacks must confirm it. Only time in which the leader itself ran counts: a suspended job does not hang.
+A job stands still if no rank has ended a step, or has entered or left a phase outside steps. Of ranks that run a user's
+own program no steps are known: such a job stands still while some rank's main thread is calm, as its agent sees it.
+
+That is said early (SAY_S). Slow is not hung, so the job is ended only by what the stacks show: at once where they prove
+a deadlock (`Watch._is_deadlock`), else at a limit. Only time in which the leader itself ran counts: a suspended job
+does not hang.
 """
 
 from __future__ import annotations
@@ -9,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jobs.agent.hang_cause import Shown, as_text, root_cause
+from jobs.agent.hang_cause import SCRIPT, Shown, as_text, root_cause, standstill
 from jobs.blame import Failure, LastSeen
 from jobs.run_dir import Attempt, write_text
 from jobs.spec import JobSpec
@@ -29,6 +33,15 @@ OF_COLLECTIVE = 0.6
 """The longest limit, as a part of the collective's time-out. Stacks that confirm the hang follow at 0.8 of it."""
 LONG_S = 1800.0
 """One rank alone, which nobody waits for, hangs if its stack has not changed and this time has passed."""
+SAY_S = 45.0
+"""A standstill of so long, or of SAY_FACTOR of the longest steps, is logged; and again when it has doubled."""
+SAY_FACTOR = 3.0
+PROVE_S = 15.0
+"""Between the two sets of stacks that may prove a deadlock: the second is the one that is said."""
+IDLE = 0.05
+"""A rank that uses less of a CPU than this computes nothing; gloo's threads look for messages meanwhile."""
+CALM_PER_S = 0.5
+"""A main thread that does not wait for other ranks may look now and then for what it does wait for."""
 ANSWER_WITHIN_S = 5.0
 """For every agent to send its ranks' stacks."""
 SILENT_S = 3.0
@@ -36,11 +49,12 @@ SILENT_S = 3.0
 
 
 class Watch:
-    """Decides whether a job hangs, from where its ranks are, the time that has passed, and two sets of stacks.
+    """Decides whether a job hangs, from where its ranks are, the time that has passed, and their stacks.
 
     Args:
         ranks: their number.
-        timeout_s: seconds that a step may take; 0 turns the watch off; None adapts to the measured steps.
+        timeout_s: seconds that a step may take; 0 turns the watch off; None adapts to the measured steps. Of a user's
+            own program, seconds that a rank may wait for others.
         collective_timeout_s: a hang is found before it.
         rendezvous_timeout_s: how long ranks may be "starting"; the rendezvous has its own deadline.
     """
@@ -52,15 +66,26 @@ class Watch:
         self._long_s = OF_COLLECTIVE * collective_timeout_s
         self._start_s = rendezvous_timeout_s + 30
         self._at = [(-1, "starting")] * ranks
+        self._calm_s: Mapping[int, float] = {}
         self._has_moved = self._step_ended = self._was_apart = False
         self._steps_ended = 0
         self._longest_s = 0.0
         self.waited_s = 0.0
-        """Since a rank last moved."""
-        self._asked_at_s: float | None = None
-        """`waited_s` when stacks were last asked for."""
+        """Since a rank last ended a step, or changed its phase."""
+        self._stands_again()
+
+    def _stands_again(self) -> None:
+        """A rank has moved: whatever was known of the standstill is over."""
+        self._stood_s = self._asked_at_s = 0.0
+        self._limit_at_s: float | None = None
+        """`stood_s` when the limit, or a further third of it, was last reached; `_before` has the stacks of then."""
+        self._is_at_limit = False
+        """Whether the stacks that were asked for last are those of the limit."""
         self._before: Mapping[int, Shown] = {}
-        """The stacks that were taken then."""
+        self._say_at_s = max(SAY_S, SAY_FACTOR * self._longest_s)
+        self._last: tuple[float, Mapping[int, Shown]] = 0.0, {}
+        """The last stacks, and `stood_s` when they were taken."""
+        self._somebody_waits = False
 
     def hear(self, rank: int, step: int, phase: str) -> None:
         """Takes in where a rank is."""
@@ -71,6 +96,11 @@ class Watch:
         elif phase != old_phase and not {phase, old_phase} <= IN_STEPS:
             self._has_moved = self._was_apart = True
 
+    def hear_calm(self, ranks: range, calm_s: Mapping[int, float]) -> None:
+        """Takes in which of a host's ranks have main threads that are calm, and for how many seconds."""
+        others = {rank: seconds for rank, seconds in self._calm_s.items() if rank not in ranks}
+        self._calm_s = {**others, **calm_s}
+
     def look(self, passed_s: float) -> bool:
         """Lets time pass; whether the stacks are to be taken now."""
         if self._has_moved:
@@ -80,16 +110,32 @@ class Watch:
                 self._steps_ended += 1
                 self._was_apart = False
             self._has_moved = self._step_ended = False
-            self.waited_s, self._asked_at_s, self._before = 0.0, None, {}
+            self.waited_s = 0.0
+            self._stands_again()
         self.waited_s += passed_s
         if self._timeout_s == 0:
             return False
-        limit_s = self.limit_s
-        next_s = limit_s if self._asked_at_s is None else self._asked_at_s + limit_s / 3
-        if self.waited_s < next_s:
-            return False
-        self._asked_at_s = self.waited_s
-        return True
+        stood_s, limit_s = self.stood_s, self.limit_s
+        if stood_s < self._stood_s:
+            self._stands_again()
+        self._stood_s = stood_s
+        is_due = any(self._asked_at_s < at_s <= stood_s for at_s in (self._say_at_s - PROVE_S, self._say_at_s))
+        if stood_s >= (limit_s if self._limit_at_s is None else self._limit_at_s + limit_s / 3):
+            self._limit_at_s = stood_s
+            self._is_at_limit = is_due = True
+        if is_due:
+            self._asked_at_s = stood_s
+        return is_due
+
+    @property
+    def stood_s(self) -> float:
+        """Seconds for which the job has stood still."""
+        return min(self.waited_s, max(self._calm_s.values(), default=0.0)) if self.is_script else self.waited_s
+
+    @property
+    def is_script(self) -> bool:
+        """Whether a rank runs a user's own program, of which no steps are known."""
+        return any(phase == SCRIPT for _, phase in self._at)
 
     @property
     def _is_in_step(self) -> bool:
@@ -97,27 +143,89 @@ class Watch:
 
     @property
     def limit_s(self) -> float:
-        """Seconds after which the stacks are taken, and again after each further third of it."""
+        """Seconds after which a standstill may be a hang, and again after each further third of it."""
         if any(phase == "starting" for _, phase in self._at):
             return max(self._long_s, self._start_s)
+        if self._timeout_s is not None and (self._is_in_step or self.is_script):
+            return self._timeout_s
         if not self._is_in_step:
             return self._long_s
-        if self._timeout_s is not None:
-            return self._timeout_s
         return max(min(max(FLOOR_S, FACTOR * self._longest_s), self._long_s), 2 * self._longest_s)
 
     def hangs(self, shown: Mapping[int, Shown]) -> bool:
-        """Whether the stacks confirm a hang: a rank still waits at the same place, or no rank's stack has changed."""
+        """Whether the stacks prove a deadlock, or, at the limit, confirm a hang.
+
+        They confirm it if a rank still waits at the same place, or if no rank has moved.
+        """
+        stood_s, is_at_limit = self._asked_at_s, self._is_at_limit
+        (last_s, last), self._last = self._last, (stood_s, shown)
+        unmoved = _unmoved(last, shown, stood_s - last_s)
+        self._somebody_waits = any(shown[rank].waits for rank in unmoved)
+        if last and stood_s - last_s >= PROVE_S - 1 and self._is_deadlock(shown, last, unmoved, stood_s - last_s):
+            return True
+        if not is_at_limit:
+            return False
+        self._is_at_limit = False
         before, self._before = self._before, shown
         if self._is_in_step and self._timeout_s is not None:
             return True
         if not before:
             return False
-        same = {rank for rank, one in shown.items() if (one.text, one.state) == (before[rank].text, before[rank].state)}
-        if any(shown[rank].waits for rank in same):
+        unmoved = _unmoved(before, shown, self.limit_s / 3)
+        if any(shown[rank].waits for rank in unmoved):
             return True
         running = sum(bool(one.text or one.state) for one in shown.values())
-        return len(same) == len(shown) and (running > 1 or self.waited_s > LONG_S)
+        return not self.is_script and len(unmoved) == len(shown) and (running > 1 or stood_s > LONG_S)
+
+    def is_to_be_said(self) -> bool:
+        """Whether it is time to say that the job stands still, after `hangs` has seen the stacks.
+
+        Of a user's own program it is said only if a rank waits for others meanwhile: one whose main thread is calm may
+        well be computing.
+        """
+        if self._asked_at_s < self._say_at_s:
+            return False
+        self._say_at_s = 2 * self._asked_at_s
+        return self._somebody_waits or not self.is_script
+
+    def _is_deadlock(
+        self, shown: Mapping[int, Shown], last: Mapping[int, Shown], unmoved: set[int], passed_s: float
+    ) -> bool:
+        """Whether nobody can ever wake up: every rank waits in a collective, has not moved, and nobody computes.
+
+        All of them at one place may wait for a slow network; so some rank must wait at another place, or have returned.
+        On CUDA, threads that wait compute: the limits alone hold there.
+        """
+        at_work = {rank for rank, one in shown.items() if not one.has_returned}
+        if not at_work or any(self._at[rank][1] in _NEVER_EARLY for rank in at_work):
+            return False
+        if any(shown[rank].waits in ("", "wait") or rank not in unmoved for rank in at_work):
+            return False
+        if any(shown[rank].woken is None for rank in at_work):
+            return False
+        used_s = [shown[rank].cpu_s - last[rank].cpu_s for rank in at_work]
+        if not all(0 <= seconds < IDLE * passed_s for seconds in used_s):
+            return False
+        return len(at_work) < len(shown) or len({shown[rank].frames for rank in at_work}) > 1
+
+
+_NEVER_EARLY = ("starting", "evaluation", "checkpoint")
+"""Phases that end by themselves only, or at their limit."""
+
+
+def _unmoved(before: Mapping[int, Shown], shown: Mapping[int, Shown], passed_s: float) -> set[int]:
+    """The ranks that are where they were; a main thread that waits for others must not have been woken meanwhile."""
+    found = set()
+    for rank, one in shown.items():
+        old = before.get(rank)
+        if old is None or (one.text, one.state, one.has_returned) != (old.text, old.state, old.has_returned):
+            continue
+        if one.woken is not None and old.woken is not None:
+            at_most = 1 if one.waits else max(1, CALM_PER_S * passed_s)
+            if one.woken - old.woken > at_most:
+                continue
+        found.add(rank)
+    return found
 
 
 class Hangs:
@@ -138,28 +246,33 @@ class Hangs:
         self._watch = Watch(self._ranks, spec.watchdog_timeout_s, spec.collective_timeout_s, spec.rendezvous_timeout_s)
         self._asked_at: float | None = None
         self._question = 0
-        self._answers: dict[int, list[dict[str, Any]]] = {}
+        self._answers: dict[int, Mapping[str, Any]] = {}
 
     def hear(self, host: int, message: Mapping[str, Any]) -> None:
         """Takes in what an agent says of its ranks: where they are, and their stacks."""
+        ranks = [rank for rank, *_ in message.get("ranks", ())]
         for rank, step, phase, _ in message.get("ranks", ()):
             self._watch.hear(rank, step, phase)
+        if ranks and "calm" in message:
+            self._watch.hear_calm(range(min(ranks), max(ranks) + 1), dict(message["calm"]))
         if message.get("question") == self._question:
-            self._answers[host] = message["stacks"]
+            self._answers[host] = message
 
-    def look(self, passed_s: float, silent_s: float, last: Callable[[int], LastSeen]) -> Failure | None:
+    def look(
+        self, passed_s: float, silent_s: float, last: Callable[[int], LastSeen], returned: Collection[int] = ()
+    ) -> Failure | None:
         """The root cause, once the job is found to hang.
 
         Args:
             passed_s: seconds since the last look.
             silent_s: seconds since the most silent host was heard of.
             last: where a rank was last seen.
+            returned: ranks whose workload has returned.
         """
         if silent_s > SILENT_S:
             self._asked_at = None
             return None
         if self._watch.look(passed_s) and self._asked_at is None:
-            log.warning("no rank has ended a step for %.0f s: taking the stacks of all ranks", self._watch.waited_s)
             self._asked_at, self._answers = time.monotonic(), {}
             self._question += 1
             for number in self._agents:
@@ -168,16 +281,23 @@ class Hangs:
             return None
         if len(self._answers) < len(self._agents) and time.monotonic() - self._asked_at < ANSWER_WITHIN_S:
             return None
-        waited_s, self._asked_at = self._watch.waited_s, None
-        shown = {rank: Shown(last(rank)) for rank in range(self._ranks)}
-        for group in (group for answer in self._answers.values() for group in answer):
-            for rank in group["ranks"]:
-                shown[rank] = Shown(last(rank), group["text"], group["state"])
+        stood_s, self._asked_at = self._watch.stood_s, None
+        shown = {rank: Shown(last(rank), has_returned=rank in returned) for rank in range(self._ranks)}
+        for answer in self._answers.values():
+            for group in answer["stacks"]:
+                for rank in group["ranks"]:
+                    shown[rank] = replace(shown[rank], text=group["text"], state=group["state"])
+            for rank, woken, cpu_s in answer.get("counts", ()):
+                shown[rank] = replace(shown[rank], woken=woken, cpu_s=cpu_s)
         with contextlib.suppress(OSError):
-            write_text(self._attempt.stacks, as_text(shown, waited_s))
-        if waited_s < self._watch.limit_s or not self._watch.hangs(shown):
+            write_text(self._attempt.stacks, as_text(shown, stood_s))
+        hangs, is_to_be_said = self._watch.hangs(shown), self._watch.is_to_be_said()
+        if not hangs and not is_to_be_said:
             return None
-        cause = root_cause(shown, waited_s, time.time())
+        cause = root_cause(shown, stood_s, time.time())
+        if not hangs:
+            log.warning("%s", standstill(cause, stood_s, self._watch.is_script))
+            return None
         return replace(
             cause,
             message=f"{cause.message} (all stacks: {self._attempt.stacks})",

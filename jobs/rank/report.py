@@ -6,14 +6,18 @@ hand) leaves its failure in the run directory instead.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 from jobs import blame
 from jobs.blame import Failure
+from jobs.frames import Frame, as_traceback, below_the_launcher
 from jobs.rank.identity import RankInfo
 from jobs.run_dir import Attempt, write_json
 from workloads.whole_files import make_folder
@@ -73,3 +77,30 @@ def leave_failure(
         except OSError as unwritten:  # must not take the error's place, in the log the last line counts
             log.error("its record cannot be written: %s", unwritten)
     return failure
+
+
+def leaves_at(env: Mapping[str, str], stack: traceback.StackSummary, function: str) -> None:
+    """Tells the agent where this rank calls what ends it."""
+    frames = [Frame(one.filename, one.lineno or 0, one.name) for one in stack]
+    send(env, {"leaves": as_traceback(below_the_launcher(frames), f"its call of {function}")})
+
+
+@contextlib.contextmanager
+def noting_exits(env: Mapping[str, str]) -> Iterator[None]:
+    """Meanwhile a call of os._exit tells the agent its place first: such an end leaves no traceback.
+
+    Processes that this one forks have the same function, and end without a word, as before.
+    """
+    rank, leave = os.getpid(), os._exit
+
+    def _exit(status: int) -> NoReturn:
+        if os.getpid() == rank:
+            with contextlib.suppress(Exception):  # whatever happens, it must end
+                leaves_at(env, traceback.extract_stack(sys._getframe(1)), "os._exit")
+        leave(status)
+
+    os._exit = _exit
+    try:
+        yield
+    finally:
+        os._exit = leave

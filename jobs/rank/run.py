@@ -83,7 +83,7 @@ def run_rank(spec: JobSpec, env: Mapping[str, str], attempt_number: int | None =
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
     clock = _Clock()
-    with contextlib.ExitStack() as at_end:  # the failure's record comes first
+    with contextlib.ExitStack() as at_end, report.noting_exits(env):  # the failure's record comes first
         try:
             processes.allow_open_files(info.world_size, info.host)
             return _run(spec, info, attempt, env, clock, at_end)

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from pathlib import Path
@@ -72,7 +73,8 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
         run, config = entry.hook("run"), entry.config.model_validate(spec.settings)
         assert run is not None
         slot.enter(PHASE)
-        processes.as_this_process(lambda: run(config))
+        with report.noting_exits(env):
+            processes.as_this_process(lambda: run(config))
     except BaseException as error:
         moment = time.monotonic()
         with contextlib.suppress(Exception):
@@ -82,6 +84,8 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
             if not info.has_agent:
                 raise
             _leave_as_python_does(error)
+        # If others still work, it is they who fail, and this is why.
+        report.leaves_at(env, traceback.extract_tb(error.__traceback__), "sys.exit")
     stopped_at = steps.finish()
     slot.enter("ended")
     report.leave_done(env, attempt, info.rank, stopped_at=stopped_at)

@@ -248,7 +248,9 @@ def test_the_record_of_an_exception() -> None:
     assert (record.rank, record.host, record.when, record.kind) == (3, "host1", 12.5, "error")
     assert record.message == "ValueError: two lines"
     assert "in raise_it" in record.traceback
-    assert record.headline() == "rank 3 on host1: ValueError: two lines (log: /log)"
+    assert record.headline() == f"rank 3 on host1: ValueError: two lines ({record.place}) (log: /log)"
+    assert record.place.startswith("test_blame.py:")
+    assert record.place.endswith(", raise_it")
     assert Failure(**json.loads(json.dumps(record.to_json()))) == record
 
 
@@ -316,6 +318,29 @@ def test_the_record_of_a_rank_that_left_none(code: int, kind: str, words: str) -
     record = failure_of_exit(code, 1, "host0", 5, "/log")
     assert record.kind == kind
     assert words in record.message
+
+
+def test_a_call_of_os_exit_has_its_place() -> None:
+    call = 'Stack of its call (most recent call last):\n  File "/u/mine.py", line 8, in act\n    os._exit(0)\n'
+    record = failure_of_exit(0, 1, "host0", 5, "", call=call)
+    assert record.headline() == "rank 1 on host0: called os._exit(0) before its work was done (mine.py:8, act)"
+    assert record.traceback == call
+
+
+def test_a_rank_that_died_by_itself_has_its_place() -> None:
+    log = "Fatal Python error: Segmentation fault\n\nCurrent thread 0x7f (most recent call first):\n"
+    log += '  File "/u/mine.py", line 8 in act\n  File "/u/mine.py", line 20 in run\n\nExtension modules: a\n'
+    record = failure_of_exit(-signal.SIGSEGV, 1, "host0", 5, "", log)
+    assert record.headline() == "rank 1 on host0: killed by SIGSEGV (mine.py:8, act)"
+    assert "line 20, in run" in record.traceback
+    assert failure_of_exit(-signal.SIGTERM, 1, "host0", 5, "", log).place == ""  # somebody else's doing
+
+
+def test_who_left_by_a_call_is_named_with_its_place() -> None:
+    seen = {rank: LastSeen(rank, "host0", "7", 3.0, left_at="mine.py:8, act" if rank else "") for rank in range(2)}
+    cause = root_cause([waits(0, *REDUCE)], seen, done={1})
+    assert cause.message.startswith("left its work at mine.py:8, act (last in step 7, 3 s ago) while rank 0 was still")
+    assert (cause.rank, cause.place) == (1, "mine.py:8, act")
 
 
 WATCHDOG = """[rank7]:[E ProcessGroupNCCL.cpp:523] [Rank 7] Watchdog caught collective operation timeout: WorkNCCL(\

@@ -74,10 +74,10 @@ def place(
 ENDS = {
     "raise": (3, "ValueError: the third layer is missing", True),
     "sys.exit": (3, "called sys.exit(3) before its work was done", True),
-    "os._exit 0": (3, "exited with code 0 before its work was done", False),
-    "os._exit 3": (3, "exited with code 3 before its work was done", False),
+    "os._exit 0": (3, "called os._exit(0) before its work was done", True),
+    "os._exit 3": (3, "called os._exit(3) before its work was done", True),
     "SIGKILL": (3, "killed by SIGKILL (out of memory, or someone's kill -9)", False),
-    "SIGSEGV": (3, "killed by SIGSEGV", False),
+    "SIGSEGV": (3, "killed by SIGSEGV", True),
     "out of memory": (3, "killed by SIGKILL: its host's memory, or the job's share of it, was used up", False),
     "watchdog": (0, "did not fail, but was still running (last in step 1 (data), ", False),
 }

@@ -1,0 +1,60 @@
+"""The failure tour: of each way to fail, rank, host, file and line are right, in a workload and in a script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.failure_tour import KINDS, Form, Kind, Told, Tour
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+
+FORMS: tuple[Form, ...] = ("workload", "script")
+JOBS: dict[str, tuple[str, ...]] = {
+    "fails": (),
+    "stands": ("--watchdog-timeout", "4"),
+    "is a deadlock": (),  # which is ended by itself, after SAY_S
+}
+"""Jobs that run side by side, each with its flags."""
+
+
+def job_of(kind: Kind) -> str:
+    return "is a deadlock" if kind.name == "early return of rank 0" else "stands" if kind.stands else "fails"
+
+
+def kinds_of(job: str, form: Form) -> list[Kind]:
+    return [kind for kind in KINDS if job_of(kind) == job and form in kind.forms]
+
+
+@pytest.fixture(scope="module")
+def tours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, Form], Tour]]:
+    folder = tmp_path_factory.mktemp("tours")
+    begun: dict[tuple[str, Form], Tour] = {}
+    try:
+        for form in FORMS:
+            for job, flags in JOBS.items():
+                if kinds := kinds_of(job, form):
+                    begun[job, form] = Tour(kinds, form, folder / f"{form}-{job.replace(' ', '-')}", *flags)
+        yield begun
+    finally:
+        for tour in begun.values():
+            tour.end()
+
+
+def cases() -> Iterator[tuple[Kind, Form]]:
+    for form in FORMS:
+        for job in JOBS:
+            for kind in kinds_of(job, form):
+                yield kind, form
+
+
+@pytest.mark.parametrize(("kind", "form"), list(cases()), ids=lambda value: getattr(value, "name", value))
+def test_rank_host_file_and_line_are_right(kind: Kind, form: Form, tours: dict[tuple[str, Form], Tour]) -> None:
+    tour = tours[job_of(kind), form]
+    assert tour.wait(200) == 0, tour.text
+    told = tour.told(tour.kinds.index(kind))
+    assert isinstance(told, Told), tour.text
+    assert all(told.is_right().values()), (told, tour.text)
+    assert len(told.error.splitlines()) == 1
+    assert told.ended_s is not None
