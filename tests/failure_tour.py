@@ -198,7 +198,7 @@ KINDS = (
     Kind("skipped", stands=True, is_proven=True),
     Kind("extra", stands=True, is_proven=True),
     Kind("early return", has_line=False),
-    Kind("early return of rank 0", has_line=False, stands=True, is_proven=True, ranks=(0,)),
+    Kind("early return of rank 0", has_line=False, stands=True, is_proven=True, ranks=(0,), forms=("workload",)),
 )
 
 
