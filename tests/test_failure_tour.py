@@ -55,6 +55,6 @@ def test_rank_host_file_and_line_are_right(kind: Kind, form: Form, tours: dict[t
     assert tour.wait(200) == 0, tour.text
     told = tour.told(tour.kinds.index(kind))
     assert isinstance(told, Told), tour.text
-    assert all(told.is_right().values()), (told, tour.text)
+    assert all(told.is_right().values()), f"{told.is_right()}: {told.error}\n{tour.text}"
     assert len(told.error.splitlines()) == 1
     assert told.ended_s is not None
