@@ -58,7 +58,7 @@ def assert_as_undisturbed(line: Line, attempts: int) -> None:
     [
         ("raise", "rank 3 on host1: ValueError: the third layer is missing from <object object at 0x"),
         ("SIGKILL", "rank 3 on host1: killed by SIGKILL (out of memory, or someone's kill -9) (log: "),
-        ("exit", "rank 3 on host1: called sys.exit(3) before its work was done (log: "),
+        ("exit", "rank 3 on host1: called sys.exit(3) before its work was done (mine.py:"),
     ],
 )
 def test_a_rank_that_fails_once_costs_an_attempt(what: str, says: str, resumable: Submit) -> None:
