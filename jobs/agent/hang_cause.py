@@ -141,7 +141,9 @@ def _cause(shown: Mapping[int, Shown], failures: Mapping[int, Failure]) -> int |
     place = blame.places([*last.values()])
     returned = [rank for rank, one in shown.items() if one.has_returned]
     at_work = [rank for rank in shown if rank not in returned]
-    working = [rank for rank in at_work if not shown[rank].waits and (shown[rank].text or shown[rank].state)]
+    working = [rank for rank in at_work if shown[rank].text and not shown[rank].waits]
+    # On a busy host a rank may be too slow to show its stacks: it is named only if nobody is seen to work.
+    working = working or [rank for rank in at_work if shown[rank].state]
     if 0 < len(working) < len(shown):
         return min(working, key=lambda rank: (place[rank], rank))
     if 0 < len(returned) <= len(at_work):

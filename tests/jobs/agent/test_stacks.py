@@ -21,14 +21,16 @@ def test_a_main_thread_that_waits_is_not_woken_and_one_that_works_is() -> None:
         assert child.stdin is not None
         assert child.stdout is not None
 
+        status = Path(f"/proc/{child.pid}/status")
+
         def echo() -> None:
             assert child.stdin is not None
             assert child.stdout is not None
+            wait_until(lambda: "S (sleeping)" in status.read_text(), "it waits")
             print("x", file=child.stdin, flush=True)
             assert child.stdout.readline() == "x\n"
 
         echo()
-        status = Path(f"/proc/{child.pid}/status")
         wait_until(lambda: "S (sleeping)" in status.read_text(), "it waits again")
         before = stacks.wakes(child.pid)
         assert before is not None

@@ -140,6 +140,12 @@ def test_a_stopped_rank_is_named_as_stopped() -> None:
     assert failure.message.startswith("is stopped (SIGSTOP), and has been in data for 40 s; 7 ranks wait in all_reduce")
 
 
+def test_a_rank_that_is_slow_to_show_its_stacks_is_not_accused_in_place_of_one_that_works() -> None:
+    silent = shown(0, "", state="does not show its stacks")
+    assert root_cause({**eight(shown(3, READS, "data")), 0: silent}, 40.0, 0.0).rank == 3
+    assert root_cause({**eight(shown(3, WAITS)), 5: shown(5, "", state=silent.state)}, 40.0, 0.0).rank == 5
+
+
 def test_a_rank_that_waits_elsewhere_is_named() -> None:
     elsewhere = WAITS.replace("112", "150")
     failure = root_cause(eight(shown(2, elsewhere)), 40.0, 0.0)
