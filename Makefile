@@ -56,6 +56,8 @@ bench: slurm
 	$(BIN)/python -m tests.benchmarks.start_up
 	$(BIN)/python -m tests.benchmarks.failures
 	$(BIN)/python -m tests.benchmarks.slurm_start
+	$(BIN)/python -m tests.benchmarks.script_start
+	$(BIN)/python -m tests.benchmarks.failure_tour
 	$(BIN)/python -m tests.benchmarks.pipeline_bubble
 	$(BIN)/python -m workloads.pipeline_mlp.simulate
 	$(BIN)/python -m tests.benchmarks
