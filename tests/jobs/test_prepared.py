@@ -168,6 +168,20 @@ def test_of_several_at_once_one_is_kept_and_all_use_it(config: Config, tmp_path:
     assert prepared._fault(place, (read_json(place / "key.json") or {})["key"]) == ""
 
 
+def test_what_another_run_has_made_meanwhile_stays_where_it_is(config: Config, tmp_path: Path) -> None:
+    inodes: list[int] = []
+
+    def overtaken(config: Config, directory: Path) -> None:
+        prepare(config, directory)
+        if directory.name == "first":
+            prepared.prepare(entry, config, tmp_path / "second")
+            inodes.append((tmp_path / "second").stat().st_ino)
+
+    entry = replace(ENTRY, prepare=overtaken)
+    prepared.prepare(entry, config, tmp_path / "first")
+    assert inodes == [(tmp_path / "first").stat().st_ino]
+
+
 def test_what_cannot_be_shared_is_the_runs_own(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
