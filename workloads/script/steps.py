@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workloads.errors import NonFiniteError
+from workloads.metric import LOSSES
 from workloads.steps.board import Slot
 from workloads.steps.clock import StepClock
 from workloads.steps.recorder import Recorder
@@ -95,17 +96,16 @@ def log_step(step: int, *, total_steps: int | None = None, finite: bool = True, 
     Args:
         step: its number, from 1.
         total_steps: the last step's number, for the bar.
-        finite: a `loss` that is not finite stops the run.
+        finite: a `loss` or `train_loss` that is not finite stops the run.
         metrics: numbers or text by name; of a tensor with one element, its value is taken, which waits for it.
 
     Raises:
-        NonFiniteError: `loss` is not finite, and `finite` is True.
+        NonFiniteError: one of these is not finite, and `finite` is True.
     """
     rank = _here()
     if rank is None:
         return
     values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-    loss = values.get("loss")
     if rank.step is None and rank.rank == 0:
         _take_over(rank, step)
     rank.step = step
@@ -114,8 +114,12 @@ def log_step(step: int, *, total_steps: int | None = None, finite: bool = True, 
     seconds = rank.clock.read(rank.clock.end_step())
     total = {} if total_steps is None else {"total_steps": total_steps}
     rank.recorder.add({"step": step, **total, **values, **seconds})
-    if finite and isinstance(loss, float) and not math.isfinite(loss):
-        raise NonFiniteError(f"step {step}: loss is {loss} on rank {rank.rank} on {rank.host}; the run stops here")
+    for name in LOSSES:
+        loss = values.get(name)
+        if finite and isinstance(loss, float) and not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {step}: {name} is {loss} on rank {rank.rank} on {rank.host}; the run stops here"
+            )
 
 
 def _take_over(rank: _Rank, first_step: int) -> None:
