@@ -118,6 +118,7 @@ def _as_a_fresh_python() -> None:
     if (numpy := sys.modules.get("numpy.random")) is not None:  # Python's own generator does it by itself
         numpy.seed()
     if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.seed()  # CUDA's are made as CUDA is initialized
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

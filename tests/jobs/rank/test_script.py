@@ -79,8 +79,13 @@ def test_a_failure_leaves_what_python_prints(body: str, says: str, typed: Submit
 
 AGAIN = """
 import json, os, pathlib
+import random
+import numpy, torch
 import torch.distributed as dist
 dist.init_process_group("gloo")
+drawn = [None] * dist.get_world_size()
+dist.all_gather_object(drawn, (torch.initial_seed(), torch.rand(()).item(), random.random(), numpy.random.rand()))
+assert [len(set(column)) for column in zip(*drawn)] == [4] * 4, drawn  # as of interpreters that were started anew
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 names = "GROUP_ ROLE_ TORCHELASTIC_ NODE_RANK LOCAL_ RANK WORLD_SIZE OMP_ TORCH_NCCL_ MASTER_".split()
 seen = [None] * dist.get_world_size()

@@ -196,7 +196,7 @@ def test_the_shells_line_is_refused(
     ("how", "blame", "deadline"),
     [
         ("raise", r"rank 2 on \S+: RuntimeError: this stage has had enough", 600),
-        ("exit", r"rank 2 on \S+.* code 7", 600),
+        ("exit", r"rank 2 on \S+ called os._exit\(7\)", 600),
         ("kill", r"rank 2 on \S+.*(SIGKILL|signal 9)", 600),
         ("stop", r"rank 2 on \S+: did not fail, but was still running .* when rank \d on .* gave up waiting", 8),
     ],
