@@ -92,7 +92,7 @@ class Leader:
 
     def __post_init__(self) -> None:
         self._state = JobState(self.spec, self.hosts, self.agents)
-        self._restarts = Restarts(self.spec.max_restarts, self.run.restarts())
+        self._restarts = Restarts(self.spec.max_restarts, self.run.restarts(), self.spec.is_script)
         self._begin(self.attempt, self.started)
         self._end_signal: tuple[int, float] | None = None
         self._ends_at = 0.0

@@ -18,10 +18,12 @@ class Restarts:
     Args:
         at_most: as the user allows.
         made: in earlier starts of the job by its scheduler.
+        is_script: whether a user's own script runs, which may say nothing of its steps.
     """
 
     at_most: int
     made: int = 0
+    is_script: bool = False
     _last: tuple[str, int] | None = None
 
     def why_not(self, cause: Failure, step: int) -> str:
@@ -38,7 +40,14 @@ class Restarts:
         self._last = failed
         if self.at_most == 0:
             return "--max-restarts is 0"
-        if failed == last and cause.own and cause.kind != "agent" and not _FROM_OUTSIDE.match(cause.message):
+        is_somewhere = step >= 0 or not self.is_script
+        if (
+            failed == last
+            and is_somewhere
+            and cause.own
+            and cause.kind != "agent"
+            and not _FROM_OUTSIDE.match(cause.message)
+        ):
             place = f"after step {step}" if step >= 0 else "before its first step"
             return f"the attempt before ended in the same way at the same place ({place})"
         if self.made >= self.at_most:

@@ -154,7 +154,7 @@ def parse(argv: Sequence[str]) -> Options:
         elif flag[:2] in SLURMS_TOTALS and not flag.startswith("--"):
             hint = f" (Slurm's {flag[:2]} counts over all hosts; use --nodes and --gpus-per-node)"
         elif flag.replace("_", "-").startswith(TORCHRUNS_OWN):
-            hint = " (torchrun's: leave it out, the ranks find each other without it)"
+            hint = " (torchrun's: leave it out; ranks find each other without it, and each has its own log)"
         elif flag == "--gres":
             hint = " (ask for GPUs with --gpus-per-node)"
         elif long[2:] in OWNED and long[2:] not in ("help", "version", "usage"):

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from jobs import blame, processes
 from jobs.errors import RendezvousError
 from jobs.rank import network, report, stacks
-from jobs.rank.identity import RankInfo
+from jobs.rank.identity import RankInfo, rank_env
 from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec
 from workloads import registry
@@ -55,7 +55,11 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
     try:
         processes.allow_open_files(info.world_size, info.host)
         env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
-        if info.has_agent:
+        if not info.has_agent:  # one rank, in the process of the command line; its store takes any port
+            env.update(
+                {**rank_env(0, [info.host], 1, info, "127.0.0.1", 0, 0), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+            )
+        else:
             _as_a_fresh_python()
             if spec.gpus == "required":  # else a script that chooses its device itself would train on the CPU
                 from jobs.rank import devices

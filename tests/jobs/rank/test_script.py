@@ -99,8 +99,9 @@ dist.destroy_process_group()
 
 
 def test_ranks_are_started_again_with_torchruns_environment(typed: Submit, tmp_path: Path) -> None:
-    """Each attempt has its own process group, although the store is the same."""
-    (tmp_path / "train.py").write_text(AGAIN.replace('"not yet"', 'f"not in attempt {attempt}"'))
+    """Each attempt has its own process group, although the store is the same. The failure is the same each time: a
+    script that logs no step may have come further."""
+    (tmp_path / "train.py").write_text(AGAIN)
     words = "--executor local --nodes 2 --gpus-per-node 2 --max-restarts 3 script train.py"
     code, out, err = typed(*words.split()).finish(180)
     assert (code, err) == (0, ""), out
@@ -126,6 +127,16 @@ def test_ranks_are_started_again_with_torchruns_environment(typed: Submit, tmp_p
                 "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
                 "OMP_NUM_THREADS": "1",
             }
+
+
+def test_the_debug_executor_runs_it_in_its_own_process(typed: Submit, tmp_path: Path) -> None:
+    body = "import os, torch, torch.distributed as dist\ndist.init_process_group('gloo')\nx = torch.ones(1)\n"
+    (tmp_path / "train.py").write_text(f"{body}dist.all_reduce(x)\nprint(x.item(), os.getpid())\n")
+    line = typed("--executor", "debug", "script", "train.py")
+    code, out, err = line.finish(120)
+    assert (code, err) == (0, ""), out
+    assert f"1.0 {line.process.pid}\n" in out
+    assert line.result()["status"] == "done"
 
 
 def test_on_an_emulated_host_each_rank_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
