@@ -16,10 +16,11 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jobs import blame, processes
 from jobs.errors import RendezvousError
@@ -61,6 +62,7 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
             )
         else:
             _as_a_fresh_python()
+            _keep_groups()
             if spec.gpus == "required":  # else a script that chooses its device itself would train on the CPU
                 from jobs.rank import devices
 
@@ -124,6 +126,35 @@ def _as_a_fresh_python() -> None:
     if (torch := sys.modules.get("torch")) is not None:
         torch.default_generator.seed()  # CUDA's are made as CUDA is initialized
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+class _KeepingGroups(dict[Any, Any]):
+    """torch's table of process groups, which keeps gloo's for a while after the script has destroyed them.
+
+    Otherwise a DistributedDataParallel that is freed later holds the last reference, and frees the group while it has
+    Python's lock; gloo's thread, which may still have to free a tensor, waits for that lock: neither ends (torch 2.13).
+    """
+
+    kept: ClassVar[deque[Any]] = deque(maxlen=64)
+
+    def __delitem__(self, group: Any) -> None:
+        self._keep(group)
+        super().__delitem__(group)
+
+    def clear(self) -> None:
+        for group in self:
+            self._keep(group)
+        super().clear()
+
+    def _keep(self, group: Any) -> None:
+        if "gloo" in str(self.get(group)):
+            self.kept.append(group)
+
+
+def _keep_groups() -> None:
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    if c10d is not None and type(getattr(c10d, "_pg_map", None)) is dict:
+        c10d._pg_map = _KeepingGroups(c10d._pg_map)  # type: ignore[attr-defined]
 
 
 def _use_own_gpus(info: RankInfo, env: MutableMapping[str, str]) -> None:
