@@ -33,22 +33,27 @@ def folder_for(name: str, tmp_path: Path) -> Path:
     return SCRIPTS if name == "package" else tmp_path
 
 
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def under_torchrun(name: str, tmp_path: Path) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+def run(name: str, tmp_path: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script's line under a launcher."""
     ended = subprocess.run(
-        [*torchrun, *LINES[name]],
+        [sys.executable, *launcher, *LINES[name]],
         cwd=folder_for(name, tmp_path),
-        env=environment(tmp_path),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert ended.returncode == 0, ended.stderr
-    return losses(ended.stdout)
+    return ended
+
+
+def under_torchrun(name: str, tmp_path: Path) -> list[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    return losses(run(name, tmp_path, *launcher).stdout)
 
 
 @pytest.mark.dist
@@ -59,15 +64,7 @@ def test_losses_are_those_of_torchrun(name: str, tmp_path: Path) -> None:
         pytest.skip(f"{', '.join(missing)}: not installed")
     expected = under_torchrun(name, tmp_path)
     flags = ["--executor", "local", "--nnodes", "2", "--nproc_per_node=2", "--run-dir", str(tmp_path / "run")]
-    ended = subprocess.run(
-        [sys.executable, SUBMIT, *flags, "script", *LINES[name]],
-        cwd=folder_for(name, tmp_path),
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr
+    ended = run(name, tmp_path, SUBMIT, *flags, "script")
     assert losses((tmp_path / "run/attempt-0/rank-0.log").read_text()) == expected
     assert len(expected) >= 4
     assert "loss" in ended.stdout + ended.stderr  # what rank 0 prints is shown

@@ -13,6 +13,7 @@ from jobs import blame
 from jobs.blame import Failure, LastSeen
 from jobs.frames import Frame, as_traceback, below_the_launcher, frames_in, own_frame
 from workloads.errors import first_few
+from workloads.steps.board import SCRIPT
 
 _TORCH = re.compile(r"(site|dist)-packages/torch/")
 _COLLECTIVES = re.compile(
@@ -157,8 +158,6 @@ def _cause(shown: Mapping[int, Shown], failures: Mapping[int, Failure]) -> int |
 
 
 UNDECIDED = "no rank has ended a step"
-SCRIPT = "script"
-"""The phase of a rank that runs a user's own program, of which no steps are known."""
 _PLURALS = {"waits": "wait", "is": "are", "does": "do", "has": "have"}
 
 

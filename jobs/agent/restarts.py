@@ -40,14 +40,8 @@ class Restarts:
         self._last = failed
         if self.at_most == 0:
             return "--max-restarts is 0"
-        is_somewhere = step >= 0 or not self.is_script
-        if (
-            failed == last
-            and is_somewhere
-            and cause.own
-            and cause.kind != "agent"
-            and not _FROM_OUTSIDE.match(cause.message)
-        ):
+        is_same = failed == last and (step >= 0 or not self.is_script)
+        if is_same and cause.own and cause.kind != "agent" and not _FROM_OUTSIDE.match(cause.message):
             place = f"after step {step}" if step >= 0 else "before its first step"
             return f"the attempt before ended in the same way at the same place ({place})"
         if self.made >= self.at_most:

@@ -17,10 +17,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jobs.agent.hang_cause import SCRIPT, Shown, as_text, root_cause, standstill
+from jobs.agent.hang_cause import Shown, as_text, root_cause, standstill
 from jobs.blame import Failure, LastSeen
 from jobs.run_dir import Attempt, write_text
 from jobs.spec import JobSpec
+from workloads.steps.board import SCRIPT
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,13 @@ SLURMS_LONG = (
     *("--exclude", "--mem", "--signal", "--hold", "--requeue", "--no-requeue", "--nice", "--licenses", "--export"),
 )
 """sbatch's flags, for which the refusal says what to write instead."""
+TORCHRUNS = {"--nnodes": "--nodes", "--nproc-per-node": "--gpus-per-node"}
+"""torchrun's names of flags of ours, also with underscores, as it has them."""
+TORCHRUNS_OWN = (
+    *("--standalone", "--rdzv-", "--master-addr", "--master-port", "--node-rank", "--local-addr", "--run-path"),
+    *("--monitor-interval", "--start-method", "--log-dir", "--redirects", "--tee", "--role", "--no-python"),
+)
+"""torchrun's flags that nothing here needs."""
 SCRIPT = "script"
 """The workload whose arguments are not ours."""
 
@@ -165,15 +172,6 @@ def parse(argv: Sequence[str]) -> Options:
             hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
         raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
     return Options(**vars(given), script=script)
-
-
-TORCHRUNS = {"--nnodes": "--nodes", "--nproc-per-node": "--gpus-per-node"}
-"""torchrun's names of flags of ours, also with underscores, as it has them."""
-TORCHRUNS_OWN = (
-    *("--standalone", "--rdzv-", "--master-addr", "--master-port", "--node-rank", "--local-addr", "--run-path"),
-    *("--monitor-interval", "--start-method", "--log-dir", "--redirects", "--tee", "--role", "--no-python"),
-)
-"""torchrun's flags that nothing here needs."""
 
 
 def split_at_script(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

@@ -30,10 +30,8 @@ from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec
 from workloads import registry
 from workloads.script import steps
-from workloads.steps.board import Slot
+from workloads.steps.board import SCRIPT, Slot
 
-PHASE = "script"
-"""What a rank is in from the script's first line to its first `log_step`."""
 READY_WITHIN_S = 60.0
 """For rank 0 to empty the store after a restart."""
 
@@ -57,9 +55,8 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
         processes.allow_open_files(info.world_size, info.host)
         env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
         if not info.has_agent:  # one rank, in the process of the command line; its store takes any port
-            env.update(
-                {**rank_env(0, [info.host], 1, info, "127.0.0.1", 0, 0), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-            )
+            env.update(rank_env(0, [info.host], 1, info, "127.0.0.1", 0, 0))
+            env["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         else:
             _as_a_fresh_python()
             _keep_groups()
@@ -78,7 +75,7 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
         entry = registry.load(spec.workload)
         run, config = entry.hook("run"), entry.config.model_validate(spec.settings)
         assert run is not None
-        slot.enter(PHASE)
+        slot.enter(SCRIPT)
         with report.noting_exits(env):
             processes.as_this_process(lambda: run(config))
     except BaseException as error:

@@ -38,6 +38,9 @@ PHASES = (
 """In the order in which a rank comes to them; within a step, the rank in the earlier phase is behind. "training" is all
 that is known of a workload that names no phases, and "other" one whose name found no room."""
 
+SCRIPT = "script"
+"""What a user's own script is in until its first `log_step`: a name of its own, since no steps are known of it."""
+
 _NUMBERS = {name: number for number, name in enumerate(PHASES)}
 _MAGIC = int.from_bytes(b"meshrun1", "little", signed=True)
 _HEADER, _STOP = 8, 1  # in words; the first one is the magic number
