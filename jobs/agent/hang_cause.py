@@ -83,7 +83,8 @@ class Shown:
         if self.waits:
             what = f"waits in {self.waits}" if self.waits != "wait" else f"waits for others in {self.last.phase}"
             return what + (f" ({Path(place.file).name}:{place.line})" if place else "")
-        return f"is in {self.last.phase}" + (f" ({place})" if place else "")
+        phase = "the script" if self.last.phase == SCRIPT else self.last.phase
+        return f"is in {phase}" + (f" ({place})" if place else "")
 
 
 def root_cause(shown: Mapping[int, Shown], waited_s: float, when: float) -> Failure:

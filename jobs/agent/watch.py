@@ -86,7 +86,8 @@ class Watch:
         self._say_at_s = max(SAY_S, SAY_FACTOR * self._longest_s)
         self._last: tuple[float, Mapping[int, Shown]] = 0.0, {}
         """The last stacks, and `stood_s` when they were taken."""
-        self._somebody_waits = False
+        self._stands_still = False
+        """Whether a rank waits for others, or all that have not returned stand still."""
 
     def hear(self, rank: int, step: int, phase: str) -> None:
         """Takes in where a rank is."""
@@ -161,7 +162,10 @@ class Watch:
         stood_s, is_at_limit = self._asked_at_s, self._is_at_limit
         (last_s, last), self._last = self._last, (stood_s, shown)
         unmoved = _unmoved(last, shown, stood_s - last_s)
-        self._somebody_waits = any(shown[rank].waits for rank in unmoved)
+        at_work = {rank for rank, one in shown.items() if not one.has_returned}
+        self._stands_still = any(shown[rank].waits for rank in unmoved) or (
+            len(at_work) < len(shown) and at_work <= unmoved
+        )
         if last and stood_s - last_s >= PROVE_S - 1 and self._is_deadlock(shown, last, unmoved, stood_s - last_s):
             return True
         if not is_at_limit:
@@ -181,13 +185,13 @@ class Watch:
     def is_to_be_said(self) -> bool:
         """Whether it is time to say that the job stands still, after `hangs` has seen the stacks.
 
-        Of a user's own program it is said only if a rank waits for others meanwhile: one whose main thread is calm may
-        well be computing.
+        Of a user's own program it is said only if a rank waits for others meanwhile, or if others have returned: one
+        whose main thread is calm may well be computing.
         """
         if self._asked_at_s < self._say_at_s:
             return False
         self._say_at_s = 2 * self._asked_at_s
-        return self._somebody_waits or not self.is_script
+        return self._stands_still or not self.is_script
 
     def _is_deadlock(
         self, shown: Mapping[int, Shown], last: Mapping[int, Shown], unmoved: set[int], passed_s: float

@@ -295,6 +295,22 @@ def test_a_script_that_goes_on_is_not_said_to_stand_still() -> None:
     assert Script().play(1000, 10_000, woken=1) == ([], None)  # it is often found on that line
 
 
+def test_a_script_whose_last_rank_stands_still_after_the_others_have_returned_is_said_to() -> None:
+    job = Script()
+    found = []
+    for second in range(1, 200):
+        job.watch.hear_calm(range(2), {0: float(second)})
+        if job.watch.look(1.0):
+            stacks = {0: shown(0, READS, "script", woken=0), 1: shown(1, "", "script", has_returned=True)}
+            assert not job.watch.hangs(stacks)
+            if job.watch.is_to_be_said():
+                found.append(second)
+    assert found == [45, 90, 180]
+    line = standstill(root_cause(stacks, 46.0, 0.0), 46.0, is_script=True)
+    says = "rank 0 on node0 is in the script (data.py:88, read); 1 rank has returned from its work"
+    assert line == f"no movement for 46 s: {says}"
+
+
 def test_the_line_that_is_said_names_rank_host_and_place() -> None:
     one = {0: shown(0, READS, "script"), 1: shown(1, WAITS, "script")}
     line = standstill(root_cause(one, 46.0, 0.0), 46.0, is_script=True)
