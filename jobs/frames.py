@@ -21,7 +21,8 @@ class Frame(NamedTuple):
 _FRAME = re.compile(r'^ *File "(.+)", line (\d+)(?:,? in (.+))?$', re.MULTILINE)
 """A traceback has a comma before the function, faulthandler has none, and a SyntaxError has no function."""
 _LIBRARY = re.compile(
-    r"/lib/python3[^/]*/|(site|dist)-packages/|^<|\bworkloads/(base\.py|registry\.py|script/|steps/|training/)"
+    r"/lib/python3[^/]*/|(site|dist)-packages/|^<|\.(pyx|pxi)$|"  # Cython's are libraries' as good as always
+    r"\bworkloads/(base\.py|registry\.py|script/|steps/|training/)"
 )
 _CALLERS = re.compile(r"\bjobs/rank/(run|script)\.py$|\bworkloads/script/main\.py$|^<frozen runpy>$")
 _LAUNCHER = str(Path(__file__).parent) + "/"

@@ -48,6 +48,11 @@ def test_a_syntax_error_has_its_line(tmp_path: Path) -> None:
         ('  File "/meshrun/workloads/base.py", line 9, in end_step\n', ""),
         ('  File "/meshrun/workloads/tp_fsdp_llama2/train.py", line 9, in train\n', "train.py:9, train"),
         (f'  File "{Path(__file__).parents[2]}/jobs/rank/run.py", line 9, in _run', ""),
+        (
+            '  File "/u/train.py", line 5, in run\n'
+            '  File "numpy/random/_generator.pyx", line 674, in numpy.random._generator.Generator.integers\n',
+            "train.py:5, run",
+        ),
         (f"{LIBRARY}\n", ""),
         ('  File "<frozen importlib._bootstrap>", line 1204, in _gcd_import\n', ""),
         ("", ""),
