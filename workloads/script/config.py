@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workloads.base import Shape, WorkloadConfig
-from workloads.errors import WorkloadError
+from workloads.errors import WorkloadError, did_you_mean
 
 LINE = "submit.py [flags] script train.py ARGS... (or: script -m package.module ARGS...)"
 
@@ -85,8 +85,9 @@ def _check_file(file: Path, typed: str) -> None:
             f"script {where}: is not Python that {sys.executable} can run: {error.msg}; correct it"
         ) from None
     except OSError as error:
+        close = did_you_mean(file.name, [path.name for path in file.parent.glob("*.py")], cutoff=0.75)
         raise WorkloadError(
-            f"script {typed}: {error.strerror} (in {file.parent}); give the path of your script"
+            f"script {typed}: {error.strerror} in {file.parent}{close}; give the path of your script"
         ) from None
     except (UnicodeDecodeError, ValueError):
         raise WorkloadError(f"script {typed}: is not a Python source file; give the path of your script") from None

@@ -22,7 +22,8 @@ def test_everything_after_the_path_is_the_scripts() -> None:
 
 
 BAD = {
-    "no.py": ("No such file or directory (in {here})", None),
+    "no.py": ("No such file or directory in {here}; give", None),
+    "trian.py": ("No such file or directory in {here} (did you mean 'train.py'?); give", None),
     "folder": ("is a directory; give its script, or a package as -m folder", None),
     "syntax.py": ("syntax.py:2: is not Python that ", b"x = 1\nx ==== 2\n"),
     "zeros.py": ("zeros.py", b"\0\0\0"),
@@ -34,6 +35,7 @@ BAD = {
 def test_what_no_rank_could_run_is_refused(name: str, tmp_path: Path) -> None:
     message, content = BAD[name]
     (tmp_path / "folder").mkdir()
+    (tmp_path / "train.py").touch()
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(WorkloadError) as refusal:
