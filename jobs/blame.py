@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jobs.errors import one_line, shortened
 from jobs.frames import as_traceback, at_fatal_error, place_in
 from workloads.errors import first_few, in_words, message_of
-from workloads.steps.board import PHASES
+from workloads.steps.board import PHASES, SCRIPT
 
 ENDS = "this rank ends: "
 """Begins the line that a rank logs when an exception ends it, after its record is written; the traceback follows."""
@@ -128,6 +128,8 @@ class LastSeen:
         return f"{how} ({self})"
 
     def __str__(self) -> str:
+        if not self.step and self.phase == SCRIPT:
+            return "in the script, which has logged no step"
         phase = f" ({self.phase})" if self.phase else ""
         return (
             f"last in step {self.step}{phase}, {self.ago_s:.0f} s ago"
@@ -146,7 +148,9 @@ _LOST_PEER = re.compile(
 # Their messages about this rank's own device, host or arguments.
 _OWN = re.compile(
     r"cuda error|cuda failure|invalid (usage|argument)|internal error|duplicate gpu|out of memory"
-    r"|no space left|too many open files|cannot allocate memory|shared memory segment",
+    r"|no space left|too many open files|cannot allocate memory|shared memory segment"
+    # a torch or a machine without that backend, and a network interface that this host does not have
+    r"|built[ -]in|only supported|not (?:supported|available)|no gpus found|unable to (?:find|resolve)",
     re.IGNORECASE,
 )
 _WATCHDOG = re.compile(

@@ -30,6 +30,8 @@ BAR_COLUMNS = (5, 30)
 """Minimum and maximum width of the bar itself."""
 STANDS_STILL_S = 60.0
 """The bar says that no step has ended for as long."""
+HELD_S = 5.0
+"""A rank that has failed ends within this time."""
 PACE_STEPS = 10
 """How many of the last steps the pace is measured over."""
 NEWEST_EVERY_S = 1.0
@@ -51,6 +53,7 @@ class Display:
         job = read_json(run_dir.job) or {}
         self.total_steps = _total_steps(job)
         self.shown = _names(job.get("shown"))
+        self.is_script = job.get("workload") == "script"
         self.bar = ""
         """What stands in the terminal's last line."""
         # A terminal of width 0 (a bare pty) cannot show a bar.
@@ -85,6 +88,9 @@ class Display:
         self.beside: list[str] = []
         self.logged: dict[frozenset[str], float] = {}
         self.rank_0_ended = False
+        self.held: list[str] = []
+        """The lines from a traceback of a script's on, which may be that of rank 0's failure."""
+        self.held_since = 0.0
         self.late = False
         self.close()
 
@@ -105,7 +111,7 @@ class Display:
             if _SRUN_WAITS.search(line):
                 self.say(line)
         log_lines = (line for line in self.log.lines(ended, self.late) if not _NOISE.search(line))
-        lines = map(_plain, self._until_rank_0_ends(log_lines))
+        lines = map(_plain, self._until_rank_0_ends(log_lines, ended))
         for line in deque(lines, LINES_BEFORE) if self.late else lines:
             if line != self.state_shown:
                 self.say(line)
@@ -145,12 +151,25 @@ class Display:
                 self.earlier = iter(())
                 yield line
 
-    def _until_rank_0_ends(self, lines: Iterable[str]) -> Iterator[str]:
-        """Rank 0's log without its own failure, because the root cause is reported once, at the end."""
+    def _until_rank_0_ends(self, lines: Iterable[str], ended: bool) -> Iterator[str]:
+        """Rank 0's log without its own failure, because the root cause is reported once, at the end.
+
+        A script's failure looks like a traceback that it has logged itself: those lines are held until the rank is seen
+        to go on, or to have ended without a failure.
+        """
         for line in lines:
             self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
-            if not self.rank_0_ended:
+            if self.rank_0_ended:
+                continue
+            if self.is_script and (self.held or _TRACEBACK.match(line)):
+                self.held_since = self.held_since if self.held else time.monotonic()
+                self.held.append(line)
+            else:
                 yield line
+        goes_on = time.monotonic() - self.held_since > HELD_S
+        if self.held and (not self.run_dir.attempt(self.number).failure(0).exists() if ended else goes_on):
+            held, self.held = self.held, []
+            yield from held
 
     def _show_state(self) -> None:
         """Shows the state of a line that is rewritten, as a user's own progress bar, every PLAIN_LINE_EVERY_S."""
@@ -287,6 +306,7 @@ def _plain(line: str) -> str:
     return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
 
 
+_TRACEBACK = re.compile(r"(\[rank\d+\]: ?)?Traceback \(most recent call last\):")
 _NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
 """A harmless warning in rank 0's log: torch could not find a host's name for a message and uses the address."""
 _SRUN_WAITS = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)

@@ -192,6 +192,12 @@ LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection cl
         (ValueError("x"), "error"),
         (RuntimeError("shape mismatch"), "error"),
         (RuntimeError(LOST), "lost_peer"),
+        (RuntimeError("Distributed package doesn't have NCCL built in"), "error"),
+        (RuntimeError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), "error"),
+        (
+            RuntimeError("[enforce fail at /gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address"),
+            "error",
+        ),
         (RuntimeError("Timed out waiting 2000ms for recv operation to complete"), "lost_peer"),
         (DistBackendError("NCCL communicator was aborted on rank 1"), "lost_peer"),
         (DistBackendError("invalid usage"), "error"),
