@@ -130,6 +130,8 @@ class LastSeen:
     def __str__(self) -> str:
         if not self.step and self.phase == SCRIPT:
             return "in the script, which has logged no step"
+        if not self.step and self.phase == "ended":
+            return "without having logged a step"
         phase = f" ({self.phase})" if self.phase else ""
         return (
             f"last in step {self.step}{phase}, {self.ago_s:.0f} s ago"
@@ -221,6 +223,8 @@ def from_the_workload_on(error: BaseException) -> TracebackType | None:
     return trace
 
 
+_WHAT = re.compile(r"^terminate called after throwing .*\n\s*what\(\): +(.+)$", re.MULTILINE)
+"""What C++ prints of an exception that nobody caught, before SIGABRT."""
 _FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
 """Signals that a rank raises by itself; faulthandler writes its stack into its log first."""
 
@@ -263,6 +267,8 @@ def failure_of_exit(
         after = " after its work was done" if is_done else ""
         frames = at_fatal_error(end_of_log) if -code in _FAULTS else []
         stack = as_traceback(frames, "the thread that died") if frames else ""
+        what = _WHAT.findall(end_of_log) if code == -signal.SIGABRT else []
+        hint = f": {shortened(' '.join(what[-1].split()), 400, log)}" if what else hint
         message = f"killed by {name}{hint}{after}"
         return Failure(rank, host, when, "killed", message, stack, log, place_in(stack))
     relation = "after" if is_done else "before"

@@ -71,9 +71,14 @@ def as_traceback(frames: Sequence[Frame], of: str = "the main thread") -> str:
 def at_fatal_error(log: str) -> list[Frame]:
     """The frames, outermost first, of the thread that died, as faulthandler leaves them in a log; empty if it did not.
 
+    Of a thread without Python, such as gloo's or NCCL's, it is the main thread, which comes last.
+
     Args:
         log: its end.
     """
     _, is_there, dump = log.rpartition("Fatal Python error: ")
-    _, _, stack = dump.partition("Current thread 0x")
-    return below_the_launcher(frames_in(stack.partition("\n\n")[0])[::-1]) if is_there else []
+    if not is_there:
+        return []
+    threads = re.findall(r"^(Current thread|Thread) 0x(.+?)(?:\n\n|\Z)", dump, re.MULTILINE | re.DOTALL)
+    died = [text for kind, text in threads if kind == "Current thread"] or [text for _, text in threads[-1:]]
+    return below_the_launcher(frames_in(died[0])[::-1]) if died else []

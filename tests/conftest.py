@@ -52,8 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests that use a cluster; first of all hooks, because -m looks at marks.
 
-    Files of long tests come first, so that no worker has one left for itself at the end: those with clusters, then
-    those with several processes.
+    Files of long tests come first, so that no worker has one left for itself at the end: those with clusters, which wait
+    for most of their time, and those with several processes, which compute, in turn.
     """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
@@ -65,7 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         length = 2 if item.get_closest_marker("slurm") else 1 if item.get_closest_marker("dist") else 0
         slow[item.path] = max(length, slow.get(item.path, 0))
-    items.sort(key=lambda item: -slow[item.path])
+    place: dict[Path, float] = {}
+    for length in (1, 2):
+        paths = [path for path in slow if slow[path] == length]
+        # The longest file of all is among the last that are collected.
+        place |= {path: number / len(paths) for number, path in enumerate(reversed(paths))}
+    items.sort(key=lambda item: place.get(item.path, 1.0))
 
 
 @pytest.hookimpl(wrapper=True)

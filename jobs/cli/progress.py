@@ -53,7 +53,6 @@ class Display:
         job = read_json(run_dir.job) or {}
         self.total_steps = _total_steps(job)
         self.shown = _names(job.get("shown"))
-        self.is_script = job.get("workload") == "script"
         self.bar = ""
         """What stands in the terminal's last line."""
         # A terminal of width 0 (a bare pty) cannot show a bar.
@@ -89,7 +88,7 @@ class Display:
         self.logged: dict[frozenset[str], float] = {}
         self.rank_0_ended = False
         self.held: list[str] = []
-        """The lines from a traceback of a script's on, which may be that of rank 0's failure."""
+        """The lines from a traceback on, which may be that of rank 0's failure."""
         self.held_since = 0.0
         self.late = False
         self.close()
@@ -154,22 +153,26 @@ class Display:
     def _until_rank_0_ends(self, lines: Iterable[str], ended: bool) -> Iterator[str]:
         """Rank 0's log without its own failure, because the root cause is reported once, at the end.
 
-        A script's failure looks like a traceback that it has logged itself: those lines are held until the rank is seen
-        to go on, or to have ended without a failure.
+        The failure of a script, or of C++ code, looks like what a program may log and go on: those lines are held until
+        the rank is seen to go on, or to have ended without a failure.
         """
         for line in lines:
             self.rank_0_ended = self.rank_0_ended or blame.ENDS in line
             if self.rank_0_ended:
                 continue
-            if self.is_script and (self.held or _TRACEBACK.match(line)):
+            if self.held or _TRACEBACK.match(line):
                 self.held_since = self.held_since if self.held else time.monotonic()
                 self.held.append(line)
             else:
                 yield line
         goes_on = time.monotonic() - self.held_since > HELD_S
-        if self.held and (not self.run_dir.attempt(self.number).failure(0).exists() if ended else goes_on):
+        if self.held and (not self._rank_0_failed() if ended else goes_on):
             held, self.held = self.held, []
             yield from held
+
+    def _rank_0_failed(self) -> bool:
+        failure = (self.run_dir.recorded(self.number) or {}).get("failure") or {}
+        return failure.get("rank") == 0 or self.run_dir.attempt(self.number).failure(0).exists()
 
     def _show_state(self) -> None:
         """Shows the state of a line that is rewritten, as a user's own progress bar, every PLAIN_LINE_EVERY_S."""
@@ -306,7 +309,9 @@ def _plain(line: str) -> str:
     return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
 
 
-_TRACEBACK = re.compile(r"(\[rank\d+\]: ?)?Traceback \(most recent call last\):")
+_TRACEBACK = re.compile(
+    r"(\[rank\d+\]: ?)?Traceback \(most recent call last\):|terminate called after |Fatal Python error: "
+)
 _NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
 """A harmless warning in rank 0's log: torch could not find a host's name for a message and uses the address."""
 _SRUN_WAITS = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)

@@ -382,6 +382,12 @@ Fatal Python error: Aborted
         ),
         (WATCHDOG.format("CUDA error: an illegal memory access was encountered"), "killed", "killed by SIGABRT"),
         ("terminate called after throwing an instance of 'std::bad_alloc'", "killed", "killed by SIGABRT"),
+        (
+            "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n"
+            "  what():  [enforce fail at /gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4.\n",
+            "killed",
+            "killed by SIGABRT: [enforce fail at /gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 8 vs",
+        ),
         ("", "killed", "killed by SIGABRT"),
     ],
 )

@@ -78,6 +78,12 @@ def test_the_stack_of_a_process_that_died_is_found_in_its_log(tmp_path: Path) ->
     assert as_traceback(frames).splitlines()[-1].strip() == "faulthandler._sigsegv()"
 
 
+def test_of_a_thread_without_python_it_is_the_main_threads_stack() -> None:
+    stack = 'Thread 0x1 (most recent call first):\n  File "/u/{}.py", line 7 in step\n\n'
+    log = f"what\nFatal Python error: Aborted\n\n{stack.format('worker')}{stack.format('train')}Extension modules: a, b"
+    assert at_fatal_error(log) == [Frame("/u/train.py", 7, "step")]
+
+
 def test_a_log_without_a_fatal_error_has_no_stack() -> None:
     assert at_fatal_error('Traceback\n  File "/u/mine.py", line 1, in f\nValueError\n') == []
 

@@ -107,14 +107,14 @@ def test_lines_have_the_metrics_that_are_named_or_all_that_fit(
     assert capsys.readouterr().out.splitlines() == [all_that_fit, "step 1  metric_7 7.5  metric_3 3.5", all_that_fit]
 
 
-def test_a_scripts_last_traceback_is_its_failure_unless_it_goes_on(
+def test_the_last_traceback_is_rank_0s_failure_unless_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     traceback = '[rank0]: Traceback (most recent call last):\n[rank0]:   File "a.py", line 1\n'
     for name, fails, goes_on in (("fails", True, False), ("handles", False, False), ("goes_on", True, True)):
         run = RunDirectory(tmp_path / name)
         attempt = run.attempt(0).make()
-        write_json(run.job, {"workload": "script", "settings": {}})
+        write_json(run.job, {"settings": {}})
         attempt.log(0).write_text(f"before\n{traceback}")
         display = Display(run, Console(as_json=False))
         display.update()
