@@ -52,8 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests that use a cluster; first of all hooks, because -m looks at marks.
 
-    Files of long tests come first, so that no worker has one left for itself at the end: those with clusters, which wait
-    for most of their time, and those with several processes, which compute, in turn.
+    Files of long tests come first, so that no worker has one left for itself at the end: those with clusters, which
+    wait for most of their time, and those with several processes, which compute, in turn.
     """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())

@@ -121,6 +121,8 @@ BAD = [
     Bad(["tp_fsdp", "--nodes"], ["--nodes", "expected one argument"]),
     Bad(["tp_fsdp", "--nodes", "1", "--nodes", "1"], ["--nodes is given twice"]),
     Bad(["tp_fsdp", "--nodes", "0"], ["--nodes 0", "greater than or equal to 1"]),
+    Bad(["tp_fsdp", "--nnodes", "1:4"], ["--nodes 1:4", "a fixed number of hosts, not MIN:MAX; give one number"]),
+    Bad(["tp_fsdp", "--nproc_per_node", "gpu"], ["--gpus-per-node gpu", "not known on the machine that submits"]),
     Bad(["tp_fsdp", "--nodes", "abc"], ["--nodes abc", "valid integer"]),
     Bad(["tp_fsdp", "--nodes", "-1"], ["--nodes -1", "greater than or equal to 1"]),
     Bad(["tp_fsdp", "--nodes", "1.5"], ["--nodes 1.5", "integer"]),

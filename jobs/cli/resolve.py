@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -208,6 +209,15 @@ def _check_given(given: Options) -> None:
         if getattr(given, flag) == "":
             name = flag.replace("_", "-")
             raise CommandLineError(f"--{name} '': is empty (an unset shell variable?); give a value or leave it out")
+    # What torchrun's flags of these names take besides numbers.
+    if re.fullmatch(r"\d+:\d+", given.nodes or ""):
+        raise CommandLineError(
+            f"--nodes {given.nodes}: a job has a fixed number of hosts, not MIN:MAX; give one number"
+        )
+    if given.gpus_per_node in ("auto", "gpu", "cpu"):
+        raise CommandLineError(
+            f"--gpus-per-node {given.gpus_per_node}: is not known on the machine that submits; give a number"
+        )
 
 
 def _check_run(entry: WorkloadEntry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 import tokenize
 from collections.abc import Sequence
@@ -95,14 +96,35 @@ def _check_file(file: Path, typed: str) -> None:
 
 def _check_module(name: str, directory: str) -> None:
     """Looks for the package alone: to find a module within one, Python imports the package."""
-    top = name.partition(".")[0]
     if not all(part.isidentifier() for part in name.split(".")):
         raise WorkloadError(f"script -m {name}: is not a module's name; write -m package.module")
     if name.endswith(".py") and Path(directory, name).exists():
         raise WorkloadError(f"script -m {name}: is a file, and not a module's name; leave -m out: script {name}")
-    searched = [directory, *(entry for entry in sys.path if entry)]
-    if importlib.machinery.PathFinder.find_spec(top, searched) is None and top not in sys.builtin_module_names:
+    missing = _missing_part(name, [directory, *(entry for entry in sys.path if entry)])
+    if missing:
         raise WorkloadError(
-            f"script -m {name}: there is no module '{top}' in {directory} or installed for {sys.executable}; give the "
-            "name as you would to python -m"
+            f"script -m {name}: there is no module '{missing}' in {directory} or installed for {sys.executable}; give "
+            "the name as you would to python -m"
         )
+
+
+def _missing_part(name: str, searched: Sequence[str]) -> str:
+    """The first part of a module's dotted name that is not to be found; empty if all are, or it is not known."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.machinery.PathFinder.find_spec(top, searched) or importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return ""
+    if spec is None:
+        return top
+    full = top
+    for part in rest:
+        if spec.submodule_search_locations is None:
+            return f"{full}.{part}"
+        if spec.origin and "__path__" in Path(spec.origin).read_text(errors="replace"):
+            return ""  # the package itself may add to where its modules are
+        full = f"{full}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(full, list(spec.submodule_search_locations))
+        if spec is None:
+            return full
+    return ""

@@ -48,10 +48,17 @@ def test_what_no_rank_could_run_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_module_is_looked_for_without_importing_it(tmp_path: Path) -> None:
     (tmp_path / "pkg").mkdir()
     (tmp_path / "pkg/__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "pkg/train.py").touch()
     (tmp_path / "train.py").touch()
+    (tmp_path / "adds").mkdir()
+    (tmp_path / "adds/__init__.py").write_text("__path__.append('elsewhere')")
+    validate(of_line(["-m", "adds.train"], tmp_path), Shape(1, 1))  # only an import would tell
+    validate(of_line(["-m", "json.tool"], tmp_path), Shape(1, 1))
     validate(of_line(["-m", "pkg.train"], tmp_path), Shape(1, 1))
     for line, message in (
         (["-m", "nothing.train"], f"there is no module 'nothing' in {tmp_path} or installed for "),
+        (["-m", "pkg.train.nothing"], f"there is no module 'pkg.train.nothing' in {tmp_path}"),
+        (["-m", "pkg.none.train"], f"there is no module 'pkg.none' in {tmp_path}"),
         (["-m", "train.py"], "leave -m out: script train.py"),
         (["-m", "a b"], "is not a module's name"),
     ):
