@@ -199,11 +199,15 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
         host=host,
         when=when,
         kind=kind_of(error),
-        message=one_line(message),
+        message=_GUESS.sub("", one_line(message)),
         traceback=_shortened(parts, log),
         log=log,
         place=place_in("".join(parts)),
     )
+
+
+_GUESS = re.compile(r"\.? This is typically caused by a remote worker hanging .*")
+"""gloo's guess at why a peer is gone, which is known here, or will be."""
 
 
 def _shortened(parts: Sequence[str], log: str) -> str:
@@ -400,7 +404,8 @@ def _at(failure: Failure) -> str:
 def _silent(failure: Failure, waited: LastSeen, cause: LastSeen, also: Sequence[LastSeen]) -> Failure:
     """The root cause if `failure` gave up on ranks that were still running; the traceback shows where it waited."""
     more = _list(also)
-    message = f"did not fail, but was still running ({cause}) when rank {failure.rank} on {waited.host} ({waited})"
+    waiting = f"rank {failure.rank} on {waited.host} ({waited})"
+    message = f"did not fail, but was still running ({cause}) when {waiting}{_at(failure)}"
     return _attributed(
         failure,
         cause.rank,

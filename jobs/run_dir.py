@@ -568,6 +568,10 @@ class Attempt:
     def failure(self, rank: int) -> Path:
         return self.path / "failures" / f"{rank}.json"
 
+    def torch_error(self, rank: int) -> Path:
+        """What torch's own @record leaves of a script's failure, and nobody here reads."""
+        return self.path / "failures" / f"{rank}-torch.json"
+
     def done(self, rank: int) -> Path:
         return self.path / "done" / str(rank)
 

@@ -290,7 +290,8 @@ class _Agent:
                     self._begin_attempt(order["start"], order["places"])
                 if order.get("end") and not self.said_end:
                     self.said_end, self.code = True, order["code"]
-                    self.ranks.end(but=self._kept())
+                    gently = {name: order[name] for name in ("first", "grace_s") if name in order}
+                    self.ranks.end(but=self._kept(), **gently)
                     self._say({"bye": True})
             if (shown := self.ranks.stacks.answer()) is not None:
                 self._say({**self._where(), **shown})

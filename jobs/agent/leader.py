@@ -49,6 +49,8 @@ ANSWER_WITHIN_S = 5.0
 """After the mere loss of a peer: for every agent to say where its ranks are."""
 END_WITHIN_S = 10.0
 """Seconds that agents get to end their ranks."""
+SCRIPT_GRACE_S = 5.0
+"""Seconds that a local script's own handlers get, when the job is interrupted or has reached its time limit."""
 
 _WAS_DONE = "its work was done"
 
@@ -198,7 +200,7 @@ class Leader:
         elif self._deadline is not None and now > self._deadline:
             limit = self.spec.resources.time_min
             error = f"the time limit of {limit} min was reached; ask for more with --time"
-            self._end(self._record.publish("failed", error))
+            self._end(self._record.publish("failed", error), signal.SIGTERM)
         elif self._lead_time.look(passed) and not self._stopped_by:
             log.warning("the time limit is near: every rank is asked to stop after its step")
             self._stopped_by = signal.SIGUSR2.name if self.on_slurm else TIME_LIMIT  # as if Slurm had warned
@@ -313,7 +315,7 @@ class Leader:
             log.warning("received %s: the job's ranks are ended", signal.Signals(signum).name)
         else:
             self._record.publish("interrupted", f"interrupted by {signal.Signals(signum).name}")
-        self._end(1)
+        self._end(1, signum)
 
     def _finish(self) -> None:
         """Every rank has done its work."""
@@ -322,10 +324,14 @@ class Leader:
         self._record.complete([rank.death for rank in self._state.ranks if rank.death], self._stopped_by)
         self._end(0)
 
-    def _end(self, code: int) -> None:
+    def _end(self, code: int, by: int | None = None) -> None:
+        """Ends the ranks; if that is `by` a signal, a local script gets it, as torchrun passes it on, and some time."""
         self.code = code
         self._ends_at = time.monotonic() + END_WITHIN_S
-        self._send_all({"end": True, "code": code})
+        message: dict[str, Any] = {"end": True, "code": code}
+        if by is not None and self.spec.is_script and not self.on_slurm:
+            message |= {"first": signal.SIGINT if by == signal.SIGINT else signal.SIGTERM, "grace_s": SCRIPT_GRACE_S}
+        self._send_all(message)
 
     def _send_all(self, message: dict[str, Any]) -> None:
         for number in range(self.agents):

@@ -281,13 +281,19 @@ class Ranks:
     def have_ended(self) -> bool:
         return all(rank.exit_code is not None for rank in self.all)
 
-    def end(self, but: Iterable[int] = (), at_once: bool = False) -> None:
+    def end(
+        self, but: Iterable[int] = (), at_once: bool = False, first: int = signal.SIGTERM, grace_s: float = TERM_S
+    ) -> None:
         """Ends every process below this one but those named: ranks, what they started, and what those left behind.
 
-        With `at_once` they get no time to end by themselves.
+        Args:
+            but: processes that are left alone.
+            at_once: they get no time to end by themselves.
+            first: the signal that asks them to.
+            grace_s: the time that they get for it.
         """
         kept = set(but)
-        for signum, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0))[at_once:]:
+        for signum, patience in ((first, grace_s), (signal.SIGKILL, 5.0))[at_once:]:
             deadline = time.monotonic() + patience
             for rank in self.all:
                 # Each rank leads a group of its own, which its children are in unless they left it.

@@ -36,7 +36,7 @@ def run(spec: JobSpec, console: Console) -> int:
         record = Job(spec)()
     except (Exception, SystemExit) as error:  # sys.exit(0) before the work is done is a failure
         console.complain(traceback.format_exc().rstrip())
-        message = f"rank 0 on {socket.gethostname()}: {blame.failure_of(error, 0, '', 0, '').message}"
+        message = blame.failure_of(error, 0, socket.gethostname(), 0, "").headline()
         run_dir.publish({**ended, "status": "failed", "error": message})
         raise JobFailed(message) from None
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 
 from jobs import processes
@@ -59,7 +60,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
         with contextlib.suppress(OSError):
             run_dir.publish(ended)
         if process is not None:
-            end(process)
+            end(process, signal.SIGINT if interruption.signum == signal.SIGINT else signal.SIGTERM)
             processes.kill_children(but=before)
         display.close()
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step

@@ -35,10 +35,12 @@ from jobs.spec import (
 )
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
-from workloads.errors import did_you_mean
+from workloads.errors import did_you_mean, first_few
 from workloads.script import config as script_config
 from workloads.training.checkpoint_config import ResumableConfig
 
+OURS = ("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait")
+"""Flags that are warned about where a script gets them: they are hardly ever its own."""
 EXECUTORS = ("auto", "slurm", "local", "debug")
 
 
@@ -140,6 +142,12 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     if profile is not None:
         announcements.append(f"profile: {profile}")
     announcements += notices
+    if isinstance(config, script_config.ScriptConfig):
+        taken = [word for word in config.args if word.partition("=")[0] in OURS]
+        if taken:
+            announcements.append(
+                f"warning: {first_few(taken)} is the script's, because it comes after it; meshrun's flags come before"
+            )
     if which == "slurm" and isinstance(config, script_config.ScriptConfig):
         folder = config.file.parent if config.path is not None else Path(config.directory)
         if kind := machine.own_file_system(folder):

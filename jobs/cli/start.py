@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from typing import Any
 
@@ -43,10 +44,10 @@ def start_local(spec: JobSpec, cluster: ClusterConfig, console: Console, *, owne
     return process, submitted
 
 
-def end(process: Any) -> None:
+def end(process: Any, signum: int = signal.SIGTERM) -> None:
     """Asks the agent to end its ranks and itself; kills it after END_S, and the ranks die with it."""
     with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+        process.send_signal(signum)
     deadline = time.monotonic() + END_S
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

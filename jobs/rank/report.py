@@ -10,16 +10,18 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from jobs import blame
 from jobs.blame import Failure
 from jobs.frames import Frame, as_traceback, below_the_launcher
 from jobs.rank.identity import RankInfo
-from jobs.run_dir import Attempt, write_json
+from jobs.run_dir import Attempt, end_of, write_json
 from workloads.whole_files import make_folder
 
 log = logging.getLogger(__name__)
@@ -68,8 +70,16 @@ def leave_failure(
         when: in seconds since the epoch, by rank 0's clock where that is known.
         moment: the same by time.monotonic.
     """
+    # A DataLoader's own handler raises an error of its own whenever one of its workers ends, also here.
+    with contextlib.suppress(ValueError):  # in another thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     path = attempt.log(info.rank)  # only where the launcher sends what a rank prints there
     failure = blame.failure_of(error, info.rank, info.host, when, str(path) if path.exists() else "")
+    if isinstance(error, SystemExit) and error.code:  # argparse, say, has just written why
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        why = blame.error_at_end(end_of(path, 4096))
+        failure = replace(failure, message=f"{failure.message}: {why}") if why else failure
     if not send(env, {"failure": failure.to_json(), "at": moment}):
         try:
             attempt.make()

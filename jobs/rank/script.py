@@ -53,7 +53,10 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
     stacks.show_on_signal(env)
     try:
         processes.allow_open_files(info.world_size, info.host)
-        env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
+        # As torchrun does; torch's @record writes to that file.
+        env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        env["TORCHELASTIC_ERROR_FILE"] = str(attempt.torch_error(info.rank))
+        env["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
         if not info.has_agent:  # one rank, in the process of the command line; its store takes any port
             env.update(rank_env(0, [info.host], 1, info, "127.0.0.1", 0, 0))
             env["TORCHELASTIC_USE_AGENT_STORE"] = "False"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 from jobs.rank.identity import RankInfo
 from jobs.rank.script import _use_own_gpus
-from tests.jobs.submitting import Line
+from tests.jobs.submitting import Line, wait_until
 
 Submit = Callable[..., Line]
 
@@ -123,10 +124,39 @@ def test_ranks_are_started_again_with_torchruns_environment(typed: Submit, tmp_p
                 "ROLE_NAME": "default",
                 "TORCHELASTIC_RESTART_COUNT": str(attempt),
                 "TORCHELASTIC_MAX_RESTARTS": "3",
+                "TORCHELASTIC_ERROR_FILE": f"{tmp_path}/run/attempt-{attempt}/failures/{rank}-torch.json",
+                "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
                 "OMP_NUM_THREADS": "1",
             }
+
+
+SAVES = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    open("saved", "w").close()
+    sys.exit(3)
+signal.signal(signal.SIGTERM, save)
+open("ready", "w").close()
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    save()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_local_script_has_time_to_save_when_it_is_interrupted(typed: Submit, tmp_path: Path, signum: int) -> None:
+    (tmp_path / "train.py").write_text(SAVES)
+    line = typed("--executor", "local", "script", "train.py")
+    wait_until((tmp_path / "ready").exists, "the script runs")
+    line.process.send_signal(signum)
+    code, _, err = line.finish()
+    assert code == 130
+    assert f"interrupted by {signal.Signals(signum).name}; the job was ended" in err
+    assert (tmp_path / "saved").exists()
 
 
 def test_the_debug_executor_runs_it_in_its_own_process(typed: Submit, tmp_path: Path) -> None:
