@@ -22,6 +22,16 @@ class Flag(NamedTuple):
     """The placeholder for the value in --help; empty for a switch."""
     meaning: str
     kind: Literal["once", "repeated", "switch", "yes or no"] = "once"
+    letter: str = ""
+    """A short form, such as `-f`."""
+
+    @property
+    def spellings(self) -> list[str]:
+        return [self.letter, self.name] if self.letter else [self.name]
+
+    @property
+    def takes_value(self) -> bool:
+        return self.kind in ("once", "repeated")
 
 
 class Verb(NamedTuple):
@@ -35,6 +45,8 @@ class Verb(NamedTuple):
     """The minimum number of arguments after the name."""
     most: int | None = None
     """The maximum number; None if there is no limit."""
+    more: str = ""
+    """What its --help shows below the flags, such as examples."""
 
 
 JSON = Flag("--json", "", "print one JSON object to stdout and everything else to stderr", "switch")
@@ -119,6 +131,10 @@ LAUNCH = Verb(
     (*_LAUNCH, JSON),
 )
 """What a command line without a verb does."""
+RUN = """\
+RUN is the path of a run directory, its name or a part of it that no other run has, a job ID, or `last`: the run that
+was started or resumed last, which is also meant where none is named.
+"""
 _NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
 SCRIPT = Verb(
@@ -142,19 +158,19 @@ VERBS = (
     Verb(
         "wait",
         "jobs.cli.verbs.wait",
-        "RUN",
-        "follows the job of a run directory (a path, or a name in ./runs), or prints how it ended",
+        "[RUN]",
+        "follows the job of a run, or prints how it ended",
         (JSON,),
-        least=1,
         most=1,
+        more=RUN,
     ),
     Verb(
         "resume",
         "jobs.cli.verbs.resume",
-        "RUN [options] [key=value ...]",
+        "[RUN] [options] [key=value ...]",
         "goes on with a run that has ended, from its newest checkpoint, also on another shape",
         (*(flag for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY), JSON),
-        least=1,
+        more=RUN,
     ),
 )
 RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "report", "compare", "doctor", "clean")
@@ -180,7 +196,7 @@ def flags() -> list[Flag]:
 
 def usage_of(verb: Verb) -> str:
     """A verb's usage without its flags: `submit.py wait RUN`."""
-    return f"submit.py {verb.name} {verb.usage}"
+    return f"submit.py {verb.name} {verb.usage}".rstrip()
 
 
 def script_line(words: Sequence[str]) -> str:
@@ -188,15 +204,14 @@ def script_line(words: Sequence[str]) -> str:
     return f"`submit.py [flags] script {shlex.join(words)}`"
 
 
-def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
+def choose(words: Sequence[str]) -> Verb:
     """The verb that a command line means.
 
     Args:
         words: the arguments that are not flags.
-        given_flags: the names of the flags.
 
     Raises:
-        CommandLineError: the verb or workload is unknown, or does not take these flags or this many arguments.
+        CommandLineError: there is none, or neither a verb nor a workload has that name.
     """
     known = f"known: {', '.join(registry.BUILT_IN)}; your own: package.module:ENTRY"
     if not words:
@@ -204,7 +219,6 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
     first = words[0]
     by_name = {verb.name: verb for verb in VERBS}
     if first in by_name:
-        _check(by_name[first], words[1:], given_flags)
         return by_name[first]
     if first in RESERVED:
         raise CommandLineError(
@@ -222,18 +236,27 @@ def choose(words: Sequence[str], given_flags: Sequence[str]) -> Verb:
                 f"a WorkloadEntry, write {Path(module).name}:ENTRY"
             )
         raise CommandLineError(f"'{first}': no such workload or verb{close}; {known}")
-    _check(LAUNCH, words, given_flags)
     return LAUNCH
 
 
-def _check(verb: Verb, words: Sequence[str], given_flags: Sequence[str]) -> None:
-    """Refuses other verbs' flags, and too many or too few arguments."""
-    for name in given_flags:
-        takers = [v for v in (LAUNCH, *VERBS) if name.replace("--no-", "--", 1) in [flag.name for flag in v.flags]]
-        if verb not in takers:
-            takers = [taker for taker in takers if taker is not SCRIPT]  # WORKLOAD is named, which takes all of its
-            owners = " and ".join(f"submit.py {taker.name}" for taker in takers)
-            raise CommandLineError(f"{name}: is a flag of {owners}, not of submit.py {verb.name}; leave it out")
+def others_flag(spelling: str, verb: Verb) -> str:
+    """The refusal of a flag that other verbs take; empty if none does."""
+    name = spelling.replace("--no-", "--", 1)
+    takers = [v for v in (LAUNCH, *VERBS) if any(name in flag.spellings for flag in v.flags)]
+    takers = [taker for taker in takers if taker is not SCRIPT]  # WORKLOAD is named, which takes all of its
+    if not takers:
+        return ""
+    owners = " and ".join(f"submit.py {taker.name}" for taker in takers)
+    return f"{spelling}: is a flag of {owners}, not of submit.py {verb.name}; leave it out"
+
+
+def check_count(verb: Verb, words: Sequence[str]) -> None:
+    """Refuses too many or too few arguments after a verb."""
+    if verb is LAUNCH:
+        return
+    words = words[1:]
     if len(words) < verb.least or (verb.most is not None and len(words) > verb.most):
-        takes = "one argument" if verb.least else "at most one argument"
+        takes = {(1, 1): "one argument", (0, 0): "no argument"}.get(
+            (verb.least, verb.most or -1), "at most one argument" if verb.most else f"at least {verb.least}"
+        )
         raise CommandLineError(f"{verb.name} takes {takes} and got {len(words) or 'none'}; write {usage_of(verb)}")

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0 success, 1 the job failed, 2 the user's mistake, 130 interrupted.
     """
-    console = Console(as_json="--json" in options.split_at_script(argv)[0])
+    console = Console(as_json="--json" in options.split_at_script(argv).own)
     try:
         with interrupts.raised(), console.guard_stdout():
             code = _run(argv, console)
@@ -54,12 +54,12 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str], console: Console) -> int:
     try:
         try:
-            given = options.parse(argv)
+            verb, given = options.parse(argv)
         except SystemExit:  # argparse, after --help
             console.finish({"status": "help", "exit_code": EXIT_DONE})
             return EXIT_DONE
         with interrupts.unmasked():
-            return _dispatch(given, console)
+            return _dispatch(verb, given, console)
     except (*USER_ERRORS, OSError, ModuleNotFoundError) as mistake:
         line = one_line(_line(mistake))
         if console.job_started or not line:
@@ -91,8 +91,7 @@ def _line(mistake: Exception) -> str:
     return str(mistake)
 
 
-def _dispatch(given: options.Options, console: Console) -> int:
-    verb = commands.choose(given.words, given.flags())
+def _dispatch(verb: commands.Verb, given: options.Options, console: Console) -> int:
     # Must not be interrupted, otherwise the import of pydantic panics.
     with interrupts.held():
         module = importlib.import_module(verb.module)

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jobs.cli import commands
 from jobs.errors import CommandLineError
@@ -75,22 +75,17 @@ class Options:
     wait: bool | None = None
     json: bool = False
 
-    def flags(self) -> list[str]:
-        """The names of the flags on the command line: `--nodes`, `--no-wait`."""
-        names = [
-            name
-            for name, value in vars(self).items()
-            if name not in ("words", "script") and value not in (None, [], False)
-        ]
-        switched_off = ["--no-wait"] if self.wait is False else []
-        return [f"--{name.replace('_', '-')}" for name in names] + switched_off
+    @property
+    def run(self) -> str:
+        """The run that the first word after a verb names; the last one where there is none."""
+        return self.words[1] if len(self.words) > 1 else "last"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument --sbatch:"):
             message = "--sbatch takes KEY=VALUE, without dashes, such as --sbatch exclusive or --sbatch comment=text"
-        raise CommandLineError(f"{message}; see submit.py --help")
+        raise CommandLineError(f"{message}; see {self.prog.removesuffix(' WORKLOAD')} --help")
 
 
 class _OnceOrNot(argparse.BooleanOptionalAction):
@@ -111,16 +106,34 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _parser() -> argparse.ArgumentParser:
-    verbs = (commands.LAUNCH, *commands.VERBS)
-    width = max(len(f"{verb.name} {verb.usage}") for verb in commands.VERBS)
+class _Split(NamedTuple):
+    """A line: what is ours, and what belongs to a user's script."""
+
+    own: list[str]
+    """Everything up to `script`, with the flags between it and the path, and torchrun's under our names."""
+    words: list[str]
+    """The arguments among them that are neither flags nor their values."""
+    script: list[str]
+    """From the path (or -m) on, verbatim."""
+    misplaced: list[str]
+    """A script that is given without `script` before it, with all that follows."""
+
+
+def _parser(verb: commands.Verb) -> argparse.ArgumentParser:
+    if verb is commands.LAUNCH:
+        verbs = [verb, *commands.VERBS]
+        usages = [commands.usage_of(one).removeprefix("submit.py ") for one in commands.VERBS]
+        width = max(map(len, usages))
+        rows = [f"  {usage:<{width}}  {one.meaning}" for usage, one in zip(usages, commands.VERBS, strict=True)]
+        about = f"{commands.DESCRIPTION}\n\nWORKLOAD is {verb.meaning}.\n\nverbs:\n" + "\n".join(rows)
+        epilog = commands.EPILOG
+    else:
+        verbs, about, epilog = [verb], f"{verb.meaning[0].upper()}{verb.meaning[1:]}.", verb.more
     parser = _Parser(
-        prog="submit.py",
+        prog=f"submit.py {verb.name}",
         usage="\n       ".join(map(commands.usage_of, verbs)),
-        epilog=commands.EPILOG,
-        description=commands.DESCRIPTION
-        + f"\n\nWORKLOAD is {commands.LAUNCH.meaning}.\n\nverbs:\n"
-        + "\n".join(f"  {f'{verb.name} {verb.usage}':<{width}}  {verb.meaning}" for verb in commands.VERBS),
+        epilog=epilog,
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -131,74 +144,84 @@ def _parser() -> argparse.ArgumentParser:
         "switch": {"action": "store_true"},
         "yes or no": {"action": _OnceOrNot, "default": None},
     }
-    for flag in commands.flags():
+    for flag in verb.flags:
         value = {"metavar": flag.value} if flag.value else {}
-        parser.add_argument(flag.name, help=flag.meaning, **{**kinds[flag.kind], **value})
+        parser.add_argument(*flag.spellings, help=flag.meaning, **{**kinds[flag.kind], **value})
     return parser
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> tuple[commands.Verb, Options]:
     """Splits the command line; flags and words may come in any order.
 
     Raises:
-        CommandLineError: a flag is unknown (with a suggestion), lacks its value, or is given twice.
+        CommandLineError: there is no such verb, a flag is unknown (with a suggestion), is another verb's, lacks its
+            value or is given twice, or there are too many or too few arguments.
         SystemExit: after printing --help.
     """
-    parser = _parser()
-    own, script, misplaced = split_at_script(argv)
-    if misplaced:
-        line = commands.script_line(misplaced)
-        hint = "" if misplaced[0] == "-m" else f"; if it has a WorkloadEntry: {misplaced[0].removesuffix('.py')}:ENTRY"
-        raise CommandLineError(f"{misplaced[0]}: to run a script of your own, write {line}{hint}")
-    given, unknown = parser.parse_known_intermixed_args(own)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        flag, _, _ = unknown[0].partition("=")
-        long = SLURMS_LETTERS.get(flag[:2], flag)
-        hint = did_you_mean(flag, known, cutoff=0.75)
-        if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
-            hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
-        elif flag[:2] in SLURMS_TOTALS and not flag.startswith("--"):
-            hint = f" (Slurm's {flag[:2]} counts over all hosts; use --nodes and --gpus-per-node)"
-        elif flag.replace("_", "-").startswith(TORCHRUNS_OWN):
-            hint = " (torchrun's: leave it out; ranks find each other without it, and each has its own log)"
-        elif flag == "--gres":
-            hint = " (ask for GPUs with --gpus-per-node)"
-        elif long[2:] in OWNED and long[2:] not in ("help", "version", "usage"):
-            hint = f" (sbatch's {long} {OWNED[long[2:]]})"
-        elif long.startswith(SLURMS_LONG):
-            hint = f" (an option of sbatch: --sbatch {long[2:]}{'' if long[2:] in ALONE else '=...'})"
-        elif not hint and flag.startswith("--"):
-            hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
-        raise CommandLineError(f"unknown flag {flag}{hint}; see submit.py --help")
-    return Options(**vars(given), script=script)
+    line = split_at_script(argv)
+    if line.misplaced:
+        first, *_ = line.misplaced
+        hint = "" if first == "-m" else f"; if it has a WorkloadEntry: {first.removesuffix('.py')}:ENTRY"
+        write = commands.script_line(line.misplaced)
+        raise CommandLineError(f"{first}: to run a script of your own, write {write}{hint}")
+    mistake = None
+    try:
+        verb = commands.choose(line.words)
+    except CommandLineError as error:
+        verb, mistake = commands.LAUNCH, error
+    given, unknown = _parser(verb).parse_known_intermixed_args(line.own)
+    # Before a misspelled verb comes a misspelled flag, whose value may have been taken for the verb.
+    if unknown and not (mistake and commands.others_flag(unknown[0], verb)):
+        raise CommandLineError(_refusal(unknown[0], verb))
+    if mistake is not None:
+        raise mistake
+    commands.check_count(verb, given.words)
+    return verb, Options(**vars(given), script=line.script)
 
 
-def split_at_script(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Splits a line into what is ours, with torchrun's flags under our names, and what belongs to a user's script.
+def _refusal(word: str, verb: commands.Verb) -> str:
+    flag, _, _ = word.partition("=")
+    if refusal := commands.others_flag(flag, verb):
+        return refusal
+    long = SLURMS_LETTERS.get(flag[:2], flag)
+    hint = did_you_mean(flag, ["--help", *(one.name for one in verb.flags)], cutoff=0.75)
+    if flag[:2] in SLURMS_SHORT and not flag.startswith("--"):
+        hint = f" (Slurm's {flag[:2]} is {SLURMS_SHORT[flag[:2]]} here)"
+    elif flag[:2] in SLURMS_TOTALS and not flag.startswith("--"):
+        hint = f" (Slurm's {flag[:2]} counts over all hosts; use --nodes and --gpus-per-node)"
+    elif flag.replace("_", "-").startswith(TORCHRUNS_OWN):
+        hint = " (torchrun's: leave it out; ranks find each other without it, and each has its own log)"
+    elif flag == "--gres":
+        hint = " (ask for GPUs with --gpus-per-node)"
+    elif long[2:] in OWNED and long[2:] not in ("help", "version", "usage"):
+        hint = f" (sbatch's {long} {OWNED[long[2:]]})"
+    elif long.startswith(SLURMS_LONG):
+        hint = f" (an option of sbatch: --sbatch {long[2:]}{'' if long[2:] in ALONE else '=...'})"
+    elif not hint and flag.startswith("--"):
+        hint = f" (a workload's setting is written without dashes: {flag.lstrip('-')}=...)"
+    see = "submit.py --help" if verb is commands.LAUNCH else f"submit.py {verb.name} --help"
+    return f"unknown flag {flag}{hint}; see {see}"
 
-    Returns:
-        Everything up to `script`, with the flags between it and the path; from the path (or -m) on, verbatim; and a
-        script that is given without `script` before it, with all that follows. The last two are empty where the line
-        has none.
-    """
-    takes_value = {flag.name for flag in commands.flags() if flag.kind in ("once", "repeated")}
+
+def split_at_script(argv: Sequence[str]) -> _Split:
+    """Splits a line into what is ours and what belongs to a user's script."""
+    takes_value = {spelling for flag in commands.flags() if flag.takes_value for spelling in flag.spellings}
     own: list[str] = []
     words: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if words == [SCRIPT] and (not word.startswith("-") or word == "-m"):
-            return own, [word, *rest], []
+            return _Split(own, words, [word, *rest], [])
         if not words and (word == "-m" or (word.endswith(".py") and os.path.isfile(word))):  # noqa: PTH113 (Path's raises)
-            return own, [], [word, *rest]
+            return _Split(own, words, [], [word, *rest])
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             name = TORCHRUNS.get(name.replace("_", "-"), name)
             own.append(name + equals + value)
-            if name in takes_value and not equals and rest:
-                own.append(rest.pop(0))
-            continue
-        own.append(word)
-        words += [] if word.startswith("-") else [word]
-    return own, [], []
+        else:
+            own.append(word)
+            words += [] if word.startswith("-") else [word]
+        if name in takes_value and not equals and rest:
+            own.append(rest.pop(0))
+    return _Split(own, words, [], [])

@@ -1,43 +1,67 @@
-"""Finds a run by the path or name of its directory, and its submission."""
+"""Finds a run by its path, job ID, or a part of its name, and its submission."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.errors import CommandLineError
 from jobs.run_dir import RunDirectory, Submitted, read_json
+from jobs.runs import index
 from jobs.slurm import environment, query
-from workloads.errors import did_you_mean
+from workloads.errors import did_you_mean, first_few
+
+LAST = "last"
+"""The name of the run that was started or resumed last."""
 
 
-def find(name: str) -> RunDirectory:
-    """The run directory at that path, or with that name in ./runs.
+def find(name: str = LAST) -> RunDirectory:
+    """The run with that path, name in ./runs, job ID, or part of a name that no other run has.
 
     Raises:
-        CommandLineError: there is no such directory (suggests a close match), or it is not a run directory.
+        CommandLineError: there is no such run (suggests a close match), or there are several.
     """
-    runs = Path.cwd() / "runs"
     if not name.strip():
-        raise CommandLineError("'': is not a run directory (an unset shell variable?); give the path of one")
-    for path in (Path(name).expanduser(), runs / name):
-        try:
-            if path.exists():
-                break
-        except OSError as error:  # too long a name
-            raise CommandLineError(f"'{name}': {error.strerror}; give the path of a run directory") from None
-    else:
-        names = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
-        close = did_you_mean(Path(name).name, names)
-        if name.isdecimal():
-            close = " (it looks like a job ID)"
-        raise CommandLineError(f"'{name}': no such run directory, here or in ./runs{close}; give the path of one")
+        raise CommandLineError("'': is not a run (an unset shell variable?); give the path of a run directory")
+    path = Path(name).expanduser()
+    try:
+        is_there = path.exists()
+    except OSError as error:  # too long a name
+        raise CommandLineError(f"'{name}': {error.strerror}; give the path of a run directory") from None
     run_dir = RunDirectory(path.absolute())
-    if not run_dir.job.is_file():
+    if is_there and run_dir.job.is_file():
+        return run_dir
+    found = _named(name, index.runs()) if len(path.parts) == 1 else []
+    if len(found) > 1:
+        names = first_few([str(run.path.name) for run in found], 4)
+        raise CommandLineError(f"'{name}': {len(found)} runs have that in their names: {names}; give more of the name")
+    if found:
+        return found[0]
+    if is_there or (Path("runs") / name).exists():
         raise CommandLineError(f"'{name}': is not a run directory, because it has no job.json; give the path of one")
-    return run_dir
+    if name == LAST:
+        raise CommandLineError(f"'{LAST}': there is no run, neither in ./runs nor in {index.path()}; start one first")
+    if name.isdecimal():
+        raise CommandLineError(f"'{name}': no run known here has that job ID; give the path of its run directory")
+    close = did_you_mean(path.name, [run.path.name for run in index.runs()])
+    raise CommandLineError(f"'{name}': no such run, here or in ./runs{close}; give the path of a run directory")
+
+
+def _named(name: str, runs: Sequence[RunDirectory]) -> list[RunDirectory]:
+    """Those of `runs`, newest first, that a name means; of several of that very name, the newest."""
+    if name == LAST:
+        return [*runs[:1]]
+    if exact := [run for run in runs if run.path.name == name]:
+        here = [run for run in exact if run.path.parent == Path("runs").absolute()]
+        return (here or exact)[:1]
+    if name.isdecimal():
+        for run in runs:
+            if (submitted := run.submitted()) is not None and submitted.job_id == name:
+                return [run]
+    return [run for run in runs if name in run.path.name]
 
 
 def submission(run_dir: RunDirectory) -> Submitted | None:

@@ -18,6 +18,7 @@ from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, resolve
 from jobs.errors import Interrupted, RunDirectoryError, SubmissionError
 from jobs.run_dir import RunDirectory, keep_others_from_writing
+from jobs.runs import index
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
 Undo = Callable[[Errors], contextlib.AbstractContextManager[None]]
@@ -90,6 +91,7 @@ def start(resolved: Resolved, run_dir: RunDirectory, undo: Undo, console: Consol
     """
     spec = resolved.spec
     console.facts["run_dir"] = str(spec.run_dir)
+    index.add([spec.run_dir])
     if spec.executor == "slurm":
         return _queue(resolved, run_dir, undo, console, wait=bool(wait))
     with undo(BaseException):

@@ -17,7 +17,7 @@ from jobs.cli.verbs import launch
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.excluded import excluded, option
 from jobs.run_dir import RunDirectory, Submitted, read_json
-from jobs.runs.find import come_back, find, submission
+from jobs.runs.find import LAST, come_back, find, submission
 from jobs.runs.tracker import track
 from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig
@@ -42,7 +42,9 @@ def run(given: Options, console: Console) -> int:
         UserError, WorkloadError: there is no such run, it has not ended, or it cannot go on like that.
         JobFailed, Interrupted: a job that was waited for ended so.
     """
-    run_dir = find(given.words[1])
+    if "=" in given.run:  # only settings are given
+        given = replace(given, words=[given.words[0], LAST, *given.words[1:]])
+    run_dir = find(given.run)
     spec = _described(run_dir)
     if spec.is_script and len(given.words) > 2:
         raise CommandLineError(f"{given.words[2]}: a script that is resumed gets the arguments it had; leave it out")

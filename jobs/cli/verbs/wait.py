@@ -19,7 +19,7 @@ def run(given: Options, console: Console) -> int:
     Raises:
         CommandLineError: there is no such run, or it has no job to wait for.
     """
-    run_dir = find(given.words[1])
+    run_dir = find(given.run)
     submitted = submission(run_dir)
     if submitted is None:
         record = run_dir.recorded()

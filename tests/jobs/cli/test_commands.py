@@ -51,3 +51,18 @@ def test_help_shows_every_verb_and_flag(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     for words in (*(verb.meaning for verb in commands.VERBS), *(flag.name for flag in commands.flags())):
         assert words in shown
+
+
+def test_each_verb_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wait", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: submit.py wait [RUN]\n")
+    assert "--json" in shown
+    assert "--nodes" not in shown
+
+
+def test_a_flag_means_the_same_kind_for_every_verb() -> None:
+    kinds: dict[str, bool] = {}
+    for flag in commands.flags():
+        for spelling in flag.spellings:
+            assert kinds.setdefault(spelling, flag.takes_value) == flag.takes_value
