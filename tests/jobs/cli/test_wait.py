@@ -17,11 +17,10 @@ JOB = json.dumps({"workload": "mine", "settings": {"steps": 9}, "resources": {"n
 DEBUG = json.dumps({"workload": "mine", "executor": "debug"})
 RUN = {"run/job.json": JOB, "run/submission.json": "{}"}
 BAD = [
-    Bad(["wait"], ["wait takes one argument and got none; write submit.py wait RUN"]),
-    Bad(["wait", "a", "b"], ["wait takes one argument and got 2"]),
-    Bad(["wait", "run", "steps=3"], ["wait takes one argument and got 2"], RUN),
-    Bad(["wait", ""], ["'': is not a run directory (an unset shell variable?)"]),
-    Bad(["wait", "gone"], ["'gone': no such run directory, here or in ./runs"]),
+    Bad(["wait", "a", "b"], ["wait takes at most one argument and got 2; write submit.py wait [RUN]"]),
+    Bad(["wait", "run", "steps=3"], ["wait takes at most one argument and got 2"], RUN),
+    Bad(["wait", ""], ["'': is not a run (an unset shell variable?)"]),
+    Bad(["wait", "gone"], ["'gone': no such run, here or in ./runs"]),
     Bad(["wait", "20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
     Bad(["wait", "runs/20261122-mime"], ["did you mean '20261122-mine'?"], {"runs/20261122-mine/job.json": JOB}),
     Bad(["wait", "runs"], ["'runs': is not a run directory, because it has no job.json"], {"runs/a/job.json": JOB}),
@@ -74,11 +73,11 @@ def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, caps
 
 
 def test_without_torch(tmp_path: Path) -> None:
-    BAD[4].prepare(tmp_path)
+    BAD[3].prepare(tmp_path)
     code = "import sys\nfor name in ('torch', 'numpy', 'tqdm'): sys.modules[name] = None\n"
     code += (
         f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ['wait', 'gone']\nimport submit; sys.exit(submit.main())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "no such run directory" in done.stderr
+    assert "no such run" in done.stderr

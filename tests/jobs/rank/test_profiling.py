@@ -121,8 +121,8 @@ def test_memory_snapshots_are_cudas(
     line = ["tp_fsdp", "--profile", "1:2", "--profile-memory"]
     monkeypatch.setattr("jobs.machine.torch_sees_gpus", lambda: False)
     with pytest.raises(CommandLineError, match="--profile-memory: needs CUDA, but the ranks run on this machine's CPU"):
-        resolve(parse([*line, "--executor", "local"]))
-    assert resolve(parse([*line, "--executor", "slurm", "--dry-run"])).spec.profile is not None
+        resolve(parse([*line, "--executor", "local"])[1])
+    assert resolve(parse([*line, "--executor", "slurm", "--dry-run"])[1]).spec.profile is not None
     profiled(tmp_path, 3, first=2, last=3, memory=True)  # a Slurm job's rank that has no GPU
     assert "no memory snapshot" in caplog.text
     assert steps_of(read_trace(tmp_path)) == [2, 3]

@@ -27,7 +27,7 @@ def shipped_spec(name: str, run_dir: Path, **changes: object) -> tuple[JobSpec, 
     from jobs.cli.resolve import resolve
 
     words = ["tp_fsdp", "--cluster", name, "--run-dir", str(run_dir)]
-    return resolve(parse(words)).spec.model_copy(update=changes), cluster
+    return resolve(parse(words)[1]).spec.model_copy(update=changes), cluster
 
 
 def pinned(text: str, run_dir: Path) -> str:
@@ -287,7 +287,7 @@ def test_true_and_false_are_flags_only_where_an_option_can_stand_alone(tmp_path:
     from jobs.cli.resolve import resolve
 
     added = [f"--sbatch={word}" for word in ("comment=true", "exclusive=true", "hold=false", "requeue=false")]
-    spec = resolve(parse(["tp_fsdp", "--cluster", "slurm", "--run-dir", str(tmp_path / "run"), *added])).spec
+    spec = resolve(parse(["tp_fsdp", "--cluster", "slurm", "--run-dir", str(tmp_path / "run"), *added])[1]).spec
     assert spec.sbatch == {"comment": "true", "exclusive": True, "hold": False, "requeue": False}
 
 
