@@ -2,6 +2,7 @@
 
 python submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200
 """
+# PYTHON_ARGCOMPLETE_OK (this file answers a shell that completes a line; see jobs/cli/completion.py)
 
 import os
 import signal

@@ -267,16 +267,24 @@ def find_cluster(name: str) -> Path:
         raise ClusterConfigError(
             f"--cluster {name}: no such file; give a YAML file, or the name of one in cluster_configs/"
         )
-    places = [Path.cwd() / "cluster_configs", shipped_configs()]
-    for place in places:
+    for place in _places():
         path = place / f"{name}.yaml"
         if path.is_file():
             return path.resolve()
-    known = sorted({path.stem for place in places if place.is_dir() for path in place.glob("*.yaml")})
+    known = known_clusters()
     raise ClusterConfigError(
         f"--cluster {name}: no such cluster{did_you_mean(name, known)}; known: {', '.join(known)}; "
         "use one of them, or give a path"
     )
+
+
+def _places() -> list[Path]:
+    return [Path.cwd() / "cluster_configs", shipped_configs()]
+
+
+def known_clusters() -> list[str]:
+    """The names that `--cluster NAME` takes here."""
+    return sorted({path.stem for place in _places() if place.is_dir() for path in place.glob("*.yaml")})
 
 
 def load_cluster(path: Path) -> ClusterConfig:

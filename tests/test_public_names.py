@@ -43,7 +43,7 @@ def test_the_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verbs_and_flags() -> None:
-    assert [verb.name for verb in commands.VERBS] == ["script", "list", "wait", "resume"]
+    assert [verb.name for verb in commands.VERBS] == ["script", "list", "wait", "resume", "completion"]
     assert [flag.name for flag in commands.flags()] == [
         *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--config", "--time", "--partition", "--account"),
         *("--qos", "--job-name", "--sbatch", "--max-restarts", "--spares", "--max-requeues", "--threads-per-rank"),

@@ -135,6 +135,13 @@ RUN = """\
 RUN is the path of a run directory, its name or a part of it that no other run has, a job ID, or `last`: the run that
 was started or resumed last, which is also meant where none is named.
 """
+COMPLETION = """\
+bash:  eval "$(python submit.py completion bash)"       in ~/.bashrc
+zsh:   eval "$(python submit.py completion zsh)"        in ~/.zshrc, after compinit
+fish:  python submit.py completion fish | source        in ~/.config/fish/config.fish
+
+It completes `meshrun ...` and `submit.py ...`; bash, also `python submit.py ...`.
+"""
 _NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
 SCRIPT = Verb(
@@ -171,6 +178,16 @@ VERBS = (
         "goes on with a run that has ended, from its newest checkpoint, also on another shape",
         (*(flag for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY), JSON),
         more=RUN,
+    ),
+    Verb(
+        "completion",
+        "jobs.cli.verbs.completion",
+        "bash|zsh|fish",
+        "prints what a shell runs to complete verbs, workloads, settings, runs and flags",
+        (JSON,),
+        least=1,
+        most=1,
+        more=COMPLETION,
     ),
 )
 RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "report", "compare", "doctor", "clean")

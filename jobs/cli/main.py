@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from jobs.cli import commands, interrupts, options
+from jobs.cli import commands, completion, interrupts, options
 from jobs.cli.console import Console
 from jobs.errors import (
     EXIT_DONE,
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0 success, 1 the job failed, 2 the user's mistake, 130 interrupted.
     """
+    if completion.is_asked(os.environ):
+        completion.offer()
     console = Console(as_json="--json" in options.split_at_script(argv).own)
     try:
         with interrupts.raised(), console.guard_stdout():

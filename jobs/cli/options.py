@@ -106,7 +106,7 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
     """A line: what is ours, and what belongs to a user's script."""
 
     own: list[str]
@@ -119,7 +119,8 @@ class _Split(NamedTuple):
     """A script that is given without `script` before it, with all that follows."""
 
 
-def _parser(verb: commands.Verb) -> argparse.ArgumentParser:
+def parser(verb: commands.Verb) -> argparse.ArgumentParser:
+    """The parser of one verb's line."""
     if verb is commands.LAUNCH:
         verbs = [verb, *commands.VERBS]
         usages = [commands.usage_of(one).removeprefix("submit.py ") for one in commands.VERBS]
@@ -129,7 +130,7 @@ def _parser(verb: commands.Verb) -> argparse.ArgumentParser:
         epilog = commands.EPILOG
     else:
         verbs, about, epilog = [verb], f"{verb.meaning[0].upper()}{verb.meaning[1:]}.", verb.more
-    parser = _Parser(
+    own = _Parser(
         prog=f"submit.py {verb.name}",
         usage="\n       ".join(map(commands.usage_of, verbs)),
         epilog=epilog,
@@ -137,7 +138,7 @@ def _parser(verb: commands.Verb) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    own.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     kinds: dict[str, dict[str, Any]] = {
         "once": {"action": _Once},
         "repeated": {"action": "append", "default": []},
@@ -146,8 +147,8 @@ def _parser(verb: commands.Verb) -> argparse.ArgumentParser:
     }
     for flag in verb.flags:
         value = {"metavar": flag.value} if flag.value else {}
-        parser.add_argument(*flag.spellings, help=flag.meaning, **{**kinds[flag.kind], **value})
-    return parser
+        own.add_argument(*flag.spellings, help=flag.meaning, **{**kinds[flag.kind], **value})
+    return own
 
 
 def parse(argv: Sequence[str]) -> tuple[commands.Verb, Options]:
@@ -169,7 +170,7 @@ def parse(argv: Sequence[str]) -> tuple[commands.Verb, Options]:
         verb = commands.choose(line.words)
     except CommandLineError as error:
         verb, mistake = commands.LAUNCH, error
-    given, unknown = _parser(verb).parse_known_intermixed_args(line.own)
+    given, unknown = parser(verb).parse_known_intermixed_args(line.own)
     # Before a misspelled verb comes a misspelled flag, whose value may have been taken for the verb.
     if unknown and not (mistake and commands.others_flag(unknown[0], verb)):
         raise CommandLineError(_refusal(unknown[0], verb))
@@ -203,7 +204,7 @@ def _refusal(word: str, verb: commands.Verb) -> str:
     return f"unknown flag {flag}{hint}; see {see}"
 
 
-def split_at_script(argv: Sequence[str]) -> _Split:
+def split_at_script(argv: Sequence[str]) -> Split:
     """Splits a line into what is ours and what belongs to a user's script."""
     takes_value = {spelling for flag in commands.flags() if flag.takes_value for spelling in flag.spellings}
     own: list[str] = []
@@ -212,9 +213,9 @@ def split_at_script(argv: Sequence[str]) -> _Split:
     while rest:
         word = rest.pop(0)
         if words == [SCRIPT] and (not word.startswith("-") or word == "-m"):
-            return _Split(own, words, [word, *rest], [])
+            return Split(own, words, [word, *rest], [])
         if not words and (word == "-m" or (word.endswith(".py") and os.path.isfile(word))):  # noqa: PTH113 (Path's raises)
-            return _Split(own, words, [], [word, *rest])
+            return Split(own, words, [], [word, *rest])
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             name = TORCHRUNS.get(name.replace("_", "-"), name)
@@ -224,4 +225,4 @@ def split_at_script(argv: Sequence[str]) -> _Split:
             words += [] if word.startswith("-") else [word]
         if name in takes_value and not equals and rest:
             own.append(rest.pop(0))
-    return _Split(own, words, [], [])
+    return Split(own, words, [], [])
