@@ -43,7 +43,7 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# In it: a line where Slurm is missing, and what is done about it.
+# In it: a line where Slurm or a browser is missing, and what is done about it.
 slurm: dev
 	@$(BIN)/python .ci/slurm_packages.py
 

@@ -1,9 +1,9 @@
-"""Installs the Slurm that tests start, where that can be done quietly: as root, with apt, and only what is missing.
+"""Installs the Slurm and the browser that tests start, where that can be done quietly: as root, with apt, if missing.
 
 usage: python .ci/slurm_packages.py
 
 Standard library only. It never uses sudo, starts no daemon, and never stops `make`: where it cannot install, it says so
-in a line, and the tests that need Slurm are skipped with the same advice (with CI set, they fail).
+in a line, and the tests that need them are skipped with the same advice (with CI set, they fail).
 """
 
 from __future__ import annotations
@@ -29,6 +29,28 @@ REFUSAL = "#!/bin/sh\n# Of `make test` of meshrun, while it installs packages wh
 
 
 def main() -> int:
+    slurm()
+    return browser()
+
+
+def browser() -> int:
+    """Sees to Chromium, in which a report's page is looked at."""
+    if shutil.which("chromium"):
+        return 0
+    line = ["install", "--no-install-recommends", "chromium"]
+    if sys.platform == "linux" and shutil.which("apt-get") and os.geteuid() == 0:
+        say(f"installing a browser for its test: apt-get {' '.join(line)}")
+        apt(["update"], DEADLINE_S)
+        apt(line, DEADLINE_S)
+    if shutil.which("chromium"):
+        return 0
+    return say(
+        f"no chromium here, so reports are not looked at in a browser (Debian: `apt-get {' '.join(line)}` as root)"
+    )
+
+
+def slurm() -> int:
+    """Sees to Slurm and its database."""
     missing = missing_programs(accounting=True)
     if not missing:
         return 0

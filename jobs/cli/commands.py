@@ -142,6 +142,7 @@ fish:  python submit.py completion fish | source        in ~/.config/fish/config
 
 It completes `meshrun ...` and `submit.py ...`; bash, also `python submit.py ...`.
 """
+_OUTPUT = Flag("--output", "FILE", "the page's file", letter="-o")
 _NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
 SCRIPT = Verb(
@@ -180,6 +181,24 @@ VERBS = (
         more=RUN,
     ),
     Verb(
+        "report",
+        "jobs.cli.verbs.report",
+        "[RUN]",
+        "writes one HTML page about a run: curves, times, memory, restarts, settings",
+        (_OUTPUT, JSON),
+        most=1,
+        more=RUN + "\nThe page is RUN/report.html unless --output names another file. It needs no network.\n",
+    ),
+    Verb(
+        "compare",
+        "jobs.cli.verbs.compare",
+        "RUN RUN ...",
+        "prints what differs between runs; with --output, also writes a page with their curves over each other",
+        (_OUTPUT, JSON),
+        least=2,
+        more=RUN,
+    ),
+    Verb(
         "completion",
         "jobs.cli.verbs.completion",
         "bash|zsh|fish",
@@ -190,7 +209,7 @@ VERBS = (
         more=COMPLETION,
     ),
 )
-RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "report", "compare", "doctor", "clean")
+RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "doctor", "clean")
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."

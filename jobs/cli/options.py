@@ -74,6 +74,8 @@ class Options:
     dry_run: bool = False
     wait: bool | None = None
     json: bool = False
+    # report, compare
+    output: str | None = None
 
     @property
     def run(self) -> str:

@@ -1,0 +1,79 @@
+"""`submit.py compare RUN RUN ...`: a table of what differs, and a page with the curves over each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.cli.console import Console
+from jobs.cli.options import Options
+from jobs.run_dir import write_text
+from jobs.runs import history
+from jobs.runs.find import find
+from jobs.runs.history import History
+
+WIDEST_CELL = 32
+
+
+def run(given: Options, console: Console) -> int:
+    """Prints the table, and writes the page with --output.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        CommandLineError: there is no such run.
+        OSError: the page cannot be written there.
+    """
+    histories = [history.read(find(name)) for name in given.words[1:]]
+    rows = differences(histories)
+    if given.output:
+        from jobs.runs import page  # late: plotly, which may not be installed
+
+        write_text(Path(given.output).expanduser(), page.comparison(histories, rows))
+    heads = ("", *(one.name for one in histories))
+    cells = [
+        [cell if len(cell) <= WIDEST_CELL else f"{cell[: WIDEST_CELL - 3]}..." for cell in row]
+        for row in [heads, *rows]
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        console.say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    if given.output:
+        console.say(str(given.output))
+    named = [{"name": name, "values": dict(zip(heads[1:], values, strict=True))} for name, *values in rows]
+    console.finish({"differs": named, "report": given.output, "exit_code": 0})
+    return 0
+
+
+def differences(histories: Sequence[History]) -> list[tuple[str, ...]]:
+    """Of each fact, setting and result in which the runs differ, its name and each run's value."""
+    groups = [
+        [{"state": one.status, "restarts": len(one.restarts), **_shape(one)} for one in histories],
+        [one.settings for one in histories],
+        [
+            {name: value for name, value in one.result.items() if not isinstance(value, (dict, list))}
+            for one in histories
+        ],
+    ]
+    rows = []
+    for group in groups:
+        for name in dict.fromkeys(name for values in group for name in values):
+            values = [_text(one[name]) if name in one else "" for one in group]
+            if len(set(values)) > 1:
+                rows.append((name, *values))
+    return rows
+
+
+def _shape(one: History) -> dict[str, Any]:
+    resources = one.job.get("resources") or {}
+    shape = f"{resources.get('nodes')} x {resources.get('gpus_per_node')}"
+    return {"workload": one.job.get("workload"), "hosts x ranks": shape}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value, default=str)
