@@ -216,7 +216,10 @@ class _Agent:
         for index in range(self._ranks_here):
             env = rank_env(first + index, hosts, per_node, self.info, met.address, met.port, self.spec.max_restarts)
             self.ranks.start({**env, **self.board.variables(index)}, cpus[index] if cpus else None, self.can_fork)
-        log.info("ranks started: %d, after %.2f s", len(self.ranks.all), time.time() - self.started)
+        count, took_s = len(self.ranks.all), time.time() - self.started
+        log.info(
+            "ranks started: %d (%d to %d on %s), after %.2f s", count, first, first + count - 1, self.info.host, took_s
+        )
 
     def _end_attempt(self) -> None:
         """Ends this host's ranks, to start others; whatever is known of them is forgotten."""

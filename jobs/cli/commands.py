@@ -181,6 +181,23 @@ VERBS = (
         more=RUN,
     ),
     Verb(
+        "logs",
+        "jobs.cli.verbs.logs",
+        "[RUN]",
+        "prints what rank 0 of a run has printed, or another rank, or all of them",
+        (
+            Flag("--rank", "R", "another rank's log (default: 0)"),
+            Flag("--all", "", "the logs of all ranks, merged by time; rank and host stand before each line", "switch"),
+            Flag("--errors", "", "of all logs, only warnings, errors and tracebacks", "switch"),
+            Flag("--lines", "N", "only the last N lines (default: all)", letter="-n"),
+            Flag("--follow", "", "goes on until the run ends, also across restarts", "switch", letter="-f"),
+            Flag("--attempt", "N", "of an earlier attempt (default: the newest)"),
+            JSON,
+        ),
+        most=1,
+        more=RUN,
+    ),
+    Verb(
         "report",
         "jobs.cli.verbs.report",
         "[RUN]",
@@ -209,7 +226,7 @@ VERBS = (
         more=COMPLETION,
     ),
 )
-RESERVED = ("plan", "status", "logs", "explain", "cancel", "resubmit", "doctor", "clean")
+RESERVED = ("plan", "status", "explain", "cancel", "resubmit", "doctor", "clean")
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."

@@ -74,6 +74,13 @@ class Options:
     dry_run: bool = False
     wait: bool | None = None
     json: bool = False
+    # logs
+    follow: bool = False
+    lines: str | None = None
+    rank: str | None = None
+    all: bool = False
+    errors: bool = False
+    attempt: str | None = None
     # report, compare
     output: str | None = None
 

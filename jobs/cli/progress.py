@@ -18,6 +18,7 @@ from jobs.cli.console import Console
 from jobs.errors import printable
 from jobs.excluded import REQUEUED_WITH
 from jobs.run_dir import RunDirectory, read_json
+from jobs.runs.logs import plain
 from jobs.runs.tail import Tail
 from workloads.training import checkpoint_files
 
@@ -110,7 +111,7 @@ class Display:
             if _SRUN_WAITS.search(line):
                 self.say(line)
         log_lines = (line for line in self.log.lines(ended, self.late) if not _NOISE.search(line))
-        lines = map(_plain, self._until_rank_0_ends(log_lines, ended))
+        lines = map(plain, self._until_rank_0_ends(log_lines, ended))
         for line in deque(lines, LINES_BEFORE) if self.late else lines:
             if line != self.state_shown:
                 self.say(line)
@@ -178,7 +179,7 @@ class Display:
         """Shows the state of a line that is rewritten, as a user's own progress bar, every PLAIN_LINE_EVERY_S."""
         state = self.log.newest_state()
         if state is not None and not self.rank_0_ended:
-            self.state = _plain(state)
+            self.state = plain(state)
         if self.state and self.state != self.state_shown:
             now = time.monotonic()
             if now - self.state_at >= PLAIN_LINE_EVERY_S:
@@ -298,15 +299,6 @@ def _of_another_run(run_dir: RunDirectory) -> Path | None:
     resume = settings.get("resume") if isinstance(settings, dict) else None
     found = checkpoint_files.at_path(Path(resume)) if isinstance(resume, str) else []
     return found[0] / checkpoint_files.METRICS if found else None
-
-
-_STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-"""A terminal's control sequence, such as a color."""
-
-
-def _plain(line: str) -> str:
-    """A line without colors and without the text that carriage returns overwrote."""
-    return _STYLE.sub("", line).rstrip("\r").rpartition("\r")[2]
 
 
 _TRACEBACK = re.compile(

@@ -39,7 +39,7 @@ def test_a_rank_that_is_killed_costs_an_attempt_and_not_the_allocation(resumable
     assert slurm.job_state(job) == "COMPLETED"
     assert " Restarts=0 " in slurm.run("scontrol", "show", "job", job)
     for host in (0, 1):
-        assert "ranks started: 2, " in (line.run_dir / f"attempt-1/agent-{host}.log").read_text()
+        assert "ranks started: 2 (" in (line.run_dir / f"attempt-1/agent-{host}.log").read_text()
 
 
 def test_of_a_job_that_fails_again_the_last_attempt_is_told(resumable: Submit, slurm: Cluster) -> None:

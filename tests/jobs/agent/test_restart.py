@@ -76,7 +76,7 @@ def test_a_rank_that_fails_once_costs_an_attempt(what: str, says: str, resumable
     assert steps in ([3, 4, 5, 6], [4, 5, 6])
     for rank in range(4):
         assert (line.run_dir / f"attempt-1/rank-{rank}.log").exists()
-    assert "ranks started: 4, " in (line.run_dir / "attempt-1/agent-0.log").read_text()
+    assert "ranks started: 4 (0 to 3 on host0), " in (line.run_dir / "attempt-1/agent-0.log").read_text()
 
 
 @pytest.mark.dist
