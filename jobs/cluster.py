@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator
 
 from jobs.errors import ClusterConfigError
@@ -184,10 +185,7 @@ class ClusterConfig(StrictModel):
                 raise ValueError(f"for {name}: {mistake}")
             if text is None or isinstance(text, (bool, list, dict)):
                 raise ValueError(f"the value of {name} is not text; put it in quotes")
-        # `NCCL_DEBUG_LEVEL: 1` is a number in YAML; every environment variable is text.
-        return {
-            str(k): str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
-        }
+        return {str(name): str(text) if isinstance(text, (int, float)) else text for name, text in value.items()}
 
 
 def name_mistake(name: str) -> str | None:
@@ -294,8 +292,23 @@ def load_cluster(path: Path) -> ClusterConfig:
         ClusterConfigError: the file is invalid; the message names file and line.
     """
     document = read_yaml(path, ClusterConfigError)
+    _keep_as_written(document.data, path)
     config, _ = build(ClusterConfig, document, error=ClusterConfigError, what="key")
     return config
+
+
+def _keep_as_written(data: dict[str, Any], path: Path) -> None:
+    """Numbers under `env` and `sbatch` become the text that the file has: 1.10 and 010 are a version and a code."""
+    written = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # makes text alone
+    for group in ("env", "sbatch"):
+        if isinstance(data.get(group), dict) and isinstance(written.get(group), dict):
+            texts = {str(name): text for name, text in written[group].items()}
+            data[group] = {
+                name: texts.get(str(name), value)
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+                else value
+                for name, value in data[group].items()
+            }
 
 
 def choose_executor(flag: str | None, cluster: str | None) -> tuple[ExecutorName, Path, ClusterConfig, str]:

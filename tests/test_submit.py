@@ -112,7 +112,6 @@ BAD = [
     Bad(["mnist"], ["'mnist': no such workload", "did you mean 'fsdp_mnist'?"]),
     Bad(["steps=2", "tp_fsdp"], ["'steps=...' comes before any workload"]),
     Bad(["plan", "tp_fsdp"], ["'plan' is reserved", "see submit.py --help"]),
-    Bad(["resume"], ["resume takes one argument and got none; write submit.py resume RUN"]),
     Bad(["list", "tp_fspd"], ["'tp_fspd': no such workload", "did you mean 'tp_fsdp'?"]),
     Bad(["list", "tp_fsdp", "more"], ["list takes at most one argument and got 2; write submit.py list [WORKLOAD]"]),
     Bad(["tp_fsdp", "--node", "2"], ["unknown flag --node", "did you mean '--nodes'?"]),
@@ -479,7 +478,7 @@ def test_with_json_help_and_a_crash_are_one_object_too(
     out, err = capsys.readouterr()
     assert json.loads(out) == {"status": "help", "exit_code": 0}
     assert "--nodes" in err
-    monkeypatch.setattr("jobs.cli.main._dispatch", lambda given, console: {}["a\nbug"])
+    monkeypatch.setattr("jobs.cli.main._dispatch", lambda verb, given, console: {}["a\nbug"])
     assert main(["tp_fsdp", "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out) == {"status": "crashed", "exit_code": 1, "error": "KeyError: 'a\\nbug'"}

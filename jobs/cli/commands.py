@@ -226,6 +226,10 @@ VERBS = (
         more=COMPLETION,
     ),
 )
+HARDLY_A_SCRIPTS = (
+    *("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait"),
+)
+"""Flags that are taken for ours, or warned about, where they come after a script."""
 RESERVED = ("plan", "status", "explain", "cancel", "resubmit", "doctor", "clean")
 """Names of future verbs, which no workload may have."""
 
@@ -252,9 +256,9 @@ def usage_of(verb: Verb) -> str:
     return f"submit.py {verb.name} {verb.usage}".rstrip()
 
 
-def script_line(words: Sequence[str]) -> str:
-    """The line that runs a script, without flags of ours."""
-    return f"`submit.py [flags] script {shlex.join(words)}`"
+def script_line(words: Sequence[str], flags: Sequence[str] = ()) -> str:
+    """The line that runs a script."""
+    return f"`submit.py {shlex.join(flags) or '[flags]'} script {shlex.join(words)}`"
 
 
 def choose(words: Sequence[str]) -> Verb:

@@ -172,7 +172,7 @@ def parse(argv: Sequence[str]) -> tuple[commands.Verb, Options]:
     if line.misplaced:
         first, *_ = line.misplaced
         hint = "" if first == "-m" else f"; if it has a WorkloadEntry: {first.removesuffix('.py')}:ENTRY"
-        write = commands.script_line(line.misplaced)
+        write = _with_the_flags_first(line.misplaced)
         raise CommandLineError(f"{first}: to run a script of your own, write {write}{hint}")
     mistake = None
     try:
@@ -187,6 +187,24 @@ def parse(argv: Sequence[str]) -> tuple[commands.Verb, Options]:
         raise mistake
     commands.check_count(verb, given.words)
     return verb, Options(**vars(given), script=line.script)
+
+
+def _with_the_flags_first(words: Sequence[str]) -> str:
+    """What to type instead of `train.py ... --nodes 2`."""
+    flags: list[str] = []
+    own: list[str] = []
+    takes_value = {flag.name for flag in commands.LAUNCH.flags if flag.takes_value}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name = word.partition("=")[0]
+        if name not in commands.HARDLY_A_SCRIPTS:
+            own.append(word)
+            continue
+        flags.append(word)
+        if name in takes_value and "=" not in word and rest:
+            flags.append(rest.pop(0))
+    return commands.script_line(own, flags)
 
 
 def _refusal(word: str, verb: commands.Verb) -> str:

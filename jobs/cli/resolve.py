@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from jobs import machine, settings
-from jobs.cli import fit
+from jobs.cli import commands, fit
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, RunDirectoryError
@@ -39,8 +39,6 @@ from workloads.errors import did_you_mean, first_few
 from workloads.script import config as script_config
 from workloads.training.checkpoint_config import ResumableConfig
 
-OURS = ("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait")
-"""Flags that are warned about where a script gets them: they are hardly ever its own."""
 EXECUTORS = ("auto", "slurm", "local", "debug")
 
 
@@ -143,7 +141,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         announcements.append(f"profile: {profile}")
     announcements += notices
     if isinstance(config, script_config.ScriptConfig):
-        taken = [word for word in config.args if word.partition("=")[0] in OURS]
+        taken = [word for word in config.args if word.partition("=")[0] in commands.HARDLY_A_SCRIPTS]
         if taken:
             announcements.append(
                 f"warning: {first_few(taken)} is the script's, because it comes after it; meshrun's flags come before"

@@ -120,12 +120,20 @@ env:
   LEVEL: 1
   SWITCH: yes
   TIME: 12:30
+  CODE: 010
+  VERSION: 1.10
+  MASK: 0x1F
+  LARGE: 1e5
+sbatch:
+  comment: 1.50
 interface: ib0
 rendezvous_timeout_s: 1e2
 """
     config = load_cluster(write(tmp_path / "site.yaml", text))
     assert (config.nodes, config.gpus_per_node, config.time, config.mem_gb_per_gpu) == (2, 8, "12:30:00", 62.5)
-    assert config.env == {"NCCL_DEBUG": "WARN", "LEVEL": "1", "SWITCH": "yes", "TIME": "12:30"}
+    numbers = {"CODE": "010", "VERSION": "1.10", "MASK": "0x1F", "LARGE": "1e5"}
+    assert config.env == {"NCCL_DEBUG": "WARN", "LEVEL": "1", "SWITCH": "yes", "TIME": "12:30", **numbers}
+    assert config.sbatch == {"comment": "1.50"}
     assert config.setup == ["module load cuda"]
     assert config.rendezvous_timeout_s == 100.0
 

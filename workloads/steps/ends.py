@@ -201,10 +201,13 @@ class StepEnds:
 
     def _names_differ(self, step: _Step, first: float) -> Exception:
         odd = [rank for rank, row in self._rows(step).items() if row[0] != first]
-        return WorkloadError(
+        error = WorkloadError(
             f"end_step: ranks {odd[:8]} name other metrics than rank 0; the names made by mean(), total() and "
             f"largest() must be the same on every rank, in the same order (rank {self.rank}: {', '.join(step.reduced)})"
         )
+        # The odd one is the cause, whether that is rank 0 or those that differ from it.
+        first_odd = next(iter(odd), 0)
+        return spoken_for(error, 0 if len(odd) == len(self.hosts) - 1 > 1 else first_odd, self.rank)
 
     def _not_finite(self, step: _Step, name: str, column: int) -> Exception:
         bad = {rank: row[column] for rank, row in self._rows(step).items() if not math.isfinite(row[column])}

@@ -269,6 +269,7 @@ def test_ranks_that_name_other_metrics_are_told(typed: Submit) -> None:
     code, _, err = typed("mine:ENTRY", *TWO, "does=other metrics").finish()
     assert code == 1
     assert "end_step: ranks [1] name other metrics than rank 0" in err
+    assert "the job failed: rank 1 on host0: " in err
     assert "SIGABRT" not in err
 
 

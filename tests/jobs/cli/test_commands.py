@@ -46,11 +46,15 @@ def test_a_row_and_a_file_are_a_verb(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert capsys.readouterr().err.startswith(f"meshrun: error: {refusal}")
 
 
-def test_help_shows_every_verb_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_verb_and_each_verbs_own_help_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for words in (*(verb.meaning for verb in commands.VERBS), *(flag.name for flag in commands.flags())):
+    for words in (*(verb.meaning for verb in commands.VERBS), *(flag.name for flag in commands.LAUNCH.flags)):
         assert words in shown
+    for verb in commands.VERBS:
+        assert main([verb.name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(spelling in shown for flag in verb.flags for spelling in flag.spellings)
 
 
 def test_each_verb_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
