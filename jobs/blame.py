@@ -34,6 +34,8 @@ LONGEST_TRACEBACK, LONGEST_PART = 40_000, 8_000
 frames."""
 
 OUT_OF_TOUCH = "out of touch for "
+UNDECIDED = "no rank has ended a step"
+"""Begins the message about a hang of which no rank is known to be the cause."""
 
 
 def silence(seconds: float, hears_others: bool) -> str:
@@ -99,6 +101,8 @@ class Failure:
         """One line for the user: who, on which host, what, at which line, and the log."""
         agent = "the agents" if self.is_between_hosts else "the leader" if self.rank == 0 else "the agent"
         who = agent if self.kind == "agent" else f"rank {self.rank}"
+        if self.message.startswith(UNDECIDED):  # its rank is any
+            return self.message
         line = self.place.partition(",")[0]
         place = f" ({self.place})" if line and not re.search(rf"{re.escape(line)}\b", self.message) else ""
         return f"{who} on {self.host}: {self.message}{place}" + (f" (log: {self.log})" if self.log else "")

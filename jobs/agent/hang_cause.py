@@ -97,7 +97,7 @@ def root_cause(shown: Mapping[int, Shown], waited_s: float, when: float) -> Fail
     rank = _cause(shown, failures)
     if rank is None:
         places = _count([one.where() for one in shown.values()])
-        return _with(failures[min(shown)], f"{UNDECIDED} for {waited_s:.0f} s: {places}")
+        return _with(failures[min(shown)], f"{blame.UNDECIDED} for {waited_s:.0f} s: {places}")
     one = shown[rank]
     place = _place(one.frames)
     at = f" ({place})" if place else ""
@@ -119,7 +119,7 @@ def root_cause(shown: Mapping[int, Shown], waited_s: float, when: float) -> Fail
 
 def standstill(cause: Failure, stood_s: float, is_script: bool) -> str:
     """One line about a job that stands still: `no step for 60 s: rank 2 on node1 has been in data (data.py:88) ...`."""
-    if cause.message.startswith(UNDECIDED):
+    if cause.message.startswith(blame.UNDECIDED):
         return cause.message
     what = "no movement" if is_script else "no step"
     return f"{what} for {stood_s:.0f} s: rank {cause.rank} on {cause.host} {cause.message}"
@@ -158,7 +158,6 @@ def _cause(shown: Mapping[int, Shown], failures: Mapping[int, Failure]) -> int |
     return min(odd) if odd and rest else None
 
 
-UNDECIDED = "no rank has ended a step"
 _PLURALS = {"waits": "wait", "is": "are", "does": "do", "has": "have"}
 
 

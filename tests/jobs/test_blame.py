@@ -396,3 +396,8 @@ def test_a_rank_that_nccls_watchdog_aborts_has_lost_a_peer(end_of_log: str, kind
     assert (record.kind, record.own) == (kind, kind == "killed")
     assert record.message.startswith(words)
     assert failure_of_exit(-signal.SIGSEGV, 7, "host0", 5, "/log", end_of_log).own
+
+
+def test_a_hang_of_unknown_cause_names_no_rank() -> None:
+    message = "no rank has ended a step for 96 s: 4 ranks are in training (train.py:66, run)"
+    assert Failure(0, "host0", 1.0, "hang", message, log="/run/rank-0.log").headline() == message
