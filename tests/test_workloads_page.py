@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,20 @@ def test_the_example_learns_and_a_resumed_run_is_the_undisturbed_one(example: Pa
         return [(row["step"], row.get("loss"), row.get("heldout_loss")) for row in of]
 
     assert curve(rows(example / "rest")) == curve(whole)
+
+
+@pytest.mark.dist
+def test_resume_makes_data_anew_that_was_removed_and_no_other(example: Path) -> None:
+    assert submit(example, "--run-dir", "run", "steps=2", "checkpoint.every_steps=2").returncode == 0
+    line = [sys.executable, str(ROOT / "submit.py"), "resume", "run"]
+    shutil.rmtree(example / "data" / "prepared")
+    done = subprocess.run([*line, "steps=3"], cwd=example, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert "prepared anew, as " in done.stdout
+    shutil.rmtree(example / "data" / "prepared")
+    (example / "input.txt").write_text("something else " * 100)
+    done = subprocess.run([*line, "steps=4"], cwd=example, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 2
+    assert "is gone, and what it was made from has changed" in done.stderr
+    assert (example / "run" / "data").is_symlink()
+    assert json.loads((example / "run" / "result.json").read_text())["status"] == "done"

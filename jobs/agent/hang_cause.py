@@ -73,6 +73,11 @@ class Shown:
     def waits(self) -> str:
         return "" if self.has_returned else waits_in(self.frames)
 
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether autograd runs, in which DistributedDataParallel waits for other ranks without a frame of Python's."""
+        return bool(self.frames) and self.frames[-1].function == "_engine_run_backward"
+
     def where(self) -> str:
         """`waits in all_reduce (train.py:112)` or `is in data (data.py:88, read)`."""
         place = _place(self.frames)

@@ -204,7 +204,10 @@ class Watch:
         at_work = {rank for rank, one in shown.items() if not one.has_returned}
         if not at_work or any(self._at[rank][1] in _NEVER_EARLY for rank in at_work):
             return False
-        if any(shown[rank].waits in ("", "wait") or rank not in unmoved for rank in at_work):
+        if not at_work <= unmoved:
+            return False
+        # A rank in its backward pass waits, too, if it does not compute.
+        if any(shown[rank].waits in ("", "wait") and not shown[rank].is_in_backward for rank in at_work):
             return False
         if any(shown[rank].woken is None for rank in at_work):
             return False

@@ -38,6 +38,9 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
     if spec.max_restarts:
         spares = f"; spare hosts: {spec.resources.spares}" if spec.resources.spares else ""
         console.say(f"restarts in place after a failure: at most {spec.max_restarts}{spares}\n")
+    step = "adapts to the measured steps" if spec.watchdog_timeout_s is None else f"{spec.watchdog_timeout_s:g} s"
+    limits = f"rendezvous {spec.rendezvous_timeout_s:g} s, a collective {spec.collective_timeout_s:g} s, a step: {step}"
+    console.say(f"time-outs: {limits}\n")
     if spec.executor != "slurm":  # otherwise both are in the script
         console.say("environment variables of every rank:")
         console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(submission.env.items()))) + "\n")

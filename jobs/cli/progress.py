@@ -88,6 +88,8 @@ class Display:
         self.beside: list[str] = []
         self.logged: dict[frozenset[str], float] = {}
         self.rank_0_ended = False
+        self.culprit = ""
+        """The rank that the others wait for, as the agent has said since the last step."""
         self.held: list[str] = []
         """The lines from a traceback on, which may be that of rank 0's failure."""
         self.held_since = 0.0
@@ -107,6 +109,8 @@ class Display:
         for line in self.launcher.lines(ended, self.late):
             if "[agent] WARNING: " in line:
                 self.say(line)
+                if match := _CULPRIT.search(line):
+                    self.culprit = f"{match[1]} in {match[2]} ({match[3]})"
         for line in self.srun.lines(ended, self.late):
             if _SRUN_WAITS.search(line):
                 self.say(line)
@@ -207,7 +211,7 @@ class Display:
                 self.logged[kind] = now
                 self.say(self._line(metrics, ()))
             return
-        self.step, self.moved = step, now
+        self.step, self.moved, self.culprit = step, now, ""
         if isinstance(seconds, float) and math.isfinite(seconds):
             self.pace.append(seconds)
         self.beside = _watched(metrics, self.shown)
@@ -235,8 +239,8 @@ class Display:
         assert self.step is not None
         left = self.total_steps - self.step if self.total_steps else 0
         still_s = time.monotonic() - self.moved
-        if still_s >= STANDS_STILL_S and self.step != self.total_steps:
-            return [f"no step for {still_s:.0f} s"]
+        if (still_s >= STANDS_STILL_S or self.culprit) and self.step != self.total_steps:
+            return [f"no step for {still_s:.0f} s" + (f": {self.culprit}" if self.culprit else "")]
         if not self.pace:
             return []
         each_s = sum(self.pace) / len(self.pace)
@@ -304,6 +308,7 @@ def _of_another_run(run_dir: RunDirectory) -> Path | None:
 _TRACEBACK = re.compile(
     r"(\[rank\d+\]: ?)?Traceback \(most recent call last\):|terminate called after |Fatal Python error: "
 )
+_CULPRIT = re.compile(r"no step for \d+ s: (rank \d+ on \S+) has (?:been|waited) in (\S+) \(([^,)]+)")
 _NOISE = re.compile(r"\[c10d\] The hostname of the client socket cannot be retrieved")
 """A harmless warning in rank 0's log: torch could not find a host's name for a message and uses the address."""
 _SRUN_WAITS = re.compile(r"\bretrying\b|\bwarning\b", re.IGNORECASE)

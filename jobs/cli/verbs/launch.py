@@ -48,7 +48,7 @@ def run(given: Options, console: Console) -> int:
         run_dir.describe(spec)
         if fault := run_dir.fault():
             raise RunDirectoryError(f"{fault}; make room there, or give another --run-dir")
-        prepared = None if plan is None else _prepare(resolved, plan, console)
+        prepared = None if plan is None else prepare(resolved, plan, console)
     if prepared is not None:
         resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
         console.facts["prepared"] = prepared
@@ -107,7 +107,7 @@ def start(resolved: Resolved, run_dir: RunDirectory, undo: Undo, console: Consol
     return owned.run(spec, resolved.cluster, console)
 
 
-def _prepare(resolved: Resolved, plan: str, console: Console) -> str | None:
+def prepare(resolved: Resolved, plan: str, console: Console) -> str | None:
     """Lets the workload prepare its data in a process of its own.
 
     Returns:

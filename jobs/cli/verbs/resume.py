@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jobs.cli import preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.cli.resolve import resolve
+from jobs.cli.resolve import Resolved, resolve
 from jobs.cli.verbs import launch
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.excluded import excluded, option
@@ -77,7 +79,35 @@ def run(given: Options, console: Console) -> int:
 
     with undo(BaseException):
         run_dir.describe(resolved.spec)
+        if run_dir.data.is_symlink() and not run_dir.data.exists():
+            line = _make_data_anew(resolved, run_dir, console)
+            resolved = replace(resolved, announcements=(*resolved.announcements, line))
     return launch.start(resolved, run_dir, undo, console, given.wait)
+
+
+def _make_data_anew(resolved: Resolved, run_dir: RunDirectory, console: Console) -> str:
+    """Prepares the data again, whose shared folder was removed; a line about it.
+
+    Raises:
+        RunDirectoryError: it would not be the data that the run was trained on.
+    """
+    before = run_dir.data.readlink()
+    run_dir.data.unlink()
+    try:
+        line = launch.prepare(resolved, preparation.plan(resolved.entry, resolved.config) or "", console)
+        if run_dir.data.is_symlink() and run_dir.data.readlink() == before:
+            return f"prepared anew, as {before.parent} was removed: {line}"
+    except BaseException:
+        run_dir.data.symlink_to(before)
+        raise
+    if run_dir.data.is_dir() and not run_dir.data.is_symlink():
+        shutil.rmtree(run_dir.data)
+    run_dir.data.unlink(missing_ok=True)
+    run_dir.data.symlink_to(before)
+    raise RunDirectoryError(
+        f"{run_dir.path}: its prepared data in {before} is gone, and what it was made from has changed; put that back, "
+        "or start a new run"
+    )
 
 
 def _described(run_dir: RunDirectory) -> JobSpec:

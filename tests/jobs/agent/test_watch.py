@@ -224,6 +224,24 @@ def test_a_deadlock_is_found_within_a_minute() -> None:
     assert deadlock(Job(4)) == SAY_S
 
 
+BACKWARD = stack(
+    ("/site-packages/torch/autograd/graph.py", 865, "_engine_run_backward"),
+    ("/site-packages/torch/_tensor.py", 630, "backward"),
+    ("/u/train.py", 90, "run"),
+)
+
+
+def test_a_rank_that_waits_in_its_backward_pass_is_in_a_deadlock_unless_it_computes() -> None:
+    idle = {2: shown(2, BACKWARD, woken=7)}
+    assert deadlock(Job(4), lambda s: idle) == SAY_S
+    assert deadlock(Job(4), lambda s: {2: shown(2, BACKWARD, woken=7, cpu_s=0.06 * s)}) is None
+    assert deadlock(Job(4), lambda s: {2: shown(2, BACKWARD, woken=s)}) is None
+    counts = {"woken": 7, "cpu_s": 0.0}
+    cause = root_cause({n: shown(n, BACKWARD if n == 2 else WAITS, **counts) for n in range(4)}, 46.0, 0.0)
+    assert cause.rank == 2
+    assert "has been in training (train.py:90, run)" in cause.message
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -32,6 +32,7 @@ def on_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
     steps: Sequence[object] = STEPS,
     total: int | None = 9,
+    warning: str = "",
 ) -> list[str]:
     """What a terminal of this width shows in turn: the bar after each step, lines, and the bar two minutes later."""
     monkeypatch.setenv("TERM", "xterm")
@@ -48,6 +49,7 @@ def on_a_terminal(
             with run.attempt(0).metrics.open("a") as file:
                 file.write(json.dumps(step) + "\n")
             display.update()
+        run.attempt(0).agent_log().write_text(warning)
         display.moved -= 120.0
         display.update()
         display.close()
@@ -105,6 +107,14 @@ def test_lines_have_the_metrics_that_are_named_or_all_that_fit(
         Display(run, Console(as_json=False)).update(ended=True)
     all_that_fit = "step 1  " + "  ".join(f"metric_{number} {number}.5" for number in range(8))
     assert capsys.readouterr().out.splitlines() == [all_that_fit, "step 1  metric_7 7.5  metric_3 3.5", all_that_fit]
+
+
+def test_the_bar_names_the_rank_that_the_others_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = "no step for 46 s: rank 2 on node1 has been in data (train.py:88, read) for 46 s; 3 ranks wait in reduce"
+    warning = f"10:00:00 [agent] WARNING: {says}\n"
+    shown = on_a_terminal(80, tmp_path, monkeypatch, STEPS[:1], warning=warning)
+    assert shown[-1] == "step 1/9 [#.........]  no step for 120 s: rank 2 on node1 in data (train.py:88)"
+    assert warning.strip() in shown
 
 
 def test_the_last_traceback_is_rank_0s_failure_unless_it_goes_on(
