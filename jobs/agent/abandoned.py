@@ -69,7 +69,7 @@ def _requeue(host: str, job_id: str, restarts: int, env: Mapping[str, str]) -> N
     state = query.ask_scontrol(job_id, env) if problem else None
     if isinstance(state, JobState) and state.state == "RUNNING" and state.restarts in (None, restarts):
         log.error("the job is cancelled, since it cannot be requeued: %s", problem)
-        query.cancel(job_id, env)
+        query.cancel([job_id], env)
 
 
 def _answers(address: tuple[str, int]) -> bool:

@@ -135,6 +135,25 @@ RUN = """\
 RUN is the path of a run directory, its name or a part of it that no other run has, a job ID, or `last`: the run that
 was started or resumed last, which is also meant where none is named.
 """
+RUNS = """\
+RUN is the path of a run directory, its name or a part of it that no other run
+has, a job ID, or `last`: the run that was started or resumed last.
+"""
+STATES = """\
+STATE is a word of Slurm's, for local runs, too: PENDING, RUNNING, COMPLETING or
+others while a run has not ended, then COMPLETED (the work is done), STOPPED (it
+was asked to stop and could save), CANCELLED (also by Ctrl-C), FAILED, TIMEOUT,
+PREEMPTED, NODE_FAIL, OUT_OF_MEMORY, or UNKNOWN if nothing tells. SHAPE is hosts
+x GPUs per host, LEFT the time for the steps that are left.
+
+"""
+CLEAN = """\
+It first shows what would go and how much space that frees, and then asks. It
+never removes a run that may be alive, whose state is unknown or that a run which
+may be alive refers to, never what is not a run directory, and follows no links.
+
+"""
+YES = Flag("--yes", "", "do not ask", "switch")
 COMPLETION = """\
 bash:  eval "$(python submit.py completion bash)"       in ~/.bashrc
 zsh:   eval "$(python submit.py completion zsh)"        in ~/.zshrc, after compinit
@@ -181,6 +200,18 @@ VERBS = (
         more=RUN,
     ),
     Verb(
+        "status",
+        "jobs.cli.verbs.status",
+        "[RUN ...]",
+        "shows the newest runs, or some of them: state, progress, time left, loss; one RUN in detail",
+        (
+            Flag("--limit", "N", "show the newest N runs (default: 20)", letter="-n"),
+            Flag("--watch", "", "show it again every few seconds, until Ctrl-C, which leaves the runs alone", "switch"),
+            JSON,
+        ),
+        more=STATES + RUNS,
+    ),
+    Verb(
         "logs",
         "jobs.cli.verbs.logs",
         "[RUN]",
@@ -196,6 +227,37 @@ VERBS = (
         ),
         most=1,
         more=RUN,
+    ),
+    Verb(
+        "cancel",
+        "jobs.cli.verbs.cancel",
+        "RUN [RUN ...]  (or --all)",
+        "ends runs; their ranks may end their step and save first, so that `resume` can go on",
+        (
+            Flag("--all", "", "all of your runs that are listed here and have not ended; asks first", "switch"),
+            YES,
+            JSON,
+        ),
+        more=RUNS,
+    ),
+    Verb(
+        "clean",
+        "jobs.cli.verbs.clean",
+        "[options] [RUN ...]",
+        "removes the directories of runs that have ended and that all of the given conditions hold for; asks first",
+        (
+            Flag("--older-than", "AGE", "runs in which nothing has happened for 12h, 30d or 8w"),
+            Flag("--larger-than", "SIZE", "runs that take up more than 500M, 10G or 1T"),
+            Flag(
+                "--state",
+                "STATE[,STATE]",
+                "runs that have ended so, such as completed, stopped, cancelled or failed (failed: also those that "
+                "Slurm ended, such as TIMEOUT)",
+            ),
+            YES,
+            JSON,
+        ),
+        more=CLEAN + RUNS,
     ),
     Verb(
         "report",
@@ -230,7 +292,7 @@ HARDLY_A_SCRIPTS = (
     *("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait"),
 )
 """Flags that are taken for ours, or warned about, where they come after a script."""
-RESERVED = ("plan", "status", "explain", "cancel", "resubmit", "doctor", "clean")
+RESERVED = ("plan", "explain", "resubmit", "doctor")
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."

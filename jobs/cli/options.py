@@ -74,11 +74,20 @@ class Options:
     dry_run: bool = False
     wait: bool | None = None
     json: bool = False
+    # status
+    limit: str | None = None
+    watch: bool = False
+    # cancel, clean
+    yes: bool = False
+    older_than: str | None = None
+    larger_than: str | None = None
+    state: str | None = None
+    # cancel, logs
+    all: bool = False
     # logs
     follow: bool = False
     lines: str | None = None
     rank: str | None = None
-    all: bool = False
     errors: bool = False
     attempt: str | None = None
     # report, compare

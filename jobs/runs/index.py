@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from jobs.run_dir import RunDirectory
+from jobs.run_dir import RunDirectory, write_text
 
 
 def state_home() -> Path:
@@ -54,3 +54,21 @@ def runs() -> list[RunDirectory]:
             started[name] = RunDirectory(Path(name)).job.stat().st_mtime_ns
     add(Path(name) for name in here if name in started and name not in set(listed))
     return [RunDirectory(Path(name)) for name in sorted(started, key=lambda name: (-started[name], name))]
+
+
+def is_mine(run: RunDirectory) -> bool:
+    """Whether a run belongs to this user; ./runs may be a folder that several share."""
+    try:
+        return run.job.stat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def forget(runs: Iterable[Path]) -> None:
+    """Takes runs off the list; does nothing where the file cannot be written."""
+    gone = {str(run) for run in runs}
+    with contextlib.suppress(OSError, RuntimeError, UnicodeError):
+        listed = path().read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in listed if line.rstrip("\n") not in gone]
+        if kept != listed:
+            write_text(path(), "".join(kept))

@@ -109,7 +109,7 @@ class SlurmJob:
             self._kind, self._since, self._interval = kind, time.monotonic(), ASK_EVERY_S[0]
             self._say_at = self._since + SILENT_S[1]
         line = line_of(self.job_id, answer)
-        start = _time_of(answer.start) if isinstance(answer, JobState) else None
+        start = answer.expected_start if isinstance(answer, JobState) else None
         # The estimate changes whenever another job ends; only a change of a quarter of an hour is worth a line.
         moved = start and (not self._shown_start or abs(start - self._shown_start) > timedelta(minutes=15))
         if line and (line != self._shown or moved):
@@ -234,15 +234,5 @@ def line_of(job_id: str, answer: query.Answer) -> str:
     return f"{job}: {answer.state}{where}{why}"
 
 
-def _time_of(text: str) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text) if text else None
-    except ValueError:
-        return None
-
-
 def _expected(start: datetime | None) -> str:
-    """Slurm's estimate of the start; it assumes a year for jobs without a time limit, which is not an estimate."""
-    if start is None or start - datetime.now() > timedelta(days=90):
-        return ""
-    return f", expected to start {start:%Y-%m-%d %H:%M}"
+    return f", expected to start {start:%Y-%m-%d %H:%M}" if start else ""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 from jobs.errors import SubmissionError
@@ -58,6 +58,15 @@ class JobState:
     @property
     def ended(self) -> bool:
         return self.state in FINAL or self.may_return
+
+    @property
+    def expected_start(self) -> datetime | None:
+        """The expected start; None where Slurm has no estimate. A year for a job without a time limit is none."""
+        try:
+            start = datetime.fromisoformat(self.start)
+        except ValueError:
+            return None
+        return start if start - datetime.now() < timedelta(days=90) else None
 
 
 @dataclass(frozen=True)
@@ -148,11 +157,53 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
     return queued
 
 
-def _ask_sacct(job_id: str, env: Mapping[str, str], script: str, within_s: float) -> Answer:
-    command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}"]
+def ask_queue(
+    scripts: Mapping[str, str], env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S
+) -> dict[str, Answer]:
+    """What squeue knows about several jobs, by one call for all of them.
+
+    Args:
+        scripts: the name of each job's batch script, by the job's number; see `ask`.
+        env: the environment of the command; see `environment.for_queries`.
+        within_s: time limit of the command in seconds.
+    """
+    numbers = ",".join(scripts)
+    output = _run(["squeue", "--noheader", "--states=all", f"--jobs={numbers}", f"--format={_COLUMNS}"], env, within_s)
+    return _of_each(scripts, output, read_squeue)
+
+
+def ask_accounting(
+    scripts: Mapping[str, str], env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S
+) -> dict[str, Answer]:
+    """As `ask_queue`, by one call of sacct, which remembers jobs for longer where a site has it."""
+    return _of_each(scripts, _run_sacct(",".join(scripts), env, within_s), read_sacct)
+
+
+def _of_each(
+    scripts: Mapping[str, str],
+    output: _Output | NoAnswer,
+    read: Callable[[int, str, str, str, str], Answer],
+) -> dict[str, Answer]:
+    """The answer for each job, in time that grows with the number of jobs and not with its square."""
+    if isinstance(output, NoAnswer):
+        return dict.fromkeys(scripts, output)
+    lines = {line.strip().partition("|")[0]: line for line in output.stdout.splitlines()}
+    return {
+        job_id: read(output.code, lines.get(job_id, ""), output.stderr, job_id, script)
+        for job_id, script in scripts.items()
+    }
+
+
+def _run_sacct(jobs: str, env: Mapping[str, str], within_s: float) -> _Output | NoAnswer:
+    command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={jobs}"]
     output = _run([*command, "--format=JobID,State,NodeList,SubmitLine"], env, within_s)
     if isinstance(output, _Output) and "Invalid field" in output.stderr:  # Slurm before 21.08
         output = _run([*command, "--format=JobID,State,NodeList"], env, within_s)
+    return output
+
+
+def _ask_sacct(job_id: str, env: Mapping[str, str], script: str, within_s: float) -> Answer:
+    output = _run_sacct(job_id, env, within_s)
     return (
         output
         if isinstance(output, NoAnswer)
@@ -178,9 +229,20 @@ def requeue(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN
     return (_one_line(said.stderr or said.stdout) or f"code {said.code}") if said.code else ""
 
 
-def cancel(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> None:
-    """Cancels a job, if Slurm answers."""
-    _run(["scancel", job_id], env, within_s)
+def cancel(job_ids: Sequence[str], env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> dict[str, str]:
+    """Cancels jobs: their ranks get SIGTERM, and SIGKILL after Slurm's KillWait.
+
+    Returns:
+        Why a job was not cancelled, by its number; jobs that are not in it were.
+    """
+    output = _run(["scancel", *job_ids], env, within_s)
+    if isinstance(output, NoAnswer):
+        return dict.fromkeys(job_ids, output.detail)
+    lines = [line.strip() for line in output.stderr.splitlines() if line.strip()]
+    problems = {job: line for line in lines for job in re.findall(r"\bjob id (\d+)", line)}
+    if output.code and not problems:  # scancel could not reach the controller
+        return dict.fromkeys(job_ids, _one_line(output.stderr) or f"scancel ended with code {output.code}")
+    return problems
 
 
 def hosts_up(partition: str, env: Mapping[str, str], within_s: float = 10.0) -> set[str]:

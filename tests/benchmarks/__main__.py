@@ -22,6 +22,7 @@ from tests.benchmarks.rows import Row
 
 NAMES = (
     "command_line",
+    "status",
     "tp_step",
     "mnist_epoch",
     "pipeline_step",

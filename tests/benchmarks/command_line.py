@@ -27,6 +27,9 @@ WIDE = ("--nodes", "2048", "--gpus-per-node", "8", "tp=8", "global_batch_size=20
 LINES: dict[str, tuple[tuple[str, ...], float]] = {
     "submit.py --help": (("--help",), 1.3),
     "submit.py list": (("list",), 1.5),
+    "submit.py status --help": (("status", "--help"), 1.5),
+    "submit.py cancel --help": (("cancel", "--help"), 1.5),
+    "submit.py clean --help": (("clean", "--help"), 1.5),
     "a dry run, Slurm": ((*DRY, "slurm"), 2.0),
     "a dry run, local": ((*DRY, "local"), 2.0),
     "a dry run, 2,048 x 8 ranks": ((*DRY, "slurm", *WIDE), 2.5),

@@ -24,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         monkeypatch.setattr(abandoned.query, "ask_scontrol", lambda *_: left.pop(0) if len(left) > 1 else left[0])
         why_not = "" if may_requeue else "Requeue is disabled"
         monkeypatch.setattr(abandoned.query, "requeue", lambda job, _: commands.append(f"requeue {job}") or why_not)
-        monkeypatch.setattr(abandoned.query, "cancel", lambda job, _: commands.append(f"cancel {job}"))
+        monkeypatch.setattr(abandoned.query, "cancel", lambda jobs, _: commands.append(f"cancel {' '.join(jobs)}"))
         return commands
 
     return answers

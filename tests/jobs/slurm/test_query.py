@@ -237,6 +237,38 @@ def test_without_squeue_scontrol_is_asked(site: dict[str, str]) -> None:
     assert (answer.state, answer.source) == ("RUNNING", "scontrol")
 
 
+def test_many_jobs_are_asked_about_at_once(site: dict[str, str]) -> None:
+    scripts = {"11": "", "12": SCRIPT, "13": ""}
+    say(site, "squeue", f"12|RUNNING|x|n1|None|{OURS}\n13|PENDING|N/A||Priority|/r/s.sh\n14|RUNNING|x|n1|None|/r/s.sh")
+    say(site, "sacct", f"11|CANCELLED by 1000|n1|\n12|FAILED|n1|sbatch {THEIRS}")
+    assert query.ask_queue(scripts, site) == {
+        "11": Forgotten(),
+        "12": JobState("RUNNING", nodes="n1"),
+        "13": JobState("PENDING", "Priority"),
+    }
+    assert query.ask_accounting(scripts, site) == {
+        "11": JobState("CANCELLED", nodes="n1", by="1000", source="sacct"),
+        "12": NUMBER_REUSED,
+        "13": Forgotten(),
+    }
+    assert asked(site) == ["squeue", "sacct"]
+    say(site, "squeue", err=UNREACHABLE, code=1)
+    assert {type(answer) for answer in query.ask_queue(scripts, site).values()} == {NoAnswer}
+    say(site, "squeue", err=UNKNOWN, code=1)
+    assert query.ask_queue({"11": ""}, site) == {"11": Forgotten()}
+
+
+def test_jobs_that_cannot_be_cancelled_are_named(site: dict[str, str], tmp_path: Path) -> None:
+    say(site, "scancel")
+    assert query.cancel(["1", "2"], site) == {}
+    refused = "scancel: error: Kill job error on job id 2: Access/permission denied"
+    say(site, "scancel", err=refused, code=1)
+    assert query.cancel(["1", "2"], site) == {"2": refused}
+    say(site, "scancel", err="scancel: error: slurm_kill_job: Unable to contact slurm controller", code=1)
+    assert query.cancel(["1", "2"], site).keys() == {"1", "2"}
+    assert query.cancel(["1"], {"PATH": str(tmp_path / "none")}) == {"1": "scancel: No such file or directory"}
+
+
 def test_the_hosts_that_are_down(site: dict[str, str]) -> None:
     say(site, "sinfo", "n1\nn1\nn3")  # once for each partition
     assert query.hosts_down("n[0-3]", site) == ("n1", "n3")
