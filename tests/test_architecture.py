@@ -16,6 +16,8 @@ BASE = {
 """Files of jobs/ that every room may import."""
 MAY_IMPORT = {
     "submit": {"cli"},
+    "jobs": {"api"},
+    "api": {"cli", "runs"},
     "entry": {"agent", "prepare", "runs"},
     "cli": {"cluster", "executor", "job", "rank", "runs", "slurm"},
     "runs": {"slurm"},
@@ -96,7 +98,7 @@ def test_imports_point_one_way() -> None:
 def test_every_room_has_its_rule() -> None:
     """A new file directly in jobs/, or a folder, is told what it may import."""
     rooms = {room(module) for module in GRAPH} - {"jobs", "workloads"}
-    assert rooms == {*MAY_IMPORT, *BASE}
+    assert rooms == {*MAY_IMPORT, *BASE} - {"jobs"}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
