@@ -1,4 +1,4 @@
-"""How a job gets onto machines, and how its ranks find each other. `submit`, `find` and `list_runs` are its Python API."""
+"""How a job gets onto machines, and how its ranks find each other; `submit`, `find` and `list_runs` for Python."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ from jobs.errors import CommandLineError, JobFailed
 from jobs.run_dir import RunDirectory
 from jobs.runs import find as finding
 from jobs.runs import history, index, logs, report
+from jobs.runs.cancel import cancel
+from jobs.runs.overview import Overview, overviews
 from jobs.runs.tracker import track
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,21 @@ class Run:
         ranks = logs.ranks(attempt) if rank is None else [rank]
         lines = logs.merged([logs.of_rank(attempt, number, {}) for number in ranks], last)
         return "".join(f"{line.source} | {line.text}\n" if rank is None else f"{line.text}\n" for line in lines)
+
+    def status(self) -> Overview:
+        """What is known of it right now: state, step, loss, time left, hosts, ..."""
+        return overviews([self._directory])[0]
+
+    def cancel(self) -> str:
+        """Ends it, so that it may save first; what became of it, in a line.
+
+        Raises:
+            JobFailed: it could not be ended, or it is not known whether it runs.
+        """
+        done = cancel([self.status()])[0]
+        if not done.is_well:
+            raise JobFailed(f"{self.path}: {done.what}")
+        return done.what
 
     def resume(self, **settings: Any) -> Run:
         """Goes on with it from its newest checkpoint, as `submit.py resume`; settings and flags as of `submit`."""

@@ -25,7 +25,7 @@ said["first"] = run.wait()["status"]
 said["steps"] = [row["step"] for row in run.metrics()] if isinstance(run.metrics(), list) else list(run.metrics().step)
 said["logs"] = "rank 1/2" in run.logs(rank=1), run.logs(last=1).count("\\n"), "rank 1 | " in run.logs(rank=None)
 said["found"] = jobs.find() == run == jobs.find(run.job_id) == jobs.list_runs()[0]
-failed = jobs.submit("mine:ENTRY", executor="local", steps=3, does="raise")
+failed = jobs.submit("mine:ENTRY", executor="local", steps=3, does="raise", on_rank=0)
 try:
     failed.wait()
 except JobFailed as error:
@@ -36,9 +36,7 @@ try:
     slow.wait(timeout_s=0.5)
 except TimeoutError as error:
     said["slow"] = str(error)
-import os, signal
-os.kill(int(slow.job_id), signal.SIGTERM)
-slow.wait(check=False)
+said["states"] = run.status().state, slow.status().state, slow.cancel() and slow.status().state
 script = jobs.submit("script", script=["train.py", "--lr", "3"], executor="local")
 said["script"] = script.wait()["status"], script.logs()
 print(json.dumps(said))
@@ -62,4 +60,5 @@ def test_runs_are_submitted_awaited_and_read(tmp_path: Path) -> None:
     assert "rank 0 on host0" in said["failed"]
     assert said["record"] == "failed"
     assert "has not ended within 0.5 s; it goes on" in said["slow"]
+    assert said["states"] == ["COMPLETED", "RUNNING", "CANCELLED"]
     assert said["script"] == ["done", "['--lr', '3']\n"]
