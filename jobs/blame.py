@@ -210,7 +210,7 @@ def failure_of(error: BaseException, rank: int, host: str, when: float, log: str
     )
 
 
-_GUESS = re.compile(r"\.? This is typically caused by a remote worker hanging .*")
+_GUESS = re.compile(r"\.? This is typically caused by a remote worker (?:hanging|crashing).*")
 """gloo's guess at why a peer is gone, which is known here, or will be."""
 
 
