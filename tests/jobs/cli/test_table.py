@@ -79,6 +79,15 @@ def test_the_table_word_for_word(columns: int) -> None:
     assert "\n".join(table(RUNS, columns)) + "\n" == (GOLDEN / f"table-{columns}.txt").read_text()
 
 
+def test_where_it_is_wide_each_run_is_one_line() -> None:
+    """For grep. What does not fit beside the note is left out."""
+    for columns, has_jobs in ((160, False), (200, True)):
+        shown = table(RUNS, columns)
+        assert len(shown) == 1 + len(RUNS)
+        assert (" JOB " in shown[0]) == has_jobs
+        assert shown[0].endswith(" NOTE")
+
+
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 100, 120, 150, 200, 500])
 def test_no_line_is_wider_than_the_terminal(columns: int) -> None:
     shown = table(RUNS, columns)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jobs import processes
 from jobs.run_dir import RunDirectory
 from jobs.runs.cancel import cancel
 from jobs.runs.overview import overviews
@@ -26,24 +27,23 @@ pathlib.Path(sys.argv[1] + "-is-ready").touch()
 while True:
     time.sleep(0.05)
 """
-DONE = {"status": "done"}
 Start = Callable[..., RunDirectory]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts what a local run is to `cancel`: a process with the run directory among its arguments."""
-    processes = []
+    started = []
 
     def a_local_run(name: str, does: str, **job: Any) -> RunDirectory:
         path = tmp_path / name
-        processes.append(subprocess.Popen([sys.executable, "-c", AGENT, str(path), does]))
-        run = a_run(path, executor="local", job_id=str(processes[-1].pid), is_old=False, **job)
+        started.append(subprocess.Popen([sys.executable, "-c", AGENT, str(path), does]))
+        run = a_run(path, executor="local", job_id=str(started[-1].pid), is_old=False, **job)
         wait_until(lambda: Path(f"{path}-is-ready").exists(), "the process is ready")
         return run
 
     yield a_local_run
-    for process in processes:
+    for process in started:
         process.kill()
         process.wait()
 
@@ -73,7 +73,7 @@ def test_another_process_with_the_number_is_left_alone(start: Start, tmp_path: P
     # Also if the number is another run's only by the time that the signal would be sent.
     theirs.record_submission(submitted.now("local", "999999999", str(theirs.path)))
     assert cancel([stale])[0].action == "cancelled"
-    os.kill(int(submitted.job_id), 0)
+    assert processes.runs(int(submitted.job_id), submitted.process_argument)
 
 
 def test_what_may_run_and_cannot_be_reached_is_a_failure(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_what_may_be_alive_or_is_unknown_stays(tmp_path: Path) -> None:
         a_run(tmp_path / "debug", executor="debug", job_id=""),
         a_run(tmp_path / "new on Slurm", record=DONE, is_old=False),
         a_run(tmp_path / "goes on", record={**FAILED, "next_attempt": 1}),
+        a_run(tmp_path / "of another version", executor="local", record={"status": "a new word"}),
     ]
     damaged = a_run(tmp_path / "damaged", record=DONE)
     damaged.attempt(0).result.write_text("{")

@@ -18,6 +18,7 @@ from jobs.run_dir import RunDirectory
 from jobs.runs.overview import Overview, overviews
 from jobs.slurm.query import Answer, Forgotten, JobState, NoAnswer
 from tests.jobs.runs.some_runs import a_run
+from tests.jobs.slurm.test_query import UNREACHABLE, say
 from workloads.json_values import to_json
 
 DONE = {"status": "done", "seconds": 5.0}
@@ -114,6 +115,17 @@ def test_all_jobs_are_asked_about_at_once_and_the_lost_ones_of_accounting(
     assert [line.split()[0] for line in asked] == ["squeue", "sacct"]
     assert "--jobs=1,2,3,4 " in asked[0]
     assert "--jobs=2,3,4 " in asked[1]
+
+
+def test_while_the_controller_is_down_accounting_is_believed_in_ends_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    site = {"SITE": str(tmp_path)}
+    say(site, "squeue", err=UNREACHABLE, code=1)
+    say(site, "sacct", "1|COMPLETED|n1|\n2|RUNNING|n1|\n3|NODE_FAIL|n1|")
+    seen = overviews([a_run(tmp_path / name, job_id=name) for name in "123"])
+    assert [(one.state, one.is_alive) for one in seen] == [("COMPLETED", False), ("UNKNOWN", None), ("UNKNOWN", None)]
 
 
 @pytest.mark.parametrize(
