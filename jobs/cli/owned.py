@@ -60,7 +60,8 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
         with contextlib.suppress(OSError):
             run_dir.publish(ended)
         if process is not None:
-            end(process, signal.SIGINT if interruption.signum == signal.SIGINT else signal.SIGTERM)
+            is_ctrl_c = not isinstance(interruption, OutputLost) and interruption.signum == signal.SIGINT
+            end(process, signal.SIGINT if is_ctrl_c else signal.SIGTERM)
             processes.kill_children(but=before)
         display.close()
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step

@@ -240,7 +240,7 @@ def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, foll
     slurm.run("scancel", blocker)
     back = come_back(slurm, line)
     assert back.returncode == 0, back.stderr
-    assert "step 3/3" in back.stdout
+    assert "done in " in back.stdout  # its steps are shown only if it still runs by then
     assert "total: 9" in back.stdout
 
 

@@ -226,7 +226,10 @@ def test_a_rank_that_hangs_in_a_step_fails_the_job_at_the_collectives_deadline(t
     last = err.splitlines()[-1]
     assert "the job failed: rank 1 on host0: did not fail, but was still running (last in step 1 (training), " in last
     # Of two there is no majority, so both are told, each with its step and phase.
-    assert re.search(r" when rank 0 on host0 \(last in step 1 \(training\), \d+ s ago\) gave up waiting: ", last)
+    assert re.search(
+        r" when rank 0 on host0 \(last in step 1 \(training\), \d+ s ago\) at mine.py:\d+ in run gave up waiting: ",
+        last,
+    )
     assert last.endswith("rank-1.log)")
     line.assert_nothing_left()
 
