@@ -63,7 +63,9 @@ def test_local_runs_may_stop_by_themselves_and_are_ended_if_they_do_not(start: S
     assert [one.what for one in again] == ["has ended already: FAILED", "has ended already: CANCELLED"]
 
 
-def test_another_process_with_the_number_is_left_alone(start: Start, tmp_path: Path) -> None:
+def test_another_process_with_the_number_is_left_alone(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = start("theirs", "stops")
     submitted = theirs.submitted()
     assert submitted is not None
@@ -72,7 +74,11 @@ def test_another_process_with_the_number_is_left_alone(start: Start, tmp_path: P
     assert cancel(overviews([ours]))[0].action == "ended"
     # Also if the number is another run's only by the time that the signal would be sent.
     theirs.record_submission(submitted.now("local", "999999999", str(theirs.path)))
-    assert cancel([stale])[0].action == "cancelled"
+    sent: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda *call: sent.append(call))
+        assert cancel([stale])[0].action == "cancelled"
+    assert sent == []
     assert processes.runs(int(submitted.job_id), submitted.process_argument)
 
 
