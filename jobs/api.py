@@ -27,6 +27,8 @@ from jobs.run_dir import RunDirectory
 from jobs.runs import find as finding
 from jobs.runs import history, index, logs, report
 from jobs.runs.cancel import cancel
+from jobs.runs.cause import Cause
+from jobs.runs.explain import explain
 from jobs.runs.overview import Overview, overviews
 from jobs.runs.tracker import track
 
@@ -107,6 +109,10 @@ class Run:
     def status(self) -> Overview:
         """What is known of it right now: state, step, loss, time left, hosts, ..."""
         return overviews([self._directory])[0]
+
+    def explain(self) -> Cause:
+        """Why it failed, hangs or waits: the kind of the cause, rank, host, file and line, and sentences."""
+        return explain(self._directory)
 
     def cancel(self) -> str:
         """Ends it, so that it may save first; what became of it, in a line.

@@ -167,9 +167,11 @@ class Kind:
         has_line: whether the line at fault can be known.
         stands: whether nothing fails, and the job only stands still.
         is_proven: whether that is a deadlock, which ends by itself; otherwise it is only said.
+        causes: what `submit.py explain` may call it.
     """
 
     name: str
+    causes: tuple[str, ...]
     has_line: bool = True
     stands: bool = False
     is_proven: bool = False
@@ -178,27 +180,29 @@ class Kind:
 
 
 KINDS = (
-    Kind("exception"),
-    Kind("nan"),
-    Kind("allocation"),
-    Kind("import", ranks=(2, 3)),
-    Kind("path", ranks=(2, 3)),
-    Kind("data worker raises"),
-    Kind("exit()"),
-    Kind("exit(3)"),
-    Kind("exit(text)"),
-    Kind("_exit(0)"),
-    Kind("_exit(3)"),
-    Kind("SIGSEGV"),
-    Kind("SIGABRT"),
-    Kind("SIGKILL", has_line=False),
-    Kind("loop", stands=True),
-    Kind("sleep", stands=True),
-    Kind("data worker hangs", stands=True),
-    Kind("skipped", stands=True, is_proven=True),
-    Kind("extra", stands=True, is_proven=True),
-    Kind("early return", has_line=False),
-    Kind("early return of rank 0", has_line=False, stands=True, is_proven=True, ranks=(0,), forms=("workload",)),
+    Kind("exception", ("exception",)),
+    Kind("nan", ("non_finite",)),
+    Kind("allocation", ("host_memory",)),
+    Kind("import", ("import",), ranks=(2, 3)),
+    Kind("path", ("missing_file",), ranks=(2, 3)),
+    Kind("data worker raises", ("exception",)),
+    Kind("exit()", ("exit", "left_early")),
+    Kind("exit(3)", ("exit",)),
+    Kind("exit(text)", ("exit",)),
+    Kind("_exit(0)", ("exit", "left_early")),
+    Kind("_exit(3)", ("exit",)),
+    Kind("SIGSEGV", ("signal",)),
+    Kind("SIGABRT", ("signal",)),
+    Kind("SIGKILL", ("signal",), has_line=False),
+    Kind("loop", ("hang",), stands=True),
+    Kind("sleep", ("hang",), stands=True),
+    Kind("data worker hangs", ("hang",), stands=True),
+    Kind("skipped", ("hang",), stands=True, is_proven=True),
+    Kind("extra", ("hang",), stands=True, is_proven=True),
+    Kind("early return", ("left_early",), has_line=False),
+    Kind(
+        "early return of rank 0", ("left_early",), False, stands=True, is_proven=True, ranks=(0,), forms=("workload",)
+    ),
 )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.failure_tour import KINDS, Form, Kind, Told, Tour
+from jobs.run_dir import RunDirectory
+from jobs.runs.explain import explain
+from tests.failure_tour import KINDS, Form, Kind, Told, Tour, line_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -58,3 +61,11 @@ def test_rank_host_file_and_line_are_right(kind: Kind, form: Form, tours: dict[t
     assert all(told.is_right().values()), f"{told.is_right()}: {told.error}\n{tour.text}"
     assert len(told.error.splitlines()) == 1
     assert told.ended_s is not None
+    cause = explain(RunDirectory(tour.folder / "run"), tour.kinds.index(kind))
+    assert cause.kind in kind.causes, cause
+    assert cause.rank in kind.ranks
+    assert cause.host == told.failure["host"]
+    if kind.has_line:
+        file = "mine.py" if form == "workload" else "train.py"
+        assert (Path(cause.file or "").name, cause.line) == (file, line_of(kind.name, form))
+    assert cause.is_known == (kind.name != "SIGKILL")

@@ -44,7 +44,8 @@ def test_the_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verbs_and_flags() -> None:
     assert [verb.name for verb in commands.VERBS] == [
-        *("script", "list", "wait", "resume", "status", "logs", "cancel", "clean", "report", "compare", "completion"),
+        *("script", "list", "wait", "resume", "status", "logs", "explain", "cancel", "clean", "report"),
+        *("compare", "completion"),
     ]
     assert [flag.name for flag in commands.flags()] == [
         *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--config", "--time", "--partition", "--account"),
@@ -52,7 +53,7 @@ def test_verbs_and_flags() -> None:
         *("--watchdog-timeout", "--collective-timeout", "--rendezvous-timeout", "--env", "--allow-cpu", "--run-dir"),
         *("--profile", "--profile-ranks", "--profile-memory", "--dry-run", "--wait", "--json"),
         *("--limit", "--watch", "--rank", "--all", "--errors", "--lines", "--follow", "--attempt"),
-        *("--all", "--yes", "--older-than", "--larger-than", "--state", "--output"),
+        *("--attempt", "--all", "--yes", "--older-than", "--larger-than", "--state", "--output"),
     ]
     taken = {*commands.RESERVED, *(verb.name for verb in commands.VERBS)}
     assert taken & set(registry.BUILT_IN) == {"script"}  # a workload, with a line of its own

@@ -229,6 +229,15 @@ VERBS = (
         more=RUN,
     ),
     Verb(
+        "explain",
+        "jobs.cli.verbs.explain",
+        "[RUN]",
+        "says why a run failed, hangs or waits: the cause, what shows it, what to try",
+        (Flag("--attempt", "N", "why an earlier attempt ended (default: the run as it is now)"), JSON),
+        most=1,
+        more=RUN,
+    ),
+    Verb(
         "cancel",
         "jobs.cli.verbs.cancel",
         "RUN [RUN ...]  (or --all)",
@@ -292,7 +301,7 @@ HARDLY_A_SCRIPTS = (
     *("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait"),
 )
 """Flags that are taken for ours, or warned about, where they come after a script."""
-RESERVED = ("plan", "explain", "resubmit", "doctor")
+RESERVED = ("plan", "resubmit", "doctor")
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."

@@ -64,14 +64,15 @@ def _named(name: str, runs: Sequence[RunDirectory]) -> list[RunDirectory]:
     return [run for run in runs if name in run.path.name]
 
 
-def submission(run_dir: RunDirectory) -> Submitted | None:
-    """The submission of a run. If sbatch's answer was lost, asks Slurm for the job's number and records it."""
+def submission(run_dir: RunDirectory, *, writes: bool = True) -> Submitted | None:
+    """The submission of a run. If sbatch's answer was lost, asks Slurm for the job's number, and records it."""
     submitted = run_dir.submitted()
     if submitted is None and run_dir.script:
         job_id = query.find(run_dir.submitit, environment.for_queries(os.environ))
         if job_id:
             submitted = Submitted.now("slurm", job_id)
-            run_dir.record_submission(submitted)
+            if writes:
+                run_dir.record_submission(submitted)
     return submitted
 
 

@@ -21,12 +21,18 @@ RESULT_WITHIN_S = 1.0
 
 
 class LocalJob:
-    """A tracker (jobs/runs/tracker.py) of a local job's agent."""
+    """A tracker (jobs/runs/tracker.py) of a local job's agent.
+
+    Args:
+        run_dir: the job's.
+        submitted: its submission.
+        writes: whether the result is written if no other process could.
+    """
 
     waits = False
 
-    def __init__(self, run_dir: RunDirectory, submitted: Submitted) -> None:
-        self.run_dir, self.submitted = run_dir, submitted
+    def __init__(self, run_dir: RunDirectory, submitted: Submitted, *, writes: bool = True) -> None:
+        self.run_dir, self.submitted, self.writes = run_dir, submitted, writes
         self.result = Result(run_dir)
         self.gone_since: float | None = None
         self.here = submitted.host == socket.gethostname()
@@ -64,10 +70,10 @@ class LocalJob:
         time.sleep(POLL_S if self.here else ELSEWHERE_POLL_S)
 
     def record(self) -> dict[str, Any]:
-        return self.result.read() or without_result(self.run_dir)
+        return self.result.read() or without_result(self.run_dir, writes=self.writes)
 
 
-def without_result(run_dir: RunDirectory, code: int | None = None) -> dict[str, Any]:
+def without_result(run_dir: RunDirectory, code: int | None = None, *, writes: bool = True) -> dict[str, Any]:
     """The record of a local job whose agent could not write one.
 
     The agent's log may still end with the failure: a full disk can have room for a line but not for another file.
@@ -75,8 +81,9 @@ def without_result(run_dir: RunDirectory, code: int | None = None) -> dict[str, 
     Args:
         run_dir: the job's run directory.
         code: how the agent ended, as in subprocess; None if not known.
+        writes: whether the record is written to the run directory.
     """
-    attempt, fault = run_dir.last_attempt(), run_dir.fault()
+    attempt, fault = run_dir.last_attempt(), run_dir.fault() if writes else ""
     log = attempt.agent_log()
     headline = last_lines(log, 1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
     failure = blame.failure_of_agent(code, 0, "host0", time.time(), str(log), end_of(log, 10_000))
@@ -88,6 +95,7 @@ def without_result(run_dir: RunDirectory, code: int | None = None) -> dict[str, 
         "error": f"{error}{fault and f'; {fault}'}",
         "traceback": last_lines(log),
     }
-    with contextlib.suppress(OSError):
-        return run_dir.publish(record)
+    if writes:
+        with contextlib.suppress(OSError):
+            return run_dir.publish(record)
     return record

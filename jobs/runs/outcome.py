@@ -255,6 +255,7 @@ def gather(
     status: int | None = None,
     state: JobState | None = None,
     down_hosts: tuple[str, ...] = (),
+    writes: bool = True,
 ) -> Evidence:
     """Reads an attempt's files.
 
@@ -264,6 +265,7 @@ def gather(
         status: srun's exit code, if known.
         state: the job's state in Slurm, if it was asked.
         down_hosts: the job's hosts that are down according to Slurm, if it was asked.
+        writes: whether it is tried out if the run directory can be written to.
     """
     job = read_json(run.job) or {}
     resources = job["resources"] if isinstance(job.get("resources"), dict) else {}
@@ -296,7 +298,7 @@ def gather(
         srun_log=str(files.srun_log),
         slurm_log=str(run.slurm_log),
         slurm_log_exists=run.slurm_log.exists(),
-        fault=run.fault(),
+        fault=run.fault() if writes else "",
     )
 
 
@@ -314,9 +316,14 @@ def _last_line(path: Path) -> str:
     return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
 
 
-def conclude(run: RunDirectory, evidence: Evidence) -> dict[str, Any]:
-    """Writes the result to the run directory unless it has a more informative one; returns the one that stays."""
+def conclude(run: RunDirectory, evidence: Evidence, *, writes: bool = True) -> dict[str, Any]:
+    """Writes the result to the run directory unless it has a more informative one; returns the one that stays.
+
+    Without `writes`, nothing is written.
+    """
     record = outcome(evidence)
+    if not writes:
+        return record
     with contextlib.suppress(OSError):
         record = run.publish(record)
         path = run.attempt(evidence.attempt).failure_record
@@ -463,15 +470,18 @@ def _go_on_elsewhere(run: RunDirectory, number: int, record: dict[str, Any]) -> 
     return line
 
 
-def conclude_stop(run: RunDirectory, evidence: Evidence, record: dict[str, Any]) -> dict[str, Any]:
+def conclude_stop(
+    run: RunDirectory, evidence: Evidence, record: dict[str, Any], *, writes: bool = True
+) -> dict[str, Any]:
     """What a run that was stopped came to where its batch script could not decide: by what Slurm did, if it did."""
     error = _what_slurm_did(evidence)
     if error:
         status = "cancelled" if evidence.cause == "CANCELLED" else "failed"
         state = evidence.state.state if evidence.state and evidence.state.ended else None
         record = {**record, "status": status, "error": error, "slurm_state": state}
-        with contextlib.suppress(OSError):
-            run.amend(evidence.attempt, record)
+        if writes:
+            with contextlib.suppress(OSError):
+                run.amend(evidence.attempt, record)
     return record
 
 

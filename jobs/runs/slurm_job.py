@@ -37,10 +37,16 @@ SILENT_S = (15.0, 60.0)
 
 
 class SlurmJob:
-    """A tracker (jobs/runs/tracker.py) of a Slurm job."""
+    """A tracker (jobs/runs/tracker.py) of a Slurm job.
 
-    def __init__(self, run_dir: RunDirectory, submitted: Submitted) -> None:
-        self.run_dir, self.job_id = run_dir, submitted.job_id
+    Args:
+        run_dir: the job's.
+        submitted: its submission.
+        writes: whether the result is written if no other process could.
+    """
+
+    def __init__(self, run_dir: RunDirectory, submitted: Submitted, *, writes: bool = True) -> None:
+        self.run_dir, self.job_id, self.writes = run_dir, submitted.job_id, writes
         self.env, self.script = environment.for_queries(os.environ), run_dir.script
         self.result = Result(run_dir)
         self._news: list[str] = []
@@ -99,6 +105,12 @@ class SlurmJob:
         except Exception as error:  # a failed query does not end the job
             self._coming.append(NoAnswer(f"{type(error).__name__}: {error}"))
         self._heard.set()
+
+    def ask_once(self, within_s: float) -> query.Answer:
+        """Asks Slurm and waits for the answer: for whoever looks at the job once."""
+        self._hear(query.ask(self.job_id, self.env, self.script, within_s))
+        assert self.answer is not None
+        return self.answer
 
     def _hear(self, answer: query.Answer) -> None:
         self.answer = answer
@@ -177,7 +189,7 @@ class SlurmJob:
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
         tells = record is not None and (record["status"] in (*BY_ITSELF, "cancelled") or record.get("failure"))
         if record is not None and is_undecided(record):
-            return outcome.conclude_stop(self.run_dir, self._evidence(state), record)
+            return outcome.conclude_stop(self.run_dir, self.evidence(state), record, writes=self.writes)
         if record is not None and (tells or not knows_more):
             if record["status"] == "cancelled" and state is not None and state.by:  # only accounting knows by whom
                 by = f"was cancelled by {outcome.user_of(state.by)}"
@@ -199,19 +211,20 @@ class SlurmJob:
                 f"be running; follow it: {come_back(self.run_dir)}"
             )
             return {**unknown, "error": error}
-        evidence = self._evidence(state)
+        evidence = self.evidence(state)
         if evidence.is_empty:
             error = f"Slurm no longer knows job {self.job_id}, and nothing in {self.run_dir.path} says how it ended" + (
                 f" ({answer.detail})" if isinstance(answer, Forgotten) and answer.detail else ""
             )
             return {**unknown, "error": error}
-        return outcome.conclude(self.run_dir, evidence)
+        return outcome.conclude(self.run_dir, evidence, writes=self.writes)
 
-    def _evidence(self, state: JobState | None) -> outcome.Evidence:
+    def evidence(self, state: JobState | None) -> outcome.Evidence:
         """What is known of the newest attempt's end."""
         attempt = self.run_dir.last_attempt().number
         down = query.hosts_down(state.nodes, self.env) if state is not None and state.state == "NODE_FAIL" else ()
-        return replace(outcome.gather(self.run_dir, attempt, state=state, down_hosts=down), job_id=self.job_id)
+        found = outcome.gather(self.run_dir, attempt, state=state, down_hosts=down, writes=self.writes)
+        return replace(found, job_id=self.job_id)
 
 
 def _is_final(record: dict[str, Any] | None) -> bool:

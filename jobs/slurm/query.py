@@ -45,6 +45,8 @@ class JobState:
     restarts: int | None = None
     preempted: bool = False
     """Whether Slurm has begun to preempt the job; only scontrol reports this."""
+    dependency: str = ""
+    """What a pending job depends on, `afterok:123`; only scontrol reports this."""
     source: str = "squeue"
 
     @property
@@ -363,6 +365,7 @@ def read_scontrol(code: int, out: str, err: str, script: str = "") -> Answer:
         start=start if state in WAITING and re.match(r"\d{4}-", start) else "",
         restarts=int(restarts) if restarts.isdecimal() else None,
         preempted=bool(re.match(r"\d{4}-", pairs.get("PreemptTime", ""))),
+        dependency=pairs.get("Dependency", "").replace("(null)", ""),
         source="scontrol",
     )
 
@@ -414,6 +417,43 @@ _HINTS = (
     (r"Reservation", "the job's reservation has not begun"),
     (r"BeginTime", "Slurm will start the job, or start it again, at a set time"),
 )
+
+
+_PLAIN = (
+    (r"Resources$", "the hosts that it needs are busy or away, and it is the next in line, or close to it"),
+    (r"Priority$", "jobs of a higher priority are before it in the queue"),
+    (r"Dependency$", "it starts when a job that it depends on has ended as it should"),
+    (r"JobArrayTaskLimit", "as many jobs of its array run as may run at once"),
+    (r"Licenses", "the licenses that it asks for are in use"),
+    (r"Prolog|Cleaning", "Slurm prepares its hosts, or cleans up after its last attempt"),
+)
+"""Reasons that need no action, and no word while a job is followed."""
+
+
+def meaning(state: JobState) -> str:
+    """What a pending job's reason means; empty if that is not known."""
+    plain = (text for pattern, text in _PLAIN if re.match(pattern, state.reason))
+    return hint(state) or (next(plain, "") if state.waits else "")
+
+
+_LIMITED = {
+    **{"Cpu": "CPUs", "CPU": "CPUs", "GRES": "GPUs and the like", "Mem": "memory", "Memory": "memory", "Node": "hosts"},
+    **{"Nodes": "hosts", "Jobs": "running jobs", "Job": "running jobs", "Submit": "jobs in the queue"},
+    **{"SubmitJobs": "jobs in the queue", "Wall": "time", "WallDuration": "time", "CpuMinutes": "CPU minutes"},
+    **{"CPUMinutes": "CPU minutes", "Billing": "billing units", "CPURunMinutes": "CPU minutes of running jobs"},
+}
+_LIMIT = re.compile(r"(Assoc|QOS)(Grp|Max|Min)(\w+?)(?:Minutes)?(?:Per(User|Account|Job|Node))?(?:Limit)?$")
+
+
+def limit_in_words(reason: str) -> str:
+    """`QOSMaxGRESPerUser` -> `the QOS's maximum of GPUs and the like per user`; empty for another reason."""
+    match = _LIMIT.match(reason)
+    if not match or match[3] not in _LIMITED:
+        return ""
+    whose = "the QOS's" if match[1] == "QOS" else "your account's"
+    kind = {"Grp": "limit of", "Max": "maximum of", "Min": "minimum of"}[match[2]]
+    over = ", counted over all its jobs" if match[2] == "Grp" else f" per {match[4].lower()}" if match[4] else ""
+    return f"{whose} {kind} {_LIMITED[match[3]]}{over}"
 
 
 def hint(state: JobState) -> str:

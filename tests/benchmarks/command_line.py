@@ -29,6 +29,7 @@ LINES: dict[str, tuple[tuple[str, ...], float]] = {
     "submit.py list": (("list",), 1.5),
     "submit.py status --help": (("status", "--help"), 1.5),
     "submit.py cancel --help": (("cancel", "--help"), 1.5),
+    "submit.py explain --help": (("explain", "--help"), 1.5),
     "submit.py clean --help": (("clean", "--help"), 1.5),
     "a dry run, Slurm": ((*DRY, "slurm"), 2.0),
     "a dry run, local": ((*DRY, "local"), 2.0),
