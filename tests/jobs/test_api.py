@@ -30,6 +30,7 @@ try:
     failed.wait()
 except JobFailed as error:
     said["failed"] = str(error)
+said["cause"] = failed.explain().kind, failed.explain().rank
 said["record"] = failed.wait(check=False)["status"]
 slow = jobs.submit("mine:ENTRY", executor="local", steps=1, pause_seconds=60)
 try:
@@ -58,6 +59,7 @@ def test_runs_are_submitted_awaited_and_read(tmp_path: Path) -> None:
     assert said["logs"] == [True, 1, True]
     assert said["found"]
     assert "rank 0 on host0" in said["failed"]
+    assert said["cause"] == ["exception", 0]
     assert said["record"] == "failed"
     assert "has not ended within 0.5 s; it goes on" in said["slow"]
     assert said["states"] == ["COMPLETED", "RUNNING", "CANCELLED"]
