@@ -659,8 +659,6 @@ class _OnSlurm:
         blocker = cluster.run("sbatch", *batch, *whole, "--wrap=sleep 900").strip()
         cluster.wait_job_state(blocker, "RUNNING")
         begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 7200))
-        reserve = ["ReservationName=later", f"StartTime={begin}", "Duration=60", "Nodes=node2", f"Users={cluster.user}"]
-        cluster.run("scontrol", "create", "reservation", *reserve, "Flags=IGNORE_JOBS")
         waits("Resources", "Resources", "busy or away", "--nodes", "2", "--time", "30")
         waits("Priority", "Priority", "higher priority", "--nodes", "3", "--time", "30")
         waits("Dependency", "Dependency", f"afterok:{blocker}", "--sbatch", f"dependency=afterok:{blocker}")
@@ -670,9 +668,6 @@ class _OnSlurm:
         waits("held later", "JobHeld", "is held|holds the job", then=hold)
         waits("BeginTime", "BeginTime", "at a set time", "--sbatch", f"begin={begin}")
         waits("PartitionTimeLimit", "PartitionTimeLimit", "longer than the", "--partition", "short", "--time", "20")
-        waits(
-            "Reservation", "Reservation", "reservation has not begun", "--sbatch", "reservation=later", "--time", "10"
-        )
         cluster.run("scontrol", "update", "PartitionName=short", "State=DOWN")
         waits("PartitionDown", "PartitionDown", "accepts no jobs", "--partition", "short", "--time", "5")
         cluster.run("scontrol", "update", "PartitionName=short", "State=UP")
@@ -693,7 +688,6 @@ class _OnSlurm:
         cluster.run("scontrol", "update", "nodename=node1", "state=drain", "reason=test")
         waits("ReqNodeNotAvail", "ReqNodeNotAvail|Nodes required", "down, drained or reserved", "--nodes", "3")
         cluster.run("scontrol", "update", "nodename=node1", "state=resume")
-        cluster.run("scontrol", "delete", "ReservationName=later", check=False)
         cluster.cancel_all()
 
     def look_again(self, of: str, name: str, truth: Truth) -> None:
