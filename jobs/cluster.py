@@ -69,6 +69,9 @@ class ClusterConfig(StrictModel):
     """The Python that runs the ranks (slurm), if it is not the one that submits, such as one in a container."""
     command_prefix: list[str] = Field(default_factory=list)
     """The command in which that Python runs (slurm), one word per entry, such as apptainer exec --nv image.sif."""
+    snapshot: bool = True
+    """Whether a run gets its own copy of the code as it is submitted, which its ranks import; false: they import the
+    code as it is when they start."""
     env: dict[str, str] = Field(
         default_factory=dict, repr=False, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
     )

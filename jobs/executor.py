@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import processes
+from jobs import code_copy
 from jobs.cluster import ClusterConfig
 from jobs.errors import SubmissionError, SubmissionUnknown
 from jobs.run_dir import RunDirectory
@@ -58,7 +58,7 @@ def _time(spec: JobSpec) -> dict[str, int]:
 
 def _agent_command(spec: JobSpec, attempt: int) -> list[str]:
     """The command that starts the agent of a local job."""
-    return [sys.executable, "-u", str(processes.ENTRY), "--agent", str(spec.run_dir), str(attempt)]
+    return [sys.executable, "-u", str(code_copy.entry(spec)), "--agent", str(spec.run_dir), str(attempt)]
 
 
 SUBMIT_WITHIN_S = 120

@@ -25,7 +25,8 @@ _LIBRARY = re.compile(
     r"\bworkloads/(base\.py|registry\.py|script/|steps/|training/)"
 )
 _CALLERS = re.compile(r"\bjobs/rank/(run|script)\.py$|\bworkloads/script/main\.py$|^<frozen runpy>$")
-_LAUNCHER = str(Path(__file__).parent) + "/"
+_LAUNCHER = re.compile(rf"^{re.escape(str(Path(__file__).parent))}/|/code/meshrun/jobs/")
+"""The latter: in a run's own copy of the code."""
 
 
 def frames_in(text: str) -> list[Frame]:
@@ -45,7 +46,7 @@ def own_frame(frames: Sequence[Frame]) -> Frame | None:
     Args:
         frames: outermost first.
     """
-    own = [frame for frame in frames if not (_LIBRARY.search(frame.file) or frame.file.startswith(_LAUNCHER))]
+    own = [frame for frame in frames if not (_LIBRARY.search(frame.file) or _LAUNCHER.search(frame.file))]
     return own[-1] if own else None
 
 

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from jobs import prepared, processes
+from jobs import code_copy, prepared, processes
 from jobs.errors import one_line
 from jobs.run_dir import RunDirectory, read_json
 from jobs.spec import JobSpec
@@ -44,7 +44,8 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
-        entry = registry.load(spec.workload, spec.import_path)
+        code_copy.import_from_it(spec, os.environ)
+        entry = registry.load(spec.workload, code_copy.imported_from(spec))
         config = entry.config.model_validate(spec.settings)
         _say(results, {"called": True})  # the time limit of prepare begins here
         line = prepared.prepare(entry, config, RunDirectory(run_dir).data)

@@ -3,6 +3,8 @@
 runs/20261122-081530-tp_fsdp-3f9c/
     job.json            the job as resolved: workload, every setting, shape, environment
     settings.yaml       the workload's settings alone; `--config` takes it
+    manifest.json       what was submitted, and where each setting came from; uncommitted.patch beside it
+    code/               the run's own copy of the code; see jobs/code_copy.py
     submission.json     which job of the scheduler's, or process of this machine, it became
     metrics.jsonl       a link to the newest attempt's
     result.json         the same
@@ -40,6 +42,7 @@ import shutil
 import socket
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -242,6 +245,18 @@ class RunDirectory:
         return self.path / "settings.yaml"
 
     @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def patch(self) -> Path:
+        return self.path / "uncommitted.patch"
+
+    @property
     def submission(self) -> Path:
         return self.path / "submission.json"
 
@@ -286,18 +301,25 @@ class RunDirectory:
         """The name of the batch script, which no other job has; empty where there is none."""
         return next((path.name for path in self.submitit.glob(".submission_file_*.sh")), "")
 
-    def describe(self, spec: JobSpec) -> None:
-        """Writes down what the job is, before it starts."""
-        write_json(self.job, spec.model_dump(mode="json"))
+    def describe(self, spec: JobSpec, known: Mapping[str, Any] | None = None) -> None:
+        """Writes down what the job is, before it starts.
+
+        Args:
+            spec: the job.
+            known: a description that the code of the job's ranks has written: they know no other keys.
+        """
+        plain = spec.model_dump(mode="json")
+        write_json(self.job, plain if known is None else {name: plain[name] for name in plain if name in known})
         write_text(self.settings, dump_yaml(spec.settings))
 
-    def put_away(self, submitted: Submitted | None) -> PutAway:
+    def put_away(self, submitted: Submitted | None, keeps_code: bool = False) -> PutAway:
         """Makes room for the description and the submission of an attempt that is to follow the newest one.
 
         That one's result then says so, and no longer counts as the end of the run.
 
         Args:
             submitted: what the run was submitted as when it was found to have ended.
+            keeps_code: whether the attempt that is to follow runs the code that this one has run.
 
         Raises:
             RunDirectoryError: another command goes on with the run at the same time.
@@ -318,14 +340,17 @@ class RunDirectory:
         for path in (self.job, self.settings):  # these are replaced, and must be there at any moment
             shutil.copy2(path, attempt.path)
         scripts = [self.submitit / self.script] if self.script else []
-        for path in (self.submission, *scripts):
+        moved = [self.submission, *scripts, self.manifest, self.patch, *([] if keeps_code else [self.code])]
+        for path in moved:
             if path.exists():
                 path.rename(attempt.path / path.name)
-        return PutAway(attempt, before, (self.job, self.settings, self.submission, *scripts))
+        return PutAway(attempt, before, (self.job, self.settings, *moved))
 
     def put_back(self, away: PutAway) -> None:
         """Undoes `put_away`: no attempt follows."""
         for path in away.files:
+            if path.is_dir():  # the copy of the code
+                shutil.rmtree(path)
             with contextlib.suppress(FileNotFoundError):
                 (away.attempt.path / path.name).replace(path)
         if away.result is not None:

@@ -277,6 +277,29 @@ def build(
     Returns:
         The configuration, and a notice for each group of the file that a preset on the command line replaced.
     """
+    tree, source, notices = _merged(cls, document, overrides, error, what, help_line)
+    return validate(cls, tree, source, error=error, help_line=help_line), notices
+
+
+def origins(cls: type[BaseModel], document: Document | None, overrides: Sequence[Override]) -> dict[str, str]:
+    """Where the values came from that are no defaults: "command line", or `file:line`.
+
+    Args:
+        cls: what `build` has made of the other two.
+    """
+    _, source, _ = _merged(cls, document, overrides, SettingsError, "setting", "")
+    return {".".join(path): where.removesuffix(": ") or "command line" for path, where in source.items()}
+
+
+def _merged(
+    cls: type[BaseModel],
+    document: Document | None,
+    overrides: Sequence[Override],
+    error: type[UserError],
+    what: str,
+    help_line: str,
+) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
+    """The values that are given, where each comes from ("file:3: "; empty: the command line), and notices."""
     tree: dict[str, Any] = {}
     source: dict[Key, str] = {}
     notices: list[str] = []
@@ -311,7 +334,7 @@ def build(
         else:
             _put(tree, override.path, value)
             source[override.path] = ""
-    return validate(cls, tree, source, error=error, help_line=help_line), notices
+    return tree, source, notices
 
 
 def _whole_groups(overrides: Sequence[Override]) -> list[Override]:

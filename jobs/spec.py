@@ -100,6 +100,8 @@ class JobSpec(StrictModel):
     """Absolute."""
     import_path: tuple[str, ...] = ()
     """Directories that a user's own module is imported from."""
+    code: dict[str, str] = Field(default_factory=dict)
+    """Folders of code -> the names of their copies in the run directory, from which ranks import (`jobs.code_copy`)."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
     gpus: GpuNeed = "none"

@@ -10,8 +10,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/ARCHITECTURE.md"
 
 BASE = {
-    *("blame", "errors", "excluded", "frames", "machine", "prepared", "processes", "run_dir", "settings", "spec"),
-    "status",
+    *(
+        "blame",
+        "code_copy",
+        "errors",
+        "excluded",
+        "frames",
+        "machine",
+        "prepared",
+        "processes",
+        "run_dir",
+        "settings",
+        "spec",
+    ),
+    *("secret_values", "status"),
 }
 """Files of jobs/ that every room may import."""
 MAY_IMPORT = {
@@ -19,7 +31,7 @@ MAY_IMPORT = {
     "jobs": {"api"},
     "api": {"cli", "runs"},
     "entry": {"agent", "prepare", "runs"},
-    "cli": {"cluster", "executor", "job", "rank", "runs", "slurm"},
+    "cli": {"cluster", "executor", "job", "rank", "runs", "slurm", "snapshot"},
     "runs": {"slurm"},
     "executor": {"cluster", "job", "local_executor", "rank", "slurm"},
     "local_executor": set[str](),
@@ -29,6 +41,7 @@ MAY_IMPORT = {
     "slurm": {"cluster"},
     "cluster": {"slurm"},
     "prepare": set[str](),
+    "snapshot": set[str](),
 }
 """Room -> the other rooms of jobs/ that it may import, beside BASE. A file directly in jobs/ is a room, too.
 

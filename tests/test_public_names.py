@@ -44,7 +44,7 @@ def test_the_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verbs_and_flags() -> None:
     assert [verb.name for verb in commands.VERBS] == [
-        *("script", "list", "wait", "resume", "status", "logs", "explain", "cancel", "clean", "report"),
+        *("script", "list", "wait", "resume", "resubmit", "status", "logs", "explain", "cancel", "clean", "report"),
         *("compare", "completion"),
     ]
     assert [flag.name for flag in commands.flags()] == [
@@ -52,6 +52,7 @@ def test_verbs_and_flags() -> None:
         *("--qos", "--job-name", "--sbatch", "--max-restarts", "--spares", "--max-requeues", "--threads-per-rank"),
         *("--watchdog-timeout", "--collective-timeout", "--rendezvous-timeout", "--env", "--allow-cpu", "--run-dir"),
         *("--profile", "--profile-ranks", "--profile-memory", "--dry-run", "--wait", "--json"),
+        *("--same-code",),
         *("--limit", "--watch", "--rank", "--all", "--errors", "--lines", "--follow", "--attempt"),
         *("--attempt", "--all", "--yes", "--older-than", "--larger-than", "--state", "--output"),
     ]

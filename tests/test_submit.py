@@ -268,11 +268,11 @@ BAD = [
     Bad(["tp_fsdp", "--executor", "debug", "--no-wait"], ["--no-wait", "has no effect with --executor debug"]),
     Bad(
         ["list", "--nodes", "3"],
-        ["--nodes: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py list; leave it out"],
+        ["--nodes: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py list; leave it out"],
     ),
     Bad(
         ["list", "--no-wait"],
-        ["--no-wait: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py list"],
+        ["--no-wait: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py list"],
     ),
     Bad(["list", "--config", ""], ["--config: is a flag of submit.py WORKLOAD, not of submit.py list"]),
     Bad(["tp_fsdp", "model=160m", "model.preset=1b"], ["model", "both given"]),

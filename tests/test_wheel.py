@@ -130,4 +130,5 @@ def test_ranks_import_the_package_and_the_users_module_beside_packages_of_the_sa
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["result"]
     assert Path(result["jobs"]).is_relative_to(meshrun.parent.parent)
-    assert Path(result["helper"]) == tmp_path / "helper_beside_it.py"
+    (copy,) = tmp_path.glob("runs/*/code/*")  # of the user's code; an installed package is not copied
+    assert Path(result["helper"]) == copy / "helper_beside_it.py"

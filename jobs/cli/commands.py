@@ -196,8 +196,20 @@ VERBS = (
         "jobs.cli.verbs.resume",
         "[RUN] [options] [key=value ...]",
         "goes on with a run that has ended, from its newest checkpoint, also on another shape",
-        (*(flag for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY), JSON),
+        (
+            *(flag for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY),
+            Flag("--same-code", "", "run the copy of the code that the run has, not the code as it is now", "switch"),
+            JSON,
+        ),
         more=RUN,
+    ),
+    Verb(
+        "resubmit",
+        "jobs.cli.verbs.resubmit",
+        "[RUN] [options] [key=value ...]",
+        "starts a new run with the code, settings, shape, cluster config and environment of another",
+        (*(flag for flag in _LAUNCH if flag.name != "--config"), JSON),
+        more=RUN + "\nWhat the line gives, such as steps=400 or --time 2:00:00, replaces what that run had.\n",
     ),
     Verb(
         "status",
@@ -301,7 +313,7 @@ HARDLY_A_SCRIPTS = (
     *("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait"),
 )
 """Flags that are taken for ours, or warned about, where they come after a script."""
-RESERVED = ("plan", "resubmit", "doctor")
+RESERVED = ("plan", "doctor")
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."
@@ -374,8 +386,9 @@ def others_flag(spelling: str, verb: Verb) -> str:
     takers = [taker for taker in takers if taker is not SCRIPT]  # WORKLOAD is named, which takes all of its
     if not takers:
         return ""
-    owners = " and ".join(f"submit.py {taker.name}" for taker in takers)
-    return f"{spelling}: is a flag of {owners}, not of submit.py {verb.name}; leave it out"
+    *others, last = [taker.name for taker in takers]
+    owners = f"{', '.join(others)} and {last}" if others else last
+    return f"{spelling}: is a flag of submit.py {owners}, not of submit.py {verb.name}; leave it out"
 
 
 def check_count(verb: Verb, words: Sequence[str]) -> None:

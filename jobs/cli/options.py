@@ -74,6 +74,8 @@ class Options:
     dry_run: bool = False
     wait: bool | None = None
     json: bool = False
+    # resume
+    same_code: bool = False
     # status
     limit: str | None = None
     watch: bool = False

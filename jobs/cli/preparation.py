@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jobs import blame, processes
+from jobs import blame, code_copy, processes
 from jobs.errors import OutputLost, one_line
 from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
@@ -94,7 +94,16 @@ class Preparation:
         owner, self._owner = os.pipe()  # the write end closes when this process ends, even if it is killed
         self._results, results = os.pipe()
         run_dir, parent = str(spec.run_dir), str(os.getpid())
-        command = [sys.executable, "-u", str(processes.ENTRY), "--prepare", run_dir, parent, str(owner), str(results)]
+        command = [
+            sys.executable,
+            "-u",
+            str(code_copy.entry(spec)),
+            "--prepare",
+            run_dir,
+            parent,
+            str(owner),
+            str(results),
+        ]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), spec.threads_per_rank)
         try:
             # In a session of its own, so that the terminal's signals reach only the command line.

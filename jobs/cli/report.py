@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs import code_copy
 from jobs.cli.console import Console
 from jobs.errors import EXIT_DONE, EXIT_FAILED
 from jobs.run_dir import RunDirectory
@@ -29,7 +30,7 @@ def report_end(record: dict[str, Any], console: Console, seconds: float | None, 
         code = EXIT_DONE
     else:
         if details := report.details(record):
-            console.complain(details)
+            console.complain(code_copy.original_of(run_dir, details))
         if run_dir.has_checkpoints():
             console.complain(f"go on from the newest checkpoint: {come_back(run_dir, 'resume')}")
         console.error(report.headline(record))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from jobs import machine, settings
+from jobs import code_copy, machine, settings, snapshot
 from jobs.cli import commands, fit
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
@@ -67,24 +68,44 @@ class Resolved:
     mesh: MeshSpec
     announcements: tuple[str, ...]
     """One line for each choice that the user did not make explicitly."""
+    origins: dict[str, str]
+    """Where settings came from that are no defaults: "command line", or a file and line."""
 
 
-def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
+@dataclass(frozen=True)
+class Before:
+    """The run whose code a job runs, instead of the code as it is now; that, too, if the run has no copy."""
+
+    spec: JobSpec
+    cluster: ClusterConfig | None = None
+    """Its cluster config as it was then; None: that of the command line."""
+
+    def copied(self, path: str) -> str:
+        return code_copy.copy_of(self.spec, path)
+
+
+def resolve(given: Options, going_on: JobSpec | None = None, before: Before | None = None) -> Resolved:
     """The job that a command line describes. Writes and starts nothing.
 
     Args:
         given: the command line.
         going_on: the job of the run that this one goes on with, in the same directory; None: it is a new run.
+        before: the run whose code this job runs; None: it runs the code as it is now.
 
     Raises:
         UserError, WorkloadError: the job cannot work.
     """
+    then = going_on or (before.spec if before is not None else None)
     _check_given(given)
     workload, words = given.words[0], given.words[1:]
     if given.executor is not None and given.executor not in EXECUTORS:
         close = did_you_mean(given.executor, EXECUTORS)
         raise CommandLineError(f"--executor {given.executor}: must be one of {', '.join(EXECUTORS)}{close}")
-    which, cluster_path, cluster, why = choose_executor(given.executor, given.cluster)
+    if before is not None and before.cluster is not None:
+        which, cluster_path, cluster = given.executor or before.spec.executor, Path(before.spec.cluster), before.cluster
+        why = "--executor" if which != before.spec.executor else "as before"
+    else:
+        which, cluster_path, cluster, why = choose_executor(given.executor, given.cluster)
     flags = settings.validate(
         _Flags,
         {name: getattr(given, name) for name in _Flags.model_fields},
@@ -97,20 +118,18 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
     options = _sbatch_options(given, cluster, which, from_env)
 
     import_path: tuple[str, ...] = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
-    if going_on is not None:
-        import_path = going_on.import_path
-    entry = registry.load(workload, import_path)
+    if then is not None:
+        import_path = then.import_path
+    entry = registry.load(workload, import_path if before is None else code_copy.imported_from(before.spec))
     document = settings.read_yaml(Path(given.config)) if given.config is not None else None
-    if workload == "script" and going_on is None:
+    if workload == "script" and then is None:
         document = settings.Document(script_config.of_line(given.script, Path.cwd()).model_dump(mode="json"), "script")
+    overrides = settings.parse_overrides(words)
     config, announcements = settings.build(
-        entry.config,
-        document,
-        settings.parse_overrides(words),
-        help_line=f"submit.py list {workload} shows every setting",
+        entry.config, document, overrides, help_line=f"submit.py list {workload} shows every setting"
     )
     mesh = entry.mesh_spec(config, resources.shape)
-    entry.call("validate", config, resources.shape)
+    entry.call("validate", config if before is None else _in_the_copy(config, before), resources.shape)
     if isinstance(config, ResumableConfig) and going_on is None and (folder := config.check_resume()) is not None:
         announcements.append(f"goes on from {folder}")
     if workload not in registry.BUILT_IN:
@@ -170,6 +189,11 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
+    code: dict[str, str] = {}
+    if before is not None and before.spec.code:
+        code = before.spec.code
+    elif cluster.snapshot and which != "debug":
+        code = snapshot.roots(imported_folders(workload, import_path, config))
     spec = JobSpec(
         workload=workload,
         settings=_plain(workload, config),
@@ -178,6 +202,7 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         cluster=str(cluster_path),
         run_dir=run_dir,
         import_path=import_path,
+        code=code,
         env=env,
         gpus=gpus,
         threads_per_rank=flags.threads_per_rank or cluster.threads_per_rank,
@@ -195,7 +220,45 @@ def resolve(given: Options, going_on: JobSpec | None = None) -> Resolved:
         max_requeues=MAX_REQUEUES if flags.max_requeues is None else flags.max_requeues,
         grace_s=cluster.grace_s,
     )
-    return Resolved(spec, cluster, entry, config, mesh, tuple(announcements))
+    origins = settings.origins(entry.config, document, overrides)
+    if isinstance(config, script_config.ScriptConfig) and then is None:
+        origins = dict.fromkeys(origins, "command line")
+    return Resolved(spec, cluster, entry, config, mesh, tuple(announcements), origins)
+
+
+def imported_folders(workload: str, import_path: Sequence[str], config: WorkloadConfig) -> list[Path]:
+    """The folders from which a job imports the user's own code; none of a built-in workload."""
+    if not isinstance(config, script_config.ScriptConfig):
+        return [_holder(workload, Path(folder)) for folder in import_path]
+    if config.path is not None:
+        return [config.file.resolve().parent]
+    return [_holder(str(config.module), Path(config.directory))]
+
+
+def _holder(module: str, folder: Path) -> Path:
+    """The folder that holds a module's package: the one where the line was typed, or that of an editable install."""
+    name = module.partition(":")[0].partition(".")[0]
+    if importlib.machinery.PathFinder.find_spec(name, [str(folder)]) is None:
+        try:
+            found = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            found = None
+        places = list(found.submodule_search_locations or [found.origin or ""]) if found is not None else []
+        installed = {"site-packages", "dist-packages"}
+        if places and Path(places[0]).is_absolute() and not installed & set(Path(places[0]).parts):
+            return Path(places[0]).parent
+    return folder
+
+
+def _in_the_copy(config: WorkloadConfig, before: Before) -> WorkloadConfig:
+    """A script's settings with the paths of an earlier run's copy, where the script itself may be gone."""
+    if not isinstance(config, script_config.ScriptConfig):
+        return config
+    if config.path is not None:
+        copies = (before.copied(str(place)) for place in (config.file.absolute(), config.file.resolve()))
+        found = next((copy for copy in copies if Path(copy).exists()), config.path)
+        return config.model_copy(update={"path": found})
+    return config.model_copy(update={"directory": before.copied(config.directory)})
 
 
 def _ports(cluster: ClusterConfig, resources: ResourceSpec, executor: str) -> tuple[int, int] | None:

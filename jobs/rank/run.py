@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from jobs import blame, processes
+from jobs import blame, code_copy, processes
 from jobs.errors import TopologyError
 from jobs.rank import profiling, report, stacks
 from jobs.rank.identity import RankInfo
@@ -106,7 +106,8 @@ def _run(
     at_end: contextlib.ExitStack,
 ) -> dict[str, Any] | None:
     started = time.time()
-    entry = registry.load(spec.workload, spec.import_path)
+    code_copy.import_from_it(spec, os.environ)
+    entry = registry.load(spec.workload, code_copy.imported_from(spec))
     config = entry.config.model_validate(spec.settings)
 
     import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import importlib.util
 import logging
@@ -22,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from jobs import blame, processes
+from jobs import blame, code_copy, processes
 from jobs.errors import RendezvousError
 from jobs.rank import network, report, stacks
 from jobs.rank.identity import RankInfo, rank_env
@@ -74,13 +75,14 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
         slot = Slot.from_env(env) or Slot.unwatched()
         before = [run_dir.attempt(number).metrics for number in range(info.attempt)]
         steps.attach(info.rank, info.host, slot, run_dir.paths(info.attempt), before)
+        code_copy.import_from_it(spec, env)
         _offer_meshrun()
         entry = registry.load(spec.workload)
         run, config = entry.hook("run"), entry.config.model_validate(spec.settings)
         assert run is not None
         slot.enter(SCRIPT)
         with report.noting_exits(env):
-            processes.as_this_process(lambda: run(config))
+            processes.as_this_process(lambda: run(config, copy_of=functools.partial(code_copy.copy_of, spec)))
     except BaseException as error:
         moment = time.monotonic()
         with contextlib.suppress(Exception):

@@ -17,6 +17,9 @@ from workloads.errors import did_you_mean, first_few
 LAST = "last"
 """The name of the run that was started or resumed last."""
 
+typed_in: Path | None = None
+"""Where this command was typed, if it has changed its directory since."""
+
 
 def find(name: str = LAST) -> RunDirectory:
     """The run with that path, name in ./runs, job ID, or part of a name that no other run has.
@@ -94,9 +97,9 @@ def why_not_submitted(run_dir: RunDirectory) -> str:
 
 def come_back(run_dir: RunDirectory, verb: str = "wait") -> str:
     """The command that follows a run again, with the same program name as this command, so that it can be pasted."""
-    path = run_dir.path
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
+    path, here = run_dir.path, typed_in or Path.cwd()
+    if path.is_relative_to(here):
+        path = path.relative_to(here)
     program = sys.argv[0] if sys.argv and Path(sys.argv[0]).name in ("submit.py", "meshrun") else "submit.py"
     command = ["python", program] if program.endswith(".py") else [Path(program).name]
     return shlex.join([*command, verb, str(path)])

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.processes import ENTRY
+from jobs import code_copy
 from jobs.run_dir import RunDirectory
 from jobs.spec import RESOLVER, JobSpec, ResourceSpec
 
@@ -101,7 +101,7 @@ def srun_arguments(spec: JobSpec, cluster: ClusterConfig, given: Mapping[str, st
 
 def agent_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
     """What srun starts on every host, but for the attempt's number."""
-    agent = [cluster.python or sys.executable, "-u", str(ENTRY), "--agent", str(spec.run_dir)]
+    agent = [cluster.python or sys.executable, "-u", str(code_copy.entry(spec)), "--agent", str(spec.run_dir)]
     if not cluster.command_prefix:
         return agent
     # Slurm's warning (USR2) goes to every process of the step: it would end a prefix that stays above its agent.
@@ -148,7 +148,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         '    while [ -L "$MESHRUN_RUN/attempt-$((MESHRUN_NUMBER + 1))/srun.log" ]; do : $((MESHRUN_NUMBER += 1)); done',
         '    MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-$MESHRUN_NUMBER"',
         '    if [ "$status" -ne 0 ] || ! grep -qs \'^  "status": "done"\' "$MESHRUN_ATTEMPT/result.json"; then',
-        f"        {shlex.join([sys.executable, str(ENTRY)])} \\",
+        f"        {shlex.join([sys.executable, str(code_copy.entry(spec))])} \\",
         '            --ended "$MESHRUN_RUN" "$MESHRUN_NUMBER" "$status"',
         "    fi",
         '    if grep -qs \'^  "status": "\\(stopped\\|cancelled\\)"\' "$MESHRUN_ATTEMPT/result.json"; then',

@@ -8,6 +8,7 @@ import io
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,21 +18,25 @@ OURS = ("jobs", "workloads", "submit")
 """Names of our packages, which a user's folder may use, too."""
 
 
-def run(config: ScriptConfig, context: None = None) -> None:
+def run(config: ScriptConfig, context: None = None, copy_of: Callable[[str], str] = str) -> None:
     """Runs it; returns when its last line has run, and raises what it raises, SystemExit included.
 
     Args:
         config: the script.
         context: none; a script has the environment's variables alone.
+        copy_of: where a file or folder of the code is in the run's own copy.
     """
-    os.chdir(config.directory)
+    # It may be gone when the script is run again, as by `resubmit`.
+    os.chdir(config.directory if Path(config.directory).is_dir() else copy_of(config.directory))
     main = ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main  # data workers that are spawned find the script by it
     if config.path is not None:
         file = config.path if config.path.startswith("/") else f"{os.getcwd()}/{config.path}"  # noqa: PTH109 (as Python)
         sys.argv[:] = [config.path, *config.args]
-        _search_first(str(config.file.resolve().parent))
+        real = str(config.file.resolve())
+        _search_first(str(Path(copy_of(real)).parent))
+        file = next((copy for place in (file, real) if (copy := copy_of(place)) != place), file)
         main.__dict__.update(
             __file__=file, __cached__=None, __loader__=importlib.machinery.SourceFileLoader("__main__", file)
         )
@@ -41,7 +46,7 @@ def run(config: ScriptConfig, context: None = None) -> None:
         return
     assert config.module is not None
     sys.argv[:] = ["-m", *config.args]  # as Python has it until the module is found
-    _search_first(str(Path.cwd()))
+    _search_first(copy_of(str(Path.cwd())))
     runpy._run_module_as_main(config.module)  # type: ignore[attr-defined]  # what python -m itself calls
 
 

@@ -228,7 +228,8 @@ def at_path(path: Path) -> list[Path]:
         path = path.parent
     if path.is_file():
         return []
-    if is_there(path / MANIFEST) or (re.fullmatch(r"step-\d+", path.name) and is_there(path)):
+    is_run = is_there(path / "job.json")  # it has another file of that name
+    if (is_there(path / MANIFEST) and not is_run) or (re.fullmatch(r"step-\d+", path.name) and is_there(path)):
         return [path]
     return published(path / "checkpoints") or published(path)
 

@@ -7,15 +7,16 @@ import functools
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from jobs import executor
-from jobs.cli import dry_run, fit, interrupts, preparation
+from jobs import executor, snapshot
+from jobs.cli import dry_run, fit, interrupts, manifest, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.cli.resolve import Resolved, resolve
+from jobs.cli.resolve import Resolved, imported_folders, resolve
 from jobs.errors import Interrupted, RunDirectoryError, SubmissionError
 from jobs.run_dir import RunDirectory, keep_others_from_writing
 from jobs.runs import index
@@ -34,7 +35,24 @@ def run(given: Options, console: Console) -> int:
         UserError, WorkloadError: the job is invalid; nothing was started.
         JobFailed, Interrupted: the job that this command followed failed, or was interrupted.
     """
-    resolved = resolve(given)
+    return go(resolve(given), given, console, keep_code)
+
+
+def go(resolved: Resolved, given: Options, console: Console, keep: Callable[[Resolved, Options], Resolved]) -> int:
+    """Runs a job in a new run directory, or shows what would happen.
+
+    Args:
+        resolved: the job.
+        given: the command line.
+        console: where it is shown.
+        keep: fills the run directory with the code and the manifest.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError, WorkloadError, JobFailed, Interrupted: as `run`.
+    """
     spec = resolved.spec
     plan = preparation.plan(resolved.entry, resolved.config)
     if given.dry_run:
@@ -48,11 +66,31 @@ def run(given: Options, console: Console) -> int:
         run_dir.describe(spec)
         if fault := run_dir.fault():
             raise RunDirectoryError(f"{fault}; make room there, or give another --run-dir")
+        resolved = keep(resolved, given)
         prepared = None if plan is None else prepare(resolved, plan, console)
     if prepared is not None:
         resolved = replace(resolved, announcements=(*resolved.announcements, f"prepared: {prepared}"))
         console.facts["prepared"] = prepared
     return start(resolved, run_dir, undo, console, given.wait)
+
+
+def keep_code(resolved: Resolved, given: Options, was: Mapping[str, Any] | None = None) -> Resolved:
+    """Takes the run's own copy of the code as it is now, and writes its manifest.
+
+    Args:
+        resolved: the job.
+        given: the command line.
+        was: the manifest of an attempt that this one follows, or of a run that it repeats.
+
+    Returns:
+        The job, with a line about what is not in the copy.
+    """
+    spec = resolved.spec
+    folders = imported_folders(spec.workload, spec.import_path, resolved.config)
+    taken = snapshot.take(spec.code, folders, RunDirectory(spec.run_dir).code) if spec.code else None
+    manifest.write(resolved, given, folders, taken, was)
+    said = [str(taken)] if taken is not None and str(taken) else []
+    return replace(resolved, announcements=(*resolved.announcements, *said))
 
 
 def show(resolved: Resolved, plan: str | None, console: Console) -> int:

@@ -1,4 +1,8 @@
-"""`submit.py resume RUN ...`: goes on with a run that has ended, from its newest checkpoint, also on another shape."""
+"""`submit.py resume RUN ...`: goes on with a run that has ended, from its newest checkpoint, also on another shape.
+
+It runs the code as it is now, as a person who resumes a run after a fix expects; --same-code runs the run's own copy. A
+requeue, and a restart in place, always run the copy.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jobs.cli import preparation
+from jobs.cli import manifest, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.cli.resolve import Resolved, resolve
+from jobs.cli.resolve import Before, Resolved, resolve
 from jobs.cli.verbs import launch
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.excluded import excluded, option
@@ -47,7 +51,7 @@ def run(given: Options, console: Console) -> int:
     if "=" in given.run:  # only settings are given
         given = replace(given, words=[given.words[0], LAST, *given.words[1:]])
     run_dir = find(given.run)
-    spec = _described(run_dir)
+    spec = described(run_dir)
     if spec.is_script and len(given.words) > 2:
         raise CommandLineError(f"{given.words[2]}: a script that is resumed gets the arguments it had; leave it out")
     if "resume=never" in given.words:
@@ -56,8 +60,13 @@ def run(given: Options, console: Console) -> int:
             f"submit.py {spec.workload} ..."
         )
     before = _refuse_if_it_runs(run_dir)
-    resolved = resolve(with_what_was_given_before(given, spec, run_dir), going_on=spec)
+    if given.same_code and not run_dir.code.is_dir():
+        raise CommandLineError(f"--same-code: {run_dir.path} has no copy of its code; leave it out")
+    copied = Before(spec) if given.same_code else None
+    resolved = resolve(with_what_was_given_before(given, spec, run_dir), going_on=spec, before=copied)
     notes = [_where_from(resolved.config, run_dir)]
+    if given.same_code or resolved.spec.code:
+        notes.append("code: the run's own copy" if given.same_code else "code: as it is now (--same-code: as it was)")
     without = str(resolved.spec.sbatch.get("exclude", "")).split(",")  # what the line says wins
     if hosts := [str(one) for one in excluded(run_dir) if one.host in without]:
         notes.append(f"excluded: {first_few(hosts)}; listed in {run_dir.excluded}")
@@ -67,7 +76,8 @@ def run(given: Options, console: Console) -> int:
     resolved = launch.ask_slurm(resolved)
     if fault := run_dir.fault():
         raise RunDirectoryError(f"{fault}; make room there")
-    away = run_dir.put_away(before)
+    was = read_json(run_dir.manifest)
+    away = run_dir.put_away(before, keeps_code=given.same_code)
 
     @contextlib.contextmanager
     def undo(errors: launch.Errors) -> Iterator[None]:
@@ -79,6 +89,10 @@ def run(given: Options, console: Console) -> int:
 
     with undo(BaseException):
         run_dir.describe(resolved.spec)
+        if given.same_code:
+            manifest.write(resolved, given, [], None, was, away.attempt.path)
+        else:
+            resolved = launch.keep_code(resolved, given, was)
         if run_dir.data.is_symlink() and not run_dir.data.exists():
             line = _make_data_anew(resolved, run_dir, console)
             resolved = replace(resolved, announcements=(*resolved.announcements, line))
@@ -110,7 +124,12 @@ def _make_data_anew(resolved: Resolved, run_dir: RunDirectory, console: Console)
     )
 
 
-def _described(run_dir: RunDirectory) -> JobSpec:
+def described(run_dir: RunDirectory) -> JobSpec:
+    """The job of a run that submit.py has started.
+
+    Raises:
+        CommandLineError: it is another version's, or was started by a launcher of the user's own.
+    """
     try:
         spec = JobSpec.model_validate(read_json(run_dir.job) or {})
     except ValidationError as error:
@@ -145,10 +164,17 @@ def _refuse_if_it_runs(run_dir: RunDirectory) -> Submitted | None:
     return submitted
 
 
-def with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirectory) -> Options:
-    """The line that starts the run again: what this line says wins over what the run's files say."""
+def with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirectory, goes_on: bool = True) -> Options:
+    """The line that starts the run again: what this line says wins over what the run's files say.
+
+    Args:
+        given: this line.
+        spec: the job of the run.
+        run_dir: its directory.
+        goes_on: whether the run itself goes on, and not another one that repeats it.
+    """
     resources = spec.resources
-    before = {
+    before: dict[str, Any] = {
         "nodes": str(resources.nodes),
         "gpus_per_node": str(resources.gpus_per_node),
         "executor": spec.executor,
@@ -167,9 +193,13 @@ def with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirect
         "collective_timeout": str(spec.collective_timeout_s),
         "rendezvous_timeout": str(spec.rendezvous_timeout_s),
     }
+    if not goes_on and spec.profile is not None and given.profile is None:
+        before["profile"] = f"{spec.profile.first}:{spec.profile.last}"
+        before["profile_ranks"] = ",".join(map(str, spec.profile.ranks))
+        before["profile_memory"] = spec.profile.memory
     if given.executor not in (None, spec.executor):  # those of the other executor would be refused
         before |= dict.fromkeys(("partition", "account", "qos", "job_name", "spares", "max_requeues"))
-    kept: dict[str, Any] = {name: value for name, value in before.items() if getattr(given, name) is None}
+    kept: dict[str, Any] = {name: value for name, value in before.items() if getattr(given, name) in (None, False)}
     on_slurm = (given.executor or spec.executor) == "slurm"
     added = {word.partition("=")[0] for word in given.env}
     env = [f"{name}={value}" for name, value in spec.env.items() if name not in added]
@@ -183,14 +213,14 @@ def with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirect
         if name not in known
     ]
     words = given.words[2:]
-    if spec.settings.get("resume") == "never" and not any(word.startswith("resume=") for word in words):
+    if goes_on and spec.settings.get("resume") == "never" and not any(word.startswith("resume=") for word in words):
         words = [*words, "resume=auto"]
     return replace(
         given,
         **kept,
         words=[spec.workload, *words],
         allow_cpu=given.allow_cpu or (on_slurm and spec.gpus == "optional"),
-        run_dir=str(run_dir.path),
+        run_dir=str(run_dir.path) if goes_on else given.run_dir,
         env=[*env, *given.env],
         sbatch=[*sbatch, *given.sbatch],
     )

@@ -199,7 +199,7 @@ def test_a_directory_with_such_packages_of_its_own_does_not_matter(prepared: Typ
             theirs += " " + pool.apply(eval, ("__import__('workloads').__file__",))
         raise WorkloadError(f"{workloads.__file__} {theirs}")
     """
-    ours = str(ROOT / "workloads" / "__init__.py")
+    ours = str(tmp_path / "run" / "code" / "meshrun" / "workloads" / "__init__.py")
     check_refused(prepared(body), f"error: {ours} workloads.base {ours}")
 
 

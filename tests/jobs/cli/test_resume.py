@@ -27,7 +27,10 @@ BAD = [
     Bad(["resume", "987654"], ["'987654': no run known here has that job ID"]),
     Bad(["resume", "run"], ["run/job.json: is not the description of a job"], {"run/job.json": '{"workload": "mine"}'}),
     Bad(["resume", "run", "--config", "x"], ["--config: is a flag of submit.py WORKLOAD, not of submit.py resume"]),
-    Bad(["resume", "run", "--run-dir", "x"], ["--run-dir: is a flag of submit.py WORKLOAD, not of submit.py resume"]),
+    Bad(
+        ["resume", "run", "--run-dir", "x"],
+        ["--run-dir: is a flag of submit.py WORKLOAD and resubmit, not of submit.py resume"],
+    ),
 ]
 
 

@@ -35,25 +35,29 @@ BAD = [
     ),
     Bad(
         ["wait", "run", "--nodes", "2"],
-        ["--nodes: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py wait"],
+        ["--nodes: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py wait"],
         RUN,
     ),
     Bad(
         ["wait", "run", "--wait"],
-        ["--wait: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py wait"],
+        ["--wait: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py wait"],
         RUN,
     ),
     Bad(
         ["wait", "run", "--no-wait"],
-        ["--no-wait: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py wait"],
+        ["--no-wait: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py wait"],
         RUN,
     ),
     Bad(
         ["wait", "run", "--dry-run"],
-        ["--dry-run: is a flag of submit.py WORKLOAD and submit.py resume, not of submit.py wait"],
+        ["--dry-run: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py wait"],
         RUN,
     ),
-    Bad(["wait", "run", "--run-dir", "x"], ["--run-dir: is a flag of submit.py WORKLOAD, not of submit.py wait"], RUN),
+    Bad(
+        ["wait", "run", "--run-dir", "x"],
+        ["--run-dir: is a flag of submit.py WORKLOAD and resubmit, not of submit.py wait"],
+        RUN,
+    ),
     Bad(["wiat", "run"], ["'wiat'", "did you mean 'wait'?"]),
 ]
 

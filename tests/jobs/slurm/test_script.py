@@ -31,7 +31,15 @@ def shipped_spec(name: str, run_dir: Path, **changes: object) -> tuple[JobSpec, 
 
 
 def pinned(text: str, run_dir: Path) -> str:
-    places = ((str(run_dir), "{RUN_DIR}"), (sys.executable, "{PYTHON}"), (str(processes.ENTRY), "{ENTRY}"))
+    entries = [
+        run_dir / "code" / "meshrun" / "jobs" / "entry.py",
+        processes.ENTRY,
+    ]  # the latter of an installed package
+    places = (
+        *((str(entry), "{ENTRY}") for entry in entries),
+        (str(run_dir), "{RUN_DIR}"),
+        (sys.executable, "{PYTHON}"),
+    )
     for there, placeholder in places:
         text = text.replace(there, placeholder)
     return text
