@@ -31,6 +31,7 @@ from jobs.runs.cause import Cause
 from jobs.runs.explain import explain
 from jobs.runs.overview import Overview, overviews
 from jobs.runs.tracker import track
+from jobs.secret_values import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -194,13 +195,13 @@ class _Logged(Console):
         self.as_json, self.job_started, self.facts = True, False, {}
 
     def say(self, text: str = "") -> None:
-        log.info("%s", text)
+        log.info("%s", without_secrets(text))
 
     def complain(self, text: str) -> None:
-        log.warning("%s", text)
+        log.warning("%s", without_secrets(text))
 
     def pass_on(self, text: str) -> None:
-        log.info("%s", text.rstrip("\n"))
+        log.info("%s", without_secrets(text.rstrip("\n")))
 
     def draw(self, text: str) -> None:
         pass

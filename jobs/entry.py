@@ -6,6 +6,7 @@
                                                     a workload's `prepare`, before the job is submitted
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
                                                     in a Slurm job's batch script, after srun has failed
+    python jobs/entry.py --secrets RUN_DIR          there, too: the job's secret variables, for its shell
 
 `python -m` would put the current directory first on the path: in a directory with its own `jobs/` or `workloads/`, it
 would import the wrong packages. This file imports the packages next to it, whatever the path is, before anything else.
@@ -41,6 +42,9 @@ def main() -> None:
     if what == "--ended":
         _ended(*arguments)
         return
+    if what == "--secrets":
+        _export_secrets(Path(arguments[0]))
+        return
     # A scheduler sends these signals to every process of a job, and they kill a process without a handler.
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
@@ -61,6 +65,17 @@ def main() -> None:
         from jobs.prepare import prepare_here
 
         sys.exit(prepare_here(Path(arguments[0]), *map(int, arguments[1:])))
+
+
+def _export_secrets(run_dir: Path) -> None:
+    pin()
+    import shlex
+
+    from jobs.run_dir import RunDirectory
+
+    for (part, name, *_), value in RunDirectory(run_dir).kept_secrets().items():
+        if part == "env":
+            print(f"export {name}={shlex.quote(value)}")
 
 
 def _ended(*arguments: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import code_copy
+from jobs import code_copy, secret_values
 from jobs.cluster import ClusterConfig
 from jobs.errors import SubmissionError, SubmissionUnknown
 from jobs.run_dir import RunDirectory
@@ -118,7 +118,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
 
     submission = render(spec, cluster)
     run = RunDirectory(spec.run_dir)
-    job = Job(spec)
+    job = Job(secret_values.public(spec))  # nothing reads the pickle: agents read the run directory
     if spec.executor == "local":
         from jobs.local_executor import LocalExecutor
 

@@ -27,8 +27,9 @@ class Job:
 
         Raises:
             OSError: the directory has no job.json.
+            RunDirectoryError: the job's secrets are gone.
         """
-        return Job(JobSpec.model_validate_json(RunDirectory(run_dir).job.read_bytes()))
+        return Job(RunDirectory(run_dir).described())
 
     def __call__(self) -> dict[str, Any] | None:
         # Late, because the submitting process runs no rank.

@@ -17,8 +17,7 @@ from typing import Any
 
 from jobs import code_copy, prepared, processes
 from jobs.errors import one_line
-from jobs.run_dir import RunDirectory, read_json
-from jobs.spec import JobSpec
+from jobs.run_dir import RunDirectory
 from workloads import registry
 from workloads.base import WorkloadError
 
@@ -43,7 +42,7 @@ def prepare_here(run_dir: Path, parent: int, owner: int, results: int) -> int:
     # Under nohup, and in a script's background, this process inherits an ignored SIGINT; here SIGINT must end it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        spec = JobSpec.model_validate(read_json(RunDirectory(run_dir).job))
+        spec = RunDirectory(run_dir).described()
         code_copy.import_from_it(spec, os.environ)
         entry = registry.load(spec.workload, code_copy.imported_from(spec))
         config = entry.config.model_validate(spec.settings)

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jobs import secret_values
 from jobs.run_dir import read_json, write_json
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
 
@@ -85,7 +86,7 @@ def _key(entry: WorkloadEntry, config: WorkloadConfig) -> Any:
     """What the data depends on: what the workload says, and the text of its `prepare`; None: it is not shared."""
     if entry.prepare_key is None:
         return None
-    own = entry.call("prepare_key", config)
+    own = secret_values.hidden(entry.call("prepare_key", config))  # the data is the same whoever downloads it
     if own is None:
         return None
     function = entry.hook("prepare")

@@ -1,7 +1,8 @@
 """The run directory: the one file that knows the names on disk. Torch-free.
 
 runs/20261122-081530-tp_fsdp-3f9c/
-    job.json            the job as resolved: workload, every setting, shape, environment
+    job.json            the job as resolved: workload, every setting, shape, environment; without secrets
+    secrets.json        while the job may run: what looks like a password, token or key; readable by the user alone
     settings.yaml       the workload's settings alone; `--config` takes it
     manifest.json       what was submitted, and where each setting came from; uncommitted.patch beside it
     code/               the run's own copy of the code; see jobs/code_copy.py
@@ -47,10 +48,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jobs import secret_values
 from jobs.errors import RunDirectoryError
+from jobs.secret_values import name_of, without_secrets
 from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
+from workloads.errors import first_few
 from workloads.whole_files import beside, is_there, make_folder, write_durably, written_beside
 from workloads.whole_files import write_text as write_text
 
@@ -71,12 +75,21 @@ def keep_others_from_writing() -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames; see workloads.base.to_json for what may be in `value`."""
-    write_text(path, _as_text(value))
+    """Writes beside and renames, without secrets; see workloads.base.to_json for what may be in `value`."""
+    write_text(path, _as_text(_without_secrets(to_json(value))))
 
 
-def _as_text(value: Any) -> str:
-    return json.dumps(to_json(value), indent=2, allow_nan=False) + "\n"
+def _as_text(plain: Any) -> str:
+    return json.dumps(plain, indent=2, allow_nan=False) + "\n"
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        is_path = value.startswith("/") and len(value.split()) == 1  # it must lead somewhere
+        return value if is_path else without_secrets(value)
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def write_new(path: Path, text: str) -> None:
@@ -241,6 +254,10 @@ class RunDirectory:
         return self.path / "job.json"
 
     @property
+    def secrets(self) -> Path:
+        return self.path / "secrets.json"
+
+    @property
     def settings(self) -> Path:
         return self.path / "settings.yaml"
 
@@ -302,15 +319,54 @@ class RunDirectory:
         return next((path.name for path in self.submitit.glob(".submission_file_*.sh")), "")
 
     def describe(self, spec: JobSpec, known: Mapping[str, Any] | None = None) -> None:
-        """Writes down what the job is, before it starts.
+        """Writes down what the job is, before it starts; its secrets stand in a file of their own.
 
         Args:
             spec: the job.
             known: a description that the code of the job's ranks has written: they know no other keys.
         """
-        plain = spec.model_dump(mode="json")
-        write_json(self.job, plain if known is None else {name: plain[name] for name in plain if name in known})
-        write_text(self.settings, dump_yaml(spec.settings))
+        job, found = secret_values.take_out(spec.model_dump(mode="json"))
+        self.forget_secrets()
+        if found and spec.executor != "torchrun":  # there each rank has its own command line
+            with written_beside(self.secrets) as own:
+                descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(_as_text([[[*path], value] for path, value in found.items()]))
+        # Not by write_json: a path or a name in it must stay, even if a secret happens to be in there.
+        job = {name: job[name] for name in job if known is None or name in known}
+        write_text(self.job, _as_text(to_json({**job, "secrets": [[*path] for path in found]})))
+        write_text(self.settings, dump_yaml(job["settings"]))
+
+    def described(self) -> JobSpec:
+        """The job, with its secrets.
+
+        Raises:
+            OSError: the directory has no job.json.
+            RunDirectoryError: its secrets have been removed.
+        """
+        job = json.loads(self.job.read_bytes())
+        found = self.kept_secrets()
+        spec = JobSpec.model_validate(secret_values.put_in(job, found))
+        if gone := [path for path in spec.secrets if path not in found]:
+            names = first_few([*map(name_of, gone)])
+            raise RunDirectoryError(
+                f"{self.path}: the job had ended, so its secrets are no longer kept; go on with it by submit.py "
+                f"resume, and give them again: {names}"
+            )
+        return spec
+
+    def kept_secrets(self) -> dict[tuple[str, ...], str]:
+        """The job's secrets by their places; none once it has ended."""
+        try:
+            with open_regular(self.secrets) as file:
+                return {tuple(path): value for path, value in json.loads(file.read())}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def forget_secrets(self) -> None:
+        """Removes them: for whoever sees the job's end."""
+        with contextlib.suppress(OSError):
+            self.secrets.unlink()
 
     def put_away(self, submitted: Submitted | None, keeps_code: bool = False) -> PutAway:
         """Makes room for the description and the submission of an attempt that is to follow the newest one.
@@ -353,6 +409,7 @@ class RunDirectory:
                 shutil.rmtree(path)
             with contextlib.suppress(FileNotFoundError):
                 (away.attempt.path / path.name).replace(path)
+        self.forget_secrets()
         if away.result is not None:
             self.amend(away.attempt.number, away.result)
         else:
@@ -399,7 +456,7 @@ class RunDirectory:
                 record = there
                 break
             with contextlib.suppress(FileExistsError):
-                write_new(path, _as_text(record))
+                write_new(path, _as_text(_without_secrets(to_json(record))))
                 break
             # Taken away before it is replaced: what somebody has left since it was read is then found here.
             taken = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.taken")

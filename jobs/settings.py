@@ -25,6 +25,7 @@ from jobs.errors import SettingsError, UserError
 from workloads.errors import did_you_mean
 from workloads.key_values import key_values
 from workloads.meanings import meanings
+from workloads.secret_values import masked
 
 Model = TypeVar("Model", bound=BaseModel)
 Key = tuple[str, ...]
@@ -374,7 +375,7 @@ def validate(
             message = re.sub(r", unable to (parse|interpret) .*", "", message.replace("Input should be", "must be"))
             value = ""
             if path:
-                value = "..." if _is_secret(cls, path) else _show(_get(tree, path))
+                value = "..." if _is_secret(cls, path) else masked(key, _show(_get(tree, path)))
             expected = mistake.get("ctx", {}).get("expected", "")
             hint = did_you_mean(value, re.findall(r"'([^']+)'", str(expected)))
             origin = (source or {}).get(path, "")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from jobs import processes
 from jobs.code_copy import OWN
+from jobs.secret_values import has_secrets
 
 MOST_FILES, MOST_BYTES = 5_000, 50 * 2**20
 """Of a copy. Python files come first, and those below the folder that is imported from."""
@@ -124,7 +125,7 @@ def take(code: dict[str, str], folders: Sequence[Path], target: Path) -> Taken:
         place, copy = Path(root), target / name
         first = [folder for folder in folders if folder.is_relative_to(place)]
         if name == OWN and not first:
-            _copy(place, _own_files(), copy, Taken(), [])
+            _copy(place, _own_files(), copy, Taken(), [], is_searched=False)
             continue
         _copy(place, _files(place, taken), copy, taken, first)
         _link_the_rest(place, copy, target, taken)
@@ -226,8 +227,10 @@ def _is_junk(path: Path) -> bool:
     return (path / "job.json").exists() and (path / "settings.yaml").exists()
 
 
-def _copy(root: Path, files: Iterable[str], copy: Path, taken: Taken, first: Sequence[Path]) -> None:
-    """Copies files, the most important ones first, until there are too many."""
+def _copy(
+    root: Path, files: Iterable[str], copy: Path, taken: Taken, first: Sequence[Path], is_searched: bool = True
+) -> None:
+    """Copies files, the most important ones first, until there are too many; none with a secret in it."""
     prefixes = tuple(f"{folder.relative_to(root)}/" for folder in first if folder != root)
 
     def order(path: str) -> tuple[bool, bool, str]:
@@ -257,6 +260,9 @@ def _copy(root: Path, files: Iterable[str], copy: Path, taken: Taken, first: Seq
             target.symlink_to(source.readlink() if is_within else os.path.realpath(source))
         elif stat.S_ISREG(status.st_mode):
             try:
+                if is_searched and has_secrets(source.read_bytes().decode(errors="surrogateescape")):
+                    taken.left_out[str(source)] = "there is a secret in it"
+                    continue
                 _copy_file(source, target, status)
             except PermissionError:
                 if not os.access(source, os.R_OK):

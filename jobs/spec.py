@@ -132,6 +132,8 @@ class JobSpec(StrictModel):
     """How often failed ranks are started again in place, each time as a new attempt; `resume` counts anew."""
     max_requeues: int = Field(default=MAX_REQUEUES, ge=0, le=MOST_RESTARTS)
     """How often a Slurm job that was stopped before its time limit goes back into the queue, to go on."""
+    secrets: tuple[tuple[str, ...], ...] = ()
+    """In job.json: the places of values that look like secrets, and so stand in secrets.json alone."""
     grace_s: float = Field(default=20, ge=0)
     """Seconds after SIGTERM (a preemption, scancel) that ranks on Slurm get to end their step and save."""
 

@@ -10,20 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/ARCHITECTURE.md"
 
 BASE = {
-    *(
-        "blame",
-        "code_copy",
-        "errors",
-        "excluded",
-        "frames",
-        "machine",
-        "prepared",
-        "processes",
-        "run_dir",
-        "settings",
-        "spec",
-    ),
-    *("secret_values", "status"),
+    *("blame", "code_copy", "errors", "excluded", "frames", "machine", "prepared", "processes", "run_dir", "settings"),
+    *("secret_values", "spec", "status"),
 }
 """Files of jobs/ that every room may import."""
 MAY_IMPORT = {

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jobs import blame, processes
+from jobs import blame, processes, secret_values
 from jobs.agent import binding, ranks
 from jobs.agent.job_state import SILENT_S, first_places
 from jobs.agent.keeper import Keeper, KeeperFailed
@@ -59,7 +59,10 @@ def main(run_dir: Path, attempt: int, signals: Signals) -> NoReturn:
 def _run(job: Job, number: int, signals: Signals) -> int:
     spec = job.spec
     os.environ.update(spec.rank_env)  # on Slurm the batch script exports it, and a container's image may have its own
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s [agent] %(levelname)s: %(message)s", datefmt="%H:%M:%S")
+    secret_values.know_environment(os.environ)
+    handler = logging.StreamHandler()
+    handler.setFormatter(secret_values.formatter("%(asctime)s [agent] %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     processes.adopt_orphans()
     info = replace(_info(spec), attempt=number)
     run_dir = RunDirectory(spec.run_dir)
@@ -76,6 +79,8 @@ def _run(job: Job, number: int, signals: Signals) -> int:
         return _without_the_others(agent, failure)
     finally:
         agent.end()
+        if spec.executor == "local":  # a Slurm job may come back; its batch script sees the end
+            run_dir.forget_secrets()
 
 
 def _info(spec: JobSpec) -> RankInfo:
@@ -437,7 +442,8 @@ class _Agent:
                 Lease.of(self.spec, self.info).release(self.leader.attempt.number)
         if self.leader is not None and self.leader.error:
             # A line more finds room on a disk that has none for a result.
-            print(f"{JobFailed.__module__}.{JobFailed.__name__}: {self.leader.error}", file=sys.stderr, flush=True)
+            line = secret_values.without_secrets(self.leader.error)
+            print(f"{JobFailed.__module__}.{JobFailed.__name__}: {line}", file=sys.stderr, flush=True)
 
 
 def _told_by_others(attempt: Attempt) -> Failure | None:

@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobs import blame, processes
+from jobs import blame, processes, secret_values
 from jobs.agent.memory import OomCounter
 from jobs.agent.signals import OF_AN_AGENT
 from jobs.agent.stacks import Stacks
@@ -220,8 +219,8 @@ class Ranks:
             _bind(cpus)
             processes.as_rank(self.job)
             code = 0
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            secret_values.print_error(error)
         finally:
             processes.leave(code)
 
@@ -314,7 +313,13 @@ def spawned(run_dir: Path, agent: int) -> None:
         os.setpgid(0, 0)
     text = os.environ.pop("MESHRUN_CPUS", "")
     _bind({int(cpu) for cpu in text.split(",")} if text else None)
-    processes.as_rank(Job.described_in(run_dir))
+    job = Job.described_in(run_dir)
+    secret_values.know_environment(os.environ)
+    try:
+        processes.as_rank(job)
+    except Exception as error:
+        secret_values.print_error(error)
+        raise SystemExit(1) from None
 
 
 def _bind(cpus: set[int] | None) -> None:

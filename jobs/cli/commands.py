@@ -231,8 +231,13 @@ VERBS = (
         (
             Flag("--rank", "R", "another rank's log (default: 0)"),
             Flag("--all", "", "the logs of all ranks, merged by time; rank and host stand before each line", "switch"),
-            Flag("--errors", "", "of all logs, only warnings, errors and tracebacks", "switch"),
-            Flag("--lines", "N", "only the last N lines (default: all)", letter="-n"),
+            Flag("--errors", "", "of all ranks, hosts and Slurm, only warnings, errors and tracebacks", "switch"),
+            Flag(
+                "--lines",
+                "N",
+                "the last N lines (default: 100 on a terminal, all of them elsewhere)",
+                letter="-n",
+            ),
             Flag("--follow", "", "goes on until the run ends, also across restarts", "switch", letter="-f"),
             Flag("--attempt", "N", "of an earlier attempt (default: the newest)"),
             JSON,

@@ -10,6 +10,7 @@ import sys
 from typing import Any, TextIO
 
 from jobs.errors import OutputLost, one_line, printable
+from workloads.secret_values import without_secrets
 
 
 class Console:
@@ -98,7 +99,7 @@ class Console:
 
     def _write(self, text: str, stream: TextIO) -> None:
         try:
-            stream.write(text)
+            stream.write(without_secrets(text))
             stream.flush()
         except OSError as error:
             # Otherwise Python would write the rest of the buffer again at exit, and print an error.

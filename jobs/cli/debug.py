@@ -42,5 +42,7 @@ def run(spec: JobSpec, console: Console) -> int:
     except KeyboardInterrupt:
         run_dir.publish({**ended, "status": "interrupted", "error": "interrupted by SIGINT"})
         raise
+    finally:
+        run_dir.forget_secrets()
     assert record is not None
     return report_end(record, console, time.monotonic() - began, run_dir)

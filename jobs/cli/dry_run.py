@@ -6,7 +6,7 @@ import textwrap
 
 import yaml
 
-from jobs import executor
+from jobs import executor, secret_values
 from jobs.cli.console import Console
 from jobs.cli.resolve import Resolved
 from jobs.rank.numbering import mesh_table
@@ -21,7 +21,7 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
         plan: what its workload's `prepare` would do, if anything.
         console: where it is printed.
     """
-    spec = resolved.spec
+    spec, shown = resolved.spec, secret_values.public(resolved.spec)
     submission = executor.render(spec, resolved.cluster)
     hosts = [f"host{node}" for node in range(spec.resources.nodes)]
     console.say("dry run: nothing is started or written\n")
@@ -31,7 +31,7 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
         console.say(f"prepare: {plan}")
     console.say(f"run directory: {spec.run_dir}\n")
     console.say("settings:")
-    settings = " ".join(as_key_values(spec.settings))
+    settings = " ".join(as_key_values(shown.settings))
     console.say(_indent(textwrap.fill(settings, 110, break_long_words=False, break_on_hyphens=False)) + "\n")
     console.say(f"mesh: {resolved.mesh}, on {spec.resources.shape} ranks")
     console.say(_indent(mesh_table(resolved.mesh, hosts)) + "\n")
@@ -43,7 +43,7 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
     console.say(f"time-outs: {limits}\n")
     if spec.executor != "slurm":  # otherwise both are in the script
         console.say("environment variables of every rank:")
-        console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(submission.env.items()))) + "\n")
+        console.say(_indent("\n".join(f"{name}={value}" for name, value in sorted(shown.rank_env.items()))) + "\n")
         console.say("submission parameters:")
         console.say(_indent(yaml.safe_dump(submission.parameters or "none", sort_keys=False)) + "\n")
     console.say("submission:")
@@ -54,7 +54,7 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
         {
             "status": "dry-run",
             "exit_code": 0,
-            "job": spec.model_dump(mode="json"),
+            "job": shown.model_dump(mode="json"),
             "prepare": plan,
             "mesh": {
                 "names": resolved.mesh.names,
@@ -71,7 +71,7 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> None:
             "submission": {
                 "parameters": submission.parameters,
                 "text": submission.text,
-                "env": submission.env,
+                "env": shown.rank_env,
             },
         }
     )

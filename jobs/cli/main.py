@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from jobs import secret_values
 from jobs.cli import commands, completion, interrupts, options
 from jobs.cli.console import Console
 from jobs.errors import (
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """
     if completion.is_asked(os.environ):
         completion.offer()
+    secret_values.know_words(argv)
     console = Console(as_json="--json" in options.split_at_script(argv).own)
     try:
         with interrupts.raised(), console.guard_stdout():

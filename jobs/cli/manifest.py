@@ -22,7 +22,7 @@ from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved
 from jobs.cluster import ClusterConfig
 from jobs.run_dir import RunDirectory, write_json
-from jobs.secret_values import masked
+from jobs.secret_values import MASK, has_secrets, hidden, masked, without_secrets
 from jobs.slurm import environment
 from workloads.whole_files import written_beside
 
@@ -89,7 +89,6 @@ def write(
         asked.ask("patch", "git", "-C", str(tree), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
     if spec.executor == "slurm":
         asked.ask("slurm", "sbatch", "--version")
-    values = _Values()
     submission = executor.render(spec, resolved.cluster)
     record: dict[str, Any] = {
         "version": 1,
@@ -97,13 +96,13 @@ def write(
         "user": _user(),
         "host": socket.gethostname(),
         "directory": str(Path.cwd()),
-        "line": values.words(sys.argv),
+        "line": shlex.join(hidden(sys.argv)),
         **({} if code_of is None or code_of.is_relative_to(spec.run_dir) else {"repeats": str(code_of)}),
         "workload": spec.workload,
-        "settings": _as_was(values.settings(spec.settings, resolved.origins), was, "settings"),
-        "flags": _as_was(_flags(resolved, given, values), was, "flags"),
-        "env": {name: values.text(name, value) for name, value in spec.env.items()},
-        "shell": {name: values.text(name, value) for name, value in shell().items()},
+        "settings": _as_was(_settings(hidden(spec.settings), resolved.origins), was, "settings"),
+        "flags": _as_was(_flags(resolved, given), was, "flags"),
+        "env": hidden(spec.env),
+        "shell": hidden(shell()),
         "cluster": {"path": spec.cluster, "contents": contents(resolved.cluster)},
         "versions": versions(),
         "executable": sys.executable,
@@ -112,7 +111,7 @@ def write(
             **({} if taken is None else {"files": taken.files, "bytes": taken.bytes}),
             **({} if taken is None else {"left_out": taken.left_out, "linked": taken.linked[: snapshot.MOST_LINKS]}),
         },
-        "submission": values.anywhere(submission.text),
+        "submission": masked("", submission.text),
     }
     answers = asked.answers()
     if (slurm := answers.get("slurm")) is not None:
@@ -133,7 +132,7 @@ def write(
 
 def contents(cluster: ClusterConfig) -> dict[str, Any]:
     """What a cluster config says, without secrets."""
-    shown: dict[str, Any] = _Values().contents(cluster.model_dump(mode="json", exclude_unset=True))
+    shown: dict[str, Any] = hidden(cluster.model_dump(mode="json", exclude_unset=True))
     return shown
 
 
@@ -154,7 +153,7 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _flags(resolved: Resolved, given: Options, values: _Values) -> dict[str, Any]:
+def _flags(resolved: Resolved, given: Options) -> dict[str, Any]:
     """The job's shape, limits and queue, and where each value came from."""
     spec, cluster = resolved.spec, resolved.cluster
     plain = {
@@ -176,60 +175,20 @@ def _flags(resolved: Resolved, given: Options, values: _Values) -> dict[str, Any
             origin = f"{variable} in the environment"
         else:
             origin = spec.cluster if key in cluster.model_fields_set else "default"
-        shown = (
-            {k: values.text(k, v) if isinstance(v, str) else v for k, v in value.items()} if name == "sbatch" else value
-        )
-        flags[name] = {"value": values.text(name, shown) if isinstance(shown, str) else shown, "from": origin}
+        flags[name] = {"value": value, "from": origin}
     return flags
 
 
-class _Values:
-    """What goes into the manifest; remembers what was masked, so that it is masked wherever it stands."""
-
-    def __init__(self) -> None:
-        self._hidden: set[str] = set()
-
-    def text(self, name: str, value: str) -> str:
-        shown = masked(name, value)
-        if shown != value and masked(name, "x") != "x":
-            self._hidden.add(value)
-        return shown
-
-    def words(self, argv: Sequence[str]) -> str:
-        shown, flag = [], ""
-        for word in argv:
-            name, equals, value = word.partition("=")
-            if equals:
-                shown.append(f"{name}={self.text(name.lstrip('-'), value)}")
-            else:
-                shown.append(self.text(flag, word))
-            flag = word.lstrip("-") if word.startswith("-") and not equals else ""
-        return shlex.join(shown)
-
-    def settings(self, tree: Mapping[str, Any], origins: Mapping[str, str], at: str = "") -> dict[str, Any]:
-        """Every setting by its dotted key: its value, and where it came from."""
-        rows: dict[str, Any] = {}
-        for name, value in tree.items():
-            key = f"{at}{name}"
-            if isinstance(value, Mapping) and value and key not in origins:
-                rows |= self.settings(value, origins, f"{key}.")
-            else:
-                rows[key] = {"value": self.contents({name: value})[name], "from": origins.get(key, "default")}
-        return rows
-
-    def contents(self, tree: Any, name: str = "") -> Any:
-        if isinstance(tree, Mapping):
-            return {key: self.contents(value, str(key)) for key, value in tree.items()}
-        if isinstance(tree, (list, tuple)):
-            return [self.contents(value, name) for value in tree]
-        return self.text(name, tree) if isinstance(tree, str) else tree
-
-    def anywhere(self, text: str) -> str:
-        """A text in which values stand that were masked elsewhere."""
-        for value in sorted(self._hidden, key=len, reverse=True):
-            for spelled in (value, shlex.quote(value)):
-                text = text.replace(spelled, masked("SECRET", value))
-        return masked("", text)
+def _settings(tree: Mapping[str, Any], origins: Mapping[str, str], at: str = "") -> dict[str, Any]:
+    """Every setting by its dotted key: its value, and where it came from."""
+    rows: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{at}{name}"
+        if isinstance(value, Mapping) and value and key not in origins:
+            rows |= _settings(value, origins, f"{key}.")
+        else:
+            rows[key] = {"value": value, "from": origins.get(key, "default")}
+    return rows
 
 
 class _Asked:
@@ -272,6 +231,7 @@ def _patch(patch: bytes | None, run_dir: RunDirectory) -> dict[str, Any]:
         return {"uncommitted": ""}
     if len(patch) > MOST_PATCH_BYTES:
         return {"uncommitted": f"left out: {len(patch) / 1e6:.0f} MB"}
+    text = patch.decode(errors="surrogateescape")
     with written_beside(run_dir.patch) as own:
-        own.write_bytes(patch)
-    return {"uncommitted": run_dir.patch.name}
+        own.write_bytes(without_secrets(text).encode(errors="surrogateescape"))
+    return {"uncommitted": run_dir.patch.name, **({"secrets": f"{MASK} in it"} if has_secrets(text) else {})}

@@ -63,6 +63,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             is_ctrl_c = not isinstance(interruption, OutputLost) and interruption.signum == signal.SIGINT
             end(process, signal.SIGINT if is_ctrl_c else signal.SIGTERM)
             processes.kill_children(but=before)
+        run_dir.forget_secrets()
         display.close()
         if (run_dir.recorded() or {}).get("status") in BY_ITSELF:  # the interruption came after the last step
             outcome = f"the job had already ended; see its result with: {come_back(run_dir)}"
@@ -75,6 +76,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})
         return Interrupted.exit_code
     processes.kill_children(but=before)
+    run_dir.forget_secrets()  # if its agent could not
     record = run_dir.recorded()
     if record is None:
         record = without_result(run_dir, process.returncode)

@@ -8,19 +8,20 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from jobs import code_copy, machine, settings, snapshot
+from jobs import code_copy, machine, secret_values, settings, snapshot
 from jobs.cli import commands, fit
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.rank import profiling
 from jobs.run_dir import RunDirectory, default_run_dir
+from jobs.secret_values import MASK, masked
 from jobs.slurm import environment, script
 from jobs.slurm.options import ALONE, option_mistake
 from jobs.spec import (
@@ -122,6 +123,9 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         import_path = then.import_path
     entry = registry.load(workload, import_path if before is None else code_copy.imported_from(before.spec))
     document = settings.read_yaml(Path(given.config)) if given.config is not None else None
+    if then is not None and document is not None:
+        kept = {path: value for path, value in secret_values.of(then).items() if path[0] == "settings"}
+        document = replace(document, data=secret_values.put_in({"settings": document.data}, kept)["settings"])
     if workload == "script" and then is None:
         document = settings.Document(script_config.of_line(given.script, Path.cwd()).model_dump(mode="json"), "script")
     overrides = settings.parse_overrides(words)
@@ -220,6 +224,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         max_requeues=MAX_REQUEUES if flags.max_requeues is None else flags.max_requeues,
         grace_s=cluster.grace_s,
     )
+    _check_secrets(spec, cluster, document)
     origins = settings.origins(entry.config, document, overrides)
     if isinstance(config, script_config.ScriptConfig) and then is None:
         origins = dict.fromkeys(origins, "command line")
@@ -259,6 +264,33 @@ def _in_the_copy(config: WorkloadConfig, before: Before) -> WorkloadConfig:
         found = next((copy for copy in copies if Path(copy).exists()), config.path)
         return config.model_copy(update={"path": found})
     return config.model_copy(update={"directory": before.copied(config.directory)})
+
+
+def _check_secrets(spec: JobSpec, cluster: ClusterConfig, document: settings.Document | None) -> None:
+    """Refuses secrets where Slurm would keep and show them, and settings that are masked in the file that has them."""
+    secret_values.know_environment(spec.env)
+    for name in secret_values.still_masked(spec.settings):
+        where = f"{document.source}: " if document is not None else ""
+        raise CommandLineError(
+            f"{where}{name}: is masked ({MASK}), because it looked like a secret when that was written; give it again: "
+            f"{name}=..."
+        )
+    if spec.executor != "slurm":
+        return
+    public: list[tuple[str, str, str]] = [("--job-name", "job-name", spec.job_name or "")]
+    public += [(f"sbatch option {name}", name, str(value)) for name, value in spec.sbatch.items()]
+    public += [
+        (f"{name} of the cluster config", "", line) for name in _IN_THE_SCRIPT for line in getattr(cluster, name)
+    ]
+    for where, name, value in public:
+        if secret_values.is_secret(name, value):
+            raise CommandLineError(
+                f"{where}: contains what looks like a secret, and Slurm keeps it and shows it to others; leave it out, "
+                "or pass it to the ranks by --env, or env in the cluster config"
+            )
+
+
+_IN_THE_SCRIPT = ("setup", "srun_args", "command_prefix")
 
 
 def _ports(cluster: ClusterConfig, resources: ResourceSpec, executor: str) -> tuple[int, int] | None:
@@ -339,11 +371,12 @@ def _from_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]
                 and "SLURM_JOB_ID" not in env
                 and name not in environment.OF_THE_SITE
             ):
-                notices.append(f"{name}={value} in your environment is ignored; use --sbatch or srun_args instead")
+                shown = masked(name, value)
+                notices.append(f"{name}={shown} in your environment is ignored; use --sbatch or srun_args instead")
             continue
         option = environment.FROM_ENVIRONMENT.get(name)
         if option is None:
-            notices.append(f"{name}={value} in your environment is ignored; use --sbatch instead")
+            notices.append(f"{name}={masked(name, value)} in your environment is ignored; use --sbatch instead")
         else:
             from_env[option] = value
             notices.append(

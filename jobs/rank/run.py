@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from jobs import blame, code_copy, processes
+from jobs import blame, code_copy, processes, secret_values
 from jobs.errors import TopologyError
 from jobs.rank import profiling, report, stacks
 from jobs.rank.identity import RankInfo
@@ -254,7 +254,7 @@ def _threads(count: int) -> str:
 
 def _configure_logging(who: str) -> None:
     """One handler a process, on stderr, which the launcher sends to the rank's log."""
-    formatter = logging.Formatter(f"%(asctime)s [{who}] %(levelname)s: %(message)s", "%H:%M:%S")
+    formatter = secret_values.formatter(f"%(asctime)s [{who}] %(levelname)s: %(message)s")
     root = logging.getLogger()
     ours = [handler for handler in root.handlers if getattr(handler, "meshrun", False)]
     if ours:

@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from jobs import blame, code_copy, processes
+from jobs import blame, code_copy, processes, secret_values
 from jobs.errors import RendezvousError
 from jobs.rank import network, report, stacks
 from jobs.rank.identity import RankInfo, rank_env
@@ -89,6 +89,7 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
             steps.finish()
         if not (isinstance(error, SystemExit) and error.code in (None, 0)):
             report.leave_failure(error, info, attempt, env, time.time(), moment)
+            _without_secrets(attempt.torch_error(info.rank))
             if not info.has_agent:
                 raise
             _leave_as_python_does(error)
@@ -110,6 +111,14 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
             "result": {},
         }
     )
+
+
+def _without_secrets(path: Path) -> None:
+    """Of the error that torch's @record has written."""
+    with contextlib.suppress(OSError, UnicodeError):
+        text = path.read_text(encoding="utf-8")
+        if (shown := secret_values.without_secrets(text)) != text:
+            path.write_text(shown, encoding="utf-8")
 
 
 def _offer_meshrun() -> None:
@@ -214,5 +223,5 @@ def _leave_as_python_does(error: BaseException) -> NoReturn:
     else:
         # torch's hook, which has the rank's number, takes the traceback from the error itself.
         error = error.with_traceback(blame.from_the_workload_on(error))
-        sys.excepthook(type(error), error, error.__traceback__)
+        secret_values.print_error(error)
     processes.leave(code)

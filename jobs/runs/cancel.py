@@ -99,6 +99,7 @@ def _record_if_it_never_began(run: Overview, answer: query.Answer) -> None:
     number = directory.last_attempt().number
     if not isinstance(answer, JobState) or directory.has_begun(number):
         return
+    directory.forget_secrets()
     with contextlib.suppress(OSError):
         evidence = outcome.gather(directory, number, state=answer)
         outcome.conclude(directory, replace(evidence, job_id=run.job_id))
@@ -160,7 +161,10 @@ def _ended(run: Overview, problem: str, was_forced: bool) -> Cancelled:
     if problem:
         return Cancelled(run, "failed", f"{process} was not ended: {problem}")
     if was_forced:
+        RunDirectory(run.path).forget_secrets()
         return Cancelled(run, "cancelled", f"{process} was ended, because its ranks did not stop when asked")
-    record = RunDirectory(run.path).recorded() or {}
+    directory = RunDirectory(run.path)
+    directory.forget_secrets()
+    record = directory.recorded() or {}
     how = {"stopped": "stopped", "done": "the work was done"}.get(record.get("status", ""), "it has ended")
     return Cancelled(run, "cancelled", f"{process}: {how} {record.get('error', '')}".rstrip())

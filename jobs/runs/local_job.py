@@ -96,6 +96,7 @@ def without_result(run_dir: RunDirectory, code: int | None = None, *, writes: bo
         "traceback": last_lines(log),
     }
     if writes:
+        run_dir.forget_secrets()  # its agent could not
         with contextlib.suppress(OSError):
             return run_dir.publish(record)
     return record

@@ -26,9 +26,16 @@ _TIME = re.compile(rb"(?:\d{4}-\d\d-\d\d[ T])?([012]\d):([0-5]\d):([0-5]\d)\b")
 _STYLE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 """A terminal's control sequence, such as a color."""
 _SEVERE = re.compile(
-    r"\b(WARNING|WARN|ERROR|CRITICAL|FATAL|Fatal Python error)\b|^(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b"
+    r"\b(WARNING|WARN|ERROR|CRITICAL|FATAL|Fatal Python error|terminate called|Segmentation fault)\b"
+    r"|^(\[rank\d+\]: ?)?[\w.]*(Error|Exception)\b"
+    r"|\b[A-Z]\w*Warning: "  # Python's own, such as FutureWarning
+    r"|^(\[rank\d+\]:)?\[[WEF]\d{3,4} "  # torch's C++ code: [W1128 10:00:01.5 ...]
+    r"|^(srun|slurmstepd|sbatch|scontrol|meshrun): "  # what these say in srun.log and slurm.log
 )
-_TRACEBACK = re.compile(r"^(\[rank\d+\]: ?)?Traceback \(most recent call last\):")
+_TRACEBACK = re.compile(
+    r"^(\[rank\d+\]: ?)?(\s*\+ Exception Group )?Traceback \(most recent call last\):"
+    r"|^(\[rank\d+\]: ?)?(During handling of the above|The above) exception"
+)
 _INDENTED = re.compile(r"^(\[rank\d+\]: ?)?(\s|$)")
 
 
@@ -83,16 +90,15 @@ def plain(line: str) -> str:
 class Reader:
     """The lines of one log from a position on; the file is open only while it is read."""
 
-    def __init__(self, log: Log, at_once: int = 2**20, position: int = 0) -> None:
+    def __init__(self, log: Log, position: int = 0) -> None:
         self.log, self.position = log, position
-        self._at_once = at_once
         self._second = _second_before(log.path, position) if position else -1
         self._days = 0
 
-    def lines(self, ended: bool = True) -> Iterator[Line]:
+    def lines(self, ended: bool = True, at_once: int = 2**20) -> Iterator[Line]:
         """Those that are there; without `ended`, a last one that is not whole is left for the next call."""
         rest, left_out = b"", 0
-        while new := self._read():
+        while new := self._read(at_once):
             *whole, rest = (rest + new).split(b"\n")
             for text in whole:
                 yield self._line(text, left_out)
@@ -105,11 +111,11 @@ class Reader:
         elif rest:
             self.position -= len(rest) + left_out
 
-    def _read(self) -> bytes:
+    def _read(self, at_once: int) -> bytes:
         try:
             with open_regular(self.log.path) as file:
                 file.seek(self.position)
-                new = file.read(self._at_once)
+                new = file.read(at_once)
         except OSError:
             return b""
         self.position += len(new)
@@ -145,11 +151,15 @@ def merged(logs: Sequence[Log], last: int | None = None) -> Iterator[Line]:
     """The lines of several logs by time; each log's stay in their order. The last ones alone, if that is asked for."""
     if last == 0:
         return
-    at_once = max(4096, min(2**20, AT_MOST_BYTES // max(1, len(logs))))
-    readers = [Reader(log, at_once, 0 if last is None else start_of_last(log.path, last)) for log in logs]
-    numbered = (_keyed(reader.lines(), number) for number, reader in enumerate(readers))
-    lines = (line for _, _, line in heapq.merge(*numbered, key=lambda entry: entry[:2]))
+    lines = by_time([Reader(log, 0 if last is None else start_of_last(log.path, last)) for log in logs])
     yield from lines if last is None else deque(lines, last)
+
+
+def by_time(readers: Sequence[Reader], ended: bool = True) -> Iterator[Line]:
+    """The lines that several logs have from their readers' positions on."""
+    at_once = max(4096, min(2**20, AT_MOST_BYTES // max(1, len(readers))))
+    numbered = (_keyed(reader.lines(ended, at_once), number) for number, reader in enumerate(readers))
+    return (line for _, _, line in heapq.merge(*numbered, key=lambda entry: entry[:2]))
 
 
 def _keyed(lines: Iterable[Line], number: int) -> Iterator[tuple[int, int, Line]]:
@@ -183,16 +193,21 @@ class Severe:
     """Keeps warnings and errors of all lines, and tracebacks as a whole; each log has its own tracebacks."""
 
     def __init__(self) -> None:
-        self._inside: set[str] = set()
+        self._inside: dict[str, bool] = {}
+        """The logs that are inside a traceback, and whether the line with its error has come."""
 
     def __call__(self, lines: Iterable[Line]) -> Iterator[Line]:
         for line in lines:
-            inside = line.source in self._inside
-            if inside or _TRACEBACK.match(line.text):
+            source, text = line.source, line.text
+            if _TRACEBACK.match(text):
+                self._inside[source] = False
                 yield line
-                if inside and not _INDENTED.match(line.text):
-                    self._inside.remove(line.source)
-                else:
-                    self._inside.add(line.source)
-            elif _SEVERE.search(line.text):
+            elif source in self._inside and _INDENTED.match(text) and (text.strip() or not self._inside[source]):
                 yield line
+            elif source in self._inside and not self._inside[source]:
+                self._inside[source] = True  # the lines of the error that are indented belong to it
+                yield line
+            else:
+                self._inside.pop(source, None)
+                if _SEVERE.search(text):
+                    yield line

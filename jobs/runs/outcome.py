@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import blame, excluded
+from jobs import blame, excluded, secret_values
 from jobs.blame import Failure
 from jobs.errors import JobFailed
 from jobs.excluded import FAILED_TWICE, NO_SPARE
@@ -369,6 +370,32 @@ def ended(run_dir: str, attempt: str, status: str, *, sleep: Callable[[float], N
         One line for the script's log.
     """
     run, number, env = RunDirectory(Path(run_dir)), int(attempt), os.environ
+    kept = run.kept_secrets()
+    secret_values.know(kept)
+    line = secret_values.without_secrets(_ended(run, number, status, env, sleep))
+    if kept and _is_over(run, number, env):
+        run.forget_secrets()
+    return line
+
+
+def _is_over(run: RunDirectory, number: int, env: Mapping[str, str]) -> bool:
+    """Whether the job ends for good with its batch script, as far as is certain; `submit.py wait` may know later."""
+    record = run.recorded(number) or {}
+    if not record or "next_attempt" in record or is_undecided(record):
+        return False
+    answer = query.ask_scontrol(env.get("SLURM_JOB_ID", ""), environment.for_queries(env), within_s=_ASK_WITHIN_S)
+    if not isinstance(answer, JobState) or answer.preempted:
+        return False
+    # While Slurm ends the script of a job that it will start again, it says RUNNING or CANCELLED; the log says why.
+    since = end_of(run.slurm_log, 8192).rpartition("\nmeshrun: attempt ")[2]
+    cancelled = {why.strip() for why in re.findall(r" CANCELLED AT \S+(.*)\*\*\*", since)}
+    if not cancelled <= {"", "DUE TO TIME LIMIT"}:
+        return False
+    return answer.state == "RUNNING" or bool(cancelled and answer.state in query.FINAL)
+
+
+def _ended(run: RunDirectory, number: int, status: str, env: Mapping[str, str], sleep: Callable[[float], None]) -> str:
+    """The line."""
     record = run.recorded(number)
     if record is None:
         evidence = gather(run, number, status=int(status))

@@ -186,6 +186,8 @@ class SlurmJob:
     def record(self) -> dict[str, Any]:
         record, answer = self.result.read(), self.answer
         state = answer if isinstance(answer, JobState) and answer.ended else None
+        if self.writes and state is not None and not state.may_return:  # its batch script may have been killed
+            self.run_dir.forget_secrets()
         knows_more = state is not None and state.state not in ("FAILED", "COMPLETED")
         tells = record is not None and (record["status"] in (*BY_ITSELF, "cancelled") or record.get("failure"))
         if record is not None and is_undecided(record):

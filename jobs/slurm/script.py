@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import code_copy
+from jobs import code_copy, secret_values
 from jobs.run_dir import RunDirectory
 from jobs.spec import RESOLVER, JobSpec, ResourceSpec
 
@@ -122,7 +122,11 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         env: variables of every rank.
     """
     given = options(spec, cluster)
-    exported = {name: value for name, value in env.items() if name != "RES_OPTIONS" or name in spec.env}
+    secrets = secret_values.of(spec)
+    hidden = {path[1] for path in secrets if path[0] == "env"}
+    exported = {
+        name: value for name, value in env.items() if name not in hidden and (name != "RES_OPTIONS" or name in spec.env)
+    }
     lines = ["#!/bin/bash"]
     for name, value in given.items():
         lines.append(f"#SBATCH --{name}" + ("" if value is True else f"={_quoted(str(value))}"))
@@ -160,6 +164,15 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
             else []
         ),
         "    fi",
+        *(
+            [
+                # Of other ends, Python decides: Slurm may start the job again.
+                '    grep -qs \'^  "status": "done"\' "$MESHRUN_ATTEMPT/result.json" && '
+                f'rm -f "$MESHRUN_RUN/{RunDirectory(spec.run_dir).secrets.name}"'
+            ]
+            if secrets
+            else []
+        ),
         '    exit "$status"',
         "}",
         "trap meshrun_ended EXIT",
@@ -178,6 +191,13 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         lines += ["", "# The site's set-up; a line that fails ends the job.", failed, *cluster.setup, "trap - ERR"]
     lines += ["", "# Every rank's environment."]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
+    if hidden:
+        # Slurm keeps this script and shows it, so they stand in a file that the agents read.
+        lines.append(f"# not here, but in {RunDirectory(spec.run_dir).secrets.name}: {' '.join(sorted(hidden))}")
+        if cluster.command_prefix:  # a container's program may need one, such as to fetch the image
+            lines.append(
+                f'eval "$({shlex.join([sys.executable, str(code_copy.entry(spec))])} --secrets "$MESHRUN_RUN")"'
+            )
     lines += [
         "",
         "# One agent per host, which starts its ranks, in a step whose number no earlier start's srun can end.",

@@ -10,6 +10,7 @@ import pytest
 
 from jobs import snapshot
 from jobs.code_copy import OWN
+from workloads import secret_values
 
 
 def make(root: Path, *files: str) -> None:
@@ -76,6 +77,20 @@ def test_of_another_folder_python_and_text_files_are_copied(tmp_path: Path) -> N
         {"model.bin", "images", ".hidden"},
     )
     assert str(taken).endswith("(3 files); not in it, but used from where they are: images, model.bin")
+
+
+def test_a_file_with_a_secret_is_not_copied(tmp_path: Path) -> None:
+    root, token = tmp_path / "project", "hf_" + "QmZxKcPlWsDvBnTyRhJuGeAoIfLbNqXsKd"
+    make(root, "train.py", "site.yaml", "hub.py")
+    (root / "site.yaml").write_text("hub: the-key-of-this-job\n")
+    (root / "hub.py").write_text(f"login({token!r})\n")
+    secret_values.know(["the-key-of-this-job"])
+    taken, copy = taken_of(root, tmp_path / "code")
+    secret_values.forget()
+    assert kinds(copy) == ({"train.py"}, {"site.yaml", "hub.py"})
+    assert "used from where they are: hub.py (there is a secret in it), site.yaml (there is a secret in it)" in str(
+        taken
+    )
 
 
 def test_nothing_is_said_where_everything_is_copied(tmp_path: Path) -> None:

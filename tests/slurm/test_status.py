@@ -69,6 +69,9 @@ def test_jobs_are_seen_by_one_squeue_and_cancelled(slurm: Cluster, tmp_path: Pat
     assert " FAILED " in rows["failed"]
     assert "rank 1 on node0: ValueError: the third layer is missing (mine.py:" in rows["failed"]
     assert " COMPLETED " in rows["done"]
+    without_log = json.loads(type_line("logs", "waiting", "--json"))
+    assert without_log["lines"] == []
+    assert f"job {job(waiting)} is PENDING (" in without_log["reason"]
 
     cancelled = json.loads(type_line("cancel", "running", "waiting", "done", "--json"))
     assert [run["action"] for run in cancelled["runs"]] == ["asked", "cancelled", "ended"]

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from workloads.base import WorkloadConfig, WorkloadError
 from workloads.errors import first_few
+from workloads.secret_values import is_secret
 from workloads.training import checkpoint_files as files
 
 
@@ -67,7 +68,8 @@ class ResumableConfig(WorkloadConfig):
 
     def fixed_settings(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, by dotted key."""
-        return {key: value for key, value in _flat(self.model_dump(mode="json")) if not _is_in(key, self.may_change)}
+        rows = _flat(self.model_dump(mode="json"))
+        return {key: value for key, value in rows if not (_is_in(key, self.may_change) or _is_secret(key, value))}
 
     def refuse_other_settings(self, manifest: dict[str, Any], folder: Path) -> None:
         """Refuses a checkpoint of another training, and one that is past the setting `steps`.
@@ -91,7 +93,8 @@ class ResumableConfig(WorkloadConfig):
         different += [
             f"{key}, which this workload does not have (saved: {_typed(saved[key])})"
             for key in saved
-            if key not in given and not _is_in(key, self.may_change)  # may change since the checkpoint was saved
+            # may change since the checkpoint was saved
+            if key not in given and not _is_in(key, self.may_change) and not _is_secret(key, saved[key])
         ]
         if different:
             raise WorkloadError(
@@ -119,6 +122,11 @@ class ResumableConfig(WorkloadConfig):
         folder, manifest = manifests[0]
         self.refuse_other_settings(manifest, folder)
         return folder
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    """Whether a setting must not stand in a checkpoint; such as it does not make another training of it."""
+    return isinstance(value, str) and is_secret(key, value)
 
 
 def _typed(value: Any) -> Any:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from jobs.cli import interrupts
 from jobs.cli.console import Console
 from jobs.cli.options import Options
-from jobs.errors import CommandLineError, Interrupted
+from jobs.errors import CommandLineError, Interrupted, one_line
 from jobs.run_dir import Attempt, RunDirectory, read_json
 from jobs.runs import logs
 from jobs.runs.find import come_back, find, submission, why_not_submitted
 from jobs.runs.logs import Line, Log, Reader
+from jobs.runs.overview import overviews
 from jobs.runs.tracker import Tracker, track
+
+ON_A_TERMINAL = 100
+"""How many of the last lines a terminal shows by default; a pipe or a file gets all of them."""
 
 
 def run(given: Options, console: Console) -> int:
@@ -37,18 +42,25 @@ def run(given: Options, console: Console) -> int:
         newest = run_dir.last_attempt().number
         raise CommandLineError(f"--attempt {number}: {run_dir.path} has no such attempt; its newest is {newest}")
     attempt = run_dir.last_attempt() if number is None else run_dir.attempt(number)
+    is_cut = last is None and not given.errors and console.stream.isatty()
+    last = ON_A_TERMINAL if is_cut else last
     if given.follow:
         return _follow(given, run_dir, attempt, rank, last, console)
     found = _logs(given, run_dir, attempt, rank)
     lines = _lines(given, found, last)
     first = next(lines, None)
     if first is None and not any(log.path.exists() for log in found):
-        raise CommandLineError(_why_none(run_dir, attempt, rank))
+        why = _why_none(run_dir, attempt, rank)
+        console.complain(f"meshrun: {why}")
+        console.finish({"run_dir": str(run_dir.path), "attempt": None, "lines": [], "reason": why, "exit_code": 0})
+        return 0
     shown = [] if first is None else itertools.chain([first], lines)
     if given.json:
         objects = [{"source": line.source, "text": line.text} for line in shown]
         console.finish({"run_dir": str(run_dir.path), "attempt": attempt.number, "lines": objects, "exit_code": 0})
         return 0
+    if is_cut and any(logs.start_of_last(log.path, ON_A_TERMINAL) for log in found):
+        console.complain(f"meshrun: the last {ON_A_TERMINAL} lines follow; -n N shows more, `| less` all of them")
     _print(shown, console, named=given.all or given.errors)
     if first is None and given.errors:
         console.complain("meshrun: no warning and no error")
@@ -92,17 +104,26 @@ def _print(lines: Iterable[Line], console: Console, named: bool) -> None:
 
 
 def _why_none(run_dir: RunDirectory, attempt: Attempt, rank: int | None) -> str:
-    """Why there is nothing to print."""
+    """Why there is nothing to print yet.
+
+    Raises:
+        CommandLineError: there will never be anything.
+    """
     there = logs.ranks(attempt)
     if there:
-        return f"--rank {rank}: {attempt.path} has logs of ranks {there[0]} to {there[-1]}; give one of them"
+        raise CommandLineError(
+            f"--rank {rank}: {attempt.path} has logs of ranks {there[0]} to {there[-1]}; give one of them"
+        )
     submitted = submission(run_dir)
     if submitted is None:
-        return why_not_submitted(run_dir)
-    if run_dir.has_begun(attempt.number):
-        return f"{attempt.path}: its ranks have printed nothing yet; see --errors, or follow it: {_again(run_dir)}"
-    job = f"its job {submitted.job_id} has not started"
-    return f"{run_dir.path}: {job}, so it has no log yet; follow it: {_again(run_dir)}"
+        raise CommandLineError(why_not_submitted(run_dir))
+    (seen,) = overviews([run_dir])
+    why = f" ({seen.reason})" if seen.reason else ""
+    if seen.is_alive is False:
+        return f"{run_dir.path}: has no log of a rank, and has ended: {seen.state}{why}; see --errors"
+    job = f"{'job' if submitted.executor == 'slurm' else 'process'} {submitted.job_id} is {seen.state}{why}"
+    start = f", expected to start {seen.expected_start}" if seen.expected_start else ""
+    return f"{run_dir.path}: {job}{start}, and its ranks have no log yet; follow it: {_again(run_dir)}"
 
 
 def _again(run_dir: RunDirectory) -> str:
@@ -125,17 +146,24 @@ def _follow(
 ) -> int:
     submitted = submission(run_dir)
     job: Tracker | None = None if submitted is None else track(run_dir, submitted)
-    readers: dict[str, Reader] = {}
+    readers: dict[Path, Reader] = {}
     keep, is_first = logs.Severe() if given.errors else iter, True
     try:
         while True:
             over = job is None or job.was_over() or job.is_over()
-            for number in range(attempt.number, run_dir.last_attempt().number + 1):
+            newest = run_dir.last_attempt().number
+            for number in range(attempt.number, newest + 1):
                 if number > attempt.number:
                     attempt, readers = run_dir.attempt(number), {}
                     console.say(f"--- attempt {number} ---")
                 found = _logs(given, run_dir, attempt, rank)
-                lines: Iterable[Line] = keep(_new(found, readers, last if is_first else None, over))
+                for log in found:
+                    if log.path not in readers:
+                        whole = last is None or given.errors or not is_first
+                        start = 0 if whole else logs.start_of_last(log.path, last or 0)
+                        readers[log.path] = Reader(log, start)
+                new = logs.by_time([readers[log.path] for log in found], ended=over or number < newest)
+                lines: Iterable[Line] = keep(new)
                 _print(
                     lines if last is None or not is_first else deque(lines, last),
                     console,
@@ -143,6 +171,7 @@ def _follow(
                 )
                 is_first = False
             if over:
+                _say_how_it_ended(run_dir, console)
                 return 0
             assert job is not None
             for line in job.news():
@@ -155,12 +184,7 @@ def _follow(
         return Interrupted.exit_code
 
 
-def _new(found: list[Log], readers: dict[str, Reader], last: int | None, ended: bool) -> list[Line]:
-    """What was added since the last call, by time; at first, the last lines of each log, or all."""
-    lines: list[Line] = []
-    for log in found:
-        key = str(log.path)
-        if key not in readers:
-            readers[key] = Reader(log, position=0 if last is None else logs.start_of_last(log.path, last))
-        lines += readers[key].lines(ended)
-    return sorted(lines, key=lambda line: line.second)
+def _say_how_it_ended(run_dir: RunDirectory, console: Console) -> None:
+    record = run_dir.recorded() or {}
+    why = f" ({one_line(record['error'])})" if record.get("error") else ""
+    console.complain(f"meshrun: the run has ended: {record.get('status', 'it left no result')}{why}")

@@ -21,7 +21,7 @@ from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Before, Resolved, resolve
 from jobs.cli.verbs import launch
-from jobs.cli.verbs.resume import described, with_what_was_given_before
+from jobs.cli.verbs.resume import described, with_secrets, with_what_was_given_before
 from jobs.cluster import ClusterConfig, load_cluster
 from jobs.errors import ClusterConfigError, CommandLineError
 from jobs.run_dir import RunDirectory, read_json
@@ -67,7 +67,7 @@ def _run(given: Options, console: Console) -> int:
     if "=" in given.run:  # only settings are given
         given = replace(given, words=[given.words[0], find.LAST, *given.words[1:]])
     old = find.find(given.run)
-    spec = described(old).model_copy(update={"run_dir": old.path})  # it may have been moved
+    spec = with_secrets(described(old), old, given).model_copy(update={"run_dir": old.path})  # it may have been moved
     if spec.is_script and len(given.words) > 2:
         raise CommandLineError(f"{given.words[2]}: a script that is run again gets the arguments it had; leave it out")
     was = read_json(old.manifest) or {}
@@ -79,7 +79,6 @@ def _run(given: Options, console: Console) -> int:
         spec = spec.model_copy(update={"code": {}})
         notes.append(f"{old.path} has no copy of its code: this run has the code as it is now")
     line = with_what_was_given_before(given, spec, old, goes_on=False)
-    line = replace(line, env=_without_masks(line.env))
     cluster = None if given.cluster is not None else _cluster(was, spec)
     resolved = resolve(line, before=Before(spec, cluster))
     resolved = _with_settings_known_then(resolved, spec)
@@ -162,25 +161,6 @@ def _differences(was: Mapping[str, Any]) -> list[str]:
         if name in ("python", "torch") and now.get(name) != version
     ]
     return [f"warning: differs from then: {', '.join(different)}"] if different else []
-
-
-def _without_masks(env: list[str]) -> list[str]:
-    """The variables of every rank; a secret's value, which no run keeps, is that of this shell.
-
-    Raises:
-        CommandLineError: it is not set here.
-    """
-    words = []
-    for word in env:
-        name, _, value = word.partition("=")
-        if value == MASK:
-            if name not in os.environ:
-                raise CommandLineError(
-                    f"--env {name}: was a secret, which no run keeps; set it in this shell, or give --env {name}=..."
-                )
-            word = f"{name}={os.environ[name]}"
-        words.append(word)
-    return words
 
 
 def _cluster(was: Mapping[str, Any], spec: JobSpec) -> ClusterConfig | None:

@@ -7,6 +7,7 @@ requeue, and a restart in place, always run the copy.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jobs import secret_values
 from jobs.cli import manifest, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Before, Resolved, resolve
 from jobs.cli.verbs import launch
+from jobs.cluster import find_cluster, load_cluster
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.excluded import excluded, option
 from jobs.run_dir import RunDirectory, Submitted, read_json
@@ -51,7 +54,7 @@ def run(given: Options, console: Console) -> int:
     if "=" in given.run:  # only settings are given
         given = replace(given, words=[given.words[0], LAST, *given.words[1:]])
     run_dir = find(given.run)
-    spec = described(run_dir)
+    spec = with_secrets(described(run_dir), run_dir, given)
     if spec.is_script and len(given.words) > 2:
         raise CommandLineError(f"{given.words[2]}: a script that is resumed gets the arguments it had; leave it out")
     if "resume=never" in given.words:
@@ -141,6 +144,42 @@ def described(run_dir: RunDirectory) -> JobSpec:
     if spec.cluster == "none":
         raise CommandLineError(
             f"{run_dir.path}: was started by {spec.executor}, and not by submit.py; start it again in the same way"
+        )
+    return spec
+
+
+def with_secrets(spec: JobSpec, run_dir: RunDirectory, given: Options) -> JobSpec:
+    """The job with the secrets that are kept, given now, or in this environment under the names that they had.
+
+    Raises:
+        CommandLineError: one is neither of these.
+    """
+    kept = run_dir.kept_secrets()
+    spec = JobSpec.model_validate(secret_values.put_in(spec.model_dump(mode="json"), kept))
+    gone = [path for path in spec.secrets if path not in kept]
+    words = {word.partition("=")[0] for word in given.words[2:]}
+    lost = []
+    for path in gone:
+        if path[0] == "env":
+            env = {word.partition("=")[0]: word.partition("=")[2] for word in given.env}
+            cluster = load_cluster(find_cluster(given.cluster or spec.cluster)).env
+            value = next((one[path[1]] for one in (env, cluster, os.environ) if path[1] in one), None)
+            spec = spec.model_copy(update={"env": {name: text for name, text in spec.env.items() if name != path[1]}})
+            if value is None:
+                lost.append(path)
+            else:
+                spec = spec.model_copy(update={"env": {**spec.env, path[1]: value}})
+        elif not any(".".join(path[1:]) == word or ".".join(path[1:]).startswith(f"{word}.") for word in words):
+            lost.append(path)
+    if lost and spec.is_script and any(path[0] == "settings" for path in lost):
+        raise CommandLineError(
+            f"{run_dir.path}: an argument of its script was a secret, which is not kept after the job's end; start a "
+            "new run, and pass secrets by --env, which resume takes again"
+        )
+    if lost:
+        raise CommandLineError(
+            f"{run_dir.path}: its secrets are not kept after the job's end; give again: "
+            f"{first_few([*map(secret_values.name_of, lost)])}"
         )
     return spec
 

@@ -94,13 +94,13 @@ def test_the_same_job_comes_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_secrets_are_in_none_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "site.yaml").write_text(CLUSTER + "- export DB_PASSWORD=canary-1\n")
+    (tmp_path / "site.yaml").write_text(CLUSTER.replace("  NCCL_DEBUG", "  DB_PASSWORD: canary-1\n  NCCL_DEBUG"))
     monkeypatch.setenv("HF_TOKEN", "canary-2")
     line = [*LINE, "--env", "WANDB_API_KEY=canary 3"]
     spec, run_dir, record = written(line, monkeypatch)
     text = run_dir.manifest.read_text()
     assert "canary" not in text
-    assert record["env"] == {"NCCL_DEBUG": "WARN", "WANDB_API_KEY": MASK}
+    assert record["env"] == {"DB_PASSWORD": MASK, "NCCL_DEBUG": "WARN", "WANDB_API_KEY": MASK}
     assert _cluster(record, spec) is not None  # the file has not changed
 
 

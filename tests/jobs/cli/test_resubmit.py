@@ -17,14 +17,15 @@ from tests.test_submit import Bad, check_refusal, name, tree
 
 JOB = json.dumps({"workload": "script", "settings": {"path": "a.py"}, "resources": {}, "executor": "local"})
 DESCRIBED = {**json.loads(JOB), "cluster": "x.yaml", "run_dir": "/gone"}
+KEY = [["env", "API_KEY"]]
 BAD = [
     Bad(["resubmit", "gone"], ["'gone': no such run, here or in ./runs"]),
     Bad(["resubmit", "run", "--config", "x"], ["--config: is a flag of submit.py WORKLOAD, not of submit.py resubmit"]),
     Bad(["resubmit", "run", "lr=1"], ["lr=1: a script that is run again"], {"run/job.json": json.dumps(DESCRIBED)}),
     Bad(
         ["resubmit", "run"],
-        ["--env API_KEY: was a secret, which no run keeps; set it in this shell, or give --env API_KEY=..."],
-        {"run/job.json": json.dumps({**DESCRIBED, "env": {"API_KEY": "***"}})},
+        ["its secrets are not kept after the job's end; give again: --env API_KEY=..."],
+        {"run/job.json": json.dumps({**DESCRIBED, "cluster": "local", "env": {"API_KEY": "***"}, "secrets": KEY})},
     ),
     Bad(["resume", "run", "--same-code"], ["run has no copy of its code"], {"run/job.json": json.dumps(DESCRIBED)}),
 ]

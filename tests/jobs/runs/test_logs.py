@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.main import main
-from jobs.run_dir import RunDirectory, write_json
+from jobs.run_dir import RunDirectory, Submitted, write_json
 from jobs.runs import logs
 from jobs.runs.logs import Log, Reader, Severe, merged
 from tests.jobs.submitting import DEADLINE_S, SUBMIT, Line, wait_until
@@ -63,7 +66,7 @@ def test_the_last_lines_are_found_from_the_end(end: str, count: int, tmp_path: P
 
 def test_noise_and_endless_lines_are_no_trouble(tmp_path: Path) -> None:
     noise = bytes(range(256)) * 3 + b"\n\x1b[31mred\x1b[0m\n10%\r50%\r100%\r\n" + b"y" * 3_000_000 + b"\nend\n"
-    lines = [line.text for line in Reader(a_log(tmp_path / "log", noise), at_once=100_000).lines()]
+    lines = [line.text for line in Reader(a_log(tmp_path / "log", noise)).lines(at_once=100_000)]
     assert lines[-4:-2] == ["red", "100%"]
     assert lines[-2] == "y" * logs.LONGEST_LINE + f" ... ({3_000_000 - logs.LONGEST_LINE:,} bytes more)"
     assert lines[-1] == "end"
@@ -96,6 +99,21 @@ def test_warnings_errors_and_whole_tracebacks_are_kept(tmp_path: Path) -> None:
     text = f"fine\n10:00:00 [rank 0] WARNING: hot\n10:00:01 [rank 0] INFO: no error\n{TRACEBACK}fine\nKeyError: 3\n"
     kept = [line.text for line in Severe()(merged([a_log(tmp_path / "log", text)]))]
     assert kept == ["10:00:00 [rank 0] WARNING: hot", *TRACEBACK.splitlines(), "KeyError: 3"]
+    whole = f"""{TRACEBACK}
+During handling of the above exception, another exception occurred:
+
+{TRACEBACK.rstrip()}
+\tMissing key(s) in state_dict: "a"
+  + Exception Group Traceback (most recent call last):
+  |   File "a.py", line 3, in f
+  | ExceptionGroup: two (2 sub-exceptions)
+[rank1]:[W1128 10:00:01.500 socket.cpp:755] a client socket
+/a/b.py:3: FutureWarning: old
+slurmstepd: error: *** STEP 3.0 ON node0 CANCELLED AT 2026-11-28T10:00:00 ***
+srun: error: node0: task 0: Exited with exit code 1
+"""
+    kept = [line.text for line in Severe()(merged([a_log(tmp_path / "log", whole + "fine\n[1, 2]\n")]))]
+    assert [line for line in kept if line] == [line for line in whole.splitlines() if line]
 
 
 @pytest.fixture
@@ -132,6 +150,27 @@ def test_the_verb_shows_one_rank_all_or_errors(run: RunDirectory, capsys: pytest
     assert main(["logs", path, "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert lines == [{"source": "rank 0 node0", "text": HELLO.format(0).rstrip()}]
+
+
+def test_a_terminal_shows_the_last_lines_and_says_so(run: RunDirectory) -> None:
+    run.attempt(0).log(0).write_text("".join(f"line {n}\n" for n in range(300)))
+    us, terminal = pty.openpty()
+    command = [sys.executable, SUBMIT, "logs", str(run.path)]
+    with os.fdopen(us, "rb", closefd=True) as read:
+        done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S)
+        os.close(terminal)
+        shown = os.read(read.fileno(), 1 << 16).decode().splitlines()
+    assert shown == [f"line {n}" for n in range(200, 300)]
+    assert done.stderr.startswith("meshrun: the last 100 lines follow; -n N shows more, `| less` all of them\n")
+
+
+def test_a_job_without_a_log_is_named_with_its_state(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run.attempt(0).path)
+    run.record_submission(Submitted.now("local", "1", "no such argument"))
+    assert main(["logs", str(run.path), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "has no log of a rank, and has ended: " in shown.err
+    assert json.loads(shown.out)["lines"] == []
 
 
 @pytest.mark.parametrize(
@@ -186,7 +225,7 @@ def test_a_run_is_followed_across_a_restart_and_left_alone_by_ctrl_c(
     (tmp_path / "go-0").touch()
     (tmp_path / "go-1").touch()
     out, err = follows.communicate(timeout=DEADLINE_S)
-    assert (follows.returncode, err) == (0, "")
+    assert (follows.returncode, err) == (0, "meshrun: the run has ended: done\n")
     _, _, after = out.partition("--- attempt 1 ---\n")
     assert sorted(after.splitlines()) == [f"rank {rank} host0 | attempt 1 rank {rank}" for rank in range(2)]
     assert job.finish()[0] == 0
