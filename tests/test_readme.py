@@ -78,15 +78,15 @@ def test_every_command_of_the_table_is_understood(tmp_path: Path) -> None:
 def test_the_table_of_the_run_directory_names_what_records_names(tmp_path: Path) -> None:
     from jobs.run_dir import RunDirectory
 
+    page = (ROOT / "docs/RUNS.md").read_text()
     run = RunDirectory(tmp_path)
     first = (run.submission, run.result, run.metrics, run.settings, run.job)
     for path in (*first, run.paths(0).export_dir, run.attempt(0).log(3)):
-        assert f"| `{path.relative_to(tmp_path)}" in README
+        assert f"| `{path.relative_to(tmp_path)}" in page
 
 
 def test_the_schedule_that_it_shows_is_what_is_printed() -> None:
-    [(line, shown)] = re.findall(
-        r"```\n\$ python -m (workloads\.pipeline_mlp\.schedule .*)\n(.*?)```", README, re.DOTALL
-    )
+    page = (ROOT / "docs/PIPELINE.md").read_text()
+    [(line, shown)] = re.findall(r"```\n\$ python -m (workloads\.pipeline_mlp\.schedule .*)\n(.*?)```", page, re.DOTALL)
     done = subprocess.run([sys.executable, "-m", *line.split()], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == shown

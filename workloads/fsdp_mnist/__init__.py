@@ -25,9 +25,10 @@ A tensor of 10 rows cannot be cut into 4 equal parts: what lies above 1/N is mea
 
     python submit.py fsdp_mnist --executor local --gpus-per-node 4 data.source=digits compare=true dropout=false
 
-trains under one process, DDP and FSDP, one after the other, and prints memory, time and accuracy side by side; the
-README shows the table. With dropout off the losses are equal but for rounding on any number of ranks. What rounding
-makes of them grows from step to step: in fp32 from 1e-7 at first to 1e-3 after 70 steps, in fp64 to 1e-12 after 100.
+trains under one process, DDP and FSDP, one after the other, and prints memory, time and accuracy side by side;
+docs/SHARDING.md shows the table. With dropout off the losses are equal but for rounding on any number of ranks. What
+rounding makes of them grows from step to step: in fp32 from 1e-7 at first to 1e-3 after 70 steps, in fp64 to 1e-12
+after 100.
 
 `config.py` is what can be set, `model.py` the bare network, `wrap.py` the choice of units, `parallelize.py` what each
 strategy does to the network, `data.py` who gets which samples, `train.py` the loop, `evaluate.py` the held-out part,

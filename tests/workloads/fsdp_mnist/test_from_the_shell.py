@@ -80,16 +80,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(words: list[str], line: str, t
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_readmes_table(tmp_path: Path) -> None:
+def test_the_table_of_the_docs(tmp_path: Path) -> None:
     """Its bytes are those of a run, and the package's docstring has them, too."""
-    readme = (ROOT / "README.md").read_text()
-    [line] = re.findall(r"^\$ python submit.py fsdp_mnist (.*compare=true.*)$", readme, re.MULTILINE)
+    page = (ROOT / "docs/SHARDING.md").read_text()
+    [line] = re.findall(r"^\$ python submit.py fsdp_mnist (.*compare=true.*)$", page, re.MULTILINE)
     words = [word for word in line.split() if word not in ("--executor", "local")]
     record, _ = typed(tmp_path, *words, "steps=2")
     table = record["result"]["table"].splitlines()
-    shown = re.findall(r"^(?:single|ddp|fsdp) .*$", readme, re.MULTILINE)
+    shown = re.findall(r"^(?:single|ddp|fsdp) .*$", page, re.MULTILINE)
     assert [row.split("MB")[:5] for row in shown] == [row.split("MB")[:5] for row in table[1:]]
-    assert table[0].split() in [row.split() for row in readme.splitlines()]
+    assert table[0].split() in [row.split() for row in page.splitlines()]
     for figure in ("19.198 MB", "4.801 MB", "1.200 of parameters", "2.400 of optimizer states"):
         assert figure in " ".join((fsdp_mnist.__doc__ or "").split())
 
