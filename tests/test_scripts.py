@@ -37,8 +37,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run(name: str, tmp_path: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script's line under a launcher."""
+AT_EXIT = "terminate called without an active exception\nFatal Python error: Aborted"
+
+
+def run(name: str, tmp_path: Path, *launcher: str, tries: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a script's line under a launcher.
+
+    Args:
+        tries: how often, if a process aborts only after it has returned: torch 2.13 frees gloo's group while Python
+            ends, and on a busy machine about one in 200 processes does not survive that (meshrun's ranks do).
+    """
     ended = subprocess.run(
         [sys.executable, *launcher, *LINES[name]],
         cwd=folder_for(name, tmp_path),
@@ -47,13 +55,15 @@ def run(name: str, tmp_path: Path, *launcher: str) -> subprocess.CompletedProces
         text=True,
         timeout=240,
     )
+    if ended.returncode != 0 and AT_EXIT in ended.stderr and tries > 1:
+        return run(name, tmp_path, *launcher, tries=tries - 1)
     assert ended.returncode == 0, ended.stderr
     return ended
 
 
 def under_torchrun(name: str, tmp_path: Path) -> list[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
-    return losses(run(name, tmp_path, *launcher).stdout)
+    return losses(run(name, tmp_path, *launcher, tries=4).stdout)
 
 
 @pytest.mark.dist
