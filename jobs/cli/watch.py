@@ -76,13 +76,13 @@ def _say_news(job: Tracker, display: Display) -> None:
         display.say(line)
 
 
-def leave(run_dir: RunDirectory, submitted: Submitted, console: Console) -> int:
+def leave(run_dir: RunDirectory, console: Console) -> int:
     """Prints how to follow a job that was just submitted without --wait.
 
     Returns:
         The exit code.
     """
-    console.say(f"  follow it: {come_back(run_dir)}\n  end it:    {_end_line(submitted)}")
+    console.say(f"  follow it: {come_back(run_dir)}\n  end it:    {come_back(run_dir, 'cancel')}")
     console.finish({"status": "submitted", "exit_code": EXIT_DONE})
     return EXIT_DONE
 
@@ -100,13 +100,8 @@ def detached(
     if has_ended:
         console.complain(f"meshrun: {why}; {job} has ended; see its result with: {come_back(run_dir)}")
     else:
-        line = f"{why}; {job} keeps running; follow it: {come_back(run_dir)}; end it: {_end_line(submitted)}"
-        console.complain(f"meshrun: {line}")
+        lines = f"follow it: {come_back(run_dir)}; end it: {come_back(run_dir, 'cancel')}"
+        console.complain(f"meshrun: {why}; {job} keeps running; {lines}")
     with contextlib.suppress(OutputLost):
         console.finish({"status": "interrupted" if has_ended else "detached", "exit_code": Interrupted.exit_code})
     return Interrupted.exit_code
-
-
-def _end_line(submitted: Submitted) -> str:
-    """The command that ends a job."""
-    return f"{'scancel' if submitted.executor == 'slurm' else 'kill'} {submitted.job_id}"

@@ -197,7 +197,7 @@ def test_a_job_whose_line_can_print_nothing_is_named_on_stderr(
     assert code(line) == 130
     assert last == (
         f"meshrun: stdout cannot be written (No space left on device); job {job} keeps running; "
-        f"follow it: python {SUBMIT} wait run; end it: scancel {job}"
+        f"follow it: python {SUBMIT} wait run; end it: python {SUBMIT} cancel run"
     )
     assert slurm.job_state(job) == "PENDING"
 
@@ -234,7 +234,7 @@ def test_ctrl_c_while_it_waits_in_the_queue_leaves_it_there(slurm: Cluster, foll
     job = job_id(line)
     assert err(line) == (
         f"meshrun: interrupted by SIGINT; job {job} keeps running; follow it: python {SUBMIT} wait run; "
-        f"end it: scancel {job}\n"
+        f"end it: python {SUBMIT} cancel run\n"
     )
     assert slurm.job_state(job) == "PENDING"
     slurm.run("scancel", blocker)

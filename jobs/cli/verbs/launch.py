@@ -184,7 +184,7 @@ def _queue(resolved: Resolved, run_dir: RunDirectory, undo: Undo, console: Conso
         _announce(resolved, console)  # not earlier, so that a refusal stays one line
         console.say(f"submitted job {submitted.job_id}")
         if not wait:
-            return watch.leave(run_dir, submitted, console)
+            return watch.leave(run_dir, console)
     except Interrupted as interruption:
         if submitted is None:
             raise
@@ -204,7 +204,7 @@ def _let_go(resolved: Resolved, run_dir: RunDirectory, console: Console) -> int:
             _, submitted = start_local(resolved.spec, resolved.cluster, console, owned=False)
             console.facts["job_id"] = submitted.job_id
         console.say(f"started as process {submitted.job_id}; it keeps running without this terminal")
-        return watch.leave(run_dir, submitted, console)
+        return watch.leave(run_dir, console)
     except Interrupted as interruption:
         if submitted is None:
             raise

@@ -59,7 +59,7 @@ def test_a_local_job_that_nobody_waited_for(typed: Callable[..., Line], tmp_path
     assert leaves.returncode == 130
     assert err == (
         f"meshrun: interrupted by SIGINT; process {pid} keeps running; follow it: python {SUBMIT} wait run; "
-        f"end it: kill {pid}\n"
+        f"end it: python {SUBMIT} cancel run\n"
     )
     back = wait_line(tmp_path)
     out, err = back.communicate(timeout=120)

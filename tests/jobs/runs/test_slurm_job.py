@@ -531,7 +531,7 @@ def test_it_can_be_left(signum: signal.Signals, as_json: bool, site: Site, later
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (
         f"meshrun: interrupted by {signum.name}; job 12 keeps running; "
-        "follow it: python submit.py wait 'it'\"'\"'s'; end it: scancel 12"
+        "follow it: python submit.py wait 'it'\"'\"'s'; end it: python submit.py cancel 'it'\"'\"'s'"
     )
     if as_json:
         expected = {"status": "detached", "exit_code": 130, "run_dir": str(Path("it's").absolute()), "job_id": "12"}
