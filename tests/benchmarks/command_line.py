@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.cli.commands import VERBS
 from tests.benchmarks.rows import Row, milliseconds
 
 SUBMIT = str(Path(__file__).resolve().parents[2] / "submit.py")
@@ -27,10 +28,7 @@ WIDE = ("--nodes", "2048", "--gpus-per-node", "8", "tp=8", "global_batch_size=20
 LINES: dict[str, tuple[tuple[str, ...], float]] = {
     "submit.py --help": (("--help",), 1.3),
     "submit.py list": (("list",), 1.5),
-    "submit.py status --help": (("status", "--help"), 1.5),
-    "submit.py cancel --help": (("cancel", "--help"), 1.5),
-    "submit.py explain --help": (("explain", "--help"), 1.5),
-    "submit.py clean --help": (("clean", "--help"), 1.5),
+    **{f"submit.py {verb.name} --help": ((verb.name, "--help"), 1.5) for verb in VERBS},
     "a dry run, Slurm": ((*DRY, "slurm"), 2.0),
     "a dry run, local": ((*DRY, "local"), 2.0),
     "a dry run, 2,048 x 8 ranks": ((*DRY, "slurm", *WIDE), 2.5),
