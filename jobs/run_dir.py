@@ -24,6 +24,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
         profile/rank-0.json.gz  with --profile: a rank's trace; rank-0.txt its operators; rank-0-memory.pickle
         agent-0.log         each host's agent's own words
         srun.log            srun's own words; a link, in an attempt that was restarted in place
+        memory.json         of a job that has ended well: the most memory that each rank has held
         stacks.txt          of a job that hung: the stacks of all ranks
         collectives-3       of a job that hung on GPUs: what NCCL's flight recorder of a rank holds
         metrics.jsonl       one line per step, from rank 0
@@ -611,6 +612,10 @@ class Attempt:
     @property
     def status(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
 
     @property
     def rendezvous(self) -> Path:

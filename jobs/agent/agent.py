@@ -352,6 +352,7 @@ class _Agent:
             "ago_s": rank.failed_ago_s if failure else 0.0,
             "death": death.headline() if death else "",
             "stopped_at": rank.stopped_at,
+            "peak_bytes": rank.peak_bytes,
             "left_at": rank.left_at,
         }
 

@@ -83,6 +83,13 @@ class EndRecord:
             log.error("the result cannot be written: %s", unwritten)
         return 1
 
+    def leave_memory(self, peak_bytes: Sequence[int | None]) -> None:
+        """Leaves the most memory that each rank has held; None of a rank that has not said it."""
+        try:
+            write_json(self.attempt.memory, {"peak_bytes": [*peak_bytes]})
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.attempt.memory, error)
+
     def publish_script(self, stopped_at: int | None) -> None:
         """Leaves the result of a script, all of whose ranks have ended well.
 

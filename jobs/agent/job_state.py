@@ -64,6 +64,8 @@ class RankState:
     """How it died after its work was done."""
     stopped_at: int | None = None
     """The step after which a script has stopped because it was asked to."""
+    peak_bytes: int | None = None
+    """The most memory that it has held, by its own word."""
     left_at: str = ""
     """Where it ended its work by a call, such as sys.exit; empty where it returned."""
 
@@ -143,7 +145,7 @@ class JobState:
             # Hosts' clocks differ; this one's counts.
             rank.failure = replace(failure, when=time.time() - one["ago_s"])
         rank.death, rank.stopped_at = one["death"], one.get("stopped_at")
-        rank.left_at = one.get("left_at", "")
+        rank.left_at, rank.peak_bytes = one.get("left_at", ""), one.get("peak_bytes")
 
     def lose(self, host: int, how: str) -> None:
         """Notes that the agent of a host is gone."""

@@ -321,6 +321,7 @@ class Leader:
         """Every rank has done its work."""
         if self.spec.is_script:  # no rank knows how the others end
             self._record.publish_script(self._state.stopped_at)
+        self._record.leave_memory([rank.peak_bytes for rank in self._state.ranks])
         self._record.complete([rank.death for rank in self._state.ranks if rank.death], self._stopped_by)
         self._end(0)
 

@@ -89,6 +89,8 @@ class Rank:
     """Whether it has said that its work is done."""
     stopped_at: int | None = None
     """The step after which a script has said that it stopped because it was asked to."""
+    peak_bytes: int | None = None
+    """The most memory that it has held, as it has said when its work was done."""
     failed: Failure | None = None
     """What it has said of its own failure."""
     failed_at: float = 0.0
@@ -113,6 +115,7 @@ class Rank:
                 record = json.loads(line)
                 if record.get("done") is True:
                     self.done, self.stopped_at = True, record.get("stopped_at")
+                    self.peak_bytes = record.get("peak_bytes")
                 self._call = str(record.get("leaves", self._call))
                 failure, at = Failure.from_json(record.get("failure")), record.get("at")
                 if self.failed is None and failure is not None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -52,9 +53,21 @@ def send(env: Mapping[str, str], record: dict[str, Any]) -> bool:
 
 def leave_done(env: Mapping[str, str], attempt: Attempt, rank: int, stopped_at: int | None = None) -> None:
     """Says that this rank's work is done, or that it has stopped after a step because it was asked to."""
-    if not send(env, {"done": True, "stopped_at": stopped_at}):
+    if not send(env, {"done": True, "stopped_at": stopped_at, "peak_bytes": _peak_bytes()}):
         make_folder(attempt.done(rank).parent, 0o700)
         attempt.done(rank).write_bytes(b"")
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this rank has held: torch's on its GPU, else its resident size; None if that fails."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            return int(torch.cuda.max_memory_allocated())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except Exception:  # its work is done, whatever comes of this
+        return None
 
 
 def leave_failure(

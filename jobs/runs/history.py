@@ -56,6 +56,14 @@ class History:
         return result if isinstance(result, Mapping) else {}
 
     @property
+    def peak_bytes(self) -> list[int | None]:
+        """The most memory that each rank of the newest attempt has held; empty if it has not ended well."""
+        number = self.record.get("attempt")
+        attempt = self.run.attempt(number if isinstance(number, int) else 0)
+        known = (read_json(attempt.memory) or {}).get("peak_bytes")
+        return [value if isinstance(value, int) else None for value in known] if isinstance(known, list) else []
+
+    @property
     def status(self) -> str:
         return str(self.record.get("status", "has not ended"))
 

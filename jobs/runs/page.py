@@ -166,16 +166,21 @@ def _where(history: History) -> str:
 
 def _memory(history: History, ideal_bytes: int | None) -> str:
     steps, values = _thinned(*history.series("peak_memory_bytes"))
-    if not steps:
+    by_rank = history.peak_bytes
+    if not steps and not by_rank:
         return ""
     figure = go.Figure()
-    figure.add_scatter(x=steps, y=[value / 1e9 for value in values], name="peak of any rank", line={"color": COLORS[0]})
+    if by_rank:
+        known = {rank: value / 1e9 for rank, value in enumerate(by_rank) if value is not None}
+        figure.add_bar(x=[*known], y=[*known.values()], name="peak", marker_color=COLORS[0])
+    else:  # it has not ended
+        figure.add_scatter(x=steps, y=[v / 1e9 for v in values], name="peak of any rank", line={"color": COLORS[0]})
     if ideal_bytes is not None:
         figure.add_hline(
             ideal_bytes / 1e9, line={"dash": "dash", "color": COLORS[1]}, annotation_text="estimated before the start"
         )
         figure.update_yaxes(rangemode="tozero")
-    return _figure(figure, "Memory per rank", "step", "GB")
+    return _figure(figure, "Memory per rank", "rank" if by_rank else "step", "GB")
 
 
 def _pipeline(history: History) -> str:

@@ -7,7 +7,6 @@ wait for the device in order to measure it. Torch-free at import.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,12 +90,14 @@ class StepClock:
 
         Also the totals of what was timed separately. A value is None if there was no such step.
         """
+        from statistics import median  # late: no command line needs it
+
         self._add(self._apart)  # after the last step
         self._apart = []
         return {
             "training_seconds": sum(self._others, self._first or 0.0),
             "first_step_seconds": self._first,
-            "step_seconds": statistics.median(self._others) if self._others else None,
+            "step_seconds": median(self._others) if self._others else None,
             **self._apart_from_steps,
         }
 

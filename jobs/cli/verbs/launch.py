@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import executor, snapshot
-from jobs.cli import dry_run, fit, interrupts, manifest, preparation
+from jobs.cli import dry_run, fit, interrupts, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, imported_folders, resolve
@@ -85,6 +85,8 @@ def keep_code(resolved: Resolved, given: Options, was: Mapping[str, Any] | None 
     Returns:
         The job, with a line about what is not in the copy.
     """
+    from jobs.cli import manifest  # late: a dry run does without
+
     spec = resolved.spec
     folders = imported_folders(spec.workload, spec.import_path, resolved.config)
     taken = snapshot.take(spec.code, folders, RunDirectory(spec.run_dir).code) if spec.code else None

@@ -99,6 +99,15 @@ dist.destroy_process_group()
 """
 
 
+def test_each_ranks_memory_is_recorded(typed: Submit, tmp_path: Path) -> None:
+    """A rank that held 300 MB more than the other for a moment has a peak that is so much higher."""
+    (tmp_path / "train.py").write_text("import os\nif os.environ['RANK'] == '1':\n    b'x' * 300_000_000\n")
+    line = typed("--executor", "local", "--gpus-per-node", "2", "script", "train.py")
+    assert line.finish()[0] == 0
+    none, much = json.loads((line.run_dir / "attempt-0" / "memory.json").read_text())["peak_bytes"]
+    assert 250e6 < much - none < 350e6
+
+
 def test_ranks_are_started_again_with_torchruns_environment(typed: Submit, tmp_path: Path) -> None:
     """Each attempt has its own process group, although the store is the same. The failure is the same each time: a
     script that logs no step may have come further."""

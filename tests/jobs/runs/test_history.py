@@ -46,6 +46,7 @@ def a_run(path: Path) -> RunDirectory:
     write_json(run.attempt(0).result, {**failed, "decision": "restarted as attempt 1"})
     done = {"status": "done", "attempt": 1, "seconds": 9.0, "mesh": {"dp": 2, "tp": 2}, "result": {"note": EVIL}}
     write_json(run.attempt(1).result, done)
+    write_json(run.attempt(1).memory, {"peak_bytes": [2_000_000_000, 1_900_000_000, None, 2_000_000_000]})
     run.show_newest()
     boxes = [Event(rank, kind, rank, 0, 0.1 * n, 0.1 * n + 0.05) for n, (rank, kind) in enumerate(BOXES)]
     timeline.write(boxes, run.path / "timeline.json")
@@ -65,6 +66,7 @@ def test_one_curve_across_restarts_with_what_was_trained_again(tmp_path: Path) -
     assert of.where_time_goes() == {"steps": 4.5, "evaluation": 2.0}
     assert of.settings == {"steps": 9, "lr": 0.5, "model.dim": 64}
     assert of.status == "done"
+    assert of.peak_bytes == [2_000_000_000, 1_900_000_000, None, 2_000_000_000]
 
 
 def test_what_is_missing_or_damaged_is_left_out(tmp_path: Path) -> None:
