@@ -1,4 +1,4 @@
-"""Installs the Slurm and the browser that tests start, where that can be done quietly: as root, with apt, if missing.
+"""Installs the Slurm, the browser and the shells that tests start, if they are missing: quietly, as root, with apt.
 
 usage: python .ci/slurm_packages.py
 
@@ -30,23 +30,24 @@ REFUSAL = "#!/bin/sh\n# Of `make test` of meshrun, while it installs packages wh
 
 def main() -> int:
     slurm()
-    return browser()
+    return others()
 
 
-def browser() -> int:
-    """Sees to Chromium, in which a report's page is looked at."""
-    if shutil.which("chromium"):
+def others() -> int:
+    """Sees to Chromium, in which a report's page is looked at, and the shells in which <Tab> is pressed."""
+    missing = [name for name in ("chromium", "fish", "zsh") if not shutil.which(name)]
+    if not missing:
         return 0
-    line = ["install", "--no-install-recommends", "chromium"]
+    line = ["install", "--no-install-recommends", *missing]
     if sys.platform == "linux" and shutil.which("apt-get") and os.geteuid() == 0:
-        say(f"installing a browser for its test: apt-get {' '.join(line)}")
+        say(f"installing programs for tests: apt-get {' '.join(line)}")
         apt(["update"], DEADLINE_S)
         apt(line, DEADLINE_S)
-    if shutil.which("chromium"):
-        return 0
-    return say(
-        f"no chromium here, so reports are not looked at in a browser (Debian: `apt-get {' '.join(line)}` as root)"
-    )
+    if still := [name for name in missing if not shutil.which(name)]:
+        return say(
+            f"no {', '.join(still)} here, so their tests are skipped (Debian: `apt-get {' '.join(line)}` as root)"
+        )
+    return 0
 
 
 def slurm() -> int:

@@ -33,7 +33,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return {} if (tmp_path / "installed").exists() else {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm"}
 
     monkeypatch.setattr(module, "missing_programs", missing)
-    monkeypatch.setattr(module, "browser", lambda: 0)  # this machine's
+    monkeypatch.setattr(module, "others", lambda: 0)  # this machine's
     monkeypatch.setattr(module, "POLICY", tmp_path / "policy")
     monkeypatch.setattr(module.sys, "platform", "linux")
     monkeypatch.setattr(module.os, "geteuid", lambda: 0)

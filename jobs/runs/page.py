@@ -173,6 +173,7 @@ def _memory(history: History, ideal_bytes: int | None) -> str:
     if by_rank:
         known = {rank: value / 1e9 for rank, value in enumerate(by_rank) if value is not None}
         figure.add_bar(x=[*known], y=[*known.values()], name="peak", marker_color=COLORS[0])
+        figure.update_xaxes(tickformat="d", nticks=min(16, len(by_rank) + 1))
     else:  # it has not ended
         figure.add_scatter(x=steps, y=[v / 1e9 for v in values], name="peak of any rank", line={"color": COLORS[0]})
     if ideal_bytes is not None:

@@ -21,17 +21,30 @@ from tests.jobs.submitting import SUBMIT
 DEADLINE_S = 60
 
 
-class Bash:
-    """An interactive bash on a terminal, in a directory with a run, a script and the completion."""
+START = {
+    "bash": (
+        ["bash", "--norc", "--noprofile", "-i"],
+        "bind 'set bell-style none'; eval \"$(python submit.py completion bash)\"; echo rea''dy\n",
+    ),
+    "zsh": (
+        ["zsh", "-f", "-i"],
+        "autoload -Uz compinit; compinit -u; eval \"$(python submit.py completion zsh)\"; echo rea''dy\n",
+    ),
+}
+TAKE_BACK = "\x15"
 
-    def __init__(self, directory: Path) -> None:
+
+class Shell:
+    """An interactive shell on a terminal, in a directory with a run, a script and the completion."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        command, line = START[name]
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.chdir(directory)
-            os.environ |= {"PS1": "$ ", "TERM": "dumb", "XDG_STATE_HOME": str(directory), "HOME": str(directory)}
-            os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
-        self.type(f"PATH={Path(sys.executable).parent}:$PATH; bind 'set bell-style none'\n", "$ ")
-        self.type('eval "$(python submit.py completion bash)"; echo rea""dy\n', "ready")
+            os.environ |= {"PS1": "$ ", "TERM": "dumb"} | surroundings(directory)
+            os.execvp(command[0], command)
+        self.type(line, "ready")
 
     def type(self, text: str, until: str) -> str:
         """What the terminal shows up to `until`, after that text was typed."""
@@ -48,29 +61,64 @@ class Bash:
         os.waitpid(self.pid, 0)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_bash_completes_verbs_runs_settings_and_values(tmp_path: Path) -> None:
+def surroundings(directory: Path) -> dict[str, str]:
+    path = f"{directory}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"XDG_STATE_HOME": str(directory), "HOME": str(directory), "PATH": path}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
     run = RunDirectory(tmp_path / "runs" / "20260101-mine-77aa")
     run.path.mkdir(parents=True)
     write_json(run.job, {"workload": "tp_fsdp"})
     (tmp_path / "train.py").touch()
     (tmp_path / "submit.py").symlink_to(SUBMIT)
-    bash = Bash(tmp_path)
+    (tmp_path / "meshrun").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{SUBMIT}" "$@"\n')
+    (tmp_path / "meshrun").chmod(0o755)
+    return tmp_path
+
+
+def needs(shell: str) -> None:
+    if shutil.which(shell) is None and "CI" not in os.environ:
+        pytest.skip(f"no {shell}")
+
+
+COMPLETED = {
+    "wai": "wait",
+    "tp_fsdp model.di": "model.dim=",
+    "tp_fsdp precision=b": "precision=bf16",
+    "tp_fsdp --exec": "--executor",
+    "tp_fsdp --cluster slu": "slurm",
+    "wait 2026": "20260101-mine-77aa",
+    "script tra": "train.py",
+}
+
+
+@pytest.mark.parametrize("shell", START)
+def test_a_shell_completes_verbs_runs_settings_and_values(shell: str, directory: Path) -> None:
+    needs(shell)
+    own = Shell(shell, directory)
     try:
-        for typed, shown in (
-            ("wai", "wait "),
-            ("tp_fsdp model.di", "model.dim="),
-            ("tp_fsdp precision=b", "precision=bf16 "),
-            ("tp_fsdp --exec", "--executor "),
-            ("tp_fsdp --cluster slu", "slurm "),
-            ("wait 2026", "20260101-mine-77aa "),
-            ("script tra", "train.py "),
-        ):
-            line = bash.type(f"python submit.py {typed}\t", shown)
-            assert line.replace("\r", "").endswith(shown), line
-            bash.type("\x15", "")  # takes the line back
+        for typed, shown in COMPLETED.items():
+            command = "python submit.py" if shell == "bash" else "meshrun"
+            own.type(f"{command} {typed}\t", shown)
+            own.type(TAKE_BACK, "")
     finally:
-        bash.close()
+        own.close()
+
+
+def test_fish_completes_them_too(directory: Path) -> None:
+    needs("fish")
+    lines = "".join(f"complete -C 'meshrun {typed}'\n" for typed in COMPLETED)
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"meshrun completion fish | source\n{lines}"],
+        cwd=directory,
+        env=os.environ | surroundings(directory),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [*COMPLETED.values()], done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
