@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from jobs.errors import ClusterConfigError
 from jobs.settings import build, read_yaml
 from jobs.slurm import environment, options
-from jobs.spec import MOST_GPUS, MOST_NODES, CpuBinding, ExecutorName, parse_minutes, parse_ports
+from jobs.spec import MOST_GPUS, MOST_NODES, CpuBinding, ExecutorName, TrackerName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 from workloads.errors import did_you_mean
 from workloads.meanings import meanings
@@ -76,6 +76,8 @@ class ClusterConfig(StrictModel):
         default_factory=dict, repr=False, json_schema_extra={"additionalProperties": {"type": ["string", "number"]}}
     )
     """Environment variables of every rank."""
+    track: list[TrackerName] = Field(default_factory=list)
+    """Where metrics go beside metrics.jsonl, if --track is not given: tensorboard, wandb, mlflow."""
     interface: str | None = None
     """Network interface for the rendezvous, gloo and NCCL."""
     rendezvous_ports: str | None = Field(default=None, json_schema_extra=_TEXT_OR_NUMBER)
@@ -138,7 +140,7 @@ class ClusterConfig(StrictModel):
                 raise ValueError(f"'{word}': {mistake}")
         return value
 
-    @field_validator("setup", "srun_args", "command_prefix", mode="before")
+    @field_validator("setup", "srun_args", "command_prefix", "track", mode="before")
     @classmethod
     def _list(cls, value: object) -> object:
         if isinstance(value, str):

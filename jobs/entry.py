@@ -2,6 +2,7 @@
 
     python jobs/entry.py --agent RUN_DIR ATTEMPT    the agent of a host, which starts the host's ranks
     python jobs/entry.py --rank RUN_DIR AGENT       one rank, where ranks cannot be forked
+    python jobs/entry.py --feed RUN_DIR SINK        what passes metrics on to TensorBoard, W&B or MLflow
     python jobs/entry.py --prepare RUN_DIR PARENT OWNER RESULTS
                                                     a workload's `prepare`, before the job is submitted
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
@@ -61,6 +62,10 @@ def main() -> None:
         from jobs.agent.ranks import spawned
 
         spawned(Path(arguments[0]), int(arguments[1]))
+    elif what == "--feed":
+        from jobs.runs.feed import main as feed
+
+        feed(Path(arguments[0]), arguments[1])
     elif what == "--prepare":
         from jobs.prepare import prepare_here
 

@@ -15,6 +15,8 @@ runs/20261122-081530-tp_fsdp-3f9c/
     excluded.json       hosts that were the root cause twice; see jobs/excluded.py
     slurm.log           Slurm's own words, and what the site's set-up printed
     submitit/           submitit's pickles and the rendered submission
+    tensorboard/        event files, with tensorboard=true
+    track/              with tensorboard=true, wandb=true, mlflow=true: how much of the metrics each has, and its log
     attempt-0/          what one incarnation alone wrote
         rendezvous.json     where rank 0's store listens
         rank-3.log          everything a rank printed and logged
@@ -313,6 +315,14 @@ class RunDirectory:
     @property
     def submitit(self) -> Path:
         return self.path / "submitit"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def track(self) -> Path:
+        return self.path / "track"
 
     @property
     def script(self) -> str:

@@ -15,6 +15,7 @@ from workloads.script.config import ScriptConfig
 ExecutorName = Literal["slurm", "local", "debug"]
 CpuBinding = Literal["auto", "none"]
 GpuNeed = Literal["none", "required", "optional"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 RESOLVER = "timeout:1 attempts:1"
 """RES_OPTIONS of every rank: bursts of connections make gloo look names up; a slow name server would stall each 5 s."""
@@ -26,6 +27,18 @@ MAX_REQUEUES, MOST_RESTARTS = 3, 10_000
 
 LEAD_S = 90
 """Seconds before a job's time limit at which its ranks are asked to stop."""
+
+
+class TrackSettings(StrictModel):
+    """Settings that every workload has, unless it has its own of that name."""
+
+    tensorboard: bool | None = None
+    """Also write the metrics as TensorBoard's event files, into tensorboard/ in the run directory. null: if --track or
+    the cluster config's `track` says so."""
+    wandb: bool | None = None
+    """Also send the metrics to Weights & Biases. null: as for tensorboard."""
+    mlflow: bool | None = None
+    """Also send the metrics to MLflow. null: as for tensorboard."""
 
 
 class ResourceSpec(StrictModel):
@@ -126,6 +139,8 @@ class JobSpec(StrictModel):
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
     """Other sbatch options by their long names; True gives the bare flag, False leaves it out."""
     profile: ProfileSpec | None = None
+    track: tuple[TrackerName, ...] = ()
+    """Where the leader has its metrics passed on to, beside metrics.jsonl."""
     shown: tuple[str, ...] = ()
     """The metrics that progress shows, as the workload's entry names them."""
     max_restarts: int = Field(default=0, ge=0, le=MOST_RESTARTS)

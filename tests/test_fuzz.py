@@ -40,7 +40,7 @@ FLAGS = (
     *("--threads-per-rank=2", "--watchdog-timeout=60", "--env=A=b", "--run-dir=r", "--profile=1:2", "--cluster=slurm"),
     *("--profile-memory", "--max-restarts=2", "--wait", "--no-wait", "--json", "--help", "--", "-x", "--nod"),
     *("--mem=3", "--profile-ranks=0", "--spares=1", "--collective-timeout=60", "--rendezvous-timeout=0.5"),
-    "--allow-cpu",
+    *("--allow-cpu", "--track=tensorboard,none"),
 )
 VALUES = (
     *("1", "0", "-1", "2", "64", "1e-3", "9" * 20, "-" + "9" * 30, "9" * 5000, "1e400", ".nan", "-.inf", "0x1F", "0o7"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jobs import blame, processes, secret_values
-from jobs.agent import binding, ranks
+from jobs.agent import binding, feeds, ranks
 from jobs.agent.job_state import SILENT_S, first_places
 from jobs.agent.keeper import Keeper, KeeperFailed
 from jobs.agent.leader import Leader
@@ -112,6 +112,8 @@ class _Agent:
         self.meeting: Gathering | Joining | None = None
         self.keeper: Keeper | None = None
         """On the leader."""
+        self.feeds: feeds.Feeds | None = None
+        """On the leader, once its ranks have started."""
         self._met: Met | None = None
         self.places: list[int] = []
         """The agents that have ranks, in the order of these."""
@@ -135,6 +137,7 @@ class _Agent:
     def _private(self) -> list[int]:
         descriptors = [link.fileno() for link in self.links.values()]
         descriptors += self.meeting.private if self.meeting else ()
+        descriptors += self.feeds.private if self.feeds else ()
         return [*descriptors, self.signals.owner] if self.signals.owner >= 0 else descriptors
 
     # --- the start ----------------------------------------------------------------------------------------------------
@@ -225,6 +228,9 @@ class _Agent:
         log.info(
             "ranks started: %d (%d to %d on %s), after %.2f s", count, first, first + count - 1, self.info.host, took_s
         )
+        if self.leader is not None:
+            self.feeds = self.feeds or feeds.Feeds(self.spec)
+            self.feeds.begin(self.attempt.number)
 
     def _end_attempt(self) -> None:
         """Ends this host's ranks, to start others; whatever is known of them is forgotten."""
@@ -260,6 +266,8 @@ class _Agent:
             self._answer_signals()
             if now >= say_at:
                 say_at = now + SAY_EVERY_S
+                if self.feeds is not None:
+                    self.feeds.look()
                 self._say({**self._where(), "calm": self.ranks.calm()})
                 if self.leader is not None:
                     for link in self.links.values():
@@ -313,8 +321,9 @@ class _Agent:
             time.sleep(POLL_S)
 
     def _kept(self) -> list[int]:
-        """Children that stay while ranks are ended: the store, until all hosts have ended theirs."""
-        return [self.keeper.pid] if self.keeper is not None and self.keeper.pid is not None else []
+        """Children that stay while ranks are ended: the store, until all hosts have ended theirs, and the feeds."""
+        store = [self.keeper.pid] if self.keeper is not None and self.keeper.pid is not None else []
+        return [*store, *(self.feeds.pids if self.feeds is not None else ())]
 
     def _where(self) -> dict[str, Any]:
         """Where each rank of this host is."""
@@ -434,7 +443,9 @@ class _Agent:
 
     def end(self) -> None:
         """Leaves no process behind."""
-        self.ranks.end(but=())
+        self.ranks.end(but=self.feeds.pids if self.feeds is not None else ())
+        if self.feeds is not None:
+            self._end_feeds(self.feeds)
         if self.keeper is not None:
             self.keeper.end()
         processes.kill_children()
@@ -445,6 +456,17 @@ class _Agent:
             # A line more finds room on a disk that has none for a result.
             line = secret_values.without_secrets(self.leader.error)
             print(f"{JobFailed.__module__}.{JobFailed.__name__}: {line}", file=sys.stderr, flush=True)
+
+    def _end_feeds(self, all_feeds: feeds.Feeds) -> None:
+        """Lets them pass on what is left; the result tells of those that have not."""
+        warnings = all_feeds.end(lambda: feeds.WITHIN_S if self.signals.ended_by is None else feeds.AT_ONCE_S)
+        number = self.leader.attempt.number if self.leader is not None else self.attempt.number
+        for warning in warnings:
+            log.warning("%s", warning)
+        with contextlib.suppress(OSError):
+            if warnings and (record := self.run_dir.recorded(number)) is not None:
+                record["warnings"] = [*record.get("warnings", ()), *warnings]
+                self.run_dir.amend(number, record)
 
 
 def _told_by_others(attempt: Attempt) -> Failure | None:

@@ -107,6 +107,12 @@ _LAUNCH = (
     ),
     Flag("--env", "KEY=VALUE", "environment variable for every rank; may be repeated", "repeated"),
     Flag("--allow-cpu", "", "train on the CPU if the job asked Slurm for GPUs and its ranks see none", "switch"),
+    Flag(
+        "--track",
+        "NAME[,NAME]",
+        "also pass the metrics on to tensorboard, wandb, mlflow or none; a workload's tensorboard=true does the same "
+        "(default: the cluster config's)",
+    ),
     Flag("--run-dir", "DIR", "run directory, new or empty (default: runs/<utc time>-<workload>-<short id>)"),
     Flag("--profile", "FIRST:LAST", "profile the steps from FIRST to LAST, counted from 1: traces and top operators"),
     Flag("--profile-ranks", "R,R|all", "ranks to profile (default: 0)"),

@@ -106,7 +106,7 @@ def _settings(workload: str, prefix: str) -> list[str]:
     """`key=` for each setting, or `key=value` for each value where a setting has a few."""
     if not workload:
         return []
-    from jobs.settings import describe
+    from jobs.cli.track import describe
 
     key, equals, _ = prefix.partition("=")
     with contextlib.suppress(Exception), contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):

@@ -67,6 +67,7 @@ class Options:
     rendezvous_timeout: str | None = None
     env: list[str] = field(default_factory=list)
     allow_cpu: bool = False
+    track: str | None = None
     run_dir: str | None = None
     profile: str | None = None
     profile_ranks: str | None = None

@@ -43,7 +43,7 @@ def run(spec: JobSpec, cluster: ClusterConfig, console: Console) -> int:
             interrupts.check()
             display.update()
             if result.lingers():
-                display.say(why_it_lingers(process.pid))
+                display.say(why_it_lingers(process.pid, run_dir))
             time.sleep(POLL_S)
         display.update(ended=True)
         display.close()

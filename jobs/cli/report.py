@@ -31,6 +31,8 @@ def report_end(record: dict[str, Any], console: Console, seconds: float | None, 
     else:
         if details := report.details(record):
             console.complain(code_copy.original_of(run_dir, details))
+        for warning in record.get("warnings", ()):
+            console.complain(f"warning: {warning}")
         if run_dir.has_checkpoints():
             console.complain(f"go on from the newest checkpoint: {come_back(run_dir, 'resume')}")
         console.error(report.headline(record))

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from jobs import code_copy, machine, secret_values, settings, snapshot
-from jobs.cli import commands, fit
+from jobs.cli import commands, fit, track
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, RunDirectoryError
@@ -128,10 +128,10 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         document = replace(document, data=secret_values.put_in({"settings": document.data}, kept)["settings"])
     if workload == "script" and then is None:
         document = settings.Document(script_config.of_line(given.script, Path.cwd()).model_dump(mode="json"), "script")
-    overrides = settings.parse_overrides(words)
-    config, announcements = settings.build(
-        entry.config, document, overrides, help_line=f"submit.py list {workload} shows every setting"
-    )
+    help_line = f"submit.py list {workload} shows every setting"
+    tracked, document, overrides = track.take(entry.config, document, settings.parse_overrides(words), help_line)
+    tracks = track.choose(given, cluster, tracked, which)
+    config, announcements = settings.build(entry.config, document, overrides, help_line=help_line)
     mesh = entry.mesh_spec(config, resources.shape)
     entry.call("validate", config if before is None else _in_the_copy(config, before), resources.shape)
     if isinstance(config, ResumableConfig) and going_on is None and (folder := config.check_resume()) is not None:
@@ -198,6 +198,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         code = before.spec.code
     elif cluster.snapshot and which != "debug":
         code = snapshot.roots(imported_folders(workload, import_path, config))
+    announcements += track.announcement(tracks, run_dir, which)
     spec = JobSpec(
         workload=workload,
         settings=_plain(workload, config),
@@ -219,6 +220,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         job_name=given.job_name,
         sbatch=options,
         profile=profile,
+        track=tracks,
         shown=tuple(entry.shown),
         max_restarts=flags.max_restarts or 0,
         max_requeues=MAX_REQUEUES if flags.max_requeues is None else flags.max_requeues,

@@ -70,12 +70,12 @@ class History:
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """The names of all numbers in the rows, in their order, without the step's own number."""
-        names = {name: None for row in self.rows for name, value in row.items() if _is_number(value)}
+        names = {name: None for row in self.rows for name, value in row.items() if is_number(value)}
         return tuple(name for name in names if name not in ("step", "total_steps"))
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """The steps at which a metric was logged, and its values."""
-        points = [(row["step"], row[name]) for row in self.rows if _is_number(row.get(name))]
+        points = [(row["step"], row[name]) for row in self.rows if is_number(row.get(name))]
         return [step for step, _ in points], [value for _, value in points]
 
     def where_time_goes(self) -> dict[str, float]:
@@ -83,7 +83,7 @@ class History:
         seconds: dict[str, float] = {}
         for row in self.rows:
             for name, value in row.items():
-                if name.endswith("_seconds") and _is_number(value):
+                if name.endswith("_seconds") and is_number(value):
                     kind = {"step_seconds": "steps", "first_step_seconds": "first steps"}.get(
                         name, name.removesuffix("_seconds")
                     )
@@ -98,7 +98,7 @@ def read(run: RunDirectory) -> History:
     restarts: list[Restart] = []
     for number in range(newest + 1):
         attempt = run.attempt(number)
-        own = list(_rows(attempt))
+        own = list(rows_of(attempt))
         if number:
             record = run.recorded(number - 1) or {}
             if not own:  # it ended before its first step
@@ -112,14 +112,20 @@ def read(run: RunDirectory) -> History:
     return History(run, read_json(run.job) or {}, tuple(rows), tuple(restarts), run.recorded(newest) or {})
 
 
-def _rows(attempt: Attempt) -> Iterator[Mapping[str, Any]]:
+def rows_of(attempt: Attempt) -> Iterator[Mapping[str, Any]]:
+    """The lines of its metrics.jsonl."""
     for line in Tail(attempt.metrics).lines(ended=True):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if (row := row_of(line)) is not None:
             yield row
+
+
+def row_of(line: str) -> Mapping[str, Any] | None:
+    """A line of metrics.jsonl; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _last_step(rows: Any) -> int:
@@ -131,7 +137,8 @@ def _why(record: Mapping[str, Any]) -> str:
     return "; ".join(part for part in (error, decision) if part)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a metric's value, and not text or nothing."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -57,7 +57,7 @@ class LocalJob:
             return self.result.read() is not None
         if self._runs():
             if self.result.lingers():
-                self._news.append(why_it_lingers(int(self.submitted.job_id)))
+                self._news.append(why_it_lingers(int(self.submitted.job_id), self.result.run_dir))
             return False
         self.gone_since = self.gone_since or time.monotonic()
         return self.result.read() is not None or time.monotonic() - self.gone_since > RESULT_WITHIN_S

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from jobs import processes
-from jobs.run_dir import BY_ITSELF, RunDirectory
+from jobs.run_dir import BY_ITSELF, RunDirectory, read_json
 
 LINGERS_S = 6.0
 """After this time, a rank whose work is done has logged why it is still running (jobs/processes.py)."""
 
 
-def why_it_lingers(agent: int) -> str:
+def why_it_lingers(agent: int, run_dir: RunDirectory) -> str:
     """One line for a local job whose work is done and whose agent, with that process id, still runs."""
     if processes.is_stopped(agent):
         return f"the work is done, but the job's agent, process {agent}, is stopped; let it go on: kill -CONT {agent}"
-    return "the work is done, but threads or exit hooks of a rank are still running; see the logs of the ranks"
+    sinks = ", ".join((read_json(run_dir.job) or {}).get("track", ()))
+    also = f", or {sinks} is still taking metrics" if sinks else ""
+    return f"the work is done, but threads or exit hooks of a rank are still running{also}; see the logs of the ranks"
 
 
 class Result:

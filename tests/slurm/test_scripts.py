@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.run_dir import RunDirectory
+from tests.jobs.runs.test_feed import expected, tensorboards
 from tests.jobs.submitting import SUBMIT, Line
 from tests.slurm.harness import Cluster
 from tests.test_scripts import LINES, SCRIPTS, losses, under_torchrun
@@ -45,7 +47,8 @@ def test_losses_are_those_of_torchrun_under_any_distribution(slurm: Cluster, tmp
 def test_a_script_that_is_cancelled_saves_and_another_job_goes_on(
     slurm: Cluster, typed: Submit, tmp_path: Path
 ) -> None:
-    script = ["script", str(SCRIPTS / "stoppable.py"), "60", "0.2"]
+    pytest.importorskip("tensorboard")
+    script = ["--track", "tensorboard", "script", str(SCRIPTS / "stoppable.py"), "60", "0.2"]
     line = typed("--wait", "--nodes", "2", "--gpus-per-node", "2", *script, env=slurm.env)
     line.wait_for_step(3, 120)
     job = json.loads((line.run_dir / "submission.json").read_text())["job_id"]
@@ -65,4 +68,7 @@ def test_a_script_that_is_cancelled_saves_and_another_job_goes_on(
     for row in rows:
         weight += (6 + 4 * row["step"]) / row["step"]
         assert row["weight"] == pytest.approx(weight, rel=1e-5)
-    assert line.result()["attempt"] == 1
+    assert (line.result()["attempt"], "warnings" in line.result()) == (1, False)
+    run = RunDirectory(line.run_dir)
+    assert tensorboards(run) == expected(run)
+    assert len(list(run.tensorboard.iterdir())) == 2  # a writer for each job, and none for a rank

@@ -26,7 +26,7 @@ def run(given: Options, console: Console) -> int:
         console.say("\nA workload's settings: submit.py list WORKLOAD. Your own workload: package.module:ENTRY.")
         console.finish({"workloads": [{"name": n, "summary": s} for n, s in summaries.items()]})
         return 0
-    from jobs.settings import describe  # late, because the names of the workloads need no pydantic
+    from jobs.cli.track import describe  # late, because the names of the workloads need no pydantic
 
     entry = registry.load(names[0], (str(Path.cwd()),))
     summary = registry.BUILT_IN[names[0]].summary if names[0] in registry.BUILT_IN else entry.summary

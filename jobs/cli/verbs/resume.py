@@ -231,6 +231,7 @@ def with_what_was_given_before(given: Options, spec: JobSpec, run_dir: RunDirect
         "watchdog_timeout": None if spec.watchdog_timeout_s is None else str(spec.watchdog_timeout_s),
         "collective_timeout": str(spec.collective_timeout_s),
         "rendezvous_timeout": str(spec.rendezvous_timeout_s),
+        "track": ",".join(spec.track) or "none",
     }
     if not goes_on and spec.profile is not None and given.profile is None:
         before["profile"] = f"{spec.profile.first}:{spec.profile.last}"
