@@ -5,6 +5,7 @@
     python jobs/entry.py --feed RUN_DIR SINK        what passes metrics on to TensorBoard, W&B or MLflow
     python jobs/entry.py --prepare RUN_DIR PARENT OWNER RESULTS
                                                     a workload's `prepare`, before the job is submitted
+    python jobs/entry.py --host FOLDER              what `submit.py doctor` finds out on a host, without torch
     python jobs/entry.py --ended RUN_DIR ATTEMPT STATUS
                                                     in a Slurm job's batch script, after srun has failed
     python jobs/entry.py --secrets RUN_DIR          there, too: the job's secret variables, for its shell
@@ -70,6 +71,10 @@ def main() -> None:
         from jobs.prepare import prepare_here
 
         sys.exit(prepare_here(Path(arguments[0]), *map(int, arguments[1:])))
+    elif what == "--host":
+        from jobs.doctor.host import main as examine
+
+        examine(Path(arguments[0]))
 
 
 def _export_secrets(run_dir: Path) -> None:

@@ -14,6 +14,7 @@ runs/20261122-081530-tp_fsdp-3f9c/
     lease.json          which start of the job has the directory, and where; see jobs/agent/lease.py
     excluded.json       hosts that were the root cause twice; see jobs/excluded.py
     slurm.log           Slurm's own words, and what the site's set-up printed
+    doctor/             of `submit.py doctor`: what each host has answered, and what the ranks have measured
     submitit/           submitit's pickles and the rendered submission
     tensorboard/        event files, with tensorboard=true
     track/              with tensorboard=true, wandb=true, mlflow=true: how much of the metrics each has, and its log
@@ -311,6 +312,10 @@ class RunDirectory:
     @property
     def slurm_log(self) -> Path:
         return self.path / "slurm.log"
+
+    @property
+    def doctor(self) -> Path:
+        return self.path / "doctor"
 
     @property
     def submitit(self) -> Path:

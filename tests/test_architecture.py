@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "submit": {"cli"},
     "jobs": {"api"},
     "api": {"cli", "runs"},
-    "entry": {"agent", "prepare", "runs"},
-    "cli": {"cluster", "executor", "job", "rank", "runs", "slurm", "snapshot"},
+    "entry": {"agent", "doctor", "prepare", "runs"},
+    "cli": {"cluster", "doctor", "executor", "job", "rank", "runs", "slurm", "snapshot"},
     "runs": {"slurm"},
     "executor": {"cluster", "job", "local_executor", "rank", "slurm"},
     "local_executor": set[str](),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "rank": {"slurm"},
     "slurm": {"cluster"},
     "cluster": {"slurm"},
+    "doctor": {"rank", "slurm"},
     "prepare": set[str](),
     "snapshot": set[str](),
 }

@@ -45,7 +45,7 @@ def test_the_doors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verbs_and_flags() -> None:
     assert [verb.name for verb in commands.VERBS] == [
         *("script", "list", "wait", "resume", "resubmit", "status", "logs", "explain", "cancel", "clean", "report"),
-        *("compare", "completion"),
+        *("compare", "doctor", "completion"),
     ]
     assert [flag.name for flag in commands.flags()] == [
         *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--config", "--time", "--partition", "--account"),

@@ -268,7 +268,7 @@ BAD = [
     Bad(["tp_fsdp", "--executor", "debug", "--no-wait"], ["--no-wait", "has no effect with --executor debug"]),
     Bad(
         ["list", "--nodes", "3"],
-        ["--nodes: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py list; leave it out"],
+        ["--nodes: is a flag of submit.py WORKLOAD, resume, resubmit and doctor, not of submit.py list; leave it out"],
     ),
     Bad(
         ["list", "--no-wait"],

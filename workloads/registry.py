@@ -45,6 +45,11 @@ BUILT_IN = {
 """The built-in workloads by their names on the command line."""
 
 
+def is_own(name: str) -> bool:
+    """Whether a workload comes with meshrun, listed or not, so that no directory of the user's is searched for it."""
+    return name in BUILT_IN or name.startswith(f"{__name__.partition('.')[0]}.")
+
+
 def load(name: str, import_path: Sequence[str] = ()) -> WorkloadEntry:
     """The entry of a built-in, or of a user's own module.
 

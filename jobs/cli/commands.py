@@ -168,6 +168,18 @@ fish:  python submit.py completion fish | source        in ~/.config/fish/config
 It completes `meshrun ...` and `submit.py ...`; bash, also `python submit.py ...`.
 """
 _OUTPUT = Flag("--output", "FILE", "the page's file", letter="-o")
+DOCTOR = """\
+It looks at this machine, then runs a small job: one process a host without torch
+(versions, names, connections, clocks, the run directory), then ranks with torch
+(a matrix product each, messages between hosts, an all-reduce). Each line says ok,
+warn or FAIL, what was measured, and what to change in the cluster config. Exit
+code: 0 fit, 1 not fit, 2 wrong input. Ctrl-C cancels the job.
+
+"""
+_FOR_A_DOCTOR = (
+    *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--time", "--partition", "--account", "--qos"),
+    *("--sbatch", "--run-dir"),
+)
 _NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
 SCRIPT = Verb(
@@ -310,6 +322,15 @@ VERBS = (
         more=RUN,
     ),
     Verb(
+        "doctor",
+        "jobs.cli.verbs.doctor",
+        "[options]",
+        "says whether a cluster is fit, and which hosts are not: a small job measures hosts, links, GPUs and disks",
+        (*(flag for flag in _LAUNCH if flag.name in _FOR_A_DOCTOR), JSON),
+        most=0,
+        more=DOCTOR,
+    ),
+    Verb(
         "completion",
         "jobs.cli.verbs.completion",
         "bash|zsh|fish",
@@ -324,7 +345,7 @@ HARDLY_A_SCRIPTS = (
     *("--executor", "--nodes", "--gpus-per-node", "--cluster", "--partition", "--max-restarts", "--dry-run", "--wait"),
 )
 """Flags that are taken for ours, or warned about, where they come after a script."""
-RESERVED = ("plan", "doctor")
+RESERVED = ("plan",)
 """Names of future verbs, which no workload may have."""
 
 DESCRIPTION = "Runs a distributed PyTorch script or workload on a Slurm cluster or on this machine, one rank per GPU."
@@ -409,6 +430,7 @@ def check_count(verb: Verb, words: Sequence[str]) -> None:
     words = words[1:]
     if len(words) < verb.least or (verb.most is not None and len(words) > verb.most):
         takes = {(1, 1): "one argument", (0, 0): "no argument"}.get(
-            (verb.least, verb.most or -1), "at most one argument" if verb.most else f"at least {verb.least}"
+            (verb.least, -1 if verb.most is None else verb.most),
+            "at most one argument" if verb.most else f"at least {verb.least}",
         )
         raise CommandLineError(f"{verb.name} takes {takes} and got {len(words) or 'none'}; write {usage_of(verb)}")

@@ -118,7 +118,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     fit.check_limits(given, cluster, cluster_path, resources, from_env)
     options = _sbatch_options(given, cluster, which, from_env)
 
-    import_path: tuple[str, ...] = () if workload in registry.BUILT_IN else (str(Path.cwd()),)
+    import_path: tuple[str, ...] = () if registry.is_own(workload) else (str(Path.cwd()),)
     if then is not None:
         import_path = then.import_path
     entry = registry.load(workload, import_path if before is None else code_copy.imported_from(before.spec))

@@ -254,6 +254,22 @@ def hosts_up(partition: str, env: Mapping[str, str], within_s: float = 10.0) -> 
     return set() if isinstance(output, NoAnswer) or output.code else set(output.stdout.split())
 
 
+def version(env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> str:
+    """Slurm's name and version, as its own programs say; empty if they do not."""
+    output = _run(["sinfo", "--version"], env, within_s)
+    return "" if isinstance(output, NoAnswer) or output.code else output.stdout.strip()
+
+
+def partitions(env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> list[dict[str, str]] | NoAnswer:
+    """Each partition as scontrol shows it: PartitionName, Default, State, MaxTime, MaxNodes, TotalNodes, ..."""
+    output = _run(["scontrol", "--oneliner", "show", "partition"], env, within_s)
+    if isinstance(output, NoAnswer):
+        return output
+    if output.code:
+        return NoAnswer(_one_line(output.stderr) or f"scontrol ended with code {output.code}")
+    return [_pairs(line) for line in output.stdout.splitlines() if line.startswith("PartitionName=")]
+
+
 def exclude(job_id: str, hosts: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> str:
     """Sets which hosts a job that was requeued just now must not get; Slurm refuses that while it runs (22.05).
 
@@ -350,9 +366,13 @@ def read_sacct(code: int, out: str, err: str, job_id: str, script: str = "") -> 
     return NoAnswer(_one_line(err) or f"sacct ended with code {code}")
 
 
+def _pairs(text: str) -> dict[str, str]:
+    return dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", text))
+
+
 def read_scontrol(code: int, out: str, err: str, script: str = "") -> Answer:
     """The KEY=VALUE pairs of `scontrol --oneliner show job`. The values that matter here contain no spaces."""
-    pairs = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", out))
+    pairs = _pairs(out)
     if "JobState" not in pairs:
         return Forgotten() if _is_unknown(err) else NoAnswer(_one_line(err) or f"scontrol ended with code {code}")
     if script not in out:

@@ -33,11 +33,11 @@ def test_a_row_and_a_file_are_a_verb(monkeypatch: pytest.MonkeyPatch, capsys: py
     for line, refusal in (
         (
             "greet you --qos a",
-            "--qos: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py greet; leave it out",
+            "--qos: is a flag of submit.py WORKLOAD, resume, resubmit and doctor, not of submit.py greet; leave it out",
         ),
         (
             "list --nodes 2",
-            "--nodes: is a flag of submit.py WORKLOAD, resume, resubmit and greet, not of submit.py list",
+            "--nodes: is a flag of submit.py WORKLOAD, resume, resubmit, doctor and greet, not of submit.py list",
         ),
         ("greet", "greet takes one argument and got none; write submit.py greet WHOM"),
         ("greeet you", "'greeet': no such workload or verb (did you mean 'greet'?)"),

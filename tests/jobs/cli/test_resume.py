@@ -29,7 +29,7 @@ BAD = [
     Bad(["resume", "run", "--config", "x"], ["--config: is a flag of submit.py WORKLOAD, not of submit.py resume"]),
     Bad(
         ["resume", "run", "--run-dir", "x"],
-        ["--run-dir: is a flag of submit.py WORKLOAD and resubmit, not of submit.py resume"],
+        ["--run-dir: is a flag of submit.py WORKLOAD, resubmit and doctor, not of submit.py resume"],
     ),
 ]
 

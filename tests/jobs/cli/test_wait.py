@@ -35,7 +35,7 @@ BAD = [
     ),
     Bad(
         ["wait", "run", "--nodes", "2"],
-        ["--nodes: is a flag of submit.py WORKLOAD, resume and resubmit, not of submit.py wait"],
+        ["--nodes: is a flag of submit.py WORKLOAD, resume, resubmit and doctor, not of submit.py wait"],
         RUN,
     ),
     Bad(
@@ -55,7 +55,7 @@ BAD = [
     ),
     Bad(
         ["wait", "run", "--run-dir", "x"],
-        ["--run-dir: is a flag of submit.py WORKLOAD and resubmit, not of submit.py wait"],
+        ["--run-dir: is a flag of submit.py WORKLOAD, resubmit and doctor, not of submit.py wait"],
         RUN,
     ),
     Bad(["wiat", "run"], ["'wiat'", "did you mean 'wait'?"]),
