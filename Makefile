@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := pyproject.toml .ci/constraints.txt .ci/bootstrap.py
 
-.PHONY: help setup dev demo slurm test lint bench chaos gpu clean
+.PHONY: help setup dev demo slurm test test-long lint bench chaos gpu clean
 
 help:
 	@echo "make demo    train a small Llama2-style transformer on 2 emulated hosts x 4 ranks of this machine"
-	@echo "make test    lint, format, types and every test; as root on Debian and Ubuntu it installs Slurm for them"
+	@echo "make test    lint, format, types and tests; as root on Debian and Ubuntu it installs Slurm for them"
+	@echo "make test-long   the other tests: hosts that are lost, every kind of failure, training across hosts"
 	@echo "make setup   only make $(VENV) and install what runs need; make dev: and what tests need. TORCH=cpu|cuda names"
 	@echo "             the build of torch (default: by whether this machine has a GPU); VENV=DIR an environment that is"
 	@echo "             there, which keeps its torch; PYTHON=python3.12 the Python of a new one"
@@ -50,7 +51,10 @@ slurm: dev
 # Compiled once: the tests start hundreds of processes, and where PYTHONDONTWRITEBYTECODE is set each would do it anew.
 test: lint slurm
 	@$(BIN)/python -m compileall -q jobs workloads submit.py
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not long" -n 4 --dist loadfile --no-loadscope-reorder
+
+test-long: slurm
+	$(BIN)/python -m pytest -m long -n 4 --dist loadfile --no-loadscope-reorder
 
 bench: slurm
 	$(BIN)/python -m tests.benchmarks.start_up

@@ -11,7 +11,7 @@ from jobs.run_dir import RunDirectory
 from jobs.runs.explain import explain
 from tests.failure_tour import KINDS, Form, Kind, Told, Tour, line_of
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.dist, pytest.mark.timeout(300)]
 
 FORMS: tuple[Form, ...] = ("workload", "script")
 JOBS: dict[str, tuple[str, ...]] = {

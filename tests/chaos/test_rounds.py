@@ -27,7 +27,7 @@ from tests.chaos.blows import Struck
 from tests.chaos.runs import EVERY, Place, Run
 from tests.jobs.submitting import wait_until
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.dist, pytest.mark.timeout(400)]
 
 WORKLOAD = "PIPELINE_MLP"
 PATIENT_S = 300

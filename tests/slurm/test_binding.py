@@ -13,7 +13,7 @@ from tests.conftest import check_harness
 from tests.jobs.submitting import SUBMIT
 from tests.slurm.harness import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(120)]
 
 SAYS_ITS_CPUS = """
 import os

@@ -14,7 +14,7 @@ from tests.jobs.submitting import Line
 from tests.slurm import checkpointed
 from tests.slurm.harness import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(240)]
 
 
 def test_a_host_that_fails_twice_is_excluded_for_a_day(

@@ -25,7 +25,7 @@ from tests.jobs.submitting import ROOT, Line, submit, wait_until
 from tests.slurm import checkpointed
 from tests.slurm.harness import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(420)]
 
 SLURMD_TIMEOUT_S = 5
 WAIT_TIME_S = 2

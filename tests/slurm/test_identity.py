@@ -15,7 +15,7 @@ import pytest
 from tests.jobs.submitting import ROOT
 from tests.slurm.harness import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(180)]
 
 PYTHON = f"{sys.executable} -m jobs.job"
 LINE = f"{PYTHON} mine:ENTRY steps=2"

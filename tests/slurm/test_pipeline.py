@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.harness import Cluster
 from tests.slurm.runs import finished, rows
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 SETTINGS = ["data.source=digits", "layers=8", "width=32", "steps=6", "global_batch_size=32", "export=true"]
 

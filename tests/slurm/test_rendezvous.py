@@ -17,7 +17,7 @@ import pytest
 from tests.jobs.submitting import Line, submit, wait_until
 from tests.slurm.harness import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(400)]
 
 SHAPE = ("--nodes", "2", "--gpus-per-node", "1")
 DEADLINE_S = 240

@@ -13,7 +13,7 @@ from tests.jobs.agent.test_restart import assert_as_undisturbed, attempt, total
 from tests.jobs.submitting import Line
 from tests.slurm.harness import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(180)]
 
 Submit = Callable[..., Line]
 

@@ -15,7 +15,7 @@ from tests.jobs.submitting import SUBMIT
 from tests.slurm.harness import Cluster
 from workloads.training.checkpoint_index import load_whole
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(240)]
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:

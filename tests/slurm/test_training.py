@@ -14,7 +14,7 @@ from tests.jobs.submitting import ROOT
 from tests.slurm.harness import Cluster
 from tests.slurm.runs import finished, rows
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 SAMPLE = ROOT / "tests" / "jobs" / "sample_workload.py"
 SETTINGS = [
