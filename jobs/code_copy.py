@@ -48,13 +48,14 @@ def original_of(run_dir: RunDirectory, text: str) -> str:
     """
     code = (read_json(run_dir.job) or {}).get("code")
     for root, name in code.items() if isinstance(code, dict) else ():
-        copy = f"{run_dir.code / str(name)}{os.sep}"
-        before, *parts = text.split(f'"{copy}')
-        for part in parts:
-            inner, quote, rest = part.partition('"')
-            path = f"{root}/{inner}" if _same(f"{root}/{inner}", copy + inner) else copy + inner
-            before += f'"{path}{quote}{rest}'
-        text = before
+        for folder in dict.fromkeys([run_dir.code, run_dir.code.resolve()]):  # of a sweep's point it is a link
+            copy = f"{folder / str(name)}{os.sep}"
+            before, *parts = text.split(f'"{copy}')
+            for part in parts:
+                inner, quote, rest = part.partition('"')
+                path = f"{root}/{inner}" if _same(f"{root}/{inner}", copy + inner) else copy + inner
+                before += f'"{path}{quote}{rest}'
+            text = before
     return text
 
 

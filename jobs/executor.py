@@ -35,20 +35,27 @@ class Submission:
     """Environment variables of every rank."""
 
 
-def render(spec: JobSpec, cluster: ClusterConfig) -> Submission:
-    """The submission of a job. Pure, so that `--dry-run` prints exactly what would be submitted."""
+def render(spec: JobSpec, cluster: ClusterConfig, array: str = "") -> Submission:
+    """The submission of a job. Pure, so that `--dry-run` prints exactly what would be submitted.
+
+    Args:
+        spec: the job.
+        cluster: its cluster config.
+        array: as `script.script` takes it; empty: it is one job.
+    """
     env = spec.rank_env
     if spec.executor == "slurm":
-        return Submission(slurm_parameters(spec, cluster), script.script(spec, cluster, env), env)
+        text = script.script(spec, cluster, env, array)
+        return Submission(slurm_parameters(spec, cluster, array), text, env)
     if spec.executor == "debug":
         return Submission({}, "one rank in this process", env)
     shape = {"nodes": spec.resources.nodes, "tasks_per_node": spec.resources.gpus_per_node}
     return Submission({**shape, **_time(spec)}, shlex.join(_agent_command(spec, attempt=0)), env)
 
 
-def slurm_parameters(spec: JobSpec, cluster: ClusterConfig) -> dict[str, Any]:
+def slurm_parameters(spec: JobSpec, cluster: ClusterConfig, array: str = "") -> dict[str, Any]:
     """The script's options of sbatch and of srun, and the site's setup lines."""
-    options = script.options(spec, cluster)
+    options = script.options(spec, cluster, array)
     return {"sbatch": options, "srun": script.srun_arguments(spec, cluster, options), "setup": cluster.setup}
 
 
@@ -99,13 +106,14 @@ def _clean_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
+def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool, array: str = "") -> Any:
     """Hands the job to submitit; the run directory exists already.
 
     Args:
         spec: the job.
         cluster: its cluster config.
         owned: whether the job ends with this process (local jobs only).
+        array: as `render` takes it.
 
     Returns:
         submitit's job: a LocalJob or a SlurmJob.
@@ -116,7 +124,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
     """
     from jobs.job import Job
 
-    submission = render(spec, cluster)
+    submission = render(spec, cluster, array)
     run = RunDirectory(spec.run_dir)
     job = Job(secret_values.public(spec))  # nothing reads the pickle: agents read the run directory
     if spec.executor == "local":
@@ -162,7 +170,7 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool) -> Any:
             time.sleep(seconds)
             job_id = query.find(run.submitit, environment.for_queries(os.environ))
             if job_id:
-                return executor.job_class(folder=run.submitit, job_id=job_id)
+                return executor.job_class(folder=run.submitit, job_id=job_id.partition("_")[0])
         raise SubmissionUnknown(
             f"it is not known whether the job is queued: {message}; check with `squeue --me`, and cancel it if it is; "
             f"once it runs, `submit.py wait {shlex.quote(str(spec.run_dir))}` follows it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class LocalExecutor(submitit_local.LocalExecutor):
         env = {**os.environ, **self.env}
         pass_fds: tuple[int, ...] = ()
         if self.owned:
-            read_end, self._write_end = os.pipe()  # the write end closes when this process ends, even if it is killed
+            read_end, write_end = os.pipe()  # the write end closes when this process ends, even if it is killed
             env[OWNER_FD] = str(read_end)
             pass_fds = (read_end,)
         with self.log_file.open("ab") as output:
@@ -50,4 +51,5 @@ class LocalExecutor(submitit_local.LocalExecutor):
             )
         if self.owned:
             os.close(read_end)
+            weakref.finalize(process, os.close, write_end)  # else a long sweep would use up its descriptors
         return submitit_local.LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=[0])

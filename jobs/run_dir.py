@@ -33,6 +33,14 @@ runs/20261122-081530-tp_fsdp-3f9c/
         metrics.jsonl       one line per step, from rank 0
         status.json         where the ranks were a moment ago, from the leader
         result.json         how it ended
+
+A sweep's folder has run directories in it:
+
+runs/20261122-081530-tp_fsdp-sweep-3f9c/
+    sweep.json          its points; see jobs/runs/sweep.py
+    0/ 1/ 2/            a run directory for each, whose `code` is a link to the next one
+    3.1/                a point that was submitted again, alone
+    code/ submitit/     of all points: the copy of the code, the array's batch script
 """
 
 from __future__ import annotations
@@ -61,6 +69,8 @@ from workloads.base import RunPaths, to_json
 from workloads.errors import first_few
 from workloads.whole_files import beside, is_there, make_folder, write_durably, written_beside
 from workloads.whole_files import write_text as write_text
+
+SWEEP = "sweep.json"
 
 
 def default_run_dir(workload: str) -> Path:
@@ -170,7 +180,7 @@ class Submitted:
 
     executor: str
     job_id: str
-    """The scheduler's number; of a local job, its agent's process id."""
+    """The scheduler's number, of an element of an array 12_3; of a local job, its agent's process id."""
     submitted: str
     """When, in UTC: 2026-11-22T08:15:30Z; empty where the job itself has written this."""
     host: str
@@ -254,6 +264,17 @@ class RunDirectory:
         return run
 
     @property
+    def sweep(self) -> Path | None:
+        """The sweep.json of the sweep that this run is a point of; None if it is none."""
+        path = self.path.parent / SWEEP
+        return path if re.fullmatch(r"\d+(\.\d+)?", self.path.name) and path.is_file() else None
+
+    @property
+    def name(self) -> str:
+        """What the run is called: its folder's name; of a sweep's point, `SWEEP/3`."""
+        return self.path.name if self.sweep is None else f"{self.path.parent.name}/{self.path.name}"
+
+    @property
     def job(self) -> Path:
         return self.path / "job.json"
 
@@ -332,7 +353,15 @@ class RunDirectory:
     @property
     def script(self) -> str:
         """The name of the batch script, which no other job has; empty where there is none."""
-        return next((path.name for path in self.submitit.glob(".submission_file_*.sh")), "")
+        return "" if (path := self.script_file) is None else path.name
+
+    @property
+    def script_file(self) -> Path | None:
+        """The batch script: the run's own, or the one that all points of a sweep are started by."""
+        folders = [self.submitit]
+        if self.path.name.isdecimal() and self.sweep is not None:
+            folders.append(self.path.parent / self.submitit.name)
+        return next((path for folder in folders for path in folder.glob(".submission_file_*.sh")), None)
 
     def describe(self, spec: JobSpec, known: Mapping[str, Any] | None = None) -> None:
         """Writes down what the job is, before it starts; its secrets stand in a file of their own.
@@ -411,7 +440,8 @@ class RunDirectory:
         self.amend(attempt.number, {**ended, "next_attempt": attempt.number + 1})
         for path in (self.job, self.settings):  # these are replaced, and must be there at any moment
             shutil.copy2(path, attempt.path)
-        scripts = [self.submitit / self.script] if self.script else []
+        script = self.script_file
+        scripts = [script] if script is not None and script.parent == self.submitit else []
         moved = [self.submission, *scripts, self.manifest, self.patch, *([] if keeps_code else [self.code])]
         for path in moved:
             if path.exists():
@@ -444,7 +474,8 @@ class RunDirectory:
             submitted = Submitted(**texts)
         except TypeError:
             return None
-        is_ours = submitted.executor in ("slurm", "local") and re.fullmatch("[0-9]{1,18}", submitted.job_id)
+        form = {"slurm": "[0-9]{1,18}(_[0-9]{1,9})?", "local": "[0-9]{1,18}"}.get(submitted.executor)
+        is_ours = form is not None and re.fullmatch(form, submitted.job_id)
         return submitted if is_ours else None
 
     def recorded(self, attempt: int | None = None) -> dict[str, Any] | None:

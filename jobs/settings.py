@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 import types
@@ -215,28 +216,79 @@ class Override:
         return ".".join(self.path)
 
 
-_RANGE = re.compile(r"^[-+]?\d+\.\.[-+]?\d+$")
+_RANGE = re.compile(r"([-+]?\d{1,18})\.\.([-+]?\d{1,18})")
+MOST_POINTS = 1_000
+"""Of a sweep; Slurm's own limit of an array is as many unless a site has raised it."""
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
     """`["steps=20", "model.dim=64"]` -> overrides. Refuses an argument without `=`, an empty key and a repeated key."""
     overrides: list[Override] = []
     for key, text in key_values(words, error=SettingsError).items():
-        if _is_sweep(text):
+        if choices(key, text) is not None:
             raise SettingsError(
-                f"{key}={text}: lists (a,b) and ranges (1..4) are reserved for sweeps, which this version does not "
-                "support; give one value (text with a comma: key='\"a,b\"'; a list: key=[a,b])"
+                f"{key}={text}: lists (a,b) and ranges (1..4) make a sweep of new runs, and here one value is needed "
+                "(text with a comma: key='\"a,b\"'; a list: key=[a,b])"
             )
         overrides.append(Override(tuple(key.split(".")), text))
     return overrides
 
 
-def _is_sweep(text: str) -> bool:
-    """Whether Hydra would read this value as a sweep: a comma outside quotes and brackets, or a range."""
-    if _RANGE.match(text.strip()):
-        return True
-    depth, quote = 0, ""
+def sweep(words: Sequence[str]) -> list[dict[str, str]] | None:
+    """The points of a sweep: `lr=1e-3,3e-4 seed=1..4` -> eight pairs of lr and seed, of which seed changes first.
+
+    Args:
+        words: key=value arguments, also of settings that have one value.
+
+    Returns:
+        Of each point, the texts of the settings that have several; None if none has.
+
+    Raises:
+        SettingsError: an argument is none, or its values are not such a list.
+    """
+    found = {key: choices(key, text) for key, text in key_values(words, error=SettingsError).items()}
+    several = {key: values for key, values in found.items() if values is not None}
+    if not several:
+        return None
+    if (count := math.prod(map(len, several.values()))) > MOST_POINTS:
+        sizes = " x ".join(f"{len(values):,} ({key})" for key, values in several.items())
+        raise SettingsError(f"a sweep has at most {MOST_POINTS:,} points, and {sizes} is {count:,}; give fewer values")
+    return [dict(zip(several, values, strict=True)) for values in itertools.product(*several.values())]
+
+
+def choices(key: str, text: str) -> list[str] | None:
+    """The values of `a,b`, `1..4` or `1..4,8`; None if it is one value, such as `[1,2]` or `"a,b"`.
+
+    Raises:
+        SettingsError: one of them is empty or there twice, or a range is too long or goes down.
+    """
+    parts = _at_commas(text)
+    ranges = [_RANGE.fullmatch(part) for part in parts]
+    if len(parts) == 1 and ranges[0] is None:
+        return None
+    values: list[str] = []
+    for part, match in zip(parts, ranges, strict=True):
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not part:
+            raise SettingsError(f"{key}={text}: has an empty value; leave the comma out, or quote it: {key}='\"...\"'")
+        if first > last:
+            raise SettingsError(f"{key}={text}: a range goes up; write {last}..{first}")
+        if last - first >= MOST_POINTS:
+            raise SettingsError(f"{key}={text}: a sweep has at most {MOST_POINTS:,} points; give a shorter range")
+        values += map(str, range(first, last + 1)) if match else [part]
+    if twice := next((value for value in values if values.count(value) > 1), None):
+        raise SettingsError(f"{key}={text}: has {twice} twice; give each value once")
+    return values
+
+
+def _at_commas(text: str) -> list[str]:
+    """The parts between commas that are in no quotes and brackets, as Hydra reads them."""
+    parts, depth, quote = [""], 0, ""
     for character in text:
+        if character == "," and depth <= 0 and not quote:
+            parts.append("")
+            continue
+        parts[-1] += character
         if quote:
             quote = "" if character == quote else quote
         elif character in "\"'":
@@ -245,9 +297,7 @@ def _is_sweep(text: str) -> bool:
             depth += 1
         elif character in "]})":
             depth -= 1
-        elif character == "," and depth <= 0:
-            return True
-    return False
+    return [part.strip() for part in parts]
 
 
 # --- typed and validated ----------------------------------------------------------------------------------------------

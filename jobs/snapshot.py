@@ -26,6 +26,7 @@ from pathlib import Path
 
 from jobs import processes
 from jobs.code_copy import OWN
+from jobs.run_dir import SWEEP
 from jobs.secret_values import has_secrets
 
 MOST_FILES, MOST_BYTES = 5_000, 50 * 2**20
@@ -224,7 +225,7 @@ def _is_junk(path: Path) -> bool:
         return True
     if any(os.path.lexists(path / name) for name in ("pyvenv.cfg", "conda-meta")):
         return True
-    return (path / "job.json").exists() and (path / "settings.yaml").exists()
+    return (path / SWEEP).exists() or ((path / "job.json").exists() and (path / "settings.yaml").exists())
 
 
 def _copy(

@@ -138,6 +138,10 @@ class JobSpec(StrictModel):
     """The name in the scheduler's queue; None means the workload's."""
     sbatch: dict[str, str | bool] = Field(default_factory=dict)
     """Other sbatch options by their long names; True gives the bare flag, False leaves it out."""
+    after: tuple[str, ...] = ()
+    """Run directories of --after that had not ended; this job starts when they are done."""
+    after_jobs: tuple[str, ...] = ()
+    """Their jobs in Slurm, on which this one depends."""
     profile: ProfileSpec | None = None
     track: tuple[TrackerName, ...] = ()
     """Where the leader has its metrics passed on to, beside metrics.jsonl."""

@@ -50,8 +50,9 @@ def test_verbs_and_flags() -> None:
     assert [flag.name for flag in commands.flags()] == [
         *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--config", "--time", "--partition", "--account"),
         *("--qos", "--job-name", "--sbatch", "--max-restarts", "--spares", "--max-requeues", "--threads-per-rank"),
-        *("--watchdog-timeout", "--collective-timeout", "--rendezvous-timeout", "--env", "--allow-cpu"),
-        *("--track", "--run-dir", "--profile", "--profile-ranks", "--profile-memory", "--dry-run", "--wait", "--json"),
+        *("--watchdog-timeout", "--collective-timeout", "--rendezvous-timeout", "--env", "--allow-cpu", "--track"),
+        *("--run-dir", "--profile", "--profile-ranks", "--profile-memory", "--dry-run", "--wait", "--after"),
+        *("--parallel", "--json"),
         *("--same-code",),
         *("--limit", "--watch", "--rank", "--all", "--errors", "--lines", "--follow", "--attempt"),
         *("--attempt", "--all", "--yes", "--older-than", "--larger-than", "--state", "--output"),

@@ -127,13 +127,21 @@ _LAUNCH = (
         "job running, which `submit.py wait RUN` follows again",
         "yes or no",
     ),
+    Flag(
+        "--after",
+        "RUN",
+        "start when RUN, or every point of a sweep, is done, and never if it fails; may be repeated",
+        "repeated",
+    ),
+    Flag("--parallel", "N", "of a sweep, at most N points at once (default: 1 on this machine, all of them on Slurm)"),
 )
 
 LAUNCH = Verb(
     "WORKLOAD",
-    "jobs.cli.verbs.launch",
+    "jobs.cli.verbs.workload",
     "[options] [key=value ...]",
-    "the name of a built-in workload (see list) or package.module:ENTRY; key=value sets one of its settings",
+    "the name of a built-in workload (see list) or package.module:ENTRY; key=value sets one of its settings, and "
+    "key=a,b or key=1..4 makes a sweep",
     (*_LAUNCH, JSON),
 )
 """What a command line without a verb does."""
@@ -181,7 +189,7 @@ _FOR_A_DOCTOR = (
     *("--sbatch", "--run-dir"),
 )
 _NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
-_NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory")
+_NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory", "--parallel")
 SCRIPT = Verb(
     "script",
     "jobs.cli.verbs.launch",
@@ -226,7 +234,7 @@ VERBS = (
         "jobs.cli.verbs.resubmit",
         "[RUN] [options] [key=value ...]",
         "starts a new run with the code, settings, shape, cluster config and environment of another",
-        (*(flag for flag in _LAUNCH if flag.name != "--config"), JSON),
+        (*(flag for flag in _LAUNCH if flag.name not in ("--config", "--parallel")), JSON),
         more=RUN + "\nWhat the line gives, such as steps=400 or --time 2:00:00, replaces what that run had.\n",
     ),
     Verb(
@@ -315,10 +323,10 @@ VERBS = (
     Verb(
         "compare",
         "jobs.cli.verbs.compare",
-        "RUN RUN ...",
+        "RUN RUN ...  (or a sweep)",
         "prints what differs between runs; with --output, also writes a page with their curves over each other",
         (_OUTPUT, JSON),
-        least=2,
+        least=1,
         more=RUN,
     ),
     Verb(
@@ -353,6 +361,7 @@ EPILOG = """\
 examples:
   submit.py --nodes 2 --gpus-per-node 4 script train.py --lr 3e-4
   submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200 model.dim=512
+  submit.py tp_fsdp lr=1e-3,3e-4 seed=1..4 --parallel 3
   submit.py tp_fsdp --executor local --dry-run
   submit.py my_package.my_module:ENTRY --gpus-per-node 2
   submit.py wait runs/NAME

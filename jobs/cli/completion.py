@@ -99,7 +99,7 @@ def _runs(prefix: str) -> list[str]:
         return _files(prefix)
     from jobs.runs import index
 
-    return ["last", *(run.path.name for run in index.runs()[:MOST_RUNS])]
+    return list(dict.fromkeys(["last", *(run.name.partition("/")[0] for run in index.runs()[:MOST_RUNS])]))
 
 
 def _settings(workload: str, prefix: str) -> list[str]:

@@ -24,6 +24,7 @@ from jobs.cluster import ClusterConfig
 from jobs.run_dir import RunDirectory, write_json
 from jobs.secret_values import MASK, has_secrets, hidden, masked, without_secrets
 from jobs.slurm import environment
+from jobs.spec import JobSpec
 from workloads.whole_files import written_beside
 
 WITHIN_S = 5.0
@@ -61,6 +62,27 @@ def versions() -> dict[str, str]:
     return known
 
 
+def ask(spec: JobSpec, folders: Sequence[Path], is_copied: bool = True) -> Asked:
+    """Asks git about the code, and Slurm about itself.
+
+    Args:
+        spec: the job.
+        folders: those that the user's code is imported from.
+        is_copied: whether that is what the job runs.
+    """
+    asked = Asked()
+    own = snapshot.ROOT if snapshot.is_own_copied() else Path.cwd()
+    trees = [tree for folder in folders or [own] if (tree := snapshot.work_tree(folder)) is not None]
+    for tree in trees[:1] if is_copied else ():
+        asked.work_tree = str(tree)
+        asked.ask("commit", "git", "-C", str(tree), "rev-parse", "HEAD")
+        asked.ask("branch", "git", "-C", str(tree), "rev-parse", "--abbrev-ref", "HEAD")
+        asked.ask("patch", "git", "-C", str(tree), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
+    if spec.executor == "slurm":
+        asked.ask("slurm", "sbatch", "--version")
+    return asked
+
+
 def write(
     resolved: Resolved,
     given: Options,
@@ -68,6 +90,9 @@ def write(
     taken: snapshot.Taken | None,
     was: Mapping[str, Any] | None = None,
     code_of: Path | None = None,
+    *,
+    asked: Asked | None = None,
+    submission: executor.Submission | None = None,
 ) -> None:
     """Writes the manifest of a job that is about to be submitted.
 
@@ -78,18 +103,12 @@ def write(
         taken: what was copied of the code; None: nothing.
         was: the manifest of the attempt that this one follows, or of the run that it repeats.
         code_of: the folder of that manifest, if the job runs the code of then.
+        asked: what `ask` has returned, for several jobs that are submitted together.
+        submission: of those jobs together.
     """
     spec, run_dir = resolved.spec, RunDirectory(resolved.spec.run_dir)
-    asked = _Asked()
-    own = snapshot.ROOT if snapshot.is_own_copied() else Path.cwd()
-    trees = [tree for folder in folders or [own] if (tree := snapshot.work_tree(folder)) is not None]
-    for tree in trees[:1] if code_of is None else ():
-        asked.ask("commit", "git", "-C", str(tree), "rev-parse", "HEAD")
-        asked.ask("branch", "git", "-C", str(tree), "rev-parse", "--abbrev-ref", "HEAD")
-        asked.ask("patch", "git", "-C", str(tree), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv")
-    if spec.executor == "slurm":
-        asked.ask("slurm", "sbatch", "--version")
-    submission = executor.render(spec, resolved.cluster)
+    asked = asked or ask(spec, folders, code_of is None)
+    submission = submission or executor.render(spec, resolved.cluster)
     record: dict[str, Any] = {
         "version": 1,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -118,7 +137,7 @@ def write(
         record["versions"]["slurm"] = slurm.decode(errors="replace").strip().removeprefix("slurm ")
     if "commit" in answers:
         record["git"] = {
-            "work_tree": str(trees[0]),
+            "work_tree": asked.work_tree,
             "commit": answers["commit"].decode(errors="replace").strip(),
             "branch": answers.get("branch", b"").decode(errors="replace").strip(),
             **_patch(answers.get("patch"), run_dir),
@@ -191,11 +210,14 @@ def _settings(tree: Mapping[str, Any], origins: Mapping[str, str], at: str = "")
     return rows
 
 
-class _Asked:
+class Asked:
     """Programs that are asked side by side; one that is missing, fails or takes too long has no answer."""
+
+    work_tree = ""
 
     def __init__(self) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._answers: dict[str, bytes] = {}
 
     def ask(self, name: str, *command: str) -> None:
         if shutil.which(command[0]) is None:
@@ -210,8 +232,9 @@ class _Asked:
             return
 
     def answers(self) -> dict[str, bytes]:
-        answers, deadline = {}, time.monotonic() + WITHIN_S
-        for name, process in self._processes.items():
+        deadline = time.monotonic() + WITHIN_S
+        while self._processes:
+            name, process = self._processes.popitem()
             try:
                 out, _ = process.communicate(timeout=max(0.01, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -219,8 +242,8 @@ class _Asked:
                 process.communicate()
                 continue
             if process.returncode == 0:
-                answers[name] = out
-        return answers
+                self._answers[name] = out
+        return self._answers
 
 
 def _patch(patch: bytes | None, run_dir: RunDirectory) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class Options:
     profile_memory: bool = False
     dry_run: bool = False
     wait: bool | None = None
+    after: list[str] = field(default_factory=list)
+    parallel: str | None = None
     json: bool = False
     # resume
     same_code: bool = False

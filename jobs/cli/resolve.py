@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from jobs import code_copy, machine, secret_values, settings, snapshot
-from jobs.cli import commands, fit, track
+from jobs.cli import after, commands, fit, track
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, RunDirectoryError
@@ -53,6 +53,7 @@ class _Flags(StrictModel):
     max_restarts: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
     spares: int | None = Field(default=None, ge=0, le=MOST_NODES)
     max_requeues: int | None = Field(default=None, ge=0, le=MOST_RESTARTS)
+    parallel: int | None = Field(default=None, ge=1, le=10**4)
     watchdog_timeout: float | None = Field(default=None, ge=0, le=10**7)
     collective_timeout: float | None = Field(default=None, gt=0, le=10**7)
     rendezvous_timeout: float | None = Field(default=None, gt=0, le=10**7)
@@ -193,6 +194,10 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
+    waits = after.of_line(given.after, which)
+    if waits.jobs and "dependency" in options:
+        raise CommandLineError("--after: the job already has dependency among its sbatch options; keep one of the two")
+    announcements += waits.lines
     code: dict[str, str] = {}
     if before is not None and before.spec.code:
         code = before.spec.code
@@ -219,6 +224,8 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         rendezvous_ports=_ports(cluster, resources, which),
         job_name=given.job_name,
         sbatch=options,
+        after=waits.runs,
+        after_jobs=waits.jobs,
         profile=profile,
         track=tracks,
         shown=tuple(entry.shown),

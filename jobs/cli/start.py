@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jobs import executor
@@ -57,20 +59,32 @@ def end(process: Any, signum: int = signal.SIGTERM) -> None:
         process.wait()
 
 
-def start_slurm(spec: JobSpec, cluster: ClusterConfig, console: Console) -> Submitted:
+def start_slurm(
+    spec: JobSpec, cluster: ClusterConfig, console: Console, array: str = "", points: Sequence[RunDirectory] = ()
+) -> Submitted:
     """Queues a job. The caller must hold back signals (`interrupts.held`).
+
+    Args:
+        spec: the job, which is already described in its run directory.
+        cluster: its cluster config.
+        console: is told that the job is queued.
+        array: as `executor.render` takes it: the job is a sweep, whose folder is its run directory.
+        points: the run directories of the sweep's points.
 
     Raises:
         SubmissionError, SubmissionUnknown: as executor.submit; also if the job's number cannot be recorded.
     """
     # A terminal sends Ctrl-C to sbatch too, which must not end during its request; it inherits the block.
     with interrupts.blocked():
-        job = executor.submit(spec, cluster, owned=False)
+        job = executor.submit(spec, cluster, owned=False, array=array)
     submitted = Submitted.now("slurm", str(job.job_id))
     console.facts["job_id"] = submitted.job_id
     console.job_started = True
     try:
-        RunDirectory(spec.run_dir).record_submission(submitted)
+        if not array:
+            RunDirectory(spec.run_dir).record_submission(submitted)
+        for run_dir in points:
+            run_dir.record_submission(replace(submitted, job_id=f"{submitted.job_id}_{run_dir.path.name}"))
     except OSError as error:
         raise SubmissionUnknown(
             f"job {job.job_id} is queued but cannot be followed, because its number could not be recorded "

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,18 +58,27 @@ def columns_of_terminal() -> int:
     return shutil.get_terminal_size((PIPED_COLUMNS, 24)).columns
 
 
-def table(runs: Sequence[Overview], columns: int, more: Sequence[Column] = ()) -> list[str]:
+def table(
+    runs: Sequence[Overview],
+    columns: int,
+    more: Sequence[Column] = (),
+    names: Mapping[Path, str] | None = None,
+    without: Sequence[str] = (),
+) -> list[str]:
     """The lines of a table: a head, then a line for each run, and one for its note if that does not fit beside it.
 
     Args:
         runs: the runs, in the order of the rows.
         columns: the width that no line exceeds.
         more: further columns, which are never left out.
+        names: what the runs are called.
+        without: heads of columns that are not shown.
     """
-    names, longest = names_of(runs), min(LONGEST_NAME, max(24, columns * 2 // 5))
+    names = names_of(runs) if names is None else names
+    longest = min(LONGEST_NAME, max(24, columns * 2 // 5))
     name = Column("RUN", lambda run: _middle_out(names[run.path], longest))
     cells = {column: [column.cell(run) for run in runs] for column in (name, STATE, *more, *COLUMNS)}
-    shown = {column: texts for column, texts in cells.items() if any(texts)}
+    shown = {column: texts for column, texts in cells.items() if any(texts) and column.head not in without}
     widths = {column: max(map(len, (column.head, *texts))) for column, texts in shown.items()}
 
     def width() -> int:

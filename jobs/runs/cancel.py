@@ -13,9 +13,9 @@ from pathlib import Path
 from jobs import processes
 from jobs.run_dir import RunDirectory
 from jobs.runs import outcome
-from jobs.runs.overview import Overview, ask_slurm
+from jobs.runs.overview import TURN, Overview, ask_slurm
 from jobs.slurm import environment, query
-from jobs.slurm.query import JobState
+from jobs.slurm.query import Forgotten, JobState
 
 ENDS_WITHIN_S = 10.0
 """Seconds that a local agent gets to end its ranks before it is killed, and its ranks with it."""
@@ -45,6 +45,13 @@ def cancel(runs: Sequence[Overview], say: Callable[[str], None] = lambda line: N
     """
     known = {run.path: _why_not(run) for run in runs}
     todo = [run for run in runs if known[run.path] is None]
+    waiting = [run for run in todo if run.reason == TURN]
+    for run in waiting:  # first, so that none of them takes the place of one that is ended
+        record = {"status": "cancelled", "workload": run.workload, "attempt": 0, "error": "cancelled before its turn"}
+        RunDirectory(run.path).publish(record)
+        RunDirectory(run.path).forget_secrets()
+        known[run.path] = Cancelled(run, "cancelled", "cancelled before its turn")
+    todo = [run for run in todo if known[run.path] is None]
     on_slurm = _cancel_jobs([run for run in todo if run.executor == "slurm"])
     here = _end_agents([run for run in todo if run.executor != "slurm"], say)
     done = {one.run.path: one for one in [*on_slurm, *here]}
@@ -81,6 +88,8 @@ def _cancel_jobs(runs: Sequence[Overview]) -> list[Cancelled]:
 
 def _cancelled(run: Overview, problem: str, answer: query.Answer) -> Cancelled:
     job = f"job {run.job_id}"
+    if not problem and isinstance(answer, Forgotten) and run.state in query.WAITING and "_" in run.job_id:
+        answer = JobState("CANCELLED")  # of an array's job that waits, Slurm (22.05) forgets at once that it was there
     ended = answer.state if isinstance(answer, JobState) and answer.ended else ""
     if problem:
         if ended:

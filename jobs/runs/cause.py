@@ -67,6 +67,8 @@ class Facts:
     lost_hosts: Sequence[str] = ()
     by: str = ""
     """The numeric id of the user who cancelled the job."""
+    after: Sequence[str] = ()
+    """The names of the runs that it was to start after."""
     marks: Mapping[str, Mark] = field(default_factory=dict)
     """Lines of logs: "ends", where the rank says what ends it; "fatal", its last stack; "slurm", where Slurm says that
     it ends the job; "memory", where it says that memory was used up; "stands", where the leader says that nothing

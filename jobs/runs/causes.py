@@ -28,7 +28,7 @@ from jobs.runs.cause import (
     progress,
     quoted,
 )
-from jobs.runs.outcome import user_of
+from jobs.runs.outcome import NEVER, user_of
 from jobs.runs.rank_causes import MORE_MEMORY, SORTS, Sort, of_failure
 from jobs.slurm import query
 from workloads.errors import first_few
@@ -225,6 +225,11 @@ def _by_slurm(facts: Facts, did: str) -> Cause:
         # A record that names the user says who it was.
         by = f" by {named[1]}" if (named := re.search(r"was cancelled by (\S+?)[;,.]?(?:\s|$)", text)) else by
         never = " before it started" if "before it started" in text else progress(facts)
+        if NEVER in text:
+            never += f", because {NEVER}"
+            proof = (
+                f"It was to start after {first_few(facts.after)}; `explain` says of it why." if facts.after else proof
+            )
         return Cause("cancelled", True, (f"{job} was cancelled{by}{never}.", proof, go_on(facts)), **at(mark))
     if did == "PREEMPTED":
         text = f"{job} was preempted: Slurm gave its hosts to another job{progress(facts)}."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jobs.errors import CommandLineError
 from jobs.run_dir import RunDirectory, open_regular, read_json
-from jobs.runs import index
+from jobs.runs import index, sweep
 from jobs.runs.overview import CANCELLED, COMPLETED, ENDED, FAILED, FAILING, UNKNOWN, Overview, overviews
 from workloads.errors import did_you_mean
 
@@ -198,4 +198,16 @@ def remove(one: Removable) -> str:
     except OSError as error:
         return f"was not removed, or not all of it: {error.filename}: {error.strerror}"
     index.forget([run.path])
+    _remove_what_is_left(run.path.parent)
     return ""
+
+
+def _remove_what_is_left(folder: Path) -> None:
+    """Removes a sweep's folder whose last point has gone: the copy of the code, and the array's script."""
+    whole = sweep.read(folder)
+    if (
+        whole is not None
+        and not folder.is_symlink()
+        and not any(entry.name[:1].isdigit() for entry in folder.iterdir())
+    ):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -63,6 +63,7 @@ def facts_of(run: RunDirectory, attempt: int | None = None) -> Facts:
     number = run.last_attempt().number if attempt is None else attempt
     nodes, per_node = (_count(resources.get(name)) or 1 for name in ("nodes", "gpus_per_node"))
     memory = resources.get("mem_gb_per_gpu")
+    after = job["after"] if isinstance(job.get("after"), list) else []
     facts = Facts(
         stage="unknown",
         run=_path(run),
@@ -75,6 +76,7 @@ def facts_of(run: RunDirectory, attempt: int | None = None) -> Facts:
         attempt=number,
         checkpoint=_newest_checkpoint(run),
         disk_is_full=_is_full(run.path),
+        after=[RunDirectory(Path(str(path))).name for path in after],
         excluded=tuple(one.host for one in excluded(run)),
     )
     submitted = find.submission(run, writes=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from jobs.errors import CommandLineError
 from jobs.run_dir import RunDirectory, Submitted, read_json
-from jobs.runs import index
+from jobs.runs import index, sweep
+from jobs.runs.sweep import Sweep
 from jobs.slurm import environment, query
 from workloads.errors import did_you_mean, first_few
 
@@ -25,7 +27,39 @@ def find(name: str = LAST) -> RunDirectory:
     """The run with that path, name in ./runs, job ID, or part of a name that no other run has.
 
     Raises:
-        CommandLineError: there is no such run (suggests a close match), or there are several.
+        CommandLineError: there is no such run (suggests a close match), or there are several, as in a sweep.
+    """
+    found = look(name)
+    if isinstance(found, Sweep):
+        one = f"{found.name}/0 to {found.name}/{len(found.points) - 1}"
+        raise CommandLineError(f"'{name}': is a sweep of {len(found.points)} points; name one of them, {one}")
+    return found
+
+
+def find_all(names: Sequence[str], every: bool = False) -> list[RunDirectory]:
+    """The runs with those names, each once; of a sweep, the run of each point that counts.
+
+    Args:
+        names: of runs and sweeps.
+        every: also a point's earlier runs, in whose place newer ones are.
+
+    Raises:
+        CommandLineError: there is no such run, or a name means several.
+    """
+    runs: list[RunDirectory] = []
+    for found in map(look, names):
+        if isinstance(found, Sweep):
+            runs += found.every_run() if every else found.runs()
+        else:
+            runs.append(found)
+    return list(dict.fromkeys(runs))
+
+
+def look(name: str = LAST) -> RunDirectory | Sweep:
+    """As `find`, but a name may also mean a sweep: its path, its name or a part of it, or its array's job ID.
+
+    Raises:
+        CommandLineError: there is no such run, or there are several.
     """
     if not name.strip():
         raise CommandLineError("'': is not a run (an unset shell variable?); give the path of a run directory")
@@ -37,9 +71,14 @@ def find(name: str = LAST) -> RunDirectory:
     run_dir = RunDirectory(path.absolute())
     if is_there and run_dir.job.is_file():
         return run_dir
-    found = _named(name, index.runs()) if len(path.parts) == 1 else []
+    if is_there and (there := sweep.read(run_dir.path)) is not None:
+        return there
+    is_point = re.fullmatch(r"[^/]+/\d+(\.\d+)?", name)
+    found = _named(name, index.runs()) if len(path.parts) == 1 or is_point else []
+    if isinstance(found, Sweep):
+        return found
     if len(found) > 1:
-        names = first_few([str(run.path.name) for run in found], 4)
+        names = first_few([run.name for run in found], 4)
         raise CommandLineError(f"'{name}': {len(found)} runs have that in their names: {names}; give more of the name")
     if found:
         return found[0]
@@ -47,31 +86,53 @@ def find(name: str = LAST) -> RunDirectory:
         raise CommandLineError(f"'{name}': is not a run directory, because it has no job.json; give the path of one")
     if name == LAST:
         raise CommandLineError(f"'{LAST}': there is no run, neither in ./runs nor in {index.path()}; start one first")
-    if name.isdecimal():
+    if _JOB_ID.fullmatch(name):
         raise CommandLineError(f"'{name}': no run known here has that job ID; give the path of its run directory")
-    close = did_you_mean(path.name, [run.path.name for run in index.runs()])
+    close = did_you_mean(path.name, [run.name for run in index.runs()])
     raise CommandLineError(f"'{name}': no such run, here or in ./runs{close}; give the path of a run directory")
 
 
-def _named(name: str, runs: Sequence[RunDirectory]) -> list[RunDirectory]:
+_JOB_ID = re.compile(r"\d+(_\d+)?", re.ASCII)
+
+
+def _named(name: str, runs: Sequence[RunDirectory]) -> list[RunDirectory] | Sweep:
     """Those of `runs`, newest first, that a name means; of several of that very name, the newest."""
     if name == LAST:
-        return [*runs[:1]]
-    if exact := [run for run in runs if run.path.name == name]:
-        here = [run for run in exact if run.path.parent == Path("runs").absolute()]
+        return _as_started(runs[0]) if runs else []
+    if exact := [run for run in runs if run.name == name]:
+        here = [run for run in exact if run.path.is_relative_to(Path("runs").absolute())]
         return (here or exact)[:1]
-    if name.isdecimal():
+    if _JOB_ID.fullmatch(name):
+        array, _, element = name.partition("_")
         for run in runs:
-            if (submitted := run.submitted()) is not None and submitted.job_id == name:
+            job_id = "" if (submitted := run.submitted()) is None else submitted.job_id
+            if job_id == name:
                 return [run]
-    return [run for run in runs if name in run.path.name]
+            if job_id.startswith(f"{array}_") and (whole := sweep.sweep_of(run)) is not None:
+                point = whole.first_run(int(element or 0))  # which another job may go on with since
+                return whole if not element else [point] if point.job.is_file() else []
+    if "/" in name:
+        return [run for run in runs if run.sweep is not None and run.name.endswith(name)]
+    found = [run for run in runs if name in (run.path if run.sweep is None else run.path.parent).name]
+    folders = {run.path.parent for run in found}
+    whole = sweep.sweep_of(found[0]) if len(folders) == 1 else None
+    return found if whole is None else whole
+
+
+def _as_started(run: RunDirectory) -> list[RunDirectory] | Sweep:
+    """The run, or the sweep that was started with it, unless it alone was started since."""
+    whole = sweep.sweep_of(run)
+    if whole is None or "." in run.path.name or run.job.stat().st_mtime_ns > whole.file.stat().st_mtime_ns:
+        return [run]
+    return whole
 
 
 def submission(run_dir: RunDirectory, *, writes: bool = True) -> Submitted | None:
     """The submission of a run. If sbatch's answer was lost, asks Slurm for the job's number, and records it."""
     submitted = run_dir.submitted()
-    if submitted is None and run_dir.script:
-        job_id = query.find(run_dir.submitit, environment.for_queries(os.environ))
+    if submitted is None and (script := run_dir.script_file) is not None:
+        element = run_dir.path.name if script.parent != run_dir.submitit else ""
+        job_id = query.find(script.parent, environment.for_queries(os.environ), element)
         if job_id:
             submitted = Submitted.now("slurm", job_id)
             if writes:

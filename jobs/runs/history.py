@@ -38,10 +38,12 @@ class History:
     restarts: tuple[Restart, ...]
     record: Mapping[str, Any]
     """result.json of the newest attempt; empty while it runs."""
+    label: str = ""
+    """What it is called in place of the run's name."""
 
     @property
     def name(self) -> str:
-        return self.run.path.name
+        return self.label or self.run.name
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -49,9 +49,14 @@ def runs() -> list[RunDirectory]:
     except OSError:  # also where the current directory is gone
         here = []
     started: dict[str, float] = {}
-    for name in dict.fromkeys([*listed, *here]):
-        with contextlib.suppress(OSError):
+    for name in (names := list(dict.fromkeys([*listed, *here]))):
+        try:
             started[name] = RunDirectory(Path(name)).job.stat().st_mtime_ns
+        except OSError:
+            with contextlib.suppress(OSError):  # the points of a sweep
+                points = [str(entry) for entry in Path(name).iterdir() if RunDirectory(entry).sweep is not None]
+                names += sorted({*points} - {*names})
+                here += points
     add(Path(name) for name in here if name in started and name not in set(listed))
     return [RunDirectory(Path(name)) for name in sorted(started, key=lambda name: (-started[name], name))]
 

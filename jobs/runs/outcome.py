@@ -47,6 +47,9 @@ _STOP_SIGNALS = {
 }
 """The signals on which an agent ends its ranks and then itself, with their usual senders."""
 
+NEVER = "a run that it was to start after has failed"
+
+
 # --- the root cause --------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +172,8 @@ def _what_slurm_did(evidence: Evidence) -> str:
         limit = f" of {evidence.time_min} min" if evidence.time_min else ""
         return f"{job} reached its time limit{limit}; ask for more with --time{at}"
     if cause == "CANCELLED":
+        if evidence.state is not None and evidence.state.reason == "DependencyNeverSatisfied":
+            return f"{job} was cancelled by Slurm before it started, because {NEVER}"
         by = f" by {user_of(evidence.state.by)}" if evidence.state and evidence.state.by else ""
         never = evidence.state is not None and not evidence.srun.ends and not evidence.logs
         return f"{job} was cancelled{by}" + (" before it started" if never else at)

@@ -26,6 +26,7 @@ from jobs import processes
 from jobs.errors import one_line
 from jobs.excluded import excluded
 from jobs.run_dir import RunDirectory, Submitted, end_of, is_undecided, read_json
+from jobs.runs.sweep import is_queued
 from jobs.slurm import environment, query, srun
 from jobs.slurm.query import Answer, Forgotten, JobState, NoAnswer
 
@@ -35,6 +36,8 @@ _WORDS = {"done": COMPLETED, "stopped": STOPPED, "failed": FAILED, "cancelled": 
 FAILING = (FAILED, "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "PREEMPTED", "REVOKED")
 """The states of a run that has ended and whose work is not done, though nobody wanted it to end."""
 ENDED = (COMPLETED, STOPPED, CANCELLED, *FAILING)
+TURN = "waits for its turn"
+"""Why a point of a local sweep is PENDING."""
 STANDS_AFTER_S = processes.DONE_WITHIN_S + 60
 """A result that is older than this stands, whatever Slurm would say: what lingers after the work is ended by then."""
 SLURM_WITHIN_S = 15.0
@@ -96,7 +99,7 @@ class Overview:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return RunDirectory(self.path).name
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,8 @@ def _overview(files: _Files, answer: Answer | None) -> Overview:
         seen = _on_slurm(seen, files, answer)
     elif submitted is not None:
         seen = _local(seen, files, submitted)
+    elif files.record is None and seen.executor == "local" and run.sweep is not None:
+        seen = _in_a_queue(seen, run)
     else:
         seen = _of_record(seen, files) if files.record else replace(seen, reason=_why_unknown(files))
     metrics = run.metrics if run.metrics.exists() else attempt.metrics
@@ -268,6 +273,10 @@ def _on_slurm(seen: Overview, files: _Files, answer: Answer | None) -> Overview:
         log = srun.with_the_reason(srun.read(end_of(attempt.srun_log, 100_000)), end_of(files.run.slurm_log, 100_000))
         if log.cause in ENDED:
             return replace(seen, state=log.cause, is_alive=False)
+        if "_" in seen.job_id and not files.run.has_begun(files.attempt):  # as when scancel ends what waits of an array
+            return replace(
+                seen, state=CANCELLED, reason=f"job {seen.job_id} was cancelled before it started", is_alive=False
+            )
         why = f"Slurm no longer knows job {seen.job_id}, and nothing in the run directory says how it ended"
         return replace(seen, reason=why, is_alive=False)
     detail = answer.detail if isinstance(answer, NoAnswer) else "it was not asked"
@@ -283,6 +292,13 @@ def _local(seen: Overview, files: _Files, submitted: Submitted) -> Overview:
     if is_here:
         return replace(seen, state=FAILED, reason="its agent has ended and left no result", is_alive=False)
     return replace(seen, reason=f"was started on {submitted.host}, which alone knows whether it runs")
+
+
+def _in_a_queue(seen: Overview, run: RunDirectory) -> Overview:
+    """A point of a local sweep that has not begun."""
+    if is_queued(run):
+        return replace(seen, state="PENDING", reason=TURN, is_alive=True)
+    return replace(seen, state=CANCELLED, reason="its sweep has ended without starting it", is_alive=False)
 
 
 def _why_unknown(files: _Files) -> str:

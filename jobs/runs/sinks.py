@@ -116,7 +116,7 @@ class WandB(Sink):
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _project(run)),
             id=self.id,
-            name=os.environ.get("WANDB_NAME", run.path.name),
+            name=os.environ.get("WANDB_NAME", run.name),
             dir=str(run.path),
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
@@ -146,7 +146,7 @@ class MLflow(Sink):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _project(run))
             experiment = self._client.get_experiment_by_name(name)
             number = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-            self.id = self._client.create_run(number, run_name=run.path.name).info.run_id
+            self.id = self._client.create_run(number, run_name=run.name).info.run_id
         else:
             self.id = before
             self._client.update_run(before, status="RUNNING")

@@ -20,7 +20,7 @@ OWNED = {
     },
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "comes from the cluster config; use cpus_per_gpu there"),
     **dict.fromkeys(("output", "error", "open-mode", "input"), _LOGS),
-    "array": "is not supported, because each job needs a run directory of its own; run submit.py once per job",
+    "array": "is not supported, because each job needs a run directory of its own; sweep a setting: lr=1e-3,3e-4",
     "wait": "is not supported; use submit.py's own --wait",
     **dict.fromkeys(
         ("clusters", "cluster"),

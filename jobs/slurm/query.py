@@ -131,7 +131,7 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
             controller was set up anew, and an older database may still have the earlier job.
         within_s: time limit of each command in seconds.
     """
-    squeue = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_COLUMNS}"], env, within_s)
+    squeue = _run(_squeue(job_id), env, within_s)
     queued = (
         squeue
         if isinstance(squeue, NoAnswer)
@@ -159,6 +159,11 @@ def ask(job_id: str, env: Mapping[str, str], script: str = "", within_s: float =
     return queued
 
 
+def _squeue(jobs: str) -> list[str]:
+    """A line for each job, also for each of an array that waits: 12_4."""
+    return ["squeue", "--noheader", "--states=all", "--array", f"--jobs={jobs}", f"--format={_COLUMNS}"]
+
+
 def ask_queue(
     scripts: Mapping[str, str], env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S
 ) -> dict[str, Answer]:
@@ -170,7 +175,7 @@ def ask_queue(
         within_s: time limit of the command in seconds.
     """
     numbers = ",".join(scripts)
-    output = _run(["squeue", "--noheader", "--states=all", f"--jobs={numbers}", f"--format={_COLUMNS}"], env, within_s)
+    output = _run(_squeue(numbers), env, within_s)
     return _of_each(scripts, output, read_squeue)
 
 
@@ -231,6 +236,14 @@ def requeue(job_id: str, env: Mapping[str, str], within_s: float = ANSWER_WITHIN
     return (_one_line(said.stderr or said.stdout) or f"code {said.code}") if said.code else ""
 
 
+def most_points(env: Mapping[str, str], within_s: float = 10.0) -> int | None:
+    """How many jobs an array may have here (MaxArraySize); None if Slurm does not say."""
+    output = _run(["scontrol", "show", "config"], env, within_s)
+    text = "" if isinstance(output, NoAnswer) else output.stdout
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)
+    return int(match[1]) if match else None
+
+
 def cancel(job_ids: Sequence[str], env: Mapping[str, str], within_s: float = ANSWER_WITHIN_S) -> dict[str, str]:
     """Cancels jobs: their ranks get SIGTERM, and SIGKILL after Slurm's KillWait.
 
@@ -241,7 +254,7 @@ def cancel(job_ids: Sequence[str], env: Mapping[str, str], within_s: float = ANS
     if isinstance(output, NoAnswer):
         return dict.fromkeys(job_ids, output.detail)
     lines = [line.strip() for line in output.stderr.splitlines() if line.strip()]
-    problems = {job: line for line in lines for job in re.findall(r"\bjob id (\d+)", line)}
+    problems = {job: line for line in lines for job in re.findall(r"\bjob id (\d+(?:_\d+)?)", line)}
     if output.code and not problems:  # scancel could not reach the controller
         return dict.fromkeys(job_ids, _one_line(output.stderr) or f"scancel ended with code {output.code}")
     return problems
@@ -292,13 +305,21 @@ def exclude(job_id: str, hosts: str, env: Mapping[str, str], within_s: float = A
         time.sleep(0.2)
 
 
-def find(folder: Path, env: Mapping[str, str], within_s: float = 10.0) -> str:
-    """The number of this user's job whose batch script is in `folder`; empty if Slurm lists no such job."""
-    command = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%o"]
+def find(folder: Path, env: Mapping[str, str], element: str = "", within_s: float = 10.0) -> str:
+    """The number of this user's job whose batch script is in `folder`; empty if Slurm lists no such job.
+
+    Args:
+        folder: where the script is.
+        env: the environment of the command; see `environment.for_queries`.
+        element: the index of one job of an array.
+        within_s: time limit of the command in seconds.
+    """
+    command = ["squeue", "--noheader", "--me", "--states=all", "--array", "--format=%i|%o"]
     output = _run(command, env, within_s)
     lines = [] if isinstance(output, NoAnswer) or output.code else output.stdout.splitlines()
     rows = [line.split("|", 1) for line in lines]
-    return next((job for job, *script in rows if script and Path(script[0]).parent == folder), "")
+    jobs = [job for job, *script in rows if script and Path(script[0]).parent == folder]
+    return next((job for job in jobs if not element or job.endswith(f"_{element}")), "")
 
 
 def hosts_down(nodes: str, env: Mapping[str, str], within_s: float = 10.0) -> tuple[str, ...]:

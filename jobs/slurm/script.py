@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jobs.cluster import ClusterConfig
 
 
-def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
+def options(spec: JobSpec, cluster: ClusterConfig, array: str = "") -> dict[str, str | bool]:
     """sbatch's options by their long names, in the order of the script; True is a bare flag."""
     resources, count = spec.resources, str(spec.resources.gpus_per_node)
     asked = f"{cluster.gpu_type}:{count}" if cluster.gpu_type else count
@@ -46,6 +46,9 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         "export": "ALL",
         "requeue": True,
         "signal": f"USR2@{resources.lead_s}" if resources.lead_s else None,
+        "array": array or None,
+        "dependency": ":".join(["afterok", *spec.after_jobs]) if spec.after_jobs else None,
+        "kill-on-invalid-dep": "yes" if spec.after_jobs else None,
     }
     extra = dict(spec.sbatch)
     if extra.get("requeue") is False:  # a site may requeue by default
@@ -54,7 +57,8 @@ def options(spec: JobSpec, cluster: ClusterConfig) -> dict[str, str | bool]:
         extra["gres"] = f"{wanted['gres']},{extra['gres']}"
     wanted |= extra
     # Logs come last: they are nobody's to change.
-    wanted |= {"open-mode": "append", "output": str(RunDirectory(spec.run_dir).slurm_log)}
+    run_dir = spec.run_dir / "%a" if array else spec.run_dir
+    wanted |= {"open-mode": "append", "output": str(RunDirectory(run_dir).slurm_log)}
     return {
         name: value if value is True else str(value)
         for name, value in wanted.items()
@@ -108,20 +112,26 @@ def agent_command(spec: JobSpec, cluster: ClusterConfig) -> list[str]:
     return ["bash", "-c", 'trap "" USR1 USR2; exec "$@"', "agent", *cluster.command_prefix, *agent]
 
 
+_ELEMENT = "$SLURM_ARRAY_TASK_ID"
 _SUBMITTED = '{"executor": "slurm", "job_id": "%s", "submitted": "", "host": "%s", "cluster": "%s"}'
 
 
-def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str:
+def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str], array: str = "") -> str:
     """The whole batch script.
 
     Its own variables have names that no user's variable can have (`jobs.cluster.env_name_mistake`).
 
     Args:
-        spec: the job.
+        spec: the job; of an array, one whose run directory is the folder that has those of the array's jobs.
         cluster: its cluster.
         env: variables of every rank.
+        array: the indexes of an array's jobs, which are the names of their run directories: `0-7%3`.
     """
-    given = options(spec, cluster)
+    given = options(spec, cluster, array)
+    run_dir = shlex.quote(str(spec.run_dir)) + (f'/"{_ELEMENT}"' if array else "")
+    job_id = f"${{SLURM_ARRAY_JOB_ID}}_{_ELEMENT}" if array else "$SLURM_JOB_ID"
+    agent = agent_command(spec, cluster)
+    agent_line = f'{shlex.join(agent[:-1])} "$MESHRUN_RUN"' if array else shlex.join(agent)
     secrets = secret_values.of(spec)
     hidden = {path[1] for path in secrets if path[0] == "env"}
     exported = {
@@ -133,7 +143,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
     lines += [
         "",
         "# Each start of this script is an attempt of its own, in a folder that no other one can have made.",
-        f"MESHRUN_RUN={shlex.quote(str(spec.run_dir))} MESHRUN_NUMBER=0",
+        f"MESHRUN_RUN={run_dir} MESHRUN_NUMBER=0",
         'until MESHRUN_ATTEMPT="$MESHRUN_RUN/attempt-$MESHRUN_NUMBER"; mkdir -m 700 "$MESHRUN_ATTEMPT" 2>/dev/null; do',
         # Opened, since a cache of a shared file system may still say that the folder isn't there.
         '    (: <"$MESHRUN_RUN" <"$MESHRUN_ATTEMPT") 2>&- '
@@ -170,7 +180,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
                 '    grep -qs \'^  "status": "done"\' "$MESHRUN_ATTEMPT/result.json" && '
                 f'rm -f "$MESHRUN_RUN/{RunDirectory(spec.run_dir).secrets.name}"'
             ]
-            if secrets
+            if secrets or array  # whose other jobs may have some
             else []
         ),
         '    exit "$status"',
@@ -181,7 +191,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "# If sbatch's answer was lost, the job is found by this; else it is there, or comes and replaces this.",
         'if [ ! -e "$MESHRUN_RUN/submission.json" ]; then',
         f"    printf '{_SUBMITTED}\\n' \\",
-        '        "$SLURM_JOB_ID" "$SLURM_SUBMIT_HOST" "$SLURM_CLUSTER_NAME" >"$MESHRUN_RUN/.submission.json"',
+        f'        "{job_id}" "$SLURM_SUBMIT_HOST" "$SLURM_CLUSTER_NAME" >"$MESHRUN_RUN/.submission.json"',
         '    mv -n "$MESHRUN_RUN/.submission.json" "$MESHRUN_RUN/submission.json"',
         "fi",
         "set -e",
@@ -209,7 +219,7 @@ def script(spec: JobSpec, cluster: ClusterConfig, env: Mapping[str, str]) -> str
         "timeout 60 srun --nodes=1 --ntasks=1 --mpi=none true; done &>/dev/null || :",
         _wrapped(["srun", *srun_arguments(spec, cluster, given)]),
         '    --open-mode=append --output="$MESHRUN_ATTEMPT/agent-%t.log" \\',
-        f'    {shlex.join(agent_command(spec, cluster))} "$MESHRUN_NUMBER" \\',
+        f'    {agent_line} "$MESHRUN_NUMBER" \\',
         '    2>>"$MESHRUN_ATTEMPT/srun.log"',
     ]
     return "\n".join(lines) + "\n"

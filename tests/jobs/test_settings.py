@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from jobs.errors import ClusterConfigError, SettingsError
-from jobs.settings import as_key_values, build, describe, dump_yaml, load_yaml, parse_overrides, read_yaml, type_name
+from jobs.settings import (
+    as_key_values,
+    build,
+    describe,
+    dump_yaml,
+    load_yaml,
+    parse_overrides,
+    read_yaml,
+    sweep,
+    type_name,
+)
 from workloads.base import WorkloadConfig
 
 
@@ -255,12 +265,52 @@ def test_words_get_the_type_of_their_setting(word: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "points"),
+    [
+        (["lr=1e-3", "text=[a,b]", "tag='a,b'", 'note="1..4"', "map={a: 1, b: 2}", "name=f(1,2)"], None),
+        (["lr=1e-3,3e-4"], [{"lr": "1e-3"}, {"lr": "3e-4"}]),
+        (["seed=1..3", "steps=5"], [{"seed": "1"}, {"seed": "2"}, {"seed": "3"}]),
+        (["seed=-1..0,7"], [{"seed": "-1"}, {"seed": "0"}, {"seed": "7"}]),
+        (["a=x, y", "b=1..2"], [{"a": a, "b": b} for a in "xy" for b in "12"]),
+        (["sizes=[1,2],[3]"], [{"sizes": "[1,2]"}, {"sizes": "[3]"}]),
+        (['tag="a,b",c'], [{"tag": '"a,b"'}, {"tag": "c"}]),
+        (["seed=1..1"], [{"seed": "1"}]),
+        (["seed=1...4"], None),
+        (["seed=1.0..4"], None),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
+)
+def test_the_points_of_a_sweep(words: list[str], points: list[dict[str, str]] | None) -> None:
+    assert sweep(words) == points
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["lr=1e-3,3e-4"], ["lr=1e-3,3e-4", "reserved for sweeps"]),
-        (["steps=1..4"], ["steps=1..4", "reserved for sweeps"]),
-        (["steps=-1..4"], ["reserved for sweeps"]),
-        (["data.path=a.txt,b.txt"], ["reserved for sweeps", "key=[a,b]"]),
+        ("lr=1,", "lr=1,: has an empty value"),
+        ("lr=,", "has an empty value"),
+        ("seed=4..1", "seed=4..1: a range goes up; write 1..4"),
+        ("seed=1,2,1", "seed=1,2,1: has 1 twice; give each value once"),
+        ("seed=1..2,2", "has 2 twice"),
+        ("seed=1..1001", "a sweep has at most 1,000 points; give a shorter range"),
+        ("seed=0..99 lr=0..99", "a sweep has at most 1,000 points, and 100 (seed) x 100 (lr) is 10,000"),
+        ("seed=1..2 seed=3", "seed is given twice"),
+        ("seed", "'seed': expected key=value"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(words: str, expected: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        sweep(words.split())
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lr=1e-3,3e-4"], ["lr=1e-3,3e-4", "make a sweep of new runs"]),
+        (["steps=1..4"], ["steps=1..4", "make a sweep of new runs"]),
+        (["steps=-1..4"], ["make a sweep of new runs"]),
+        (["data.path=a.txt,b.txt"], ["make a sweep of new runs", "key=[a,b]"]),
         (["steps=1", "steps=2"], ["steps is given twice"]),
         (["model.dim=1", "model.dim=1"], ["model.dim is given twice"]),
         (["steps"], ["'steps'", "expected key=value"]),

@@ -9,7 +9,7 @@ from jobs.cli.table import columns_of_terminal, names_of, table
 from jobs.errors import EXIT_DONE, EXIT_FAILED, CommandLineError
 from jobs.runs import index
 from jobs.runs.cancel import cancel
-from jobs.runs.find import find, submission
+from jobs.runs.find import find_all, submission
 from jobs.runs.overview import Overview, overviews
 from workloads.errors import first_few
 
@@ -29,9 +29,9 @@ def run(given: Options, console: Console) -> int:
         raise CommandLineError(f"cancel: {line}; see submit.py status")
     if given.all:
         refuse_if_nobody_can_answer(given.yes, "cancel --all")
-    runs = [run for run in index.runs() if index.is_mine(run)] if given.all else list(dict.fromkeys(map(find, names)))
-    for name in names:
-        submission(find(name))  # asks Slurm for the number of a job whose sbatch gave no answer, and writes it down
+    runs = [run for run in index.runs() if index.is_mine(run)] if given.all else find_all(names, every=True)
+    for run in () if given.all else runs:
+        submission(run)  # asks Slurm for the number of a job whose sbatch gave no answer, and writes it down
     seen = overviews(runs)
     unknown = [one for one in seen if one.is_alive is None and one.executor == "slurm"] if given.all else []
     if given.all:

@@ -10,9 +10,10 @@ from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.table import Column, columns_of_terminal, names_of, size, table
 from jobs.errors import EXIT_DONE, EXIT_FAILED, CommandLineError
+from jobs.run_dir import RunDirectory
 from jobs.runs import index
 from jobs.runs.clean import Conditions, Removable, choose, parse_age, parse_size, parse_states, remove
-from jobs.runs.find import find
+from jobs.runs.find import find_all
 from jobs.runs.overview import Overview
 
 
@@ -36,11 +37,11 @@ def run(given: Options, console: Console) -> int:
             "clean: nothing says which runs go; give --older-than, --larger-than, --state, several of them, or runs"
         )
     known = index.runs()
-    runs = list(dict.fromkeys(map(find, names))) if names else known
+    runs = find_all(names, every=True) if names else known
     choice = choose(runs, conditions, known)
     going = choice.going
     for path, why in choice.kept.items() if names else ():
-        console.say(f"{path.name}: is kept, because it {why}")
+        console.say(f"{RunDirectory(path).name}: is kept, because it {why}")
     if not names and choice.kept:
         console.say(f"kept: {len(choice.kept):,} that may not have ended, are links or not yours, or are referred to")
     if not going:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.cli.console import Console
 from jobs.cli.options import Options
+from jobs.errors import CommandLineError
 from jobs.run_dir import write_text
 from jobs.runs import history
-from jobs.runs.find import find
+from jobs.runs.find import find_all
 from jobs.runs.history import History
+from jobs.runs.sweep import sweep_of, words_of
 
 WIDEST_CELL = 32
 
@@ -27,7 +30,10 @@ def run(given: Options, console: Console) -> int:
         CommandLineError: there is no such run.
         OSError: the page cannot be written there.
     """
-    histories = [history.read(find(name)) for name in given.words[1:]]
+    runs = find_all(given.words[1:])
+    if len(runs) < 2:
+        raise CommandLineError(f"compare: {given.words[1]} is one run; give two, or a sweep")
+    histories = [_labelled(history.read(run), [one.path.parent for one in runs]) for run in runs]
     rows = differences(histories)
     if given.output:
         from jobs.runs import page  # late: plotly, which may not be installed
@@ -46,6 +52,14 @@ def run(given: Options, console: Console) -> int:
     named = [{"name": name, "values": dict(zip(heads[1:], values, strict=True))} for name, *values in rows]
     console.finish({"differs": named, "report": given.output, "exit_code": 0})
     return 0
+
+
+def _labelled(one: History, folders: Sequence[Path]) -> History:
+    """A point of a sweep, of which all runs are, by what it has of its own."""
+    whole = sweep_of(one.run) if len(set(folders)) == 1 else None
+    if whole is None:
+        return one
+    return replace(one, label=f"{one.run.path.name}: {words_of(whole.settings_of(one.run))}")
 
 
 def differences(histories: Sequence[History]) -> list[tuple[str, ...]]:

@@ -168,7 +168,7 @@ def _run_job(resolved: Resolved, given: Options, run_dir: RunDirectory, console:
     Raises:
         SubmissionError, ResourceError: Slurm refuses it, or torch here is a build that sees no GPU.
     """
-    resolved = ask_slurm(resolved)
+    resolved = ask_slurm(resolved, console)
     spec = resolved.spec
     keep_others_from_writing()
     RunDirectory.create(run_dir.path)

@@ -38,7 +38,7 @@ def run(given: Options, console: Console) -> int:
             )
         attempt = int(given.attempt)
     cause = explain(run_dir, attempt)
-    name = run_dir.path.name if attempt is None else f"{run_dir.path.name}, attempt {attempt}"
+    name = run_dir.name if attempt is None else f"{run_dir.name}, attempt {attempt}"
     for line in lines_of(cause, name, shutil.get_terminal_size().columns):
         console.say(line)
     console.finish({**asdict(cause), "run_dir": str(run_dir.path), "attempt": attempt, "exit_code": 0})

@@ -1,4 +1,4 @@
-"""`submit.py WORKLOAD ...`: prints a dry run, or submits and follows a job."""
+"""`submit.py script ...`, and each new run: prints a dry run, or submits and follows a job."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs import executor, snapshot
-from jobs.cli import dry_run, fit, interrupts, preparation
+from jobs.cli import after, dry_run, fit, interrupts, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, imported_folders, resolve
-from jobs.errors import Interrupted, RunDirectoryError, SubmissionError
+from jobs.errors import CommandLineError, Interrupted, RunDirectoryError, SubmissionError
 from jobs.run_dir import RunDirectory, keep_others_from_writing
 from jobs.runs import index
 
@@ -35,6 +35,9 @@ def run(given: Options, console: Console) -> int:
         UserError, WorkloadError: the job is invalid; nothing was started.
         JobFailed, Interrupted: the job that this command followed failed, or was interrupted.
     """
+    if given.parallel is not None:
+        many = "a script's arguments are its own" if given.script else "no setting has several values"
+        raise CommandLineError(f"--parallel {given.parallel}: is for a sweep (lr=1e-3,3e-4 seed=1..4), and {many}")
     return go(resolve(given), given, console, keep_code)
 
 
@@ -57,11 +60,11 @@ def go(resolved: Resolved, given: Options, console: Console, keep: Callable[[Res
     plan = preparation.plan(resolved.entry, resolved.config)
     if given.dry_run:
         return show(resolved, plan, console)
-    resolved = ask_slurm(resolved)
+    resolved = ask_slurm(resolved, console)
     new = [path for path in (spec.run_dir, *spec.run_dir.parents) if not path.exists()]
     keep_others_from_writing()
     run_dir = RunDirectory.create(spec.run_dir)
-    undo = functools.partial(_emptied_on, run_dir=run_dir, new=new, console=console)
+    undo = functools.partial(emptied_on, run_dir=run_dir, new=new, console=console)
     with undo(BaseException):
         run_dir.describe(spec)
         if fault := run_dir.fault():
@@ -102,16 +105,18 @@ def show(resolved: Resolved, plan: str | None, console: Console) -> int:
     return 0
 
 
-def ask_slurm(resolved: Resolved) -> Resolved:
-    """The job, with what Slurm says of when it would start.
+def ask_slurm(resolved: Resolved, console: Console, array: str = "") -> Resolved:
+    """The job, with what Slurm says of when it would start; a local one, when what it comes after is done.
 
     Raises:
+        CommandLineError: what it comes after has failed.
         SubmissionError: Slurm would refuse it.
         ResourceError: its ranks would see no GPU.
     """
     if resolved.spec.executor != "slurm":
+        after.wait(resolved.spec.after, console)
         return resolved
-    reply = executor.check_slurm(executor.render(resolved.spec, resolved.cluster))
+    reply = executor.check_slurm(executor.render(resolved.spec, resolved.cluster, array))
     warnings = fit.check_torch_build(resolved.spec, resolved.cluster, os.environ)
     return replace(resolved, announcements=(*resolved.announcements, *warnings, *([reply] if reply else [])))
 
@@ -214,7 +219,7 @@ def _let_go(resolved: Resolved, run_dir: RunDirectory, console: Console) -> int:
 
 
 @contextlib.contextmanager
-def _emptied_on(
+def emptied_on(
     error: Errors,
     run_dir: RunDirectory,
     new: Sequence[Path],

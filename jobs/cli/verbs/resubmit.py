@@ -26,6 +26,7 @@ from jobs.cluster import ClusterConfig, load_cluster
 from jobs.errors import ClusterConfigError, CommandLineError
 from jobs.run_dir import RunDirectory, read_json
 from jobs.runs import find
+from jobs.runs.sweep import sweep_of
 from jobs.secret_values import MASK
 from jobs.spec import JobSpec
 from workloads.errors import first_few
@@ -72,7 +73,10 @@ def _run(given: Options, console: Console) -> int:
         raise CommandLineError(f"{given.words[2]}: a script that is run again gets the arguments it had; leave it out")
     was = read_json(old.manifest) or {}
     overrides = _overrides(given)
-    if given.run_dir is not None:
+    whole = sweep_of(old)
+    if given.run_dir is None and whole is not None and len(given.words) < 3:  # it is the same point
+        given = replace(given, run_dir=str(whole.next_run(int(old.path.name.partition(".")[0])).path))
+    elif given.run_dir is not None:
         given = replace(given, run_dir=os.path.abspath(os.path.expanduser(given.run_dir)))  # noqa: PTH100, PTH111
     notes = [*_go_where_it_was_typed(was, spec), *_set_shell(was), *_differences(was)]
     if not old.code.is_dir():

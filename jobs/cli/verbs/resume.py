@@ -76,7 +76,7 @@ def run(given: Options, console: Console) -> int:
     resolved = replace(resolved, announcements=(*resolved.announcements, *notes))
     if given.dry_run:
         return launch.show(resolved, None, console)
-    resolved = launch.ask_slurm(resolved)
+    resolved = launch.ask_slurm(resolved, console)
     if fault := run_dir.fault():
         raise RunDirectoryError(f"{fault}; make room there")
     was = read_json(run_dir.manifest)

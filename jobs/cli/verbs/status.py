@@ -9,15 +9,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from jobs.cli import interrupts
+from jobs.cli import interrupts, sweep_table
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.table import clock, columns_of_terminal, loss, rate, stands_still, steps, table
 from jobs.errors import EXIT_DONE, EXIT_INTERRUPTED, CommandLineError, Interrupted, OutputLost, one_line
 from jobs.run_dir import RunDirectory
 from jobs.runs import index
-from jobs.runs.find import come_back, find
+from jobs.runs.find import come_back, find_all, look
 from jobs.runs.overview import COMPLETED, ENDED, Overview, overviews
+from jobs.runs.sweep import Sweep
 from jobs.slurm import query
 from workloads.errors import first_few
 
@@ -39,16 +40,21 @@ def run(given: Options, console: Console) -> int:
     at_most = _limit(given.limit)
     if given.watch and given.json:
         raise CommandLineError("--watch with --json: a line is one JSON object; leave one of the two out")
-    named = list(dict.fromkeys(find(name) for name in given.words[1:]))
+    found = [look(name) for name in given.words[1:]]
+    sweep = found[0] if len(found) == 1 and isinstance(found[0], Sweep) else None
+    named = find_all(given.words[1:])
     if given.watch:
-        return _watch(named, at_most, console)
+        return _watch(named, at_most, console, sweep)
     runs = named or index.runs()
     seen = overviews(runs[: len(named) or at_most])
     left_out = len(runs) - len(seen)
+    if given.json and sweep is not None:
+        console.finish(sweep_table.record(sweep, seen))
+        return EXIT_DONE
     if given.json:
         console.finish({"runs": [{"name": one.name, **asdict(one)} for one in seen], "not_shown": left_out})
         return EXIT_DONE
-    for line in _lines(seen, left_out, bool(named)):
+    for line in _lines(seen, left_out, bool(named), sweep):
         console.say(line)
     return EXIT_DONE
 
@@ -61,7 +67,7 @@ def _limit(text: str | None) -> int:
     return int(text[:18])
 
 
-def _watch(named: Sequence[RunDirectory], at_most: int, console: Console) -> int:
+def _watch(named: Sequence[RunDirectory], at_most: int, console: Console, sweep: Sweep | None) -> int:
     """Shows the table again and again: those named until they have ended, otherwise until Ctrl-C."""
     clear = "\x1b[H\x1b[J" if console.stream.isatty() and os.environ.get("TERM") != "dumb" else ""
     try:
@@ -71,7 +77,7 @@ def _watch(named: Sequence[RunDirectory], at_most: int, console: Console) -> int
             if clear:
                 console.draw(clear)
             lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  (Ctrl-C ends this view; the runs go on)"]
-            lines += _lines(seen, len(runs) - len(seen), bool(named))
+            lines += _lines(seen, len(runs) - len(seen), bool(named), sweep)
             for line in lines[: shutil.get_terminal_size().lines - 1] if clear else lines:
                 console.say(line)
             if named and all(one.is_alive is False for one in seen):
@@ -88,8 +94,10 @@ def _watch(named: Sequence[RunDirectory], at_most: int, console: Console) -> int
         return EXIT_INTERRUPTED
 
 
-def _lines(seen: Sequence[Overview], left_out: int, are_named: bool) -> Iterator[str]:
-    if not seen:
+def _lines(seen: Sequence[Overview], left_out: int, are_named: bool, sweep: Sweep | None) -> Iterator[str]:
+    if sweep is not None:
+        yield from sweep_table.lines(sweep, seen)
+    elif not seen:
         yield f"no run yet, neither in ./runs nor in {index.path()}"
     elif are_named and len(seen) == 1:
         yield from details(seen[0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from jobs.cli import sweep_table
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.report import report_end
 from jobs.cli.watch import watch
 from jobs.errors import CommandLineError
-from jobs.runs.find import find, submission, why_not_submitted
+from jobs.runs.find import look, submission, why_not_submitted
+from jobs.runs.sweep import Sweep
 
 
 def run(given: Options, console: Console) -> int:
@@ -19,7 +21,9 @@ def run(given: Options, console: Console) -> int:
     Raises:
         CommandLineError: there is no such run, or it has no job to wait for.
     """
-    run_dir = find(given.run)
+    run_dir = look(given.run)
+    if isinstance(run_dir, Sweep):
+        return sweep_table.follow(run_dir, console)
     submitted = submission(run_dir)
     if submitted is None:
         record = run_dir.recorded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import processes
+from jobs import code_copy, processes
 from jobs.cluster import ClusterConfig, find_cluster, json_schema, load_cluster, shipped_configs
 from jobs.run_dir import write_json
 from jobs.slurm import environment, options, script
@@ -239,7 +240,7 @@ def test_a_script_that_can_make_no_attempts_folder_says_so_and_ends(tmp_path: Pa
         ("time-min", "3-00", "use --time"),
         ("time", "10", "use --time"),
         ("output", "x", "--run-dir"),
-        ("array", "0-3", "run submit.py once per job"),
+        ("array", "0-3", "sweep a setting: lr=1e-3,3e-4"),
         ("gres", "gpu:4", "the job already asks for its GPUs"),
         ("signal", "USR1@60", "ranks handle only USR2"),
         ("signal", "B:USR2@60", "ranks handle only USR2"),
@@ -375,3 +376,37 @@ def test_the_script_tells_a_stopped_run_by_its_own_status(status: str, nested: s
     )
     test = line.partition("if ")[2].partition("; then")[0]
     assert subprocess.run(["bash", "-c", test], env={**os.environ, "MESHRUN_ATTEMPT": str(tmp_path)}).returncode == code
+
+
+ARRAY = """\
++#SBATCH --array=0-7%3
++#SBATCH --dependency=afterok:12:13_4
++#SBATCH --kill-on-invalid-dep=yes
+-#SBATCH --output={run}/slurm.log
++#SBATCH --output={run}/%a/slurm.log
+-MESHRUN_RUN={run} MESHRUN_NUMBER=0
++MESHRUN_RUN={run}/"$SLURM_ARRAY_TASK_ID" MESHRUN_NUMBER=0
++    grep -qs '^  "status": "done"' "$MESHRUN_ATTEMPT/result.json" && rm -f "$MESHRUN_RUN/secrets.json"
+-        "$SLURM_JOB_ID" "$SLURM_SUBMIT_HOST" "$SLURM_CLUSTER_NAME" >"$MESHRUN_RUN/.submission.json"
++        "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" "$SLURM_SUBMIT_HOST" "$SLURM_CLUSTER_NAME" \
+>"$MESHRUN_RUN/.submission.json"
+-    {python} -u {entry} --agent {run} "$MESHRUN_NUMBER" \\
++    {python} -u {entry} --agent "$MESHRUN_RUN" "$MESHRUN_NUMBER" \\
+"""
+
+
+def test_the_script_of_an_array_differs_where_each_job_has_its_own(tmp_path: Path) -> None:
+    spec, cluster = shipped_spec("slurm", tmp_path / "run")
+    after = spec.model_copy(update={"after_jobs": ("12", "13_4")})
+    texts = [
+        script.script(spec, cluster, spec.rank_env),
+        script.script(after, cluster, spec.rank_env, "0-7%3"),
+    ]
+    differ = difflib.unified_diff(*(text.splitlines() for text in texts), n=0, lineterm="")
+    lines = [line for line in differ if line[:2] not in ("--", "++", "@@")]
+    entry = code_copy.entry(spec)
+    places = {"{run}": str(tmp_path / "run"), "{python}": sys.executable, "{entry}": str(entry)}
+    expected = ARRAY
+    for placeholder, there in places.items():
+        expected = expected.replace(placeholder, there)
+    assert "\n".join(lines) + "\n" == expected
