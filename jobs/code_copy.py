@@ -6,9 +6,19 @@ RUN/code/meshrun/       of jobs/ and workloads/, where they are no installed pac
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, MutableMapping, Sequence
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
 from pathlib import Path
 
 from jobs import processes
@@ -76,12 +86,31 @@ def import_from_it(spec: JobSpec, env: MutableMapping[str, str]) -> None:
     if not spec.code:
         return
     sys.path[:] = _searched(spec, sys.path)
+    sys.path_hooks.insert(0, functools.partial(_finder, spec))  # for what a script adds to the path later
+    sys.path_importer_cache.clear()
     # An editable install may have no folder on the path, but a finder of its own, which comes after the path.
     for folder in list(_of_editable_installs()):
         if (copy := copy_of(spec, folder)) != folder and copy not in sys.path:
             sys.path.append(copy)
     if env.get("PYTHONPATH"):
         env["PYTHONPATH"] = os.pathsep.join(_searched(spec, env["PYTHONPATH"].split(os.pathsep)))
+
+
+def _finder(spec: JobSpec, folder: str) -> FileFinder:
+    """Finds modules of a folder of the tree in its copy; for `sys.path_hooks`."""
+    absolute = os.path.abspath(folder)  # noqa: PTH100 (a copy of a link is another one)
+    copy = copy_of(spec, absolute)
+    if copy == absolute or spec.code.get(absolute) == OWN:
+        raise ImportError
+    return FileFinder(copy, *_LOADERS)
+
+
+_LOADERS = (
+    (ExtensionFileLoader, EXTENSION_SUFFIXES),
+    (SourceFileLoader, SOURCE_SUFFIXES),
+    (SourcelessFileLoader, BYTECODE_SUFFIXES),
+)
+"""Those of Python's own finder."""
 
 
 def _searched(spec: JobSpec, path: Sequence[str]) -> Iterator[str]:

@@ -63,7 +63,12 @@ def _how_secret(name: str) -> str:
     if last in ("id", "mask"):
         return "no"
     pairs = set(itertools.pairwise(words))
-    if _ALWAYS & set(words) or _PAIRS & pairs or last.endswith(_AT_THE_END) or last in ("pwd", "passcode"):
+    if (
+        _ALWAYS & set(words)
+        or _PAIRS & pairs
+        or last.endswith(_AT_THE_END)
+        or last in ("pass", "pw", "pwd", "passcode")
+    ):
         return "any"
     for place, word in enumerate(words):
         if word == "token" and words[place + 1 :] in ([], ["value"], ["secret"], ["read"], ["write"], ["key"]):

@@ -91,7 +91,7 @@ class Overview:
     excluded: tuple[str, ...] = ()
     """Hosts that the run does without for now, because they were the root cause twice."""
     seconds: float | None = None
-    """How long the attempt that ended took."""
+    """How long its attempts took together, once it has ended."""
     grace_s: float = 20.0
     """Seconds in which its ranks may save when it is cancelled."""
     changed: float = 0.0
@@ -210,7 +210,7 @@ def _overview(files: _Files, answer: Answer | None) -> Overview:
         nodes=_count(resources.get("nodes")),
         gpus_per_node=_count(resources.get("gpus_per_node")),
         restarts=files.attempt,
-        seconds=_number((files.record or {}).get("seconds")),
+        seconds=_seconds(files),
         grace_s=Overview.grace_s if grace_s is None else grace_s,
     )
     if files.on_slurm:
@@ -221,6 +221,8 @@ def _overview(files: _Files, answer: Answer | None) -> Overview:
         seen = _in_a_queue(seen, run)
     else:
         seen = _of_record(seen, files) if files.record else replace(seen, reason=_why_unknown(files))
+    if seen.is_alive is False:
+        run.forget_secrets()  # if everything was killed that would have done so
     metrics = run.metrics if run.metrics.exists() else attempt.metrics
     seen = _with_progress(seen, job, metrics)
     stepped = _changed(metrics)
@@ -230,6 +232,15 @@ def _overview(files: _Files, answer: Answer | None) -> Overview:
         stepped=stepped if seen.step is not None else 0.0,
         changed=max(files.ended, stepped, *map(_changed, (run.job, run.submission, attempt.status))),
     )
+
+
+def _seconds(files: _Files) -> float | None:
+    """How long all attempts took together; None if the newest one has not said it."""
+    newest = _number((files.record or {}).get("seconds"))
+    if newest is None:
+        return None
+    before = (_number((files.run.recorded(number) or {}).get("seconds")) for number in range(files.attempt))
+    return newest + sum(seconds or 0.0 for seconds in before)
 
 
 # --- its state --------------------------------------------------------------------------------------------------------

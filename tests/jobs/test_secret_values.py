@@ -165,6 +165,17 @@ def test_a_file_with_masked_settings_is_not_taken_for_one_with_secrets(
     said(*line, "hub_token=abc1")
 
 
+def test_a_secret_argument_of_a_script_is_given_again(said: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import sys\nprint(*(word[::-1] for word in sys.argv[1:]))\n")
+    line = ("--executor", "local", "--run-dir", "run", "script", "train.py", "--password=hunter2", "--token", "abc-123")
+    assert "2retnuh=drowssap-- nekot-- 321-cba" in said(*line)
+    for verb in ("resume", "resubmit"):
+        shown = said(verb, "run", code=2)
+        assert "its secrets are not kept after the job's end; give again: args.0=..., args.2=...\n" in shown
+        assert "leave it out" in said(verb, "run", "args.0=x", "args.2=y", "lr=3", code=2)
+        assert "rehto=drowssap-- nekot-- 4321-cba" in said(verb, "run", "args.0=other", "args.2=abc-1234")
+
+
 def test_resume_asks_for_what_is_gone(
     said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,18 @@ BY_NAME = [
         "MYPASSWORD",
     ),
     *("CLIENT_SECRET", "clientSecret", "apiKey", "hub.token", "hub_token", "--api-key", "GITHUB_TOKEN_2", "passwd"),
-    *("GOOGLE_CREDENTIALS", "data.auth_token", "accessToken", "APIKEY", "passphrase", "TOKEN", "SECRET_KEY"),
+    *(
+        "GOOGLE_CREDENTIALS",
+        "data.auth_token",
+        "accessToken",
+        "APIKEY",
+        "passphrase",
+        "--pass",
+        "X_PASS",
+        "pw",
+        "TOKEN",
+        "SECRET_KEY",
+    ),
 ]
 HARMLESS = [
     *(("TOKENIZERS_PARALLELISM", "false"), ("max_tokens", "4096"), ("key_dim", "64"), ("KEYBOARD", "us-intl-2024x")),

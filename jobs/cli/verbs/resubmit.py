@@ -68,7 +68,8 @@ def _run(given: Options, console: Console) -> int:
     if "=" in given.run:  # only settings are given
         given = replace(given, words=[given.words[0], find.LAST, *given.words[1:]])
     old = find.find(given.run)
-    spec = with_secrets(described(old), old, given).model_copy(update={"run_dir": old.path})  # it may have been moved
+    spec, given = with_secrets(described(old), old, given)
+    spec = spec.model_copy(update={"run_dir": old.path})  # it may have been moved
     if spec.is_script and len(given.words) > 2:
         raise CommandLineError(f"{given.words[2]}: a script that is run again gets the arguments it had; leave it out")
     was = read_json(old.manifest) or {}

@@ -54,7 +54,7 @@ def run(given: Options, console: Console) -> int:
     if "=" in given.run:  # only settings are given
         given = replace(given, words=[given.words[0], LAST, *given.words[1:]])
     run_dir = find(given.run)
-    spec = with_secrets(described(run_dir), run_dir, given)
+    spec, given = with_secrets(described(run_dir), run_dir, given)
     if spec.is_script and len(given.words) > 2:
         raise CommandLineError(f"{given.words[2]}: a script that is resumed gets the arguments it had; leave it out")
     if "resume=never" in given.words:
@@ -148,8 +148,11 @@ def described(run_dir: RunDirectory) -> JobSpec:
     return spec
 
 
-def with_secrets(spec: JobSpec, run_dir: RunDirectory, given: Options) -> JobSpec:
+def with_secrets(spec: JobSpec, run_dir: RunDirectory, given: Options) -> tuple[JobSpec, Options]:
     """The job with the secrets that are kept, given now, or in this environment under the names that they had.
+
+    Returns:
+        The job, and the line without a script's secret arguments (`args.3=VALUE`), which are no settings.
 
     Raises:
         CommandLineError: one is neither of these.
@@ -157,9 +160,10 @@ def with_secrets(spec: JobSpec, run_dir: RunDirectory, given: Options) -> JobSpe
     kept = run_dir.kept_secrets()
     spec = JobSpec.model_validate(secret_values.put_in(spec.model_dump(mode="json"), kept))
     gone = [path for path in spec.secrets if path not in kept]
-    words = {word.partition("=")[0] for word in given.words[2:]}
-    lost = []
+    words = {word.partition("=")[0]: word.partition("=")[2] for word in given.words[2:]}
+    lost, used = [], set()
     for path in gone:
+        name = ".".join(path[1:])
         if path[0] == "env":
             env = {word.partition("=")[0]: word.partition("=")[2] for word in given.env}
             cluster = load_cluster(find_cluster(given.cluster or spec.cluster)).env
@@ -169,19 +173,19 @@ def with_secrets(spec: JobSpec, run_dir: RunDirectory, given: Options) -> JobSpe
                 lost.append(path)
             else:
                 spec = spec.model_copy(update={"env": {**spec.env, path[1]: value}})
-        elif not any(".".join(path[1:]) == word or ".".join(path[1:]).startswith(f"{word}.") for word in words):
+        elif not any(name == word or name.startswith(f"{word}.") for word in words):
             lost.append(path)
-    if lost and spec.is_script and any(path[0] == "settings" for path in lost):
-        raise CommandLineError(
-            f"{run_dir.path}: an argument of its script was a secret, which is not kept after the job's end; start a "
-            "new run, and pass secrets by --env, which resume takes again"
-        )
+        elif spec.is_script and name in words:
+            args = [*spec.settings["args"]]
+            args[int(path[2])] = args[int(path[2])].replace(secret_values.MASK, words[name])
+            spec = spec.model_copy(update={"settings": {**spec.settings, "args": args}})
+            used.add(name)
     if lost:
         raise CommandLineError(
             f"{run_dir.path}: its secrets are not kept after the job's end; give again: "
             f"{first_few([*map(secret_values.name_of, lost)])}"
         )
-    return spec
+    return spec, replace(given, words=[word for word in given.words if word.partition("=")[0] not in used])
 
 
 def _refuse_if_it_runs(run_dir: RunDirectory) -> Submitted | None:

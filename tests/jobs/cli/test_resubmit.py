@@ -36,9 +36,12 @@ from meshrun import log_step
 from lib.helper import factor
 
 if __name__ == "__main__":
+    sys.path.append("more")
+    import extra
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if attempt == 0 and pathlib.Path("break").exists():
         pathlib.Path("lib/helper.py").write_text("raise RuntimeError('the tree of now')\\n")
+        pathlib.Path("more/extra.py").write_text("raise RuntimeError('the tree of now')\\n")
         pathlib.Path("train.py").write_text("raise RuntimeError('the tree of now')\\n")
         sys.exit(3)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -82,6 +85,8 @@ def test_a_restart_and_a_repetition_run_the_code_of_the_submission(tmp_path: Pat
     (project / "train.py").write_text(TRAIN)
     helper = project / "lib" / "helper.py"
     helper.write_text("def factor(): return 2.0\n")
+    (project / "more").mkdir()
+    (project / "more" / "extra.py").touch()
     (project / "seed.txt").write_text("7")
     (project / "break").touch()
     flags = ["--executor", "local", "--max-restarts", "1", "--run-dir", "run"]
@@ -94,6 +99,7 @@ def test_a_restart_and_a_repetition_run_the_code_of_the_submission(tmp_path: Pat
     assert len(first) == 3
 
     (project / "train.py").write_text(TRAIN)
+    (project / "more" / "extra.py").write_text("")
     helper.write_text("def factor(): return 3.0\n")
     assert "code: as it is now (--same-code: as it was)" in typed(project, "resume", "run")
     other = losses(run)
