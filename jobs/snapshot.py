@@ -291,8 +291,36 @@ def _status(path: Path) -> os.stat_result | None:
 def _copy_file(source: Path, target: Path, status: os.stat_result) -> None:
     shutil.copyfile(source, target)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-    # Not writable: who follows a traceback into the copy, and edits it there, should notice.
-    target.chmod(0o444 | (status.st_mode & 0o111) if source.suffix != ".pyc" else 0o644)
+    # Code is not writable: who follows a traceback into the copy, and edits it there, should notice.
+    target.chmod((0o444 if source.suffix == ".py" else 0o644) | (status.st_mode & 0o111))
+
+
+def carry_over(before: Path, copy: Path, since: float) -> list[str]:
+    """Gives a new copy what a run's processes have made in an earlier one, such as checkpoints beside a script.
+
+    Args:
+        before: the earlier copy, which keeps it, too.
+        copy: the new one.
+        since: when the earlier one was taken, in seconds since the epoch.
+
+    Returns:
+        Their paths, within the project.
+    """
+    made: list[str] = []
+    for folder, folders, files in os.walk(before):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for file in (Path(folder, name) for name in files):
+            inner = file.relative_to(before)
+            status, target = file.lstat(), copy / inner
+            if not stat.S_ISREG(status.st_mode) or status.st_mtime < since or os.path.lexists(target):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, target)
+            except OSError:  # a file system without hard links
+                shutil.copy2(file, target)
+            made.append(str(Path(*inner.parts[1:])))
+    return made
 
 
 def _link_the_rest(root: Path, copy: Path, target: Path, taken: Taken) -> None:

@@ -220,7 +220,7 @@ def _by_slurm(facts: Facts, did: str) -> Cause:
     if did == "TIMEOUT":
         return _time_limit(facts)
     if did == "CANCELLED":
-        by = f" by {user_of(facts.by)}" if facts.by else ", by whom is not known here"
+        by = f" by {user_of(facts.by)}" if facts.by else ""
         text = str(facts.record.get("error", ""))
         # A record that names the user says who it was.
         by = f" by {named[1]}" if (named := re.search(r"was cancelled by (\S+?)[;,.]?(?:\s|$)", text)) else by

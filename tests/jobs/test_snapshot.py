@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_a_file_with_a_secret_is_not_copied(tmp_path: Path) -> None:
     assert "used from where they are: hub.py (there is a secret in it), site.yaml (there is a secret in it)" in str(
         taken
     )
+
+
+def test_what_a_run_has_made_in_its_copy_is_carried_over(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    make(root, "train.py", "log.txt", "old.py")
+    _, before = taken_of(root, tmp_path / "before")
+    since = (root / "old.py").stat().st_mtime + 1
+    make(before, "checkpoints/1.pt", "__pycache__/x.pyc")
+    for path in (before / "checkpoints" / "1.pt", before / "log.txt", before / "__pycache__" / "x.pyc"):
+        os.utime(path, (since + 1, since + 1))
+    (root / "old.py").unlink()
+    _, copy = taken_of(root, tmp_path / "code")
+    assert snapshot.carry_over(before.parent, copy.parent, since) == ["checkpoints/1.pt"]
+    assert kinds(copy)[0] == {"train.py", "log.txt", "checkpoints/1.pt"}
+    assert (before / "checkpoints" / "1.pt").exists()
 
 
 def test_nothing_is_said_where_everything_is_copied(tmp_path: Path) -> None:

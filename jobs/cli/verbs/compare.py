@@ -44,6 +44,8 @@ def run(given: Options, console: Console) -> int:
         [cell if len(cell) <= WIDEST_CELL else f"{cell[: WIDEST_CELL - 3]}..." for cell in row]
         for row in [heads, *rows]
     ]
+    if not rows:
+        console.say("nothing differs")
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         console.say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

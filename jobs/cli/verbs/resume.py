@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jobs import secret_values
+from jobs import secret_values, snapshot
 from jobs.cli import manifest, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
@@ -25,7 +25,7 @@ from jobs.cli.verbs import launch
 from jobs.cluster import find_cluster, load_cluster
 from jobs.errors import CommandLineError, RunDirectoryError
 from jobs.excluded import excluded, option
-from jobs.run_dir import RunDirectory, Submitted, read_json
+from jobs.run_dir import Attempt, RunDirectory, Submitted, read_json
 from jobs.runs.find import LAST, come_back, find, submission
 from jobs.runs.tracker import track
 from jobs.spec import JobSpec
@@ -96,10 +96,21 @@ def run(given: Options, console: Console) -> int:
             manifest.write(resolved, given, [], None, was, away.attempt.path)
         else:
             resolved = launch.keep_code(resolved, given, was)
+            if made := _carry_over(run_dir, away.attempt):
+                line = f"made by the run beside its code, and there again: {first_few(made, 3)}"
+                resolved = replace(resolved, announcements=(*resolved.announcements, line))
         if run_dir.data.is_symlink() and not run_dir.data.exists():
             line = _make_data_anew(resolved, run_dir, console)
             resolved = replace(resolved, announcements=(*resolved.announcements, line))
     return launch.start(resolved, run_dir, undo, console, given.wait)
+
+
+def _carry_over(run_dir: RunDirectory, before: Attempt) -> list[str]:
+    """What the new copy of the code gets of the one that was put away, such as checkpoints beside a script."""
+    there = RunDirectory(before.path)
+    if not there.code.is_dir() or there.code.is_symlink() or not there.manifest.exists():
+        return []
+    return snapshot.carry_over(there.code, run_dir.code, there.manifest.stat().st_mtime)
 
 
 def _make_data_anew(resolved: Resolved, run_dir: RunDirectory, console: Console) -> str:
