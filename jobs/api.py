@@ -143,8 +143,8 @@ def submit(workload: str, *, script: Sequence[str] = (), **settings: Any) -> Run
         workload: a built-in's name, package.module:ENTRY, or "script".
         script: with "script", the script's path (or "-m" and a module) and its arguments.
         settings: flags by their names without dashes (nodes, gpus_per_node, executor, cluster, time, partition,
-            env={"KEY": "VALUE"}, sbatch={"exclusive": True}, ...); everything else is a setting of the workload's, a
-            group as a dict.
+            env={"KEY": "VALUE"}, sbatch={"exclusive": True}, after=run, ...); everything else is a setting of the
+            workload's, a group as a dict. A sweep is no run: submit one in a loop for each point.
 
     Raises:
         UserError, WorkloadError: the job cannot work; nothing was started.
@@ -185,7 +185,9 @@ def _flag(name: str, value: Any) -> Any:
         return bool(value)
     if isinstance(value, Mapping):
         return [key if item is True else f"{key}={item}" for key, item in value.items()]
-    return [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+    if Options.__dataclass_fields__[name].default is None:
+        return str(value)
+    return [str(getattr(item, "path", item)) for item in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 class _Logged(Console):

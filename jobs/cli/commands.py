@@ -147,11 +147,12 @@ LAUNCH = Verb(
 """What a command line without a verb does."""
 RUN = """\
 RUN is the path of a run directory, its name or a part of it that no other run has, a job ID, or `last`: the run that
-was started or resumed last, which is also meant where none is named.
+was started or resumed last, which is also meant where none is named. SWEEP/3 or 12_3 is a point of a sweep.
 """
 RUNS = """\
 RUN is the path of a run directory, its name or a part of it that no other run
-has, a job ID, or `last`: the run that was started or resumed last.
+has, a job ID, or `last`: the run that was started or resumed last. A sweep, or
+its job ID, means all of its points; SWEEP/3 or 12_3 is one of them.
 """
 STATES = """\
 STATE is a word of Slurm's, for local runs, too: PENDING, RUNNING, COMPLETING or
@@ -212,10 +213,10 @@ VERBS = (
         "wait",
         "jobs.cli.verbs.wait",
         "[RUN]",
-        "follows the job of a run, or prints how it ended",
+        "follows the job of a run, or of a sweep, or prints how it ended",
         (JSON,),
         most=1,
-        more=RUN,
+        more=RUNS,
     ),
     Verb(
         "resume",
@@ -327,7 +328,7 @@ VERBS = (
         "prints what differs between runs; with --output, also writes a page with their curves over each other",
         (_OUTPUT, JSON),
         least=1,
-        more=RUN,
+        more=RUNS,
     ),
     Verb(
         "doctor",

@@ -47,7 +47,7 @@ def run(given: Options, points: Sequence[Point], console: Console) -> int:
     jobs = _resolved(given, points, folder)
     first = jobs[0]
     slurm = first.spec.executor == "slurm"
-    parallel = int(given.parallel) if given.parallel is not None else len(jobs) if slurm else 1
+    parallel = min(len(jobs), int(given.parallel)) if given.parallel is not None else len(jobs) if slurm else 1
     array = f"0-{len(jobs) - 1}" + (f"%{parallel}" if parallel < len(jobs) else "") if slurm else ""
     said = dict.fromkeys(line.replace(str(one.spec.run_dir), str(folder)) for one in jobs for line in one.announcements)
     whole = replace(first, spec=first.spec.model_copy(update={"run_dir": folder}), announcements=tuple(said))
@@ -104,7 +104,8 @@ def _resolved(given: Options, points: Sequence[Point], folder: Path) -> list[Res
             if not jobs:  # it may not be the point's
                 raise
             raise type(mistake)(f"point {number} ({words_of(point)}): {mistake}") from None
-    return jobs
+    after = {"after": jobs[0].spec.after, "after_jobs": jobs[0].spec.after_jobs}  # Slurm was asked once
+    return [replace(one, spec=one.spec.model_copy(update=after)) for one in jobs]
 
 
 def _make(

@@ -34,7 +34,7 @@ def seats(jobs: Sequence[Resolved], parallel: int, gpus: int) -> list[dict[str, 
         CommandLineError: there are not as many GPUs.
         ResourceError: nor as much memory, where the ranks take the CPU.
     """
-    first, parallel = jobs[0].spec, min(parallel, len(jobs))
+    first = jobs[0].spec
     env, ranks = {**os.environ, **first.env}, first.resources.shape.world_size
     if env.get("MESHRUN_DEVICE") == "cpu":
         gpus = 0

@@ -27,7 +27,7 @@ def run(config: Config, ctx: Any) -> dict[str, Any]:
         fails = config.fails == f"{config.lr:g} {config.seed}" and "MENDED" not in os.environ
         if step == 2 and ctx.rank == 0 and fails:
             raise ValueError("it diverged")
-        while step == 2 and config.waits_for and not (Path(config.waits_for).exists() or ctx.stop_requested):
+        while step == 2 and config.waits_for and not (ctx.stop_requested or Path(config.waits_for).exists()):
             time.sleep(0.1)
         if ctx.end_step({"step": step, "loss": mean(torch.tensor(config.lr * config.seed / step))}):
             break

@@ -111,8 +111,8 @@ def test_a_failed_point_stops_no_other_and_is_submitted_again_alone(
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_a_point_is_cancelled_before_its_turn_and_ctrl_c_ends_the_rest(here: Path) -> None:
-    words = ["mine:ENTRY", "--executor", "local", "seed=1..4", "steps=9", "waits_for=never", "--run-dir", "sweep"]
-    line = typed(here, *words)
+    words = ["mine:ENTRY", "--executor", "local", "seed=1..4", "steps=9", "waits_for=never"]
+    line = typed(here, *words, "--run-dir", "sweep")
     try:
         wait_until(lambda: (here / "sweep/0/metrics.jsonl").exists(), "point 0 takes a step")
         runs = [RunDirectory(here / "sweep" / name) for name in "0123"]
