@@ -128,7 +128,7 @@ def take(code: dict[str, str], folders: Sequence[Path], target: Path) -> Taken:
         if name == OWN and not first:
             _copy(place, _own_files(), copy, Taken(), [], is_searched=False)
             continue
-        _copy(place, _files(place, taken), copy, taken, first)
+        _copy(place, _files(place, taken, first), copy, taken, first)
         _link_the_rest(place, copy, target, taken)
     return taken
 
@@ -142,11 +142,15 @@ def _own_files() -> Iterator[str]:
             yield str(file.relative_to(ROOT))
 
 
-def _files(root: Path, taken: Taken) -> Iterable[str]:
-    """The files of a folder that are code, relative to it."""
-    if (root / ".git").exists() and (files := _known_to_git(root)) is not None:
-        return files
-    return _looked_through(root, taken)
+def _files(root: Path, taken: Taken, first: Sequence[Path]) -> Iterable[str]:
+    """The files of a folder that are code, relative to it; those below `first` also where git ignores them."""
+    if not (root / ".git").exists() or (files := _known_to_git(root)) is None:
+        return _looked_through(root, taken)
+    for folder in first:
+        inner = f"{folder.relative_to(root)}/"
+        if folder != root and not any(path.startswith(inner) for path in files):
+            files += [inner + path for path in _looked_through(folder, taken)]
+    return files
 
 
 def _known_to_git(root: Path, within: str = "", deadline: float | None = None) -> list[str] | None:
@@ -261,7 +265,7 @@ def _copy(
             target.symlink_to(source.readlink() if is_within else os.path.realpath(source))
         elif stat.S_ISREG(status.st_mode):
             try:
-                if is_searched and has_secrets(source.read_bytes().decode(errors="surrogateescape")):
+                if is_searched and has_secrets(source.read_bytes().decode(errors="surrogateescape"), also_weak=False):
                     taken.left_out[str(source)] = "there is a secret in it"
                     continue
                 _copy_file(source, target, status)

@@ -231,9 +231,16 @@ def without_secrets(text: str) -> str:
     return _without_shapes(text)
 
 
-def has_secrets(text: str) -> bool:
-    """Whether there is something in a text that `without_secrets` leaves out."""
-    return without_secrets(text) != text
+def has_secrets(text: str, also_weak: bool = True) -> bool:
+    """Whether there is something in a text that `without_secrets` leaves out.
+
+    Args:
+        text: of any length.
+        also_weak: whether known secrets count that may be there by chance, such as `postgres`.
+    """
+    if also_weak:
+        return without_secrets(text) != text
+    return any(value in text for value in _known if _is_random(value)) or _without_shapes(text) != text
 
 
 def masked(name: str, value: str) -> str:

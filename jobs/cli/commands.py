@@ -163,9 +163,10 @@ x GPUs per host, LEFT the time for the steps that are left.
 
 """
 CLEAN = """\
-It first shows what would go and how much space that frees, and then asks. It
-never removes a run that may be alive, whose state is unknown or that a run which
-may be alive refers to, never what is not a run directory, and follows no links.
+Without RUN, it looks at the runs below the current directory. It first shows what
+would go and how much space that frees, and then asks. It never removes a run that
+may be alive, whose state is unknown or that a run which may be alive refers to,
+never what is not a run directory, and follows no links.
 
 """
 YES = Flag("--yes", "", "do not ask", "switch")

@@ -83,15 +83,26 @@ def test_of_another_folder_python_and_text_files_are_copied(tmp_path: Path) -> N
 def test_a_file_with_a_secret_is_not_copied(tmp_path: Path) -> None:
     root, token = tmp_path / "project", "hf_" + "QmZxKcPlWsDvBnTyRhJuGeAoIfLbNqXsKd"
     make(root, "train.py", "site.yaml", "hub.py")
-    (root / "site.yaml").write_text("hub: the-key-of-this-job\n")
+    (root / "site.yaml").write_text("hub: the-key-of-this-job-1\n")
     (root / "hub.py").write_text(f"login({token!r})\n")
-    secret_values.know(["the-key-of-this-job"])
+    (root / "train.py").write_text("user = 'postgres'\n")  # may be there by chance
+    secret_values.know(["the-key-of-this-job-1", "postgres"])
     taken, copy = taken_of(root, tmp_path / "code")
     secret_values.forget()
     assert kinds(copy) == ({"train.py"}, {"site.yaml", "hub.py"})
     assert "used from where they are: hub.py (there is a secret in it), site.yaml (there is a secret in it)" in str(
         taken
     )
+
+
+@needs_git
+def test_a_script_in_a_folder_that_git_ignores_is_copied(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    make(root, "lib.py", "exp/train.py", "exp/helper.py", "exp/weights.bin")
+    (root / ".gitignore").write_text("exp/\n")
+    git(root, "init", "--quiet")
+    _, copy = taken_of(root, tmp_path / "code", root / "exp")
+    assert kinds(copy) == ({"lib.py", ".gitignore", "exp/train.py", "exp/helper.py"}, {"exp/weights.bin"})
 
 
 def test_what_a_run_has_made_in_its_copy_is_carried_over(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from jobs.cli import interrupts
 from jobs.cli.confirm import confirm, refuse_if_nobody_can_answer
@@ -37,7 +38,7 @@ def run(given: Options, console: Console) -> int:
             "clean: nothing says which runs go; give --older-than, --larger-than, --state, several of them, or runs"
         )
     known = index.runs()
-    runs = find_all(names, every=True) if names else known
+    runs = find_all(names, every=True) if names else [run for run in known if run.path.is_relative_to(Path.cwd())]
     choice = choose(runs, conditions, known)
     going = choice.going
     for path, why in choice.kept.items() if names else ():
@@ -45,7 +46,8 @@ def run(given: Options, console: Console) -> int:
     if not names and choice.kept:
         console.say(f"kept: {len(choice.kept):,} that may not have ended, are links or not yours, or are referred to")
     if not going:
-        console.say(f"no run to remove: of {len(runs):,}, none has ended and fits")
+        below = "" if names else f" below {Path.cwd()}"
+        console.say(f"no run to remove: of {len(runs):,}{below}, none has ended and fits")
         console.finish({"status": "done", "exit_code": EXIT_DONE, "runs": [], "bytes": 0})
         return EXIT_DONE
     total = sum(one.size for one in going)

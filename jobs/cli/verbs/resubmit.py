@@ -139,9 +139,11 @@ def _set_shell(was: Mapping[str, Any]) -> list[str]:
     then = was.get("shell")
     if not isinstance(then, dict):
         return []
-    now, changed = manifest.shell(), []
+    now, changed, lost = manifest.shell(), [], []
     for name in sorted({*then, *now}):
         value = then.get(name)
+        if value is not None and MASK in str(value) and name not in os.environ:
+            lost.append(name)
         if name in _OF_PYTHON or value == now.get(name) or (value is not None and MASK in str(value)):
             continue
         if value is None:
@@ -150,9 +152,9 @@ def _set_shell(was: Mapping[str, Any]) -> list[str]:
         else:
             os.environ[name] = str(value)
             changed.append(name)
-    return (
-        [f"as it was then, and not as in this shell: {first_few(changed)}; --env sets another value"] if changed else []
-    )
+    lines = [f"as it was then, and not as in this shell: {first_few(changed)}; --env sets another value"]
+    gone = [f"warning: was set then, as a secret, and is not in this shell: {first_few(lost)}"]
+    return [*(lines if changed else ()), *(gone if lost else ())]
 
 
 def _differences(was: Mapping[str, Any]) -> list[str]:
