@@ -282,7 +282,7 @@ def _of_text(facts: Facts, error: str) -> Cause:
         room = "The file system of the run directory has no room, which may be why it has no record."
     known = f"What is known: {said}." if said else "It has ended, and left no reason."
     where = "Look at slurm.log and the logs of the agents." if facts.executor == "slurm" else "Look at the agent's log."
-    return Cause("unknown", False, ("The cause is not known.", known, room, look or where), **place)
+    return Cause("unknown", False, ("The cause is not known.", known, room, look or where, go_on(facts)), **place)
 
 
 _SETUP = "Check the job's Python on that host, and what the cluster config does before (`python`, `setup`, `modules`)."

@@ -149,7 +149,7 @@ def of_failure(facts: Facts, failure: Failure) -> Cause:
     elif sort := _sort_of(failure):
         words = _of_sort(facts, failure, sort, who, at, said)
     else:
-        advice = "Correct it there; `--executor debug` runs one rank in your terminal, so that breakpoint() works."
+        advice = "Correct that line; `--executor debug` runs one rank in your terminal, so that breakpoint() works."
         words = _Words("exception", True, f"{who} raised {said}{at}", advice)
     frame = own_frame(frames_in(failure.traceback))
     if str(frame) != failure.place:  # the traceback is another rank's, which lost this one

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from jobs import code_copy
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.errors import CommandLineError
@@ -38,6 +39,8 @@ def run(given: Options, console: Console) -> int:
             )
         attempt = int(given.attempt)
     cause = explain(run_dir, attempt)
+    if cause.file:  # in the user's tree, where it can be mended
+        cause = replace(cause, file=code_copy.original_of(run_dir, f'"{cause.file}"').strip('"'))
     name = run_dir.name if attempt is None else f"{run_dir.name}, attempt {attempt}"
     for line in lines_of(cause, name, shutil.get_terminal_size().columns):
         console.say(line)
