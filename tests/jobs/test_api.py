@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from jobs import api
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, logging, sys
@@ -64,3 +68,19 @@ def test_runs_are_submitted_awaited_and_read(tmp_path: Path) -> None:
     assert "has not ended within 0.5 s; it goes on" in said["slow"]
     assert said["states"] == ["COMPLETED", "RUNNING", "CANCELLED"]
     assert said["script"] == ["done", "['--lr', '3']\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("nodes", 2, "2"),
+        ("env", {"A": "b"}, ["A=b"]),
+        ("sbatch", {"exclusive": True, "comment": "x"}, ["exclusive", "comment=x"]),
+        ("allow_cpu", True, True),
+        ("after", api.Run(Path("/runs/a")), ["/runs/a"]),
+        ("after", ["12_3", api.Run(Path("/runs/a"))], ["12_3", "/runs/a"]),
+        ("after", "last", ["last"]),
+    ],
+)
+def test_flags_are_those_of_the_command_line(name: str, value: object, flag: object) -> None:
+    assert api._flag(name, value) == flag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -93,6 +94,14 @@ def test_sruns_log_knows_what_slurm_has_forgotten(tmp_path: Path) -> None:
         "slurmstepd-node0: error: *** JOB 12 ON node0 CANCELLED AT 2026-11-22T11:25:46 DUE TO TIME LIMIT ***\n"
     )
     assert see(run, Forgotten()).state == "TIMEOUT"
+
+
+def test_of_an_array_slurm_forgets_what_scancel_ended_before_it_began(tmp_path: Path) -> None:
+    waited, began = (a_run(tmp_path / name, job_id=f"12_{name}") for name in "34")
+    shutil.rmtree(waited.path / "attempt-0")
+    seen = overviews([waited, began], lambda scripts: dict.fromkeys(scripts, Forgotten()))
+    assert [(one.state, one.is_alive) for one in seen] == [("CANCELLED", False), ("UNKNOWN", False)]
+    assert seen[0].reason == "job 12_3 was cancelled before it started"
 
 
 def test_all_jobs_are_asked_about_at_once_and_the_lost_ones_of_accounting(

@@ -289,3 +289,22 @@ def test_a_command_that_hangs_is_left(site: dict[str, str]) -> None:
     before = time.monotonic()
     assert query.ask("12", site, within_s=0.3) == NoAnswer("squeue did not answer within 0.3 s")
     assert time.monotonic() - before < 10
+
+
+def test_an_element_of_an_array_is_found_by_the_script_of_all_and_its_index(site: dict[str, str]) -> None:
+    rows = ["12_0|/s/submitit/a.sh", "12_10|/s/submitit/a.sh", "13|/other/a.sh"]
+    say(site, "squeue", "\n".join(rows))
+    assert query.find(Path("/s/submitit"), site, "10") == "12_10"
+    assert query.find(Path("/s/submitit"), site, "1") == ""
+    assert query.find(Path("/other"), site) == "13"
+
+
+def test_a_site_says_how_long_an_array_may_be(site: dict[str, str]) -> None:
+    assert query.most_points(site) is None
+    say(site, "scontrol", "MaxArraySize            = 1001\nMaxJobCount             = 10000")
+    assert query.most_points(site) == 1001
+
+
+def test_an_element_that_scancel_could_not_end_has_its_own_reason(site: dict[str, str]) -> None:
+    say(site, "scancel", err="scancel: error: Kill job error on job id 12_3: Access/permission denied", code=1)
+    assert list(query.cancel(["12_3", "12_4"], site)) == ["12_3"]
