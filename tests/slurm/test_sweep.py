@@ -39,7 +39,7 @@ def test_the_life_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
 
     go = tmp_path / "go"
     words = ["mine:ENTRY", "--nodes", "2", "--gpus-per-node", "1", "lr=1,2", "seed=1..2", "fails=2 2"]
-    words += [f"waits_for={go}", "--env", f"HF_TOKEN={TOKEN}", "--parallel", "2"]
+    words += ["steps=9", f"waits_for={go}", "--env", f"HF_TOKEN={TOKEN}", "--parallel", "2"]
     said = typed(*words, "--run-dir", "sweep")
     job = said.partition("submitted job ")[2].partition(",")[0]
     assert f"submitted job {job}, an array of 0-3%2 " in said
