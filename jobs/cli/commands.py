@@ -6,6 +6,7 @@ A new verb is one row here and one file in jobs/cli/verbs with `run(given: Optio
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,6 +193,14 @@ _FOR_A_DOCTOR = (
 )
 _NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory", "--parallel")
+
+
+def _as_before(flag: Flag) -> Flag:
+    """A flag of a verb that starts a run as one was started before."""
+    own = ("--run-dir", "--wait", "--cpu-binding")
+    return flag if flag.name in own else flag._replace(meaning=re.sub(r" \(default: [^()]*\)", "", flag.meaning))
+
+
 SCRIPT = Verb(
     "script",
     "jobs.cli.verbs.launch",
@@ -225,7 +234,7 @@ VERBS = (
         "[RUN] [options] [key=value ...]",
         "goes on with a run that has ended, from its newest checkpoint, also on another shape",
         (
-            *(flag for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY),
+            *(_as_before(flag) for flag in _LAUNCH if flag.name not in _NEW_RUNS_ONLY),
             Flag("--same-code", "", "run the copy of the code that the run has, not the code as it is now", "switch"),
             JSON,
         ),
@@ -236,7 +245,7 @@ VERBS = (
         "jobs.cli.verbs.resubmit",
         "[RUN] [options] [key=value ...]",
         "starts a new run with the code, settings, shape, cluster config and environment of another",
-        (*(flag for flag in _LAUNCH if flag.name not in ("--config", "--parallel")), JSON),
+        (*(_as_before(flag) for flag in _LAUNCH if flag.name not in ("--config", "--parallel")), JSON),
         more=RUN + "\nWhat the line gives, such as steps=400 or --time 2:00:00, replaces what that run had.\n",
     ),
     Verb(
@@ -373,8 +382,10 @@ exit codes: 0 success, 1 the job failed, 2 invalid input (nothing was started), 
 
 
 def flags() -> list[Flag]:
-    """Every flag of every verb, once."""
-    return list(dict.fromkeys(flag for verb in (LAUNCH, *VERBS) for flag in verb.flags))
+    """Every flag of every verb, once, with the meaning that it has in a line that starts a run, if it has one there."""
+    launch = {flag.name for flag in LAUNCH.flags}
+    others = (flag for verb in VERBS for flag in verb.flags if flag.name not in launch)
+    return list(dict.fromkeys([*LAUNCH.flags, *others]))
 
 
 def usage_of(verb: Verb) -> str:

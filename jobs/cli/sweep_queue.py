@@ -100,9 +100,9 @@ def run(made: Sweep, jobs: Sequence[Resolved], places: Sequence[Mapping[str, str
         _end_all(made, jobs, waiting, running, str(interruption), signal.SIGINT if is_ctrl_c else signal.SIGTERM)
         processes.kill_children(but=before)
         console.error(
-            f"{interruption}; {len(running)} points were ended, {len(waiting)} had not begun, and none of their "
-            f"processes is left; see them: {come_back(RunDirectory(made.path), 'status')}; start one again: "
-            f"{come_back(made.first_run((waiting or [*running] or [0])[0]), 'resubmit')}"
+            f"{interruption}; points that were ended: {len(running)}, that had not begun: {len(waiting)}; "
+            f"none of their processes is left; see them: {come_back(RunDirectory(made.path), 'status')}; "
+            f"start one again: {come_back(made.first_run(([*running] or waiting or [0])[0]), 'resubmit')}"
         )
         with contextlib.suppress(OutputLost):
             console.finish({"status": "interrupted", "exit_code": Interrupted.exit_code})

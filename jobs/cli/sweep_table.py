@@ -75,8 +75,9 @@ def finish(sweep: Sweep, console: Console) -> int:
     failed = [one for one in seen if one.state != COMPLETED]
     code = EXIT_FAILED if failed else EXIT_DONE
     if failed:
-        again = come_back(RunDirectory(failed[0].path), "resubmit")
-        console.error(f"{len(failed)} of {len(seen)} points are not done; start one again: {again}")
+        one = RunDirectory(failed[0].path)
+        again = f"go on with one: {come_back(one, 'resume')}; start it anew: {come_back(one, 'resubmit')}"
+        console.error(f"{len(failed)} of {len(seen)} points are not done; {again}")
     console.finish({"status": "failed" if code else "done", "exit_code": code, **record(sweep, seen)})
     return code
 

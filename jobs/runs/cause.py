@@ -129,7 +129,8 @@ def go_on(facts: Facts) -> str:
 def progress(facts: Facts) -> str:
     """How far the job had come, to follow a statement."""
     where = status.in_words(facts.progress)
-    if where:
+    last = (facts.progress or {}).get("last_step")
+    if where and not (isinstance(last, int) and facts.step is not None and facts.step > last):  # written every 2 s
         return f"; {where}"
     return f" after step {facts.step}" if facts.step is not None else ""
 

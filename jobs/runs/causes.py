@@ -163,7 +163,11 @@ def _ended(facts: Facts) -> Cause:
     if how == "cancelled":
         return _by_slurm(facts, "CANCELLED")
     if how == "interrupted":
-        text = "Its own terminal, or someone's kill, ended it: it was " + (error or "interrupted") + "."
+        text = (
+            "Its terminal or its submit.py was closed or killed, or somebody ended it: it was "
+            + (error or "interrupted")
+            + "."
+        )
         return Cause("interrupted", True, (text, "Nothing failed.", go_on(facts)))
     if "the scheduler has started this job again" in error:
         return Cause("superseded", True, (f"Slurm started the job again while this attempt still ran: {error}.",))
@@ -227,9 +231,7 @@ def _by_slurm(facts: Facts, did: str) -> Cause:
         never = " before it started" if "before it started" in text else progress(facts)
         if NEVER in text:
             never += f", because {NEVER}"
-            proof = (
-                f"It was to start after {first_few(facts.after)}; `explain` says of it why." if facts.after else proof
-            )
+            proof = f"It was to start after {first_few(facts.after)}, which see." if facts.after else proof
         return Cause("cancelled", True, (f"{job} was cancelled{by}{never}.", proof, go_on(facts)), **at(mark))
     if did == "PREEMPTED":
         text = f"{job} was preempted: Slurm gave its hosts to another job{progress(facts)}."

@@ -32,7 +32,7 @@ def find(name: str = LAST) -> RunDirectory:
     found = look(name)
     if isinstance(found, Sweep):
         one = f"{found.name}/0 to {found.name}/{len(found.points) - 1}"
-        raise CommandLineError(f"'{name}': is a sweep of {len(found.points)} points; name one of them, {one}")
+        raise CommandLineError(f"'{name}' is a sweep of {len(found.points)} points; name one of them, {one}")
     return found
 
 

@@ -66,7 +66,7 @@ def test_the_life_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
     assert states() == ["COMPLETED", "COMPLETED", "CANCELLED", "FAILED"]
     assert "point 3 (lr=2 seed=2): FAILED: rank 0 on node0: ValueError: it diverged (mine.py:" in said
     assert "* the lowest heldout_loss, 1: sweep/0 (lr=1 seed=1)" in said
-    assert "2 of 4 points are not done; start one again: " in said
+    assert "2 of 4 points are not done; go on with one: " in said
     assert (record("0")["status"], record("0")["attempt"]) == ("done", 1)
     assert record("1")["attempt"] == 0
     assert record("2")["error"] == f"job {job}_2 was cancelled before it started"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from jobs.runs.find import find_all
 from jobs.runs.history import History
 from jobs.runs.sweep import sweep_of, words_of
 
-WIDEST_CELL = 32
+WIDEST_CELL, NARROWEST_CELL = 32, 12
 
 
 def run(given: Options, console: Console) -> int:
@@ -40,8 +41,10 @@ def run(given: Options, console: Console) -> int:
 
         write_text(Path(given.output).expanduser(), page.comparison(histories, rows))
     heads = ("", *(one.name for one in histories))
+    names = max(len(row[0]) for row in [heads, *rows])
+    widest = max(NARROWEST_CELL, min(WIDEST_CELL, (shutil.get_terminal_size().columns - names) // len(runs) - 2))
     cells = [
-        [cell if len(cell) <= WIDEST_CELL else f"{cell[: WIDEST_CELL - 3]}..." for cell in row]
+        [row[0], *(cell if len(cell) <= widest else f"{cell[: widest - 3]}..." for cell in row[1:])]
         for row in [heads, *rows]
     ]
     if not rows:
@@ -92,4 +95,6 @@ def _shape(one: History) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value, default=str)
+    if not isinstance(value, str):
+        return json.dumps(value, default=str)
+    return "".join(c if c.isprintable() else "?" for c in " ".join(value.split()))

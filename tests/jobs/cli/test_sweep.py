@@ -75,7 +75,7 @@ def test_a_failed_point_stops_no_other_and_is_submitted_again_alone(
     said, _, end = out.partition("sweep /")
     end = re.sub(r"python \S+submit.py", "python submit.py", f"sweep /{end}")
     assert end == TABLE.replace("{here}", str(here))
-    assert re.search(r"1 of 4 points are not done; start one again: python \S+ resubmit sweep/3\n$", err)
+    assert re.search(r"1 of 4 points are not done; go on with one: python \S+ resume sweep/3; start it anew: ", err)
     assert f"sweep of 4 points, 2 at once: {here}/sweep\n" in said
     assert "point 0 (lr=1 seed=1): started\npoint 1 (lr=1 seed=2): started\n" in said
     assert len(re.findall(r"^point [0-2] \(lr=. seed=.\): done in [\d.]+ s$", said, re.MULTILINE)) == 3
@@ -125,7 +125,7 @@ def test_a_point_is_cancelled_before_its_turn_and_ctrl_c_ends_the_rest(here: Pat
         line.kill()
         line.wait()
     assert line.returncode == 130
-    assert "interrupted by SIGINT; 1 points were ended, 1 had not begun, and none of their processes is left" in err
+    assert "interrupted by SIGINT; points that were ended: 1, that had not begun: 1; none of their proc" in err
     assert "point 1 (seed=2): was cancelled before its turn" in out
     states = [(one.state, one.is_alive) for one in overviews(runs)]
     assert states == [("STOPPED", False), *[("CANCELLED", False)] * 3]
