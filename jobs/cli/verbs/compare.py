@@ -44,8 +44,8 @@ def run(given: Options, console: Console) -> int:
     names = max(len(row[0]) for row in [heads, *rows])
     widest = max(NARROWEST_CELL, min(WIDEST_CELL, (shutil.get_terminal_size().columns - names) // len(runs) - 2))
     cells = [
-        [row[0], *(cell if len(cell) <= widest else f"{cell[: widest - 3]}..." for cell in row[1:])]
-        for row in [heads, *rows]
+        [row[0], *(cell if len(cell) <= most else f"{cell[: most - 3]}..." for cell in row[1:])]
+        for row, most in [(heads, WIDEST_CELL), *((row, widest) for row in rows)]
     ]
     if not rows:
         console.say("nothing differs")
