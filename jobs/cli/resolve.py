@@ -195,6 +195,8 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     if which != "debug" and (mistake := script.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
     waits = after.of_line(given.after, which)
+    if waits.runs and which != "slurm" and given.wait is False:
+        raise CommandLineError("--no-wait: a local job waits for --after in this command, so leave one of the two out")
     if waits.jobs and "dependency" in options:
         raise CommandLineError("--after: the job already has dependency among its sbatch options; keep one of the two")
     announcements += waits.lines

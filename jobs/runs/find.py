@@ -146,6 +146,11 @@ def why_not_submitted(run_dir: RunDirectory) -> str:
         return (
             f"{run_dir.path}: ran with --executor debug, inside the command that started it; there is no job to follow"
         )
+    if run_dir.sweep is not None:
+        return (
+            f"{run_dir.path}: a point that its sweep has not started, or not yet; once the sweep has ended: "
+            f"{come_back(run_dir, 'resubmit')}"
+        )
     if run_dir.script:
         return (
             f"{run_dir.path}: sbatch could not tell whether it queued the job, and Slurm knows no job with its script; "

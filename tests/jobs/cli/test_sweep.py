@@ -256,6 +256,7 @@ def test_what_a_job_comes_after(here: Path, local_run: tuple[RunDirectory, Any])
     ):
         with pytest.raises(CommandLineError, match=said):
             after.of_line([name], executor)
+    assert main(["tp_fsdp", "--executor", "local", "--after", "before", "--no-wait"]) == 2
 
 
 @pytest.mark.parametrize("record", [DONE, FAILED], ids=["done", "failed"])
