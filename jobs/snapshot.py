@@ -128,7 +128,11 @@ def take(code: dict[str, str], folders: Sequence[Path], target: Path) -> Taken:
         if name == OWN and not first:
             _copy(place, _own_files(), copy, Taken(), [], is_searched=False)
             continue
-        _copy(place, _files(place, taken, first), copy, taken, first)
+        files = _files(place, taken, first)
+        if target.is_relative_to(place):  # the run directory may be within, and there are parts of the copy in it
+            own = f"{target.parent.relative_to(place)}/"
+            files = [path for path in files if not path.startswith(own)]
+        _copy(place, files, copy, taken, first)
         _link_the_rest(place, copy, target, taken)
     return taken
 

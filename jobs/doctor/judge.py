@@ -62,7 +62,11 @@ def of_slurm(slurm: Mapping[str, Any], nodes: int, cluster: Mapping[str, Any]) -
         advice = "run this on a login node, or load Slurm's module"
         return [Verdict("FAIL", "Slurm", f"not on PATH: {', '.join(needed)}", advice)]
     if "error" in slurm:
-        return [Verdict("FAIL", "Slurm", f"does not answer: {slurm['error']}", "try again later, ask your site, or give --executor local")]
+        return [
+            Verdict(
+                "FAIL", "Slurm", f"does not answer: {slurm['error']}", "try later, ask your site, or --executor local"
+            )
+        ]
     without = "; no sacct, so Slurm forgets within minutes how a job ended" if slurm["missing"] else ""
     verdicts = [Verdict("ok", "Slurm", slurm["version"] + without)]
     name, limits = slurm["partition"], slurm.get("limits")

@@ -80,6 +80,14 @@ def test_of_another_folder_python_and_text_files_are_copied(tmp_path: Path) -> N
     assert str(taken).endswith("(3 files); not in it, but used from where they are: images, model.bin")
 
 
+def test_the_run_directory_is_not_copied_into_itself(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    make(root, "train.py", "sweep/0/a.py", "sweep/code/meshrun/jobs/b.py")
+    shutil.rmtree(root / "sweep" / "code")
+    _, copy = taken_of(root, root / "sweep" / "code")
+    assert kinds(copy) == ({"train.py"}, set())
+
+
 def test_a_file_with_a_secret_is_not_copied(tmp_path: Path) -> None:
     root, token = tmp_path / "project", "hf_" + "QmZxKcPlWsDvBnTyRhJuGeAoIfLbNqXsKd"
     make(root, "train.py", "site.yaml", "hub.py")
