@@ -50,7 +50,7 @@ def test_the_life_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
     # An element that waits is a run like any other.
     assert states()[2:] == ["PENDING", "PENDING"]
     assert "as many jobs of its array run as may run at once" in typed("explain", f"{job}_3")
-    assert f"'{job}': is a sweep of 4 points; name one of them, sweep/0 to sweep/3" in typed("explain", job, code=2)
+    assert f"'{job}' is a sweep of 4 points; name one of them, sweep/0 to sweep/3" in typed("explain", job, code=2)
     assert "sweep/2: cancelled job" in typed("cancel", f"{job}_2")
     assert "sweep/2 has ended and is not done (CANCELLED)" in typed("mine:ENTRY", "--after", job, code=2)
     typed("mine:ENTRY", "--after", "sweep/3", "--run-dir", "never")
