@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,18 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 # The user's own list of runs is none of the tests'; those that look for a run in it have a list of their own.
 _state = tempfile.TemporaryDirectory(prefix="meshrun-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
+
+
+@pytest.fixture(autouse=True)
+def own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test made importable, and has imported from a folder of its own, is forgotten again."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if "/pytest-of-" in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
+
 
 LAUNCHERS = ("SLURM_", "SBATCH_", "MESHRUN_", "SUBMITIT_", "TORCHELASTIC_", "SRUN_")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -24,7 +24,7 @@ _logs: dict[int, int] = {}
 def _count(operation: str, path: Any) -> None:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
-    if isinstance(path, str) and path.startswith(BELOW):
+    if isinstance(path, str) and path.startswith(BELOW) and not f"{path}/".startswith(f"{BELOW}/code/"):  # imports
         pid = os.getpid()
         if pid not in _logs:
             _logs[pid] = os.open(f"{INTO}/{pid}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

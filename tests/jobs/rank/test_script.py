@@ -73,7 +73,8 @@ def test_a_failure_leaves_what_python_prints(body: str, says: str, typed: Submit
     assert code == 1
     alone = subprocess.run([sys.executable, tmp_path / "train.py"], capture_output=True, text=True)
     assert alone.returncode == 1
-    assert (tmp_path / "run/attempt-0/rank-0.log").read_text() == alone.stderr
+    copy = f"{tmp_path}/run/code/{tmp_path.name}/"
+    assert (tmp_path / "run/attempt-0/rank-0.log").read_text().replace(copy, f"{tmp_path}/") == alone.stderr
     assert f"the job failed: rank 0 on host0: {says}" in err.splitlines()[-1]
     line.assert_nothing_left()
 
