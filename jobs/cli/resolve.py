@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from jobs import code_copy, machine, secret_values, settings, snapshot
-from jobs.cli import after, commands, fit, track
+from jobs.cli import commands, fit, track
 from jobs.cli.options import Options
 from jobs.cluster import ClusterConfig, choose_executor, env_name_mistake, env_value_mistake, name_mistake
 from jobs.errors import CommandLineError, RunDirectoryError
@@ -194,12 +194,17 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):
         raise RunDirectoryError(f"--run-dir {str(run_dir)!r}: {mistake}")
-    waits = after.of_line(given.after, which)
-    if waits.runs and which != "slurm" and given.wait is False:
+    comes_after: tuple[str, ...] = ()
+    after_jobs: tuple[str, ...] = ()
+    if given.after:
+        from jobs.cli import after  # late: few lines have it, and it takes a tenth of a dry run
+
+        comes_after, after_jobs, lines = after.of_line(given.after, which)
+        announcements += lines
+    if comes_after and which != "slurm" and given.wait is False:
         raise CommandLineError("--no-wait: a local job waits for --after in this command, so leave one of the two out")
-    if waits.jobs and "dependency" in options:
+    if after_jobs and "dependency" in options:
         raise CommandLineError("--after: the job already has dependency among its sbatch options; keep one of the two")
-    announcements += waits.lines
     code: dict[str, str] = {}
     if before is not None and before.spec.code:
         code = before.spec.code
@@ -226,8 +231,8 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
         rendezvous_ports=_ports(cluster, resources, which),
         job_name=given.job_name,
         sbatch=options,
-        after=waits.runs,
-        after_jobs=waits.jobs,
+        after=comes_after,
+        after_jobs=after_jobs,
         profile=profile,
         track=tracks,
         shown=tuple(entry.shown),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import executor, snapshot
-from jobs.cli import after, dry_run, fit, interrupts, preparation
+from jobs.cli import dry_run, fit, interrupts, preparation
 from jobs.cli.console import Console
 from jobs.cli.options import Options
 from jobs.cli.resolve import Resolved, imported_folders, resolve
@@ -114,7 +114,10 @@ def ask_slurm(resolved: Resolved, console: Console, array: str = "") -> Resolved
         ResourceError: its ranks would see no GPU.
     """
     if resolved.spec.executor != "slurm":
-        after.wait(resolved.spec.after, console)
+        if resolved.spec.after:
+            from jobs.cli import after  # late: few lines have it
+
+            after.wait(resolved.spec.after, console)
         return resolved
     reply = executor.check_slurm(executor.render(resolved.spec, resolved.cluster, array))
     warnings = fit.check_torch_build(resolved.spec, resolved.cluster, os.environ)
