@@ -298,8 +298,8 @@ def test_slurm_and_the_cluster_config(slurm: dict[str, Any], config: dict[str, A
 
 
 def test_the_run_directory_here() -> None:
-    about = {"path": "/work/runs", "own": "ext4", "write_mb_s": 1234.0, "read_mb_s": 1.0}
+    about = {"path": "/project/runs", "own": "ext4", "write_mb_s": 1234.0, "read_mb_s": 1.0}
     assert judge.of_run_directory_here(about, on_slurm=False).text == "can be written here, 1.23 GB/s"
     assert judge.of_run_directory_here(about, on_slurm=True).text.endswith("; on ext4, which is often a machine's own")
     full = judge.of_run_directory_here({**about, "error": "No space left on device"}, on_slurm=True)
-    assert (full.level, full.text) == ("FAIL", "/work/runs: No space left on device")
+    assert (full.level, full.text) == ("FAIL", "/project/runs: No space left on device")
