@@ -384,13 +384,18 @@ def check_refusal(bad: Bad, code: int, out: str, err: str, before: dict[str, int
     assert tree(directory) == before
 
 
-@pytest.mark.parametrize("bad", BAD, ids=name)
-def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad.prepare(tmp_path)
-    before = tree(tmp_path)
+def refuse(bad: Bad, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types a line in a directory, which is the current one; it must be refused, and leave nothing there."""
+    bad.prepare(directory)
+    before = tree(directory)
     code = main(bad.line)
     out, err = capsys.readouterr()
-    check_refusal(bad, code, out, err, before, tmp_path)
+    check_refusal(bad, code, out, err, before, directory)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=name)
+def test_a_mistake_is_one_line_and_leaves_nothing(bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse(bad, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("where", ["empty", "link", "new/in/new"])

@@ -169,7 +169,7 @@ def compact(facts: Facts, run: Path) -> dict[str, Any]:
     differing = asdict(Facts("ended"))
     known = {name: value for name, value in asdict(small).items() if name == "stage" or value != differing[name]}
     text = json.dumps(known, default=list)
-    text = text.replace(f"{run.parent}/", "/work/") if run != Path("/run") else text
+    text = text.replace(f"{run.parent}/", "/home/me/") if run != Path("/run") else text
     compacted: dict[str, Any] = json.loads(text)
     return {**compacted, "run": "runs/x"}
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs.cli.main import main
 from tests.jobs.submitting import SUBMIT
-from tests.test_submit import Bad, check_refusal, name, tree
+from tests.test_submit import Bad, name, refuse
 
 JOB = json.dumps({"workload": "script", "settings": {"path": "a.py"}, "resources": {}, "executor": "local"})
 DESCRIBED = {**json.loads(JOB), "cluster": "x.yaml", "run_dir": "/gone"}
@@ -59,11 +58,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bad.prepare(tmp_path)
-    before = tree(tmp_path)
-    code = main(bad.line)
-    out, err = capsys.readouterr()
-    check_refusal(bad, code, out, err, before, tmp_path)
+    refuse(bad, tmp_path, capsys)
 
 
 def typed(folder: Path, *words: str) -> str:

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from jobs.cli.main import main
 from jobs.cli.options import parse
 from jobs.cli.resolve import resolve
 from jobs.cli.verbs.resume import with_what_was_given_before
 from jobs.run_dir import RunDirectory
 from tests.jobs.submitting import SUBMIT
-from tests.test_submit import Bad, check_refusal, name, tree
+from tests.test_submit import Bad, name, refuse, tree
 
 SMALL = [
     *("model.dim=32", "model.n_layers=1", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=48", "seq_len=16"),
@@ -39,11 +38,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bad.prepare(tmp_path)
-    before = tree(tmp_path)
-    code = main(bad.line)
-    out, err = capsys.readouterr()
-    check_refusal(bad, code, out, err, before, tmp_path)
+    refuse(bad, tmp_path, capsys)
 
 
 def test_what_a_run_was_started_with_is_kept_unless_the_line_says_otherwise(

@@ -15,7 +15,7 @@ from jobs.cli.verbs.resume import with_what_was_given_before
 from jobs.run_dir import RunDirectory
 from jobs.settings import parse_overrides
 from jobs.spec import JobSpec, TrackSettings
-from tests.test_submit import Bad, check_refusal, name, tree
+from tests.test_submit import Bad, name, refuse, tree
 from workloads.base import WorkloadConfig
 
 
@@ -112,11 +112,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bad.prepare(tmp_path)
-    before = tree(tmp_path)
-    code = main(bad.line)
-    out, err = capsys.readouterr()
-    check_refusal(bad, code, out, err, before, tmp_path)
+    refuse(bad, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("how", ["wandb=true", "--track wandb", "track: [wandb]"])

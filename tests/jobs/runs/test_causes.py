@@ -157,7 +157,7 @@ def test_where_no_rank_failed_by_itself() -> None:
     assert "pair.cc" not in text_of(of_failure(early))
 
 
-STACK = 'Thread 0x1 (most recent call first):\n  File "/work/train.py", line {line} in train\n'
+STACK = 'Thread 0x1 (most recent call first):\n  File "/home/me/train.py", line {line} in train\n'
 
 
 def shown(*lines: int, returned: int | None = None, state: str = "") -> dict[int, Shown]:
@@ -173,7 +173,7 @@ def test_a_hang_is_told_as_it_was_found() -> None:
     assert (of_failure(stopped).kind, of_failure(stopped).rank) == ("hang", 1)
     assert "kill -CONT" in text_of(of_failure(stopped))
     alone = hang_cause.root_cause(shown(7), 60, 1.0)
-    assert (of_failure(alone).file, of_failure(alone).line) == ("/work/train.py", 7)
+    assert (of_failure(alone).file, of_failure(alone).line) == ("/home/me/train.py", 7)
     undecided = hang_cause.root_cause(shown(7, 7), 60, 1.0)
     assert (of_failure(undecided).kind, of_failure(undecided).is_known) == ("hang", False)
     left = hang_cause.root_cause(shown(7, 7, 7, returned=2), 60, 1.0)
@@ -201,7 +201,7 @@ def test_the_end_of_an_agent(message: str, kind: str, is_known: bool) -> None:
 
 def test_a_traceback_of_another_rank_is_no_evidence() -> None:
     """A rank that left is recorded with the traceback of one that lost it; the place is its own."""
-    trace = 'Traceback (most recent call last):\n  File "/work/train.py", line 90, in train\n'
+    trace = 'Traceback (most recent call last):\n  File "/home/me/train.py", line 90, in train\n'
     failure = Failure(
         3, "node1", 1.0, "lost_peer", "left its work at train.py:41, act while", trace, LOG, "train.py:41, act"
     )
