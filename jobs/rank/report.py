@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 import traceback
@@ -23,6 +22,7 @@ from jobs.blame import Failure
 from jobs.frames import Frame, as_traceback, below_the_launcher
 from jobs.rank.identity import RankInfo
 from jobs.run_dir import Attempt, end_of, write_json
+from workloads.resident import peak_resident_bytes
 from workloads.whole_files import make_folder
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ def _peak_bytes() -> int | None:
     try:
         if torch is not None and torch.cuda.is_initialized():
             return int(torch.cuda.max_memory_allocated())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_resident_bytes()
     except Exception:  # its work is done, whatever comes of this
         return None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import resource
-import sys
 from pathlib import Path
 
 import torch
+
+from workloads.resident import peak_resident_bytes
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     "B200": 2.25e15,
@@ -79,11 +78,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this process has held so far: the allocator's on CUDA, otherwise its resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, StopIteration):
-        status = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def reset_peak_memory(device: torch.device) -> bool:
