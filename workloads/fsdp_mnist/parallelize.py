@@ -31,8 +31,10 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Net:
     if config.strategy in SHARDED:
         over = mesh["dp_shard"] if config.strategy == "fsdp" else mesh["dp_replicate", "dp_shard"]
         policy = mixed_precision(config.precision)
-        for _, unit in units_by_size(model, config.wrap_min_params or WRAP_MIN_PARAMS):
-            fully_shard(unit, mesh=over, mp_policy=policy)
+        units = [unit for _, unit in units_by_size(model, config.wrap_min_params or WRAP_MIN_PARAMS)]
+        for unit in units:
+            # The last unit's backward pass follows at once: freed, it would only have to be gathered again.
+            fully_shard(unit, mesh=over, mp_policy=policy, reshard_after_forward=unit is not units[-1])
         fully_shard(model, mesh=over, mp_policy=policy)
     return model
 
