@@ -27,6 +27,7 @@ NAMES = (
     "mnist_epoch",
     "pipeline_step",
     "bookkeeping",
+    "end_step",
     "loss_memory",
     "prefetch",
     "rank_memory",

@@ -31,6 +31,8 @@ class Config(WorkloadConfig):
     """Steps to end."""
     nan_on: int | None = None
     """A rank that comes to a NaN in the last step."""
+    raises_on: int | None = None
+    """A rank that raises in the last step, by which the others lose a peer."""
 
 
 def end_steps(config: Config, ctx: RunContext) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def end_steps(config: Config, ctx: RunContext) -> dict[str, Any]:
     ctx.end_step({"step": 0, "loss": mean(1.0, finite=True)})
     _mark(ctx, "steps")
     for step in range(1, config.steps + 1):
+        if (step, ctx.rank) == (config.steps, config.raises_on):
+            raise ValueError("raises")
         loss = math.nan if (step, ctx.rank) == (config.steps, config.nan_on) else 1.0
         ctx.end_step({"step": step, "loss": mean(loss, finite=True), "open_files": largest(_open_files())})
     _mark(ctx, "end")
@@ -60,6 +64,7 @@ ENTRY = WorkloadEntry(name="ends_steps", config=Config, run=end_steps)
 class Counted:
     """What a run came to."""
 
+    ranks: int
     result: dict[str, Any]
     """result.json."""
     processes: list[Calls]
@@ -93,7 +98,7 @@ def count(ranks: int, *words: str, check: bool = True) -> Counted:
             stdout=subprocess.DEVNULL,
         )
         result = json.loads((run / "result.json").read_text())
-        return Counted(result, [_read(log.read_text()) for log in logs.iterdir()])
+        return Counted(ranks, result, [_read(log.read_text()) for log in logs.iterdir()])
 
 
 def _read(log: str) -> Calls:
@@ -108,6 +113,17 @@ def _read(log: str) -> Calls:
         else:
             phase = word
     return calls
+
+
+def records(counted: Counted) -> list[str]:
+    """The failures of which a rank or an agent has left a record, by the names of the files."""
+    return sorted(
+        Path(path).name.lstrip(".").partition(".")[0]
+        for process in counted.processes
+        for calls in process.by_phase.values()
+        for _, operation, path in calls
+        if operation == "rename" and path.startswith("/attempt-0/failures/")
+    )
 
 
 def table(processes: list[Calls]) -> list[tuple[str, str, int, int]]:
