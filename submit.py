@@ -4,6 +4,7 @@ python submit.py tp_fsdp --nodes 2 --gpus-per-node 4 steps=200
 """
 # PYTHON_ARGCOMPLETE_OK (this file answers a shell that completes a line; see jobs/cli/completion.py)
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 def main() -> int:
     _open_closed_streams()
+    gc.set_threshold(100_000)  # imports leave next to no garbage, and looking for it takes a twentieth of a line's time
     # Until there is something to end, Ctrl-C ends this process without a traceback of half-done imports.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: _leave())

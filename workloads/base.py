@@ -31,9 +31,6 @@ from workloads.metric import mean as mean
 from workloads.metric import per_second as per_second
 from workloads.metric import total as total
 from workloads.steps.board import Slot
-from workloads.steps.clock import StepClock
-from workloads.steps.ends import StepEnds
-from workloads.steps.recorder import Recorder
 from workloads.whole_files import file_stamp as file_stamp
 from workloads.whole_files import is_there
 
@@ -312,6 +309,11 @@ class RunContext:
 
     def __post_init__(self) -> None:
         self._stop_requested = False
+        # Late: the command line reads every workload's entry, and ends no steps.
+        from workloads.steps.clock import StepClock
+        from workloads.steps.ends import StepEnds
+        from workloads.steps.recorder import Recorder
+
         self._slot = self.slot or Slot.unwatched()
         self._clock = StepClock(self.device)
         lines = self.paths.metrics if self.rank == 0 else None

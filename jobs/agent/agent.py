@@ -349,8 +349,8 @@ class _Agent:
         if failure is not None:
             when = time.time() - rank.failed_ago_s - (self.ahead_s or 0.0)
             failure = replace(failure, when=when, log=failure.log or str(rank.log))
-        # The leader knows it anyway; this is for when the leader is lost. Of a host's ranks that have lost a peer, as all
-        # ranks of the job may have at once, the first one says as much as the others.
+        # The leader knows it anyway; this is for when the leader is lost. Of a host's ranks that have lost a peer, as
+        # all ranks of the job may have at once, the first one says as much as the others.
         first = min((one for one in self.ranks.all if one.failed), key=lambda one: one.failed_at, default=None)
         if rank.failed is not None and failure is not None and (failure.own or rank is first):
             with contextlib.suppress(OSError):

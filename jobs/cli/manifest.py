@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -47,7 +46,7 @@ def versions() -> dict[str, str]:
     """What the job is submitted with; the ranks' Python may be another one's (`python` in the cluster config)."""
     import importlib.metadata  # late: it takes longer than the rest of this file
 
-    known = {"python": platform.python_version()}
+    known = {"python": sys.version.partition(" ")[0]}
     for name in ("torch", "meshrun", "submitit"):
         try:
             known[name] = importlib.metadata.version(name)

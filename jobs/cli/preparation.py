@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jobs import blame, code_copy, processes
+from jobs import code_copy, processes
 from jobs.errors import OutputLost, one_line
 from jobs.spec import JobSpec
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
@@ -194,6 +194,8 @@ class Preparation:
         code = self._process.returncode
         if answer is not None and "returned" in answer and code == 0:
             return answer["returned"]
+        from jobs import blame  # late: a dry run prepares nothing
+
         how = blame.failure_of_exit(code, 0, "", 0, "").message
         how = f"was {how}" if code < 0 else how
         if answer is not None and "returned" in answer:

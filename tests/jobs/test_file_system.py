@@ -9,6 +9,7 @@ import pytest
 
 from tests.benchmarks.file_system import Calls, Counted, count, records
 
+
 # What is expected of more ranks is what is found at 8: nothing grows with their number but that each has a log.
 @pytest.fixture(
     scope="module",
