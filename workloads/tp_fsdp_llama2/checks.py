@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from workloads.base import Shape
+from workloads.divisors import divisors
 from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2.config import Config, warmup_steps
-from workloads.tp_fsdp_llama2.layout import data_parallel_and_tp, largest_divisor, mesh
+from workloads.tp_fsdp_llama2.layout import data_parallel_and_tp, largest_divisor, mesh, rows_for_every_rank
 from workloads.tp_fsdp_llama2.weights import Weights
 
 
@@ -29,6 +30,7 @@ def validate(config: Config, shape: Shape) -> None:
     if config.init_from is not None:
         Weights(config)
     vocabulary = data.vocab_size(config)
+    _validate_vocabulary(vocabulary, tp, shape)
     data.validate(config.data, config.seq_len, config.global_batch_size, vocabulary)
 
 
@@ -63,6 +65,18 @@ def _validate_model(config: Config, tp: int, shape: Shape) -> None:
                 f"{name}={value} is not divisible by {source}={tp}: each rank of a tensor-parallel group takes an "
                 f"equal part of it; use {name}={_next_multiple(value, tp)} or tp={fits}"
             )
+
+
+def _validate_vocabulary(vocabulary: int, tp: int, shape: Shape) -> None:
+    if not rows_for_every_rank(vocabulary, tp):
+        enough = next(size for size in range(vocabulary, tp**2 + 1) if rows_for_every_rank(size, tp))
+        fits = max(
+            fewer for fewer in divisors(shape.gpus_per_node) if fewer < tp and rows_for_every_rank(vocabulary, fewer)
+        )
+        raise WorkloadError(
+            f"tp={tp} with a vocabulary of {vocabulary}: a tensor-parallel group cuts it into parts of "
+            f"{math.ceil(vocabulary / tp)}, which leaves a rank without any; use tp={fits} or model.vocab_size={enough}"
+        )
 
 
 def _validate_batch(config: Config, dp: int) -> None:

@@ -1,7 +1,7 @@
 """A corpus, and its division into a training and a held-out part. Torch-free.
 
-Whatever the source, a corpus is one long row of integers (a virtual concatenation of memory-mapped arrays), so nothing
-below depends on where it came from:
+Whatever the source, a corpus is one long row of integers (a virtual concatenation of arrays, in files mostly), so
+nothing below depends on where it came from:
 
     [ window 0 | window 1 | ... | window n-1 |rest][ held-out windows | rest ]
 
@@ -11,10 +11,13 @@ input of the next.
 
 from __future__ import annotations
 
+import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.errors import WorkloadError
@@ -27,17 +30,73 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True)
 class Part:
-    """One array of a corpus and where it came from."""
+    """One array of a corpus, in memory, and where it came from."""
 
     source: str
     array: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """Up to `count` tokens from `begin` on: fewer where the part ends."""
+        return self.array[begin : begin + count]
+
+
+class FilePart:
+    """An array in a file, whose length is fixed here, whatever becomes of the file.
+
+    It is read, which is as fast, and must not be mapped: touching a map of a file that has been cut short kills the
+    process (SIGBUS).
+
+    Args:
+        path: the file, which stays open.
+        dtype: of its numbers.
+        offset: where they begin, in bytes.
+        count: how many there are.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int) -> None:
+        self.source = str(path)
+        self._dtype, self._offset, self._count = dtype, offset, count
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """As Part's.
+
+        Raises:
+            WorkloadError: the file has been cut short, or cannot be read.
+        """
+        import numpy as np
+
+        size = self._dtype.itemsize
+        wanted = max(0, min(count, self._count - begin)) * size
+        at = self._offset + begin * size
+        try:
+            data = os.pread(self._file, wanted, at)
+            while len(data) < wanted:
+                more = os.pread(self._file, wanted - len(data), at + len(data))
+                if not more:
+                    end = self._offset + self._count * size
+                    raise WorkloadError(
+                        f"{self.source} was cut short while it was read: it has {os.fstat(self._file).st_size:,} of "
+                        f"the {end:,} bytes that it had when the run began; put the rest back, and resume the run"
+                    )
+                data += more
+        except OSError as error:
+            raise WorkloadError(f"{self.source} cannot be read: {error.strerror or error}") from None
+        return np.frombuffer(data, dtype=self._dtype)
 
 
 class Corpus:
     """A long sequence of tokens.
 
     Args:
-        parts: 1-D integer arrays, joined in this order.
+        parts: 1-D arrays of integers, joined in this order.
         vocab_size: ids must be below it; checked as windows are read.
         unit: "byte" or "token".
         decode: ids to text.
@@ -46,23 +105,19 @@ class Corpus:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Part | FilePart],
         *,
         vocab_size: int,
         unit: str,
         decode: Callable[[list[int]], str],
         heldout_bytes_per_token: float | None,
     ) -> None:
-        import numpy as np
-
         self.parts = parts
         self.vocab_size = vocab_size
         self.unit = unit
         self.decode = decode
         self.heldout_bytes_per_token = heldout_bytes_per_token
-        self._starts = [0, *accumulate(len(part.array) for part in parts)]
-        # A slice of a numpy.memmap costs four times as much as one of the plain array over the same memory.
-        self._arrays = [part.array.view(type=np.ndarray) for part in parts]
+        self._starts = [0, *accumulate(len(part) for part in parts)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -79,7 +134,8 @@ class Corpus:
         """The `length` tokens from each start on: a new int64 array of shape (number of starts, length).
 
         Raises:
-            WorkloadError: an id is negative or not below vocab_size; names the file and the place in it.
+            WorkloadError: an id is negative or not below vocab_size, or a file has been cut short; names the file and
+                the place in it.
         """
         import numpy as np
 
@@ -90,7 +146,7 @@ class Corpus:
             filled = 0
             while filled < length:
                 offset = start + filled - self._starts[index]
-                piece = self._arrays[index][offset : offset + length - filled]
+                piece = self.parts[index].read(offset, length - filled)
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 index += 1

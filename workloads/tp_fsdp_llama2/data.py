@@ -6,9 +6,19 @@ from pathlib import Path
 
 from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2.config import BYTES_VOCABULARY, Config, DataConfig
-from workloads.tp_fsdp_llama2.corpus import Corpus, Part
-from workloads.tp_fsdp_llama2.files import check_ids, check_length, is_text, text_bytes, text_parts, token_parts
-from workloads.tp_fsdp_llama2.tokenized import TOKENS_FILE, load_tokenizer, prepared, tokenizer_size
+from workloads.tp_fsdp_llama2.corpus import Corpus
+from workloads.tp_fsdp_llama2.files import (
+    agree,
+    agreed,
+    check_ids,
+    check_length,
+    is_text,
+    npy_part,
+    parts,
+    text_bytes,
+    token_parts,
+)
+from workloads.tp_fsdp_llama2.tokenized import TOKENS_FILE, load_tokenizer, prepare, prepared, tokenizer_size
 
 _SCAN_AT_MOST = 10**8
 """Token files up to this size are checked in full before the job; larger ones batch by batch as they are read."""
@@ -36,17 +46,35 @@ def vocab_size(config: Config) -> int:
     return given or needed
 
 
+def is_ready(config: Config, directory: Path) -> bool:
+    """Whether `make_ready` has run for this run, in whatever attempt."""
+    if config.data.tokenizer is not None:
+        return prepared(config, directory) is not None
+    return config.data.path is None or agreed(directory) is not None
+
+
+def make_ready(config: Config, directory: Path) -> None:
+    """Fixes what all ranks read, for the whole run: tokens, or which files and how much of them.
+
+    Raises:
+        WorkloadError: it cannot be read, or is too little.
+    """
+    if config.data.tokenizer is not None:
+        prepare(config, directory)
+    else:
+        agree(config, directory)
+
+
 def open_corpus(config: Config, data_dir: Path) -> Corpus:
-    """The corpus that a run's settings name, memory-mapped.
+    """The corpus that a run's settings name.
 
     Args:
-        data_dir: where `prepare` left the tokenized text, if there is a tokenizer.
+        data_dir: where `make_ready` left the tokens, or the files that were agreed on; without the latter, they are
+            read as they are.
 
     Raises:
         WorkloadError: it cannot be read, or `prepare` has not run.
     """
-    import numpy as np
-
     data = config.data
     vocabulary = vocab_size(config)
     if data.tokenizer is not None:
@@ -55,29 +83,21 @@ def open_corpus(config: Config, data_dir: Path) -> Corpus:
             raise WorkloadError(
                 f"{data_dir / TOKENS_FILE} is missing, or was made with other settings: submit the job again to make it"
             )
-        array = np.load(data_dir / TOKENS_FILE, mmap_mode="r")
         tokenizer = load_tokenizer(data.tokenizer)
         return Corpus(
-            [Part(str(data_dir / TOKENS_FILE), array)],
+            [npy_part(data_dir / TOKENS_FILE, str(data_dir / TOKENS_FILE))],
             vocab_size=vocabulary,
             unit="token",
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
             heldout_bytes_per_token=info["heldout_bytes"] / max(1, info["heldout_tokens"]),
         )
-    if is_text(data):
-        return Corpus(
-            text_parts(data),
-            vocab_size=vocabulary,
-            unit="byte",
-            decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
-            heldout_bytes_per_token=1.0,
-        )
+    text = is_text(data)
     return Corpus(
-        token_parts(data),
+        parts(data, data_dir),
         vocab_size=vocabulary,
-        unit="token",
-        decode=lambda ids: " ".join(map(str, ids)),
-        heldout_bytes_per_token=None,
+        unit="byte" if text else "token",
+        decode=lambda ids: bytes(ids).decode("utf-8", errors="replace") if text else " ".join(map(str, ids)),
+        heldout_bytes_per_token=1.0 if text else None,
     )
 
 
@@ -101,12 +121,12 @@ def validate(data: DataConfig, seq_len: int, global_batch_size: int, vocab_size:
     _validate_document_tokens(data)
     _validate_document_mask(data, text, vocab_size)
     # Finding a text's size needs no numpy, whose import would take longer than everything else in a dry run.
-    parts = [] if text else token_parts(data)
-    tokens = text_bytes(data) if text else sum(len(part.array) for part in parts)
+    ids = [] if text else token_parts(data)
+    tokens = text_bytes(data) if text else sum(map(len, ids))
     # A tokenizer makes at most one token of each byte, so a text that is too short in bytes is too short in tokens.
     check_length(tokens, data, seq_len, global_batch_size, "bytes" if text else "tokens")
     if tokens <= _SCAN_AT_MOST:
-        for part in parts:
+        for part in ids:
             check_ids(part, vocab_size)
 
 

@@ -101,9 +101,17 @@ def _possible_tp(config: Config, shape: Shape) -> list[int]:
 
 def _can_split(config: Config, tp: int, dp: int) -> bool:
     model = config.model
-    return not any(value % tp for value in (model.n_heads, model.n_kv_heads, model.ffn_dim, config.seq_len)) and (
-        config.global_batch_size % (dp * (config.microbatch_size or 1)) == 0
+    return (
+        not any(value % tp for value in (model.n_heads, model.n_kv_heads, model.ffn_dim, config.seq_len))
+        and config.global_batch_size % (dp * (config.microbatch_size or 1)) == 0
+        and rows_for_every_rank(model.vocab_size or vocab_size(config), tp)
     )
+
+
+def rows_for_every_rank(vocabulary: int, tp: int) -> bool:
+    """Whether none of tp ranks is left without a row of the embedding: torch gives each ceil(vocabulary / tp) of them,
+    as long as there are any."""
+    return (tp - 1) * math.ceil(vocabulary / tp) < vocabulary
 
 
 def _replicas(config: Config, shape: Shape, tp: int) -> int:

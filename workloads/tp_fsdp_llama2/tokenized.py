@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workloads.errors import WorkloadError
+from workloads.input_files import expanded, head
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
 from workloads.tp_fsdp_llama2.corpus import Split
 from workloads.tp_fsdp_llama2.files import check_length, python_docs, resolve
@@ -33,12 +34,12 @@ _PIECES_AT_ONCE = 32
 
 
 def tokenizer_size(path: str) -> int:
-    """The number of tokens a tokenizer knows, added ones included.
+    """One more than the largest id of a tokenizer, added tokens included: ids may have holes.
 
     Raises:
-        WorkloadError: there is no such file, it is not a tokenizer, or `tokenizers` is not installed.
+        WorkloadError: as `load_tokenizer`.
     """
-    return load_tokenizer(path).get_vocab_size(with_added_tokens=True)
+    return max(load_tokenizer(path).get_vocab(with_added_tokens=True).values()) + 1
 
 
 def token_id(tokenizer: str, token: str | None) -> int | None:
@@ -46,29 +47,52 @@ def token_id(tokenizer: str, token: str | None) -> int | None:
     return None if token is None else load_tokenizer(tokenizer).token_to_id(token)
 
 
-def load_tokenizer(path: str) -> Any:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise WorkloadError(f"data.tokenizer={path} is not a file: give a Hugging Face tokenizer.json")
+def load_tokenizer(path: str, *, log_changes: bool = False) -> Any:
+    """The tokenizer of a file, set to make the same tokens of all of the text.
+
+    Args:
+        log_changes: whether to say what that took; for one caller, as many load it.
+
+    Raises:
+        WorkloadError: there is no such file, it is not a tokenizer, or `tokenizers` is not installed.
+    """
+    file, given, advice = expanded(path), f"data.tokenizer={path}", "give a Hugging Face tokenizer.json"
+    head(file, given, advice)
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise WorkloadError(
-            f"data.tokenizer={path} needs the package `tokenizers`: pip install 'meshrun[tokenizers]', or leave it out "
-            "to train on bytes"
+            f"{given} needs the package `tokenizers`: pip install 'meshrun[tokenizers]', or leave it out to train on "
+            "bytes"
         ) from None
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         # The package raises bare Exception for whatever is wrong with the file.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WorkloadError(
-            f"data.tokenizer={path} is not a tokenizer ({reason}): give a Hugging Face tokenizer.json"
-        ) from None
+        raise WorkloadError(f"{given} is not a tokenizer ({reason}): {advice}") from None
+    if not tokenizer.get_vocab_size(with_added_tokens=True):
+        raise WorkloadError(f"{given} has no tokens: {advice}")
+    # Many files have the first two on, for single inputs of a model; the third is for training a model of translation.
+    changes = []
+    if tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+        changes.append("truncation")
+    if tokenizer.padding is not None:
+        tokenizer.no_padding()
+        changes.append("padding")
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+        changes.append("dropout")
+    for name in changes if log_changes else ():
+        log.warning("%s sets %s; it is switched off, as the whole text is used as it is", given, name)
+    return tokenizer
 
 
 def prepare(config: Config, directory: Path) -> str | None:
     """Tokenizes the text, once for all ranks; does nothing for bytes and token files, or if it has been done already.
+
+    A run keeps its tokens, whatever becomes of the text.
 
     Leaves tokens.npy and tokens.json, each written under a temporary name and then renamed. Uses all CPUs, unless
     RAYON_NUM_THREADS or TOKENIZERS_PARALLELISM says otherwise.
@@ -85,16 +109,9 @@ def prepare(config: Config, directory: Path) -> str | None:
     if data.tokenizer is None or prepared(config, directory) is not None:
         return None
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(data.tokenizer)
-    for name, switch_off in (("truncation", tokenizer.no_truncation), ("padding", tokenizer.no_padding)):
-        # Many tokenizer.json files have them on, for single inputs of a model.
-        if getattr(tokenizer, name) is not None:
-            log.warning(
-                "data.tokenizer=%s sets %s; it is switched off, as the whole text is used", data.tokenizer, name
-            )
-            switch_off()
+    tokenizer = load_tokenizer(data.tokenizer, log_changes=True)
     begin, end = ([] if token is None else [tokenizer.token_to_id(token)] for token in (data.bos_token, data.eos_token))
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if tokenizer_size(data.tokenizer) <= 2**16 else np.uint32)
 
     # The cumulative numbers of tokens and bytes after each piece of text.
     totals: list[tuple[int, int]] = [(0, 0)]
@@ -103,9 +120,17 @@ def prepare(config: Config, directory: Path) -> str | None:
             # The header says how many tokens follow, known only at the end; its length does not depend on the number.
             np.lib.format.write_array_header_1_0(file, _header(dtype, 0))
             pieces = _pieces(data)
+            characters: set[str] = set()
             while batch := list(islice(pieces, _PIECES_AT_ONCE)):
                 texts = [piece.text for piece in batch]
-                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                try:
+                    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                except Exception as error:  # the package raises nothing else
+                    raise WorkloadError(
+                        f"data.tokenizer={data.tokenizer} cannot tokenize the text ({' '.join(str(error).split())}): "
+                        "add an unknown token to its vocabulary, or use a tokenizer that has one"
+                    ) from None
+                _refuse_left_out(data, tokenizer, texts, characters)
                 for piece, encoding in zip(batch, encodings, strict=True):
                     ids = begin * piece.begins + encoding.ids + end * piece.ends
                     file.write(np.asarray(ids, dtype=dtype).tobytes())
@@ -147,24 +172,63 @@ def check_prepared(config: Config, directory: Path) -> str:
 
 
 def prepared(config: Config, directory: Path) -> dict[str, Any] | None:
-    """What `prepare` wrote down, if it ran with the same text, tokenizer and split."""
+    """What `prepare` wrote down, if it ran with the same settings; the text may have changed since.
+
+    Raises:
+        WorkloadError: the tokenizer has changed since.
+    """
     try:
         info = json.loads((directory / TOKENS_INFO_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return info if info["made_from"] == _fingerprint(config) and (directory / TOKENS_FILE).exists() else None
+    then, now = info["made_from"], _made_with(config)
+    if not (directory / TOKENS_FILE).exists() or any(then[name] != now[name] for name in now.keys() - {"tokenizer"}):
+        return None
+    if then["tokenizer"] != now["tokenizer"]:
+        raise WorkloadError(
+            f"data.tokenizer={config.data.tokenizer} is not the file that this run's text was tokenized with: put that "
+            "one back, or start a new run"
+        )
+    return info
 
 
 def _fingerprint(config: Config) -> dict[str, Any]:
     data = config.data
-    assert data.tokenizer is not None
     if data.path is None:
         text: Any = hashlib.sha256(python_docs()).hexdigest()
     else:
         text = [file_stamp(path) for path in resolve(data)]
-    tokenizer = hashlib.sha256(Path(data.tokenizer).expanduser().read_bytes()).hexdigest()
-    settings = data.model_dump(include={"holdout_fraction", "bos_token", "eos_token"})
-    return {"text": text, "tokenizer": tokenizer, **settings}
+    return {"text": text, **_made_with(config)}
+
+
+def _made_with(config: Config) -> dict[str, Any]:
+    data = config.data
+    assert data.tokenizer is not None
+    tokenizer = hashlib.sha256(expanded(data.tokenizer).read_bytes()).hexdigest()
+    return {"tokenizer": tokenizer, **data.model_dump(include={"holdout_fraction", "bos_token", "eos_token"})}
+
+
+def _refuse_left_out(data: DataConfig, tokenizer: Any, texts: list[str], characters: set[str]) -> None:
+    """Refuses text with a character that the tokenizer drops without a word, as BPE does that has no unknown token.
+
+    Args:
+        characters: those that have been looked at; further ones are added.
+    """
+    model = tokenizer.model
+    if type(model).__name__ != "BPE" or model.unk_token or model.end_of_word_suffix or model.continuing_subword_prefix:
+        return
+    normalize = str if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str
+    for character in sorted(set().union(*map(normalize, texts)) - characters):
+        characters.add(character)
+        words = [character]
+        if tokenizer.pre_tokenizer is not None:  # which leaves some out on purpose
+            words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(character)]
+        tokens = tokenizer.encode(character, add_special_tokens=False).tokens
+        if sum(map(len, tokens)) < sum(map(len, words)):
+            raise WorkloadError(
+                f"data.tokenizer={data.tokenizer} has no token for {character!r} (U+{ord(character):04X}), and no "
+                "unknown token: it would leave the character out; use another tokenizer, or none, to train on bytes"
+            )
 
 
 def _header(dtype: np.dtype, tokens: int) -> dict[str, Any]:
@@ -208,7 +272,8 @@ def _byte_position(data: DataConfig, tokenizer: Any, totals: list[tuple[int, int
     if index == len(totals) - 1:
         return totals[-1][1]
     piece = next(islice(_pieces(data), index, None), None)
-    assert piece is not None, "the text changed while it was read"
+    if piece is None:
+        raise WorkloadError(f"data.path={data.path} was cut short while it was read: submit again when it is whole")
     # Where each token of the piece begins in its text; the tokens around a document stand for no text.
     starts = [start for start, _ in tokenizer.encode(piece.text, add_special_tokens=False).offsets]
     if piece.begins and data.bos_token is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from workloads.base import MeshSpec, RunContext, largest, mean, per_second, total
+from workloads.input_files import expanded
 from workloads.tp_fsdp_llama2.config import (
     BYTES_VOCABULARY,
     Config,
@@ -24,7 +25,7 @@ from workloads.tp_fsdp_llama2.config import (
     warmup_steps,
 )
 from workloads.tp_fsdp_llama2.corpus import Corpus, Split
-from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
+from workloads.tp_fsdp_llama2.data import is_ready, make_ready, open_corpus, vocab_size
 from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
 from workloads.tp_fsdp_llama2.huggingface import is_rotated, llama_config, parameter_name, to_halves
 from workloads.tp_fsdp_llama2.init import initialize
@@ -32,7 +33,7 @@ from workloads.tp_fsdp_llama2.layout import choices, reduces_last_pass_only
 from workloads.tp_fsdp_llama2.model import Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.tp_fsdp_llama2.samples import TrainingSamples
-from workloads.tp_fsdp_llama2.tokenized import prepare, prepared, token_id
+from workloads.tp_fsdp_llama2.tokenized import token_id
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params
 from workloads.training.checkpoint import Checkpoint
 from workloads.training.clip import clip_by_global_norm_
@@ -209,11 +210,10 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
 
 
 def _open_corpus(config: Config, ctx: RunContext) -> Corpus:
-    """The corpus; if it has not been prepared yet, as under a bare torchrun, rank 0 prepares it."""
-    if config.data.tokenizer is not None:
-        directory = ctx.paths.data_dir
-        make_if_missing(ctx, lambda: prepared(config, directory) is not None, lambda: prepare(config, directory))
-    return open_corpus(config, ctx.paths.data_dir)
+    """The corpus, the same on every rank and in every attempt; rank 0 settles which, unless it has been prepared."""
+    directory = ctx.paths.data_dir
+    make_if_missing(ctx, lambda: is_ready(config, directory), lambda: make_ready(config, directory))
+    return open_corpus(config, directory)
 
 
 def _initialize(config: Config, model: Transformer, ctx: RunContext) -> None:
@@ -319,7 +319,7 @@ def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
     beside: dict[str, dict[str, Any] | Path] = {}
     tokenizer = config.data.tokenizer
     if tokenizer is not None:
-        beside["tokenizer.json"] = Path(tokenizer).expanduser()
+        beside["tokenizer.json"] = expanded(tokenizer)
     if config.export_format == "meta":
         return export(model, directory, {**beside, "params.json": meta_params(config)})
     document_tokens = {"bos_token": config.data.bos_token, "eos_token": config.data.eos_token}

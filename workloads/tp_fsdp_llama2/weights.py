@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workloads.errors import WorkloadError, first_few
+from workloads.input_files import expanded, head
 from workloads.tp_fsdp_llama2 import huggingface
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig
 from workloads.tp_fsdp_llama2.data import vocab_size
@@ -51,7 +52,7 @@ class Weights:
         self._model = config.model
         self._vocab_size = vocab_size(config)
         self._opened: dict[Path, Any] = {}
-        directory, self._entries = self._open(Path(config.init_from).expanduser())
+        directory, self._entries = self._open(expanded(config.init_from))
         self._is_hf = self._find_layout()
         self._description = self._read_description(directory)
         self._is_tied = self._is_hf and self._description is not None and huggingface.is_tied(self._description)
@@ -108,6 +109,7 @@ class Weights:
 
     def _open(self, path: Path) -> tuple[Path, dict[str, _Entry]]:
         """The directory, and every tensor by its name there."""
+        advice = "give the directory of a Llama saved by save_pretrained or by export=true, or a .safetensors file"
         if path.is_dir():
             found = [path / name for name in (SINGLE_FILE, INDEX_FILE) if (path / name).is_file()]
             if len(found) == 2:
@@ -116,16 +118,9 @@ class Weights:
                     f"such as init_from={found[0]}"
                 )
             if not found:
-                raise WorkloadError(
-                    f"{self._given} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give the directory of a Llama saved "
-                    "by save_pretrained or by export=true, or a .safetensors file"
-                )
+                raise WorkloadError(f"{self._given} holds neither {SINGLE_FILE} nor {INDEX_FILE}: {advice}")
             path = found[0]
-        if not path.is_file():
-            raise WorkloadError(
-                f"{self._given} is not a file or directory (working directory: {Path.cwd()}): give the directory of a "
-                "Llama saved by save_pretrained or by export=true, or a .safetensors file"
-            )
+        head(path, self._given, advice)
         if path.suffix != ".json":
             return path.parent, self._header(path)
         weight_map = self._json(path).get("weight_map")

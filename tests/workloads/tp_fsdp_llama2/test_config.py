@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     negative[77_777] = -5
     np.save(tmp_path / "negative.npy", negative)
     (tmp_path / "not.npy").write_text("no header at all, but long enough to be one")
+    with (tmp_path / "cut.npy").open("wb") as file:
+        file.write((tmp_path / "ids.npy").read_bytes()[:1000])
+    with gzip.open(tmp_path / "text.txt.gz", "w") as packed:
+        packed.write(rng.bytes(100_000))
+    np.savez(tmp_path / "ids.npz", ids=rng.integers(0, 1000, 100_000))
+    (tmp_path / "npz.npy").write_bytes((tmp_path / "ids.npz").read_bytes())
+    (tmp_path / "ids.NPY").write_bytes((tmp_path / "ids.npy").read_bytes())
+    (tmp_path / "npy.txt").write_bytes((tmp_path / "ids.npy").read_bytes())
+    (tmp_path / "npy.bin").write_bytes((tmp_path / "ids.npy").read_bytes())
+    os.mkfifo(tmp_path / "pipe")
     rng.integers(0, 1000, 100_000).astype("<u2").tofile(tmp_path / "ids.bin")
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "tokenizer.json").write_text('{"no": "tokenizer"}')
@@ -76,7 +88,23 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"path": "*.nothing"}}, "data.path=*.nothing matches no file", "glob"),
     ({"data": {"path": ["text.txt", "nothing.txt"]}}, "data.path=nothing.txt matches no file", "existing file"),
     ({"data": {"path": "directory"}}, "data.path=directory is a directory", "directory/*.txt"),
-    ({"data": {"path": "/dev/zero"}}, "data.path=/dev/zero is not a regular file", "give one"),
+    ({"data": {"path": "/dev/zero"}}, "data.path=/dev/zero is not a regular file", "give a file of text or token ids"),
+    ({"data": {"path": "pipe"}}, "data.path=pipe is not a regular file", "give a file"),
+    (
+        {"data": {"path": "/proc/cpuinfo"}},
+        "data.path=/proc/cpuinfo is not a regular file (its size is 0",
+        "give a file",
+    ),
+    ({"data": {"path": "~nobody-of-this-name/x"}}, "data.path=~nobody-of-this-name/x matches no file", "existing file"),
+    ({"data": {"path": []}}, "data.path=[] names no file", "give one"),
+    ({"data": {"path": ""}}, "data.path= names no file", "give one"),
+    ({"data": {"path": "text.txt.gz"}}, "data.path=text.txt.gz is gzip-compressed", "unpack it"),
+    ({"data": {"path": "ids.npz"}}, "data.path=ids.npz is a zip archive (.zip, .npz), and not text", "numpy.save"),
+    ({"data": {"path": "npz.npy"}}, "data.path=npz.npy is a zip archive (.zip, .npz)", "numpy.save"),
+    ({"data": {"path": "npy.txt"}}, "data.path=npy.txt is an .npy array, and not text", "ends in .npy"),
+    ({"data": {"path": "npy.bin", "dtype": "uint16"}}, "npy.bin is an .npy array, and not bare ids", "ends in .npy"),
+    ({"data": {"path": "ids.NPY"}}, "data.path=ids.NPY holds token ids", "give model.vocab_size"),
+    ({**IDS, "data": {"path": "cut.npy"}}, "data.path=cut.npy is not an .npy array (mmap length", "numpy.save"),
     ({"data": {"path": "empty.txt"}}, "empty.txt is empty", "leave it out"),
     ({"data": {"path": "short.txt"}}, "9 bytes", "give more data"),
     ({"data": {"path": "text.txt"}, "global_batch_size": 2000}, "global_batch_size=2000", "lower one of them"),
@@ -89,14 +117,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**IDS, "data": {"path": "floats.npy"}}, "float64 of shape (100000,)", "integers in one dimension"),
     ({**IDS, "data": {"path": "square.npy"}}, "int32 of shape (300, 300)", ".ravel()"),
     ({**IDS, "data": {"path": "none.npy"}}, "holds no tokens", "write it again"),
-    ({**IDS, "data": {"path": "not.npy"}}, "not.npy is not an .npy array", "numpy.save"),
+    ({"data": {"path": "not.npy"}}, "not.npy is not an .npy array", "numpy.save, or give a file of text another name"),
     ({**IDS, "data": {"path": "negative.npy"}}, "token id -5 at offset 77777", "data.dtype"),
     ({**IDS, "data": {"path": "odd.bin", "dtype": "uint16"}}, "3 bytes, not a multiple of 2", "data.dtype"),
     ({"data": {"path": "ids.npy"}, "model": {"vocab_size": 900}}, "ids must be in 0 .. 899", "raise model.vocab_size"),
+    ({"data": {"tokenizer": "none.json"}}, "data.tokenizer=none.json does not exist", "tokenizer.json"),
+    ({"data": {"tokenizer": "pipe"}}, "data.tokenizer=pipe is not a regular file", "tokenizer.json"),
+    ({"data": {"tokenizer": "directory"}}, "data.tokenizer=directory is a directory", "tokenizer.json"),
+    ({"data": {"tokenizer": "~nobody-of-this-name"}}, "data.tokenizer=~nobody-of-this-name does not exist", "give"),
+    ({"init_from": "pipe"}, "init_from=pipe is not a regular file", "give the directory of a Llama"),
+    ({"init_from": "~nobody-of-this-name"}, "init_from=~nobody-of-this-name does not exist", "give the directory"),
     (
-        {"data": {"path": "text.txt", "tokenizer": "none.json"}},
-        "data.tokenizer=none.json is not a file",
-        "tokenizer.json",
+        {"data": {"path": "ids.npy"}, "model": {"vocab_size": 5}, "tp": 4},
+        "tp=4 with a vocabulary of 5: a tensor-parallel group cuts it into parts of 2, which leaves a rank without any",
+        "use tp=2 or model.vocab_size=7",
     ),
     ({"data": {"path": "text.txt", "tokenizer": "tokenizer.json"}}, "is not a tokenizer", "tokenizer.json"),
 ]

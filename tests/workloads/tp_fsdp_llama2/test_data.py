@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,70 @@ def test_unigram_entropy() -> None:
     assert corpus.unigram_entropy_nats([0], 3) == 0
     assert corpus.unigram_entropy_nats([0, 3], 1) == pytest.approx(np.log(2))
     assert corpus.unigram_entropy_nats([1], 4) == pytest.approx(1.5 * np.log(2))
+
+
+# ---- the files of a run that began
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run on two files of text."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(name.encode() * 2000)
+    config = make(data={"path": "*.txt"})
+    data.make_ready(config, tmp_path / "data")
+    return config
+
+
+def test_a_run_reads_what_was_there_when_it_began(begun: Config, tmp_path: Path) -> None:
+    assert data.is_ready(begun, tmp_path / "data")
+    assert not data.is_ready(begun, tmp_path)
+    before = contents(open_corpus(begun, tmp_path / "data"))
+    with (tmp_path / "a.txt").open("ab") as file:
+        file.write(b"more")
+    (tmp_path / "ab.txt").write_text("another file that the glob matches")
+    assert np.array_equal(contents(open_corpus(begun, tmp_path / "data")), before)
+    assert len(open_corpus(begun, tmp_path)) == len(before) + 4 + 34
+
+
+def test_token_files_are_agreed_on_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.arange(9000, dtype=np.uint16).tofile("ids.bin")
+    np.save("ids.NPY", np.arange(9000))
+    Path("ids.NPY.npy").rename("ids.NPY")
+    for settings in ({"path": "ids.bin", "dtype": "uint16"}, {"path": "ids.NPY"}):
+        config = make(data=settings, model={"vocab_size": 9000})
+        data.make_ready(config, tmp_path / str(settings["path"])[-3:])
+        with Path(str(settings["path"])).open("ab") as file:
+            file.write(b"x")
+        assert contents(open_corpus(config, tmp_path / str(settings["path"])[-3:])).tolist() == list(range(9000))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "b.txt has become shorter: it had 10,000 bytes"),
+        (lambda path: path.write_bytes(b"x" + path.read_bytes()[1:]), "b.txt is another file than the one that this"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x."), "b.txt is another file than the one that this"),
+        (Path.unlink, "b.txt does not exist .*put the file back that this run began with"),
+    ],
+)
+def test_a_file_that_is_not_what_the_run_began_with_is_refused(
+    begun: Config, tmp_path: Path, change: Any, message: str
+) -> None:
+    change(tmp_path / "b.txt")
+    with pytest.raises(WorkloadError, match=f"^data.path={message}"):
+        open_corpus(begun, tmp_path / "data")
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(begun: Config, tmp_path: Path) -> None:
+    corpus = open_corpus(begun, tmp_path / "data")
+    corpus.window(9_990, 20)
+    os.truncate(tmp_path / "b.txt", 4096)
+    corpus.window(14_000, 96)
+    with pytest.raises(WorkloadError, match=r"b.txt was cut short while it was read: it has 4,096 of the 10,000 bytes"):
+        corpus.window(14_000, 97)
 
 
 # ---- the split
@@ -345,7 +410,7 @@ def test_the_end_of_a_document_is_the_tokenizers_eos_or_the_files(tokenized: Con
     assert data.document_end(ids) == 0
 
 
-def test_truncation_and_padding_are_switched_off_and_said(
+def test_what_a_tokenizer_sets_for_other_uses_is_switched_off_and_said_once(
     tokenized: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare(tokenized, tmp_path / "whole")
@@ -353,28 +418,68 @@ def test_truncation_and_padding_are_switched_off_and_said(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(tokenized.data.tokenizer)
-    tokenizer.enable_truncation(max_length=512)
-    tokenizer.enable_padding(length=2**16)
+    tokenizer.enable_truncation(max_length=512, strategy="only_first", direction="left")
+    tokenizer.enable_padding(length=2**16, direction="left")
+    tokenizer.model.dropout = 0.5
     tokenizer.save(tokenized.data.tokenizer)
     prepare(tokenized, tmp_path / "prepared")
-    assert (tmp_path / "prepared" / "tokens.npy").read_bytes() == (tmp_path / "whole" / "tokens.npy").read_bytes()
-    assert [record.getMessage().split("sets ")[1] for record in caplog.records] == [
-        "truncation; it is switched off, as the whole text is used",
-        "padding; it is switched off, as the whole text is used",
+    names = ("tokens.npy", "tokens.json")
+    whole, prepared = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("whole", "prepared"))
+    assert prepared[0] == whole[0]
+    assert {**json.loads(prepared[1]), "made_from": 0} == {**json.loads(whole[1]), "made_from": 0}
+    assert [record.getMessage().split("sets ")[1].split(";")[0] for record in caplog.records] == [
+        *("truncation", "padding", "dropout"),
     ]
 
 
-def test_changed_text_is_tokenized_anew(tokenized: Config, tmp_path: Path) -> None:
+def saved(tokenizer: Any, path: Path, text: str, **settings: Any) -> Config:
+    (path / "t.txt").write_text(text)
+    tokenizer.save(str(path / "t.json"))
+    data_settings = {"path": str(path / "t.txt"), "tokenizer": str(path / "t.json")}
+    return make(data=data_settings, global_batch_size=2, seq_len=8, **settings)
+
+
+def test_the_size_of_a_vocabulary_with_holes_is_one_more_than_its_largest_id(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 3, "b": 70_000}, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = saved(tokenizer, tmp_path, "a b c\n" * 500)
+    assert vocab_size(config) == 70_001
+    prepare(config, tmp_path / "prepared")
+    assert contents(open_corpus(config, tmp_path / "prepared"))[:4].tolist() == [0, 70_000, 3, 0]
+
+
+def test_text_that_a_tokenizer_would_leave_out_is_refused(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    models = tokenizers.models
+    words = {"a": 0, "b": 1}
+    for model in (models.BPE(words, []), models.WordLevel(words), models.Unigram([("a", -1.0), ("b", -2.0)])):
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # leaves the spaces out on purpose
+        prepare(saved(tokenizer, tmp_path, "a b\n" * 500), tmp_path / type(model).__name__)
+        with pytest.raises(WorkloadError, match=r"t.json (has no token for 'é' \(U\+00E9\)|cannot tokenize the text)"):
+            prepare(saved(tokenizer, tmp_path, "a é b\n" * 500), tmp_path / "refused")
+    with pytest.raises(WorkloadError, match="has no tokens"):
+        vocab_size(saved(tokenizers.Tokenizer(models.BPE()), tmp_path, "a"))
+
+
+def test_a_run_keeps_its_tokens_and_a_new_one_takes_the_changed_text(tokenized: Config, tmp_path: Path) -> None:
     directory = tmp_path / "prepared"
     prepare(tokenized, directory)
-    tokens = json.loads((directory / "tokens.json").read_text())["tokens"]
+    key, tokens = prepare_key(tokenized), len(open_corpus(tokenized, directory))
     with (tmp_path / "b.txt").open("a") as file:
         file.write("and more words\n" * 100)
-    with pytest.raises(WorkloadError, match="submit the job again"):
-        open_corpus(tokenized, directory)
     prepare(tokenized, directory)
-    assert json.loads((directory / "tokens.json").read_text())["tokens"] > tokens
-    assert len(open_corpus(tokenized, directory)) > tokens
+    assert len(open_corpus(tokenized, directory)) == tokens
+    assert prepare_key(tokenized) != key
+    prepare(tokenized, tmp_path / "another")
+    assert len(open_corpus(tokenized, tmp_path / "another")) > tokens
+
+    tokenizer = load_tokenizer(str(tokenized.data.tokenizer))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(tokenized.data.tokenizer)
+    with pytest.raises(WorkloadError, match="is not the file that this run's text was tokenized with: put that one"):
+        open_corpus(tokenized, directory)
 
 
 def test_text_that_is_not_utf8_is_refused_with_the_place(tokenized: Config, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def nothing(directory: Path) -> None: ...
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0}
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str, str]] = {
     # what is done to the files, settings, what the message must say was given, what it must say to do
-    "no file": (nothing, {"init_from": "nowhere"}, "init_from=nowhere is not a file", "give the directory"),
+    "no file": (nothing, {"init_from": "nowhere"}, "init_from=nowhere does not exist", "give the directory"),
     "empty": (lambda d: (d / "model.safetensors").unlink(), {}, "holds neither model.safetensors nor", "give the"),
     "both": (both, {}, "holds both", "name the file to use"),
     "cut off": (cut_off, {}, "bytes, but its header describes", "copy it again"),
