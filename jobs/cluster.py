@@ -19,6 +19,7 @@ from jobs.slurm import environment, options
 from jobs.spec import MOST_GPUS, MOST_NODES, CpuBinding, ExecutorName, TrackerName, parse_minutes, parse_ports
 from workloads.base import StrictModel
 from workloads.errors import did_you_mean
+from workloads.input_files import expanded
 from workloads.meanings import meanings
 
 _TEXT_OR_NUMBER: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
@@ -264,8 +265,8 @@ def find_cluster(name: str) -> Path:
     """
     looks_like_path = os.sep in name or name.endswith((".yaml", ".yml"))
     if looks_like_path:
-        path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises for an unknown user)
-        if path.is_file():
+        path = expanded(name)
+        if path.exists():
             return path.resolve()
         raise ClusterConfigError(
             f"--cluster {name}: no such file; give a YAML file, or the name of one in cluster_configs/"

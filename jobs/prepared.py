@@ -26,6 +26,7 @@ from typing import Any
 from jobs import secret_values
 from jobs.run_dir import read_json, write_json
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+from workloads.input_files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def _key(entry: WorkloadEntry, config: WorkloadConfig) -> Any:
 
 def _place(entry: WorkloadEntry, key: Any) -> Path:
     where = os.environ.get(VARIABLE)
-    folder = Path(where).expanduser().absolute() if where else Path.cwd() / "data" / "prepared"
+    folder = expanded(where).absolute() if where else Path.cwd() / "data" / "prepared"
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "-", entry.name)
     return folder / f"{name}-{digest}"

@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from jobs.errors import SettingsError, UserError
 from workloads.errors import did_you_mean
+from workloads.input_files import head
 from workloads.key_values import key_values
 from workloads.meanings import meanings
 from workloads.secret_values import masked
@@ -188,12 +189,11 @@ def dump_yaml(data: Mapping[str, Any]) -> str:
 
 def read_yaml(path: Path, error: type[UserError] = SettingsError) -> Document:
     """Reads a YAML file; raises `error` if it cannot be read."""
+    head(path, str(path), "give a YAML file", error)
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)  # must be limited: the path may name an endless device
+            data = file.read(MOST_BYTES + 1)
         text = data.decode()
-    except OSError as mistake:
-        raise error(f"{path}: cannot be read: {mistake.strerror}; give a YAML file") from None
     except UnicodeDecodeError:
         raise error(f"{path}: is not UTF-8 text; give a YAML file") from None
     if len(data) > MOST_BYTES:
@@ -429,6 +429,8 @@ def validate(
             expected = mistake.get("ctx", {}).get("expected", "")
             hint = did_you_mean(value, re.findall(r"'([^']+)'", str(expected)))
             origin = (source or {}).get(path, "")
+            if path and type(None) in _options(_field(cls, path).annotation) and message.startswith("must be"):
+                message += ", or null"
             prefix = f"{origin}{(spell or {}).get(key, key + '=')}{value}: " if path else origin
             if mistake["type"] == "missing":
                 messages.append(f"{origin}{key}: has no default and must be given; add {key}=...")
@@ -436,6 +438,7 @@ def validate(
             messages.append(
                 f"{prefix}{message if message[1:2].isupper() or not path else message[:1].lower() + message[1:]}{hint}"
             )
+        messages = list(dict.fromkeys(messages))  # each branch of a union complains of the same value
         more = f" (and {len(messages) - 3} more)" if len(messages) > 3 else ""
         raise error("; ".join(messages[:3]) + more + (f"; {help_line}" if help_line else "")) from None
 
@@ -501,6 +504,9 @@ def _check_path(cls: type[BaseModel], path: Key, where: str, error: type[UserErr
             every = _all_paths(cls)
             close = did_you_mean(".".join(path), every) or did_you_mean(path[-1], every)
             elsewhere = [other for other in every if other.endswith("." + path[-1])]
+            if not close and not elsewhere and "_" in path[-1]:  # learning_rate: the setting that means it
+                meant = re.compile(rf"\b{path[-1].replace('_', ' ')}\b", re.IGNORECASE)
+                elsewhere = [row.key for row in describe(cls) if meant.search(row.meaning)]
             close = close or (f" (did you mean '{elsewhere[0]}'?)" if elsewhere else "")
             raise error(f"{where}unknown {what} '{'.'.join(path)}'{close}{_dot(help_line)}")
         group = _group(group.model_fields[part].annotation)
@@ -558,11 +564,16 @@ def _parse_value(override: Override, annotation: Any) -> Any:
     """An override's text parsed as YAML, unless the setting is a string: then the text itself."""
     text = override.text
     stripped = text.strip()
-    if stripped in ("null", "None", "~") and type(None) in _options(annotation):
+    is_text = _takes(annotation, (str, Path)) and not _takes(annotation, (int, float))
+    if not stripped and not is_text:
+        may_be_null = type(None) in _options(annotation)
+        raise SettingsError(f"{override.key}=: has no value; give one{', or null' if may_be_null else ''}")
+    # Where text is taken, ~ is the home directory to whoever types it, and null would be something else without a word.
+    if stripped in ("null", "None", *(() if is_text else "~")) and type(None) in _options(annotation):
         return None
     quoted = len(stripped) >= 2 and stripped[0] == stripped[-1] and stripped[0] in "\"'"
     structured = stripped[:1] in ("[", "{") and _takes(annotation, (list, tuple, dict, Mapping))
-    if _takes(annotation, (str, Path)) and not _takes(annotation, (int, float)) and not quoted and not structured:
+    if is_text and not quoted and not structured:
         return text
     if annotation is bool and stripped in ("True", "False"):
         return stripped == "True"

@@ -25,12 +25,16 @@ def first_few(items: Sequence[str], most: int = 8, between: str = ", ") -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """` (did you mean 'x'?)` for the one of `known` that `given` is a word of, or else a close match; else nothing."""
-    known = list(known)
-    close = [name for name in known if given in re.split(r"[\W_]+", name)]
+    """` (did you mean 'x'?)` for the one of `known` that `given` is a word of, or else a close match; else nothing.
+
+    Without regard to case.
+    """
+    names = {name.lower(): name for name in known}
+    given = given.lower()
+    close = [name for name in names if given in re.split(r"[\W_]+", name)]
     if len(close) != 1:
-        close = difflib.get_close_matches(given, known, n=1, cutoff=cutoff)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+        close = difflib.get_close_matches(given, names, n=1, cutoff=cutoff)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 _STACK = re.compile(

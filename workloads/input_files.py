@@ -52,7 +52,8 @@ def head(path: Path, given: str, advice: str, error: type[Exception] = WorkloadE
         with path.open("rb") as file:
             first = file.read(_HEAD_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise error(f"{given} does not exist (working directory: {Path.cwd()}): {advice}") from None
+        where = "" if path.is_absolute() else f" (working directory: {Path.cwd()})"
+        raise error(f"{given} does not exist{where}: {advice}") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         raise error(f"{given} cannot be read ({getattr(problem, 'strerror', None) or problem}): {advice}") from None
     if first and not status.st_size:

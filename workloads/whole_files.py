@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from workloads.input_files import expanded
+
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
@@ -61,7 +63,7 @@ def file_stamp(path: str | Path) -> list[str | int]:
     Raises:
         OSError: it is not there.
     """
-    whole = Path(path).expanduser().absolute()
+    whole = expanded(str(path)).absolute()
     stat = whole.stat()
     return [str(whole), stat.st_size, stat.st_mtime_ns]
 

@@ -38,6 +38,7 @@ from jobs.spec import (
 from workloads import registry
 from workloads.base import MeshSpec, StrictModel, WorkloadConfig, WorkloadEntry, WorkloadError
 from workloads.errors import did_you_mean, first_few
+from workloads.input_files import expanded
 from workloads.script import config as script_config
 from workloads.training.checkpoint_config import ResumableConfig
 
@@ -123,7 +124,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     if then is not None:
         import_path = then.import_path
     entry = registry.load(workload, import_path if before is None else code_copy.imported_from(before.spec))
-    document = settings.read_yaml(Path(given.config)) if given.config is not None else None
+    document = settings.read_yaml(expanded(given.config)) if given.config is not None else None
     if then is not None and document is not None:
         kept = {path: value for path, value in secret_values.of(then).items() if path[0] == "settings"}
         document = replace(document, data=secret_values.put_in({"settings": document.data}, kept)["settings"])
@@ -189,7 +190,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     if which == "slurm" and cluster.gpu_request != "none":
         gpus = "optional" if given.allow_cpu else "required"
     name = config.name if isinstance(config, script_config.ScriptConfig) else workload
-    run_dir = default_run_dir(name) if given.run_dir is None else Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
+    run_dir = default_run_dir(name) if given.run_dir is None else expanded(given.run_dir).absolute()
     if going_on is None:
         RunDirectory.check(run_dir)
     if which != "debug" and (mistake := script.path_mistake(run_dir)):

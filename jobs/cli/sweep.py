@@ -23,6 +23,7 @@ from jobs.runs import index, sweep
 from jobs.runs.find import come_back
 from jobs.runs.sweep import Sweep, words_of
 from jobs.slurm import environment, query
+from workloads.input_files import expanded
 
 Point = Mapping[str, str]
 
@@ -43,7 +44,7 @@ def run(given: Options, points: Sequence[Point], console: Console) -> int:
     """
     folder = default_run_dir(f"{given.words[0].partition(':')[0]}-sweep")
     if given.run_dir is not None:
-        folder = Path(os.path.expanduser(given.run_dir)).absolute()  # noqa: PTH111 (Path's raises)
+        folder = expanded(given.run_dir).absolute()
     jobs = _resolved(given, points, folder)
     first = jobs[0]
     slurm = first.spec.executor == "slurm"

@@ -15,6 +15,7 @@ from jobs.runs import index, sweep
 from jobs.runs.sweep import Sweep
 from jobs.slurm import environment, query
 from workloads.errors import did_you_mean, first_few
+from workloads.input_files import expanded
 
 LAST = "last"
 """The name of the run that was started or resumed last."""
@@ -63,7 +64,7 @@ def look(name: str = LAST) -> RunDirectory | Sweep:
     """
     if not name.strip():
         raise CommandLineError("'': is not a run (an unset shell variable?); give the path of a run directory")
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         is_there = path.exists()
     except OSError as error:  # too long a name

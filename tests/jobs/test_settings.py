@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,7 @@ class Config(WorkloadConfig):
     """Optimizer
     steps."""
     lr: float = Field(default=1e-3, gt=0, le=1)
+    """The optimizer's learning rate."""
     betas: tuple[float, ...] = (0.9, 0.95)
     extra: dict[str, Any] = Field(default_factory=dict)
     compile: bool = False
@@ -180,12 +182,17 @@ def test_an_empty_file_is_no_settings() -> None:
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ClusterConfigError, match=r"gone\.yaml: cannot be read: No such file"):
+    with pytest.raises(ClusterConfigError, match=r"gone\.yaml does not exist: give a YAML file"):
         read_yaml(tmp_path / "gone.yaml", ClusterConfigError)
-    with pytest.raises(SettingsError, match="Is a directory"):
+    with pytest.raises(SettingsError, match="is a directory: give a YAML file"):
         read_yaml(tmp_path)
-    with pytest.raises(SettingsError, match=r"/dev/zero: is longer than 1,048,576 bytes"):
-        read_yaml(Path("/dev/zero"))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", Path("/dev/zero"), Path("/proc/cpuinfo")):
+        with pytest.raises(SettingsError, match=rf"{path} is not a regular file"):
+            read_yaml(path)
+    (tmp_path / "long.yaml").write_text("a: 1\n" * 2**18)
+    with pytest.raises(SettingsError, match="is longer than 1,048,576 bytes"):
+        read_yaml(tmp_path / "long.yaml")
     (tmp_path / "utf16.yaml").write_bytes("steps: 1".encode("utf-16"))
     with pytest.raises(SettingsError, match="is not UTF-8"):
         read_yaml(tmp_path / "utf16.yaml")
@@ -242,6 +249,8 @@ def test_what_a_run_directory_keeps_can_be_given_again(data: dict[str, Any]) -> 
         ("data.path=1e3", "1e3"),
         ("data.path=true", "true"),
         ("data.path=null", None),
+        ("data.path=~", "~"),  # the home directory, and not YAML's null
+        ("model.depth=~", None),
         ("data.path=[a.txt,b.txt]", ("a.txt", "b.txt")),
         ("data.path='a,b.txt'", "a,b.txt"),
         ('data.path="it is: # fine"', "it is: # fine"),
@@ -325,7 +334,14 @@ def test_what_is_no_sweep_is_refused(words: str, expected: str) -> None:
         (["steps=abc"], ["steps=abc", "integer"]),
         (["steps=1.5"], ["steps=1.5", "integer"]),
         (["steps=true"], ["steps=", "true and false"]),
-        (["steps="], ["steps=null"]),
+        (["steps="], ["steps=: has no value; give one"]),
+        (["data.path=[a,null]"], ["data.path=['a', None]: must be a valid string, or null"]),
+        (["grad_clip="], ["grad_clip=: has no value; give one, or null"]),
+        (["grad_clip=none"], ["grad_clip=none: must be a valid number, or null"]),
+        (["grad_clip=off"], ["grad_clip=off: must be a valid number, or null"]),
+        (["LR=1"], ["unknown setting 'LR' (did you mean 'lr'?)"]),
+        (["learning_rate=1"], ["unknown setting 'learning_rate' (did you mean 'lr'?)"]),
+        (["model=7B"], ["model.preset=7B: must be", "did you mean '7b'?"]),
         (["steps=null"], ["steps=null", "integer"]),
         (["lr=-1"], ["lr=-1", "greater than 0"]),
         (["lr=.nan"], ["lr=nan", "finite"]),

@@ -12,6 +12,7 @@ from pydantic import Field
 from workloads.base import MeshSpec, Shape, WorkloadError, file_stamp
 from workloads.divisors import divisors
 from workloads.images.config import ImageDataConfig
+from workloads.input_files import expanded
 from workloads.training.checkpoint_config import ResumableConfig
 
 PIXELS, CLASSES = 28 * 28, 10
@@ -209,7 +210,7 @@ def _data_bytes(config: Config, size: int) -> int:
     """
     if config.data.path is not None:
         try:
-            return 5 * Path(config.data.path).expanduser().stat().st_size
+            return 5 * expanded(config.data.path).stat().st_size
         except (OSError, RuntimeError, ValueError):  # what is wrong with it, preparing says
             return 0
     from workloads.images.sources import SOURCES

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from workloads.base import Shape, WorkloadConfig
 from workloads.errors import WorkloadError, did_you_mean
+from workloads.input_files import head
 
 LINE = "submit.py [flags] script train.py ARGS... (or: script -m package.module ARGS...)"
 
@@ -76,6 +77,8 @@ def validate(config: ScriptConfig, shape: Shape) -> None:
 def _check_file(file: Path, typed: str) -> None:
     if file.is_dir():
         raise WorkloadError(f"script {typed}: is a directory; give its script, or a package as -m {file.name}")
+    if file.exists():
+        head(file, f"script {typed}:", "give the path of your script")
     try:
         with tokenize.open(file) as opened:  # reads the encoding that the file declares, as Python does
             text = opened.read()

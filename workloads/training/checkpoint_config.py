@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from workloads.base import WorkloadConfig, WorkloadError
 from workloads.errors import first_few
+from workloads.input_files import expanded
 from workloads.secret_values import is_secret
 from workloads.training import checkpoint_files as files
 
@@ -64,7 +65,7 @@ class ResumableConfig(WorkloadConfig):
     @classmethod
     def _make_absolute(cls, value: str) -> str:
         # The ranks, and whoever goes on with the run later, may have another working directory.
-        return value if value in ("auto", "never") else str(Path(value).expanduser().absolute())
+        return value if value in ("auto", "never") else str(expanded(value).absolute())
 
     def fixed_settings(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, by dotted key."""

@@ -17,6 +17,7 @@ from jobs.runs import history
 from jobs.runs.find import find_all
 from jobs.runs.history import History
 from jobs.runs.sweep import sweep_of, words_of
+from workloads.input_files import expanded
 
 WIDEST_CELL, NARROWEST_CELL = 32, 12
 
@@ -39,7 +40,7 @@ def run(given: Options, console: Console) -> int:
     if given.output:
         from jobs.runs import page  # late: plotly, which may not be installed
 
-        write_text(Path(given.output).expanduser(), page.comparison(histories, rows))
+        write_text(expanded(given.output), page.comparison(histories, rows))
     heads = ("", *(one.name for one in histories))
     names = max(len(row[0]) for row in [heads, *rows])
     widest = max(NARROWEST_CELL, min(WIDEST_CELL, (shutil.get_terminal_size().columns - names) // len(runs) - 2))

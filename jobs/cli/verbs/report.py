@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jobs.cli import fit
@@ -13,6 +12,7 @@ from jobs.runs import history
 from jobs.runs.find import find
 from jobs.spec import ResourceSpec
 from workloads import registry
+from workloads.input_files import expanded
 
 
 def run(given: Options, console: Console) -> int:
@@ -30,7 +30,7 @@ def run(given: Options, console: Console) -> int:
 
     of = history.read(run_dir)
     differing, ideal_bytes = _defaults(of)
-    file = Path(given.output).expanduser() if given.output else run_dir.path / "report.html"
+    file = expanded(given.output) if given.output else run_dir.path / "report.html"
     write_text(file, page.report(of, differing, ideal_bytes))
     console.say(str(file))
     console.finish({"report": str(file.absolute()), "run_dir": str(run_dir.path), "exit_code": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ BAD = {
     "trian.py": ("No such file or directory in {here} (did you mean 'train.py'?); give", None),
     "folder": ("is a directory; give its script, or a package as -m folder", None),
     "syntax.py": ("syntax.py:2: is not Python that ", b"x = 1\nx ==== 2\n"),
+    "pipe.py": ("is not a regular file", None),
     "zeros.py": ("zeros.py", b"\0\0\0"),
     "bytes.py": ("bytes.py", b"x = '\xff'\n"),
 }
@@ -36,6 +38,7 @@ def test_what_no_rank_could_run_is_refused(name: str, tmp_path: Path) -> None:
     message, content = BAD[name]
     (tmp_path / "folder").mkdir()
     (tmp_path / "train.py").touch()
+    os.mkfifo(tmp_path / "pipe.py")
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(WorkloadError) as refusal:
