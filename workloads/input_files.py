@@ -68,3 +68,8 @@ def packed(first: bytes) -> str | None:
     if first[:3] == b"BZh" and first[4:10] == b"1AY&SY":
         return "bzip2-compressed"
     return next((what for magic, what in _MAGIC.items() if first.startswith(magic)), None)
+
+
+def unpacking(what: str) -> str:
+    """What to do about a file that is what `packed` says."""
+    return "decompress it" if what.endswith("compressed") else "unpack it" if "archive" in what else "convert it"

@@ -243,8 +243,12 @@ def look(source: Source, root: Path) -> Found:
 
     Raises:
         OSError: one cannot be read.
+        WorkloadError: one is a pipe, a device or the like, which would be waited for.
     """
     raw = source.raw(root)
+    for path in (raw / CHECKSUMS_FILE, *(raw / f"{name}{end}" for name in FILES for end in ("", ".gz"))):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise WorkloadError(f"data.root={root}: {path} is not a regular file; move it, or give another data.root")
     problems: list[str] = []
     foreign: list[str] = []
     recorded = _recorded(raw / CHECKSUMS_FILE, problems)

@@ -12,7 +12,7 @@ from pydantic import Field
 from workloads.base import MeshSpec, Shape, WorkloadError, file_stamp
 from workloads.divisors import divisors
 from workloads.images.config import ImageDataConfig
-from workloads.input_files import expanded
+from workloads.input_files import expanded, head, packed, unpacking
 from workloads.training.checkpoint_config import ResumableConfig
 
 PIXELS, CLASSES = 28 * 28, 10
@@ -163,7 +163,20 @@ def plan(config: Config) -> str:
 
     if config.data.path is None:
         return plan(config.data)
+    check_file(expanded(config.data.path))
     return f"{config.data.target} of {config.data.path}: preparing checks it and copies it for the ranks"
+
+
+def check_file(path: Path) -> None:
+    """Refuses what is no table at a first look.
+
+    Raises:
+        WorkloadError: it is missing, not a regular file, or packed.
+    """
+    first = head(path, f"data.path={path}", "give a .csv or .npz file")
+    if (what := packed(first)) and not (path.suffix.lower() == ".npz" and "npz" in what):
+        advice = unpacking(what) if path.suffix.lower() == ".csv" else "write it with np.savez(file, x=..., y=...)"
+        raise WorkloadError(f"data.path={path} is {what}, and not {path.suffix.lower()}: {advice}")
 
 
 def prepare_key(config: Config) -> Any:

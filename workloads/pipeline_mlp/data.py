@@ -15,6 +15,7 @@ from workloads.base import RunContext, WorkloadError
 from workloads.images import prepare as images
 from workloads.images.datasets import images_labels
 from workloads.images.sources import MEAN_AND_STD
+from workloads.input_files import expanded
 from workloads.pipeline_mlp.config import CLASSES, PIXELS, Config
 from workloads.pipeline_mlp.engine import Loss
 from workloads.pipeline_mlp.table import Table, read
@@ -199,13 +200,7 @@ def _is_there(config: Config, directory: Path) -> bool:
 def _read(config: Config) -> Table:
     assert config.data.path is not None
     assert config.data.target is not None
-    try:
-        path = Path(config.data.path).expanduser().absolute()
-    except RuntimeError:
-        raise WorkloadError(
-            f"data.path={config.data.path} cannot be read: there is no such home directory; write the path in full"
-        ) from None
-    table = read(path, config.data.target)
+    table = read(expanded(config.data.path).absolute(), config.data.target)
     _enough(config, len(table.split(config.data.heldout)[0]))
     return table
 

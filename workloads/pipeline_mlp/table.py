@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import stat
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import numpy as np
 
 from workloads.base import WorkloadError
 from workloads.errors import did_you_mean
+from workloads.pipeline_mlp.config import check_file
 from workloads.whole_files import written_beside
 
 SHOWN = 40
 """Characters of a value or name that a message quotes."""
 
-NPY_MAGIC = b"\x93NUMPY"
 WRITE_NPZ = "write it with np.savez(file, x=..., y=...)"
 
 HELD_OUT_SEED = 0
@@ -74,7 +73,7 @@ def read(path: Path, target: str) -> Table:
         WorkloadError: it is not there, is no such file, has no such column, or a value that is no finite number.
     """
     try:
-        _check_file(path)
+        check_file(path)
         columns = _csv(path) if path.suffix.lower() == ".csv" else _npz(path)
     except OSError as error:
         raise WorkloadError(f"data.path={path} cannot be read: {error.strerror or error}") from None
@@ -107,18 +106,6 @@ def read(path: Path, target: str) -> Table:
     if np.ptp(y) == 0:
         raise WorkloadError(f"data.target={target_word} in {path} is {y[0]:g} in every row: there is nothing to learn")
     return Table(features, y, tuple(names), target)
-
-
-def _check_file(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise WorkloadError(f"data.path={path}: there is no such file; give a .csv or .npz file") from None
-    except ValueError as error:  # a NUL in the name
-        raise WorkloadError(f"data.path={_plain(str(path))} cannot be read: {error}") from None
-    if not stat.S_ISREG(mode):
-        what = "is a directory" if stat.S_ISDIR(mode) else "is no regular file"
-        raise WorkloadError(f"data.path={path}: {what}; give a .csv or .npz file")
 
 
 def _check_scale(path: Path, names: Sequence[str], values: np.ndarray) -> None:
@@ -204,10 +191,7 @@ def _number(text: str) -> float | None:
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            single = file.read(len(NPY_MAGIC)) == NPY_MAGIC
-        what = "holds a single array, as np.save writes" if single else "is no npz file"
-        raise WorkloadError(f"{path} {what}; {WRITE_NPZ}")
+        raise WorkloadError(f"{path} is no npz file; {WRITE_NPZ}")
     given = _arrays(path)
     if not given:
         raise WorkloadError(f"{path} holds no array; {WRITE_NPZ}")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workloads.errors import WorkloadError
-from workloads.input_files import NPY_MAGIC, expanded, head, packed
+from workloads.input_files import NPY_MAGIC, expanded, head, packed, unpacking
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
 from workloads.tp_fsdp_llama2.corpus import FilePart, Part, Split
 from workloads.whole_files import write_text
@@ -77,10 +77,10 @@ def _check(path: Path) -> None:
         advice = "write the ids with numpy.save" + ("" if what else ", or give a file of text another name")
         raise WorkloadError(f"{given} is {what or 'not an .npy array'}: {advice}")
     if what and kind != ".npy":
-        advice = {
-            "an .npy array": "if it holds token ids, give it a name that ends in .npy",
-            "a zip archive (.zip, .npz)": "unpack it; save token ids with numpy.save",
-        }.get(what, "unpack it" if what.endswith(("compressed", "archive")) else "convert it to text")
+        if what == packed(NPY_MAGIC):
+            advice = "if it holds token ids, give it a name that ends in .npy"
+        else:
+            advice = unpacking(what) + ("; save token ids with numpy.save" if "npz" in what else "")
         raise WorkloadError(f"{given} is {what}, and not {'text' if kind == 'text' else 'bare ids'}: {advice}")
 
 

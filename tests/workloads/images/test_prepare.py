@@ -430,6 +430,15 @@ def test_a_root_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     assert "there is no such home directory" in refused(images("fake", "~nobody-of-this-name/data"))
 
 
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
+    for number, name in enumerate((TRAIN[0], f"{TEST[1]}.gz", CHECKSUMS_FILE)):
+        raw = tmp_path / str(number) / "Fake" / "raw"
+        raw.mkdir(parents=True)
+        os.mkfifo(raw / name)
+        line = refused(images("fake", tmp_path / str(number)))
+        assert line.endswith(f"{raw / name} is not a regular file; move it, or give another data.root")
+
+
 def test_a_root_of_another_user(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")

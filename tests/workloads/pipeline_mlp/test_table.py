@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import zipfile
@@ -65,7 +66,7 @@ def test_an_npz(tmp_path: Path) -> None:
         ("1,2\n3,4\n", "the first line has only numbers; it has to name the columns"),
         ("a;y\n1;2\n", "the first line 'a;y' has no commas"),
         ("y\n1\n2\n", "has only the column y, and nothing to predict it from"),
-        ("a,Y\n1,2\n3,4\n", r"data.target=y: .* has no such column; it has a, Y"),
+        ("a,Y\n1,2\n3,4\n", r"data.target=y: .* has no such column \(did you mean 'Y'\?\); it has a, Y"),
         ("a,yy\n1,2\n", r"has no such column \(did you mean 'yy'\?\); it has a, yy"),
         ("a,y\n1,2\n2,2\n", "data.target=y in .* is 2 in every row: there is nothing to learn"),
         (b"a,y\n\xff\xfe,2\n", "is no CSV file in UTF-8"),
@@ -115,14 +116,14 @@ def test_what_is_wrong_with_an_npz(arrays: dict[str, Any], line: str, tmp_path: 
 
 def test_what_is_no_npz_at_all(tmp_path: Path) -> None:
     path = tmp_path / "table.npz"
-    one_line(path, "y", "there is no such file; give a .csv or .npz file")
+    one_line(path, "y", "table.npz does not exist: give a .csv or .npz file")
     path.write_bytes(b"hello")
     one_line(path, "y", r"table.npz is no npz file; write it with np.savez\(file, x=..., y=...\)$")
     path.write_bytes(npz(tmp_path, x=[1.0, 2], y=[1.0, 2]).read_bytes()[:-30])
     one_line(path, "y", "table.npz is no npz file; ")
     with path.open("wb") as file:
         np.save(file, np.ones(3))
-    one_line(path, "y", "holds a single array, as np.save writes")
+    one_line(path, "y", r"table.npz is an .npy array, and not .npz: write it with np.savez\(file")
     path.unlink()
     path.mkdir()
     one_line(path, "y", "is a directory")
@@ -176,11 +177,30 @@ def test_a_zip_that_is_no_npz(wrong: str, line: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_to_read(tmp_path: Path) -> None:
-    one_line(tmp_path / ("x" * 300 + ".csv"), "y", "cannot be read: File name too long")
+    one_line(tmp_path / ("x" * 300 + ".csv"), "y", r"cannot be read \(File name too long\)")
     os.mkfifo(tmp_path / "table.csv")
-    one_line(tmp_path / "table.csv", "y", "is no regular file; give a .csv or .npz file")
-    with pytest.raises(WorkloadError, match="cannot be read: there is no such home directory; write the path in full"):
+    one_line(tmp_path / "table.csv", "y", "is not a regular file: give a .csv or .npz file")
+    with pytest.raises(WorkloadError, match=r"x\.csv does not exist: give a .csv or .npz file"):
         data.prepare(config(Path("~nosuchuser/x.csv")), tmp_path / "data")
+
+
+def test_a_packed_table_is_not_read_as_one(tmp_path: Path) -> None:
+    packed = gzip.compress(b"x,y\n1,2\n")
+    for name, line in (
+        ("gz.csv", "gz.csv is gzip-compressed, and not .csv: decompress it"),
+        ("gz.npz", r"gz.npz is gzip-compressed, and not .npz: write it with np.savez"),
+    ):
+        (tmp_path / name).write_bytes(packed)
+        one_line(tmp_path / name, "y", line)
+    path = npz(tmp_path, x=[1.0, 2], y=[1.0, 2])
+    one_line(
+        path.rename(tmp_path / "npz.csv"), "y", r"npz.csv is a zip archive \(.zip, .npz\), and not .csv: unpack it"
+    )
+
+
+def test_a_dry_run_sees_that_there_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match=r"none\.csv does not exist: give a .csv or .npz file"):
+        plan(config(tmp_path / "none.csv"))
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
