@@ -317,7 +317,7 @@ def _of_signal(facts: Facts, failure: Failure, who: str, at: str, said: str) -> 
         return _Words("signal", False, unknown, advice)
     if name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL"):
         advice = {
-            "SIGBUS": "A file that is mapped into memory was cut short, or /dev/shm is full: look at the sizes of both.",
+            "SIGBUS": "A file that is mapped into memory was cut short, or /dev/shm is full: look at their sizes.",
             "SIGABRT": "Code that is not Python gave up; the lines above in its log may say why.",
         }.get(name, "Code that is not Python crashed: look at the library that this line calls.")
         return _Words("signal", True, f"{who} was {said}{at}", advice)

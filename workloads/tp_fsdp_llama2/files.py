@@ -102,21 +102,33 @@ class InputFile:
 def agree(config: Config, directory: Path) -> None:
     """Writes down which files a run reads and how long they are, for all its ranks, and for when it is resumed.
 
-    Files may grow, or further ones appear that a glob matches, while ranks start or a run rests.
+    Files may grow, or further ones appear that a glob matches, while ranks start or a run rests. A run that goes on
+    from another's checkpoint reads what that one did.
 
     Raises:
         WorkloadError: they cannot be used; as `resolve`.
     """
     data = config.data
-    files = []
-    for path in resolve(data):
-        size = path.stat().st_size
-        files.append(InputFile(str(path), size, _ends(path, size)))
+    before = data_before(config, directory)
+    files = None if before is None else agreed(before)
+    if files is None:
+        sizes = {path: path.stat().st_size for path in resolve(data)}
+        files = [InputFile(str(path), size, _ends(path, size)) for path, size in sizes.items()]
     text = is_text(data)
-    tokens = sum(file.bytes for file in files) if text else sum(map(len, token_parts(data)))
+    tokens = sum(file.bytes if text else len(_token_part(data, Path(file.path), file.bytes)) for file in files)
     check_length(tokens, data, config.seq_len, config.global_batch_size, "bytes" if text else "tokens")
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / FILES_FILE, json.dumps([asdict(file) for file in files], indent=1))
+
+
+def data_before(config: Config, directory: Path) -> Path | None:
+    """Where the run has its data whose checkpoint this one goes on from; None: it begins anew.
+
+    Args:
+        directory: where this run has its own.
+    """
+    folder = config.check_resume()
+    return None if folder is None else folder.parent.parent / directory.name
 
 
 def agreed(directory: Path) -> list[InputFile] | None:

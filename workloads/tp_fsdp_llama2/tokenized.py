@@ -15,7 +15,7 @@ from workloads.errors import WorkloadError
 from workloads.input_files import expanded, head
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
 from workloads.tp_fsdp_llama2.corpus import Split
-from workloads.tp_fsdp_llama2.files import check_length, python_docs, resolve
+from workloads.tp_fsdp_llama2.files import check_length, data_before, python_docs, resolve
 from workloads.whole_files import file_stamp, written_beside
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def prepare(config: Config, directory: Path) -> str | None:
             "heldout_tokens": tokens - cut.heldout_start,
             "heldout_bytes": heldout_bytes,
         }
+        _refuse_other_text(config, directory, info)
     # This file must come last: it says that the other one is complete.
     with written_beside(directory / TOKENS_INFO_FILE) as beside:
         beside.write_text(json.dumps(info, indent=1))
@@ -168,7 +169,20 @@ def check_prepared(config: Config, directory: Path) -> str:
     info = prepared(config, directory)
     assert info is not None, "shared tokens of another key"
     check_length(info["tokens"], config.data, config.seq_len, config.global_batch_size, "tokens")
+    _refuse_other_text(config, directory, info)
     return f"{info['bytes']:,} bytes in {info['tokens']:,} tokens"
+
+
+def _refuse_other_text(config: Config, directory: Path, info: dict[str, Any]) -> None:
+    """Refuses to go on from the checkpoint of a run on text of another length: its samples would be others."""
+    before = data_before(config, directory)
+    then = None if before is None else prepared(config, before)
+    if then is not None and (then["bytes"], then["tokens"]) != (info["bytes"], info["tokens"]):
+        raise WorkloadError(
+            f"resume={config.resume}: data.path had {then['bytes']:,} bytes ({then['tokens']:,} tokens) then and has "
+            f"{info['bytes']:,} ({info['tokens']:,}): put the text back, or go on with that run itself, which has its "
+            "tokens"
+        )
 
 
 def prepared(config: Config, directory: Path) -> dict[str, Any] | None:

@@ -138,6 +138,18 @@ def test_a_run_reads_what_was_there_when_it_began(begun: Config, tmp_path: Path)
     assert len(open_corpus(begun, tmp_path)) == len(before) + 4 + 34
 
 
+def test_a_run_from_anothers_checkpoint_reads_what_that_one_did(
+    begun: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "data").rename(tmp_path / "first" / "data")
+    with (tmp_path / "b.txt").open("ab") as file:
+        file.write(b"more")
+    monkeypatch.setattr(Config, "check_resume", lambda self: tmp_path / "first" / "checkpoints" / "step-00000001")
+    data.make_ready(begun, tmp_path / "second" / "data")
+    assert len(open_corpus(begun, tmp_path / "second" / "data")) == 20_000
+
+
 def test_token_files_are_agreed_on_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     np.arange(9000, dtype=np.uint16).tofile("ids.bin")
@@ -463,7 +475,9 @@ def test_text_that_a_tokenizer_would_leave_out_is_refused(tmp_path: Path) -> Non
         vocab_size(saved(tokenizers.Tokenizer(models.BPE()), tmp_path, "a"))
 
 
-def test_a_run_keeps_its_tokens_and_a_new_one_takes_the_changed_text(tokenized: Config, tmp_path: Path) -> None:
+def test_a_run_keeps_its_tokens_and_a_new_one_takes_the_changed_text(
+    tokenized: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "prepared"
     prepare(tokenized, directory)
     key, tokens = prepare_key(tokenized), len(open_corpus(tokenized, directory))
@@ -472,8 +486,16 @@ def test_a_run_keeps_its_tokens_and_a_new_one_takes_the_changed_text(tokenized: 
     prepare(tokenized, directory)
     assert len(open_corpus(tokenized, directory)) == tokens
     assert prepare_key(tokenized) != key
-    prepare(tokenized, tmp_path / "another")
-    assert len(open_corpus(tokenized, tmp_path / "another")) > tokens
+    prepare(tokenized, tmp_path / "another" / "data")
+    assert len(open_corpus(tokenized, tmp_path / "another" / "data")) > tokens
+
+    (tmp_path / "first").mkdir()
+    directory = directory.rename(tmp_path / "first" / "data")
+    with monkeypatch.context() as patched:
+        patched.setattr(Config, "check_resume", lambda self: tmp_path / "first" / "checkpoints" / "step-00000001")
+        for look in (prepare, check_prepared):
+            with pytest.raises(WorkloadError, match=r"data.path had [\d,]+ bytes .* then and has [\d,]+ \("):
+                look(tokenized, tmp_path / ("second" if look is prepare else "another") / "data")
 
     tokenizer = load_tokenizer(str(tokenized.data.tokenizer))
     tokenizer.add_special_tokens(["</s>"])
