@@ -1,4 +1,4 @@
-"""Tokens from a memory map as a training loop sees them, beside raw numpy reads of the same bytes in the same order.
+"""Tokens from a file as a training loop sees them, beside raw numpy reads of a memory map of it in the same order.
 
 The loop computes a matrix product a batch. One row compares how long it waits for its batches, the other how long it
 takes as a whole, which also shows what the reading thread takes from it. A raw read is one
@@ -102,7 +102,7 @@ def main(rounds: int = ROUNDS) -> list[Row]:
     idle = statistics.median(o[0] for o in idle_ours) / statistics.median(r[0] for r in idle_raw)
     rows = []
     for column, what in enumerate(
-        ("tokens from a memory map with prefetch, seen by the loop", "a loop with prefetched tokens, as a whole")
+        ("tokens from a file with prefetch, seen by the loop", "a loop with prefetched tokens, as a whole")
     ):
         own, theirs = [o[column] for o in ours], [r[column] for r in raw]
         detail = f"{milliseconds(own)} against {milliseconds(theirs)} for {BATCHES} batches of {BATCH} x {SEQ_LEN}"

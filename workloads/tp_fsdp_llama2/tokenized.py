@@ -1,4 +1,4 @@
-"""Text through a tokenizer: cut into tokens once, when the job is prepared, for all ranks to map. Torch-free."""
+"""Text through a tokenizer: cut into tokens once, when the job is prepared, for all ranks to read. Torch-free."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def load_tokenizer(path: str, *, log_changes: bool = False) -> Any:
         tokenizer.model.dropout = None
         changes.append("dropout")
     for name in changes if log_changes else ():
-        log.warning("%s sets %s; it is switched off, as the whole text is used as it is", given, name)
+        log.warning("%s sets %s; it is switched off: all of the text is used, as it is", given, name)
     return tokenizer
 
 

@@ -148,6 +148,14 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert "\n" not in message
 
 
+def test_no_tp_is_chosen_that_leaves_a_rank_without_a_row_of_the_vocabulary() -> None:
+    def chosen(vocabulary: int) -> int:
+        large = {"dim": 2**16, "n_heads": 512, "n_kv_heads": 512, "vocab_size": vocabulary}  # fits on no GPU
+        return mesh(make(model=large), Shape(1, 8)).sizes[-1]
+
+    assert [chosen(vocabulary) for vocabulary in (1, 2, 3, 5, 7, 8, 9, 15, 57)] == [1, 2, 2, 2, 4, 8, 2, 8, 8]
+
+
 def test_following_the_advice_on_the_holdout_helps(files: Path) -> None:
     validate(make(data={"path": "text.txt", "holdout_fraction": 0.0007}), TWO_BY_FOUR)
 
