@@ -193,7 +193,7 @@ BAD = [
     Bad(["tp_fsdp", "precision=fp8"], ["precision=fp8", "'fp32', 'bf16'"]),
     Bad(["tp_fsdp", "model=7c"], ["model.preset=7c", "'7b'"]),
     Bad(["tp_fsdp", "warmup_steps=20", "steps=10"], ["warmup_steps=20 is more than steps=10"]),
-    Bad(["tp_fsdp", "--config", "gone.yaml"], ["gone.yaml: cannot be read"]),
+    Bad(["tp_fsdp", "--config", "gone.yaml"], ["gone.yaml does not exist (working directory: "]),
     Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml:2", "not valid YAML"], {"e.yaml": "steps: 1\n  lr: 2\n"}),
     Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml:2", "'steps' is given twice"], {"e.yaml": "steps: 1\nsteps: 2\n"}),
     Bad(
@@ -203,7 +203,7 @@ BAD = [
     ),
     Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml:1", "lr=fast"], {"e.yaml": "lr: fast\n"}),
     Bad(["tp_fsdp", "--config", "e.yaml"], ["e.yaml: is not UTF-8"], {"e.yaml": b"\xff\xfe"}),
-    Bad(["tp_fsdp", "--config", "."], ["Is a directory"]),
+    Bad(["tp_fsdp", "--config", "."], [". is a directory: give a YAML file"]),
     # shapes
     # what is proposed works: 3 does not divide the 8 heads
     Bad(tp_fsdp("tp=4", "global_batch_size=6", gpus_per_node=6), ["tp=4 does not divide gpus_per_node=6", "use tp=2"]),
