@@ -12,10 +12,11 @@ input of the next.
 from __future__ import annotations
 
 import os
-import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _CHUNK = 2**22
+OPEN_FILES = 128
+"""A corpus may have more files than a process may open."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class FilePart:
     process (SIGBUS).
 
     Args:
-        path: the file, which stays open.
+        path: the file, which is open while it is among the OPEN_FILES that were read last.
         dtype: of its numbers.
         offset: where they begin, in bytes.
         count: how many there are.
@@ -59,8 +62,6 @@ class FilePart:
     def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int) -> None:
         self.source = str(path)
         self._dtype, self._offset, self._count = dtype, offset, count
-        self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return self._count
@@ -77,19 +78,26 @@ class FilePart:
         wanted = max(0, min(count, self._count - begin)) * size
         at = self._offset + begin * size
         try:
-            data = os.pread(self._file, wanted, at)
+            file = _opened(self)
+            data = os.pread(file.fileno(), wanted, at)
             while len(data) < wanted:
-                more = os.pread(self._file, wanted - len(data), at + len(data))
+                more = os.pread(file.fileno(), wanted - len(data), at + len(data))
                 if not more:
                     end = self._offset + self._count * size
                     raise WorkloadError(
-                        f"{self.source} was cut short while it was read: it has {os.fstat(self._file).st_size:,} of "
+                        f"{self.source} was cut short while it was read: it has {os.fstat(file.fileno()).st_size:,} of "
                         f"the {end:,} bytes that it had when the run began; put the rest back, and resume the run"
                     )
                 data += more
         except OSError as error:
             raise WorkloadError(f"{self.source} cannot be read: {error.strerror or error}") from None
         return np.frombuffer(data, dtype=self._dtype)
+
+
+@lru_cache(OPEN_FILES)
+def _opened(part: FilePart) -> FileIO:
+    """Closes when the cache lets go of it."""
+    return FileIO(part.source)
 
 
 class Corpus:

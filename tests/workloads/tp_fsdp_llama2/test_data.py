@@ -15,7 +15,7 @@ from workloads.base import WorkloadError
 from workloads.tp_fsdp_llama2 import data
 from workloads.tp_fsdp_llama2 import tokenized as tokenized_module
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
-from workloads.tp_fsdp_llama2.corpus import Corpus, Part, Split
+from workloads.tp_fsdp_llama2.corpus import OPEN_FILES, Corpus, Part, Split
 from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
 from workloads.tp_fsdp_llama2.files import python_docs, resolve
 from workloads.tp_fsdp_llama2.samples import SampleOrder, TrainingSamples
@@ -178,6 +178,16 @@ def test_a_file_that_is_not_what_the_run_began_with_is_refused(
     change(tmp_path / "b.txt")
     with pytest.raises(WorkloadError, match=f"^data.path={message}"):
         open_corpus(begun, tmp_path / "data")
+
+
+def test_a_corpus_may_have_more_files_than_are_open(tmp_path: Path) -> None:
+    for number in range(2 * OPEN_FILES):
+        (tmp_path / f"{number:03}.txt").write_bytes(bytes([97 + number % 26]) * 10)
+    corpus = open_corpus(make(data={"path": str(tmp_path / "*.txt")}), NOWHERE)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    every = contents(corpus)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + OPEN_FILES
+    assert bytes(every.astype(np.uint8)) == b"".join(path.read_bytes() for path in sorted(tmp_path.glob("*.txt")))
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_named(begun: Config, tmp_path: Path) -> None:
