@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workloads.base import RunContext, SupersededError, WorkloadError, to_json
+from workloads.base import NonFiniteError, RunContext, SupersededError, WorkloadError, to_json
 from workloads.errors import first_few, in_words, spoken_for
 from workloads.training import checkpoint_files as files
 from workloads.training import checkpoint_index
@@ -223,8 +223,12 @@ class Checkpoint:
             if must and self._thread is not None:
                 self._thread.join(SAVE_WITHIN_S)
             is_busy = self._thread is not None and self._thread.is_alive()
-            flags = torch.tensor([float(is_busy), float(self._failed)], dtype=torch.float64)
-            any_busy, any_failed = sums_and_maxima(flags.to(self._ctx.device))[1].tolist()
+            bad = self._state.not_finite()
+            who = self._ctx.world_size - self._ctx.rank if bad else 0  # the lowest such rank has the maximum
+            flags = torch.tensor([float(is_busy), float(self._failed), float(who)], dtype=torch.float64)
+            any_busy, any_failed, first_bad = sums_and_maxima(flags.to(self._ctx.device))[1].tolist()
+            if first_bad:
+                raise self._not_finite(step, bad or "a parameter", self._ctx.world_size - int(first_bad))
             self._saved_at, self._is_asked_for = time.monotonic(), False
             if any_busy:
                 if self._ctx.rank == 0:
@@ -358,6 +362,13 @@ class Checkpoint:
     def _broadcast(self, objects: list[Any], src: int) -> None:
         if self._ctx.world_size > 1:
             dist.broadcast_object_list(objects, src=src, group=self._ctx.cpu_group)
+
+    def _not_finite(self, step: int, what: str, rank: int) -> Exception:
+        error = NonFiniteError(
+            f"step {step}: {what} is not finite on rank {rank} on {self._ctx.hosts[rank]}, and is not saved; the run "
+            "stops here; a smaller learning rate or a longer warm-up is the usual cure"
+        )
+        return spoken_for(error, rank, self._ctx.rank)
 
     def _mistake(self, message: str) -> Exception:
         return spoken_for(WorkloadError(message), 0, self._ctx.rank)

@@ -69,6 +69,15 @@ class TrainingState:
             values[name] = _flatten(other.state_dict(), name, tensors)
         return tensors | {f"random.{self._rank}.{name}": state for name, state in _random_states().items()}, values
 
+    def not_finite(self) -> str | None:
+        """The name of a parameter in which this rank has a NaN or an infinity; None if it has none."""
+        for name, parameter in named_parameters(self._model):
+            local = parameter.detach()
+            local = local.to_local() if isinstance(local, DTensor) else local
+            if local.is_floating_point() and local.numel() and not torch.stack(torch.aminmax(local)).isfinite().all():
+                return name
+        return None
+
     def targets(self, saved: Mapping[str, Any], values: Mapping[str, Any], same_layout: bool) -> dict[str, Tensor]:
         """The tensors to load into: the model's own, and new ones for the rest.
 

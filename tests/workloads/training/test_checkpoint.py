@@ -364,6 +364,23 @@ def test_a_full_disk_is_reported_and_the_last_good_one_stays(mode: str, tmp_path
             assert warning.endswith(f"{tmp_path / 'checkpoints' / 'step-00000001'} stays")
 
 
+def is_not_finite(ctx: RunContext) -> tuple[str, list[int], bool]:
+    """On rank 1, a parameter is NaN, while the loss is not."""
+    training = Training(ctx, config()).run(1)
+    if ctx.rank == 1:
+        training.model[1].weight.detach().to_local().fill_(math.nan)
+    with pytest.raises(NonFiniteError) as error:
+        training.checkpoint.after_step(2, 8)
+    return str(error.value), saved(ctx), hasattr(error.value, "is_spoken_for")
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    others, own = run_world(is_not_finite, sizes=(2, 1), run_dir=tmp_path)
+    assert own[0].startswith("step 2: 1.weight is not finite on rank 1 on ")
+    assert others[0].startswith("step 2: a parameter is not finite on rank 1 on ")
+    assert (own[1:], others[1:]) == (([1], False), ([1], True))
+
+
 def metrics_are_missing(ctx: RunContext) -> dict[str, Any]:
     """On rank 0, what the steps came to cannot be written while step 2 is saved."""
     warnings: list[str] = []
