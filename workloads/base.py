@@ -393,6 +393,13 @@ class RunContext:
         """The last step, where some rank had set `save_requested` before the one before it ended."""
         return self._ends.save_at
 
+    def check_last_step(self) -> None:
+        """Waits for what the last step came to, and raises as end_step does; all ranks call it.
+
+        Call it before doing what a run that has diverged must not do, such as writing its weights.
+        """
+        self._ends.check()
+
     @property
     def metrics_are_written(self) -> bool:
         """Whether `timed("checkpoint")` could write all steps' lines to metrics.jsonl, which may be on a full disk."""

@@ -12,7 +12,7 @@ from workloads.base import RunContext
 from workloads.fsdp_mnist import data
 from workloads.fsdp_mnist.config import Config
 from workloads.fsdp_mnist.memory import KINDS
-from workloads.fsdp_mnist.train import shared_metrics, train
+from workloads.fsdp_mnist.train import shared_loss, shared_metrics, train
 from workloads.images.prepare import Prepared
 from workloads.training.metrics import reset_peak_memory
 
@@ -63,9 +63,13 @@ def compare(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, An
 def _look_on(config: Config, ctx: RunContext, prepared: Prepared) -> dict[str, Any]:
     """Ends every step with the one that trains: nobody waits longer than a step, and all stop together."""
     ctx.start_steps()
+    per_epoch = data.steps_per_epoch(config, prepared.train, prepared.source)
     total_steps = data.total_steps(config, prepared)
     for step in range(1, total_steps + 1):
-        if ctx.end_step({"step": step, **shared_metrics(True, 0.0, 0.0, 0)}) and step < total_steps:
+        metrics = shared_metrics(True, 0.0, 0.0, 0)
+        if data.is_evaluated(step, per_epoch, total_steps):
+            metrics |= shared_loss(0.0)
+        if ctx.end_step({"step": step, **metrics}) and step < total_steps:
             return {"stopped_at_step": step}
     return {}
 

@@ -68,6 +68,11 @@ def total_steps(config: Config, prepared: images.Prepared) -> int:
     return steps if config.steps is None else min(steps, config.steps)
 
 
+def is_evaluated(step: int, per_epoch: int, total_steps: int) -> bool:
+    """Whether the held-out samples are predicted after a step: the last one of an epoch or of the run."""
+    return step % per_epoch == 0 or step == total_steps
+
+
 class TrainingBatches:
     """A rank's batches of one epoch after the other.
 

@@ -108,10 +108,10 @@ def train(
                 "samples_per_second": per_second(len(labels_B) * ranks),
                 **shared_metrics(alone, loss.detach(), right, peak_memory_bytes(device), sample_hash(numbers)),
             }
-            if step == total_steps or step % per_epoch == 0:
+            if data.is_evaluated(step, per_epoch, total_steps):
                 with ctx.timed("evaluation"):
                     held_out_metrics = evaluate(config, model, held_out, device, alone)
-                metrics |= held_out_metrics
+                metrics |= {**held_out_metrics, **shared_loss(held_out_metrics["heldout_loss"])}
                 if ctx.rank == 0:
                     log.info(
                         "epoch %d, step %d: held-out accuracy %.2f%% (%d of %d), loss %.4f",
@@ -132,9 +132,16 @@ def train(
             ctx.phase("data")
 
     ctx.phase("finishing")
+    ctx.check_last_step()
+    memory = measure(model, optimizer, device, alone)  # before the export, which gathers parameters
+    written = None
+    if config.export:
+        described = {"model_type": "fsdp_mnist.Net", "source": prepared.source}
+        written = export(model, ctx.paths.export_dir, {"config.json": described})
+    if written is not None:
+        log.info("weights are in %s", written)
     timing = ctx.timing()
     median_seconds = timing["step_seconds"]
-    memory = measure(model, optimizer, device, alone)
     result: dict[str, Any] = {
         "strategy": config.strategy,
         "mesh": layout(config, ctx),
@@ -154,12 +161,8 @@ def train(
     }
     if ctx.rank == 0:
         log.info("%s", memory)
-    if config.export:
-        described = {"model_type": "fsdp_mnist.Net", "source": prepared.source}
-        written = export(model, ctx.paths.export_dir, {"config.json": described})
-        if written is not None:
-            result["export"] = str(written)
-            log.info("weights are in %s", written)
+    if written is not None:
+        result["export"] = str(written)
     return result
 
 
@@ -172,6 +175,11 @@ def shared_metrics(alone: bool, loss: Number, accuracy: Number, peak: int, sampl
         "peak_memory_bytes": largest(peak),
         "samples_hash": total(samples),
     }
+
+
+def shared_loss(heldout_loss: float) -> dict[str, Reduced]:
+    """The held-out loss, which all ranks have, or the one that is alone: it must be finite."""
+    return {"heldout_loss": largest(heldout_loss, finite=True)}
 
 
 def make_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:

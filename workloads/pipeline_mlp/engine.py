@@ -57,12 +57,14 @@ class Step:
             saved, and the stages' inputs and outputs; without parameters, and without tensors that are on their way
             to another rank, or for which there is room and that have come, maybe, but that nothing was computed with
             yet: a tensor for each transfer under way. 0 unless events were asked for, as counting costs time.
+        handed_on: what this rank gave to the next stage last; None if it gave nothing.
     """
 
     loss: Tensor | None = None
     events: list[Event] = field(default_factory=list)
     peak_microbatches: dict[int, int] = field(default_factory=dict)
     peak_bytes: int = 0
+    handed_on: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ class _Execution:
         self.targets: list[Tensor] = []
         self.predictions: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._handed_on: Tensor | None = None
         # By stage and microbatch, from the forward pass to the backward one: the input, what gradients start from,
         # and the weights' half.
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -321,7 +324,7 @@ class _Execution:
         loss = None
         if self._losses:
             loss = sum(self._losses[1:], start=self._losses[0])
-        return Step(loss, self._events, self._held.peak_microbatches, self._held.peak_bytes)
+        return Step(loss, self._events, self._held.peak_microbatches, self._held.peak_bytes, self._handed_on)
 
     # -- computing
 
@@ -345,7 +348,7 @@ class _Execution:
                     self.predictions.append(output)
             else:
                 self._check(stage, output)
-                self._to_send[Action("send_forward", stage, i)] = output.detach()
+                self._to_send[Action("send_forward", stage, i)] = self._handed_on = output.detach()
         if self._training:
             self._graphs[key] = (x, root)
             if later is not None:

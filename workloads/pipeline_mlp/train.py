@@ -26,7 +26,7 @@ from workloads.pipeline_mlp.schedule import Schedule, make
 from workloads.pipeline_mlp.torch_engine import TorchEngine
 from workloads.training.checkpoint import Checkpoint
 from workloads.training.collectives import gather_objects
-from workloads.training.metrics import peak_memory_bytes
+from workloads.training.metrics import or_null, peak_memory_bytes
 from workloads.training.optimizer import adamw
 from workloads.training.precision import parameter_dtype
 from workloads.training.sample_hash import sample_hash
@@ -84,14 +84,12 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         if record:
             measured.append(done)
 
-        # Only the last stage has a loss, one for each replica; the others add nothing.
-        loss = 0.0 if done.loss is None else done.loss.detach().double() / config.dp
         metrics: dict[str, Any] = {
             "step": step,
             "total_steps": config.steps,
             "lr": learning_rate(config),
             "samples_per_second": per_second(config.global_batch_size),
-            "loss": total(loss, finite=True),
+            "loss": total(share_of_loss(done, config.dp), finite=True),
             "samples_hash": total(sample_hash(numbers) if first else 0),
             "peak_memory_bytes": largest(peak_memory_bytes(device)),
         }
@@ -104,6 +102,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             return {"stopped_at_step": step}
 
     ctx.phase("finishing")
+    ctx.check_last_step()
+    exported = export(modules, wide, samples, ctx) if config.export else {}  # before all that only describes the run
     timing = ctx.timing()
     median_seconds = timing["step_seconds"]
     result: dict[str, Any] = {
@@ -119,10 +119,9 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         **timing,
         "parameters": sum(a * b + b for a, b in itertools.pairwise(wide)),
         "data": samples.words,
-        **report(config, ctx, schedule, measured),
+        **or_null("timeline", lambda: report(config, ctx, schedule, measured)),
+        **exported,
     }
-    if config.export:
-        result |= export(modules, wide, samples, ctx)
     return result
 
 
@@ -141,6 +140,16 @@ def whole(modules: nn.ModuleList) -> nn.Module:
         for name, layer in stage.named_children():
             holder.add_module(name, layer)
     return holder
+
+
+def share_of_loss(step: Step, replicas: int) -> float | Tensor:
+    """What this rank adds to the step's loss: only the last stage has one, in each replica.
+
+    The others add 0, or NaN if that is in what they hand on: the first rank with a NaN is then the one it came from.
+    """
+    if step.loss is not None:
+        return step.loss.detach().double() / replicas
+    return 0.0 if step.handed_on is None else 0.0 * step.handed_on.double().sum()
 
 
 @torch.no_grad()
@@ -167,13 +176,17 @@ def evaluate(
     """Sums over the held-out samples, each counted on one rank: the last stage's of the replica that predicts it."""
     x, y = samples.heldout_x[replica::replicas], samples.heldout_y[replica::replicas]
     if len(y) == 0:  # there are fewer than replicas
-        return {"heldout_loss_sum": total(0.0), "heldout_right": total(0)}
+        return _heldout_sums(0.0, 0)
     predicted = engine.predict(x.to(device) if engine.has_first else None)
     if predicted is None:
-        return {"heldout_loss_sum": total(0.0), "heldout_right": total(0)}
+        return _heldout_sums(0.0, 0)
     y = y.to(device)
     right = 0 if samples.regression else int((predicted.argmax(1) == y).sum())
-    return {"heldout_loss_sum": total(samples.loss(predicted, y).item() * len(y)), "heldout_right": total(right)}
+    return _heldout_sums(samples.loss(predicted, y).item() * len(y), right)
+
+
+def _heldout_sums(loss: float, right: int) -> dict[str, Reduced]:
+    return {"heldout_loss_sum": total(loss, finite=True), "heldout_right": total(right)}
 
 
 def heldout(metrics: dict[str, Any], samples: data.Samples) -> dict[str, Any]:
@@ -194,8 +207,12 @@ def report(config: Config, ctx: RunContext, schedule: Schedule, measured: list[S
     """The first replica's bubble beside the theoretical one, activations by rank, and the timeline in two forms."""
     if not measured:
         return {}
-    # Without the losses, which may be on another rank's GPU.
-    mine = [replace(step, loss=None) for step in measured] if ctx.mesh["dp"].get_local_rank() == 0 else None
+    # Without the tensors, which may be on another rank's GPU.
+    mine = (
+        [replace(step, loss=None, handed_on=None) for step in measured]
+        if ctx.mesh["dp"].get_local_rank() == 0
+        else None
+    )
     everyone = gather_objects(mine, ctx.cpu_group)
     if everyone is None:
         return {}

@@ -1,10 +1,10 @@
-"""What is measured at the end: the loss on the held-out part, and a sample of what the model writes."""
+"""What is measured without training: losses, and a sample of what the model writes."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -61,6 +61,16 @@ def heldout_loss(
     model.train(was_training)
     release_gathered(model)
     return sum_over_data_parallel(total, mesh).item() / (len(starts) * split.seq_len)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """In nats per token, of this dp coordinate's windows; all ranks call it with as many."""
+    model.eval()
+    loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    model.train()
+    release_gathered(model)
+    return loss
 
 
 @torch.no_grad()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from workloads.base import MeshSpec, RunContext, largest, mean, per_second, total
+from workloads.base import MeshSpec, NonFiniteError, RunContext, largest, mean, per_second, total
+from workloads.errors import spoken_for
 from workloads.input_files import expanded
 from workloads.tp_fsdp_llama2.config import (
     BYTES_VOCABULARY,
@@ -26,7 +29,7 @@ from workloads.tp_fsdp_llama2.config import (
 )
 from workloads.tp_fsdp_llama2.corpus import Corpus, Split
 from workloads.tp_fsdp_llama2.data import is_ready, make_ready, open_corpus, vocab_size
-from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss
+from workloads.tp_fsdp_llama2.evaluate import generate, heldout_loss, mean_loss
 from workloads.tp_fsdp_llama2.huggingface import is_rotated, llama_config, parameter_name, to_halves
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.layout import choices, reduces_last_pass_only
@@ -42,6 +45,7 @@ from workloads.training.export import export
 from workloads.training.metrics import (
     FLOP_RULE,
     measured_matmul_flops,
+    or_null,
     peak_flops,
     peak_memory_bytes,
     transformer_flops_per_token,
@@ -54,10 +58,14 @@ from workloads.training.sample_hash import sample_hash
 log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 32
+ENTROPY = "heldout_unigram_entropy_nats"
 
 
 def run(config: Config, ctx: RunContext) -> dict[str, Any]:
-    """Trains, evaluates on the held-out part, generates a sample and, if asked to, exports the weights.
+    """Trains, writes the weights if asked to, evaluates on the held-out part, and generates a sample.
+
+    What was trained is written before anything else is done with it. The held-out loss is the run's result: without it
+    the run fails. The entropy and the sample only describe the run, and are null if they cannot be had.
 
     Returns:
         The `result` of result.json; on ranks other than 0 it lacks the unigram entropy and the export's path. If the
@@ -128,7 +136,7 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
     if ctx.rank == 0 and measured is not None:
         of_data_sheet = f"; its data sheet says {peak / 1e12:.0f}" if peak else ""
         log.info("a bf16 matrix product reaches %.0f TFLOP/s on this device%s", measured / 1e12, of_data_sheet)
-    heldout, step = None, start.step
+    step = start.step
 
     with Prefetcher(
         (batch for step in range(start.step + 1, config.steps + 1) for batch in samples.microbatches(step)),
@@ -170,23 +178,38 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             }
             if peak is not None:
                 metrics["mfu"] = per_second(flops_per_step / (ctx.world_size * peak))
-            heldout = None
-            if config.eval_every and step % config.eval_every == 0:
-                metrics["heldout_loss"] = heldout = evaluate()
+            if step == config.steps:  # no later step's loss shows whether this update diverged
+                with ctx.timed("evaluation"):
+                    metrics["loss_after_update"] = mean(mean_loss(model, tokens), finite=True)
+            elif config.eval_every and step % config.eval_every == 0:
+                metrics["heldout_loss"] = largest(evaluate(), finite=True)
             stop = ctx.end_step(metrics)
             checkpoint.after_step(step, step * config.global_batch_size, is_last=step == config.steps)
             if stop and step < config.steps:
                 return {"stopped_at_step": step}
 
     ctx.phase("finishing")
-    heldout = evaluate() if heldout is None else heldout
+    ctx.check_last_step()
+    written = _export(config, model, ctx.paths.export_dir) if config.export else None
+    if written is not None:
+        log.info("weights are in %s", written)
+    heldout = evaluate()
+    if config.eval_every:
+        ctx.log({"heldout_loss": heldout})
+    if not math.isfinite(heldout):
+        if written is not None:
+            shutil.rmtree(written.parent)
+        error = NonFiniteError(
+            f"step {step}: heldout_loss is {heldout}; a smaller learning rate or a longer warm-up is the usual cure"
+        )
+        raise spoken_for(error, 0, ctx.rank)
     timing = ctx.timing()
     median_seconds = timing["step_seconds"]
     result: dict[str, Any] = {
         "steps": config.steps,
         "final_loss": ctx.last_metrics["loss"],
         **_heldout_metrics(heldout, corpus),
-        **(_unigram_metrics(corpus, split, config.eval_windows) if ctx.rank == 0 else {}),
+        **(or_null(ENTROPY, lambda: _unigram_metrics(corpus, split, config.eval_windows)) if ctx.rank == 0 else {}),
         "parameters": parameters,
         "tokens": tokens_per_step * config.steps,
         "tokens_per_second": tokens_per_step / median_seconds if median_seconds else None,
@@ -195,17 +218,14 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
         "mesh": dict(zip(layout.names, layout.sizes, strict=True)),
     }
     if config.sample_tokens:
-        result.update(_sample(config, model, corpus, split, device))
+        result |= or_null("sample", lambda: _sample(config, ctx, model, corpus, split))
     if ctx.rank == 0:
-        entropy = result["heldout_unigram_entropy_nats"]
-        log.info("that text's unigram entropy   %s", _nats_and_bits(entropy, corpus.unit))
-        if config.sample_tokens:
+        if result[ENTROPY] is not None:
+            log.info("that text's unigram entropy   %s", _nats_and_bits(result[ENTROPY], corpus.unit))
+        if result.get("sample") is not None:
             log.info("after %r it writes %r", result["sample_prompt"], result["sample"])
-    if config.export:
-        written = _export(config, model, ctx.paths.export_dir)
-        if written is not None:
-            result["export"] = str(written)
-            log.info("weights are in %s", written)
+    if written is not None:
+        result["export"] = str(written)
     return result
 
 
@@ -291,17 +311,26 @@ def _heldout_metrics(loss: float, corpus: Corpus) -> dict[str, Any]:
 def _unigram_metrics(corpus: Corpus, split: Split, eval_windows: int | None) -> dict[str, float]:
     """What to compare the held-out loss with, computed from the same tokens."""
     entropy = corpus.unigram_entropy_nats(split.evaluated(eval_windows), split.seq_len)
-    return {"heldout_unigram_entropy_nats": entropy, "heldout_unigram_entropy_bits": entropy / math.log(2)}
+    return {ENTROPY: entropy, "heldout_unigram_entropy_bits": entropy / math.log(2)}
 
 
 def _nats_and_bits(loss: float, unit: str) -> str:
     return f"{loss:.4f} nats = {loss / math.log(2):.4f} bits a {unit}"
 
 
-def _sample(config: Config, model: nn.Module, corpus: Corpus, split: Split, device: torch.device) -> dict[str, str]:
+def _sample(config: Config, ctx: RunContext, model: nn.Module, corpus: Corpus, split: Split) -> dict[str, str]:
     known = BYTES_VOCABULARY if corpus.unit == "byte" else corpus.vocab_size
-    length = min(PROMPT_TOKENS, config.seq_len)
-    prompt = corpus.window(split.heldout_start, length).tolist()
+    # Rank 0 reads it for all: where one rank alone could not, the others would wait for it in the model.
+    read: list[Any] = [None]
+    if ctx.rank == 0:
+        try:
+            read = [corpus.window(split.heldout_start, min(PROMPT_TOKENS, config.seq_len)).tolist()]
+        except Exception as error:
+            read = [error]
+    dist.broadcast_object_list(read, src=0, group=ctx.cpu_group)
+    prompt = read[0]
+    if isinstance(prompt, Exception):
+        raise prompt
     written = generate(
         model,
         prompt,
@@ -309,7 +338,7 @@ def _sample(config: Config, model: nn.Module, corpus: Corpus, split: Split, devi
         seq_len=config.seq_len,
         vocab_size=known,
         seed=config.seed,
-        device=device,
+        device=ctx.device,
     )
     return {"sample_prompt": corpus.decode(prompt), "sample": corpus.decode(written)}
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from workloads.errors import SupersededError, in_words
 from workloads.resident import peak_resident_bytes
+
+log = logging.getLogger(__name__)
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     "B200": 2.25e15,
@@ -72,6 +78,21 @@ def transformer_flops_per_token(
     attention is counted in full, although half of it is masked.
     """
     return 6 * (parameters - embedding_parameters) + 12 * n_layers * n_heads * head_dim * seq_len
+
+
+def or_null(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `compute` returns; if it fails, null under `name`, with the reason beside it, and a warning.
+
+    For what only describes a run that is over: it must not end the run. On several ranks, `compute` must fail on all of
+    them or before it needs another one.
+    """
+    try:
+        return compute()
+    except SupersededError:
+        raise
+    except Exception as error:
+        log.warning("%s is left out of the result: %s", name, in_words(error))
+        return {name: None, f"{name}_missing": in_words(error)}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -278,6 +278,13 @@ def test_a_rank_that_is_asked_to_stop_stops_all(
         assert result["stopped_at_step"] == 2
 
 
+def test_a_last_update_that_diverges_fails_the_run_and_is_not_written(prepared: Prepared, tmp_path: Path) -> None:
+    one = config(steps=1, optimizer="adamw", lr=1e38, export=True, checkpoint={"every_steps": 1})
+    with pytest.raises(WorldFailed, match=r"NonFiniteError: step 1: heldout_loss is nan on rank 0 on"):
+        world(prepared, one, 2, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "metrics.jsonl"]
+
+
 def test_dropout_differs_from_rank_to_rank(prepared: Prepared, tmp_path: Path) -> None:
     masks = run_world(_mask, prepared, config(), sizes=(1, 2), names=("dp_replicate", "dp_shard"), run_dir=tmp_path)
     assert masks[0] != masks[1]

@@ -278,7 +278,48 @@ def test_a_rank_that_is_asked_to_stop_stops_all(folder: Path, tmp_path: Path) ->
     assert world(folder, config(), 2, tmp_path, 1) == [{"stopped_at_step": 2}] * 2
 
 
-def test_a_loss_that_is_not_finite_names_the_last_stages_rank(folder: Path, tmp_path: Path) -> None:
-    one = config(lr=1e300, optimizer="sgd", steps=20)
-    with pytest.raises(WorldFailed, match=r"NonFiniteError: step \d+: loss is (nan|inf) on rank 1 on "):
+def spoil_and_run(ctx: RunContext, folder: Path, one: Config) -> dict[str, Any]:
+    """After the second step rank 1's weights are NaN."""
+    from workloads.pipeline_mlp import train
+
+    average = train.average_gradients
+
+    def spoil(modules: torch.nn.ModuleList, replicas: Any) -> None:
+        average(modules, replicas)
+        steps.append(1)
+        if ctx.rank == 1 and len(steps) == 2:
+            next(modules.parameters()).data.fill_(float("nan"))
+
+    steps: list[int] = []
+    train.average_gradients = spoil
+    return run_it(ctx, folder, one)
+
+
+def test_a_nan_names_the_first_rank_that_handed_it_on(folder: Path, tmp_path: Path) -> None:
+    says = r"NonFiniteError: step 3: loss is nan on rank 1 on \S+, rank 2 on \S+;"
+    with pytest.raises(WorldFailed, match=says):
+        run_world(spoil_and_run, folder, config(), sizes=(3, 1), names=("pp", "dp"), run_dir=tmp_path)
+
+
+def no_picture(ctx: RunContext, folder: Path, one: Config) -> dict[str, Any]:
+    from workloads.pipeline_mlp import picture
+
+    def write(*_: Any, **__: Any) -> None:
+        raise OSError("no pen")
+
+    picture.write = write
+    return run_it(ctx, folder, one)
+
+
+def test_a_run_whose_timeline_cannot_be_drawn_is_done(folder: Path, tmp_path: Path) -> None:
+    one = config(export=True, steps=2)
+    result = run_world(no_picture, folder, one, sizes=(2, 1), names=("pp", "dp"), run_dir=tmp_path)[0]
+    assert (result["timeline"], result["timeline_missing"]) == (None, "OSError: no pen")
+    assert Path(result["export"]).exists()
+
+
+def test_a_last_update_that_diverges_fails_the_run_and_is_not_written(folder: Path, tmp_path: Path) -> None:
+    one = config(steps=1, optimizer="adamw", lr=1e300, export=True, checkpoint={"every_steps": 1})
+    with pytest.raises(WorldFailed, match=r"NonFiniteError: step 1: heldout_loss_sum is nan on rank 1 on"):
         world(folder, one, 2, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "metrics.jsonl"]

@@ -27,7 +27,7 @@ from tests.workloads.worlds import WorldFailed, run_world
 from workloads.base import NonFiniteError, RunContext
 from workloads.tp_fsdp_llama2 import data, loss
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
-from workloads.tp_fsdp_llama2.corpus import Split
+from workloads.tp_fsdp_llama2.corpus import Corpus, Split
 from workloads.tp_fsdp_llama2.evaluate import heldout_loss
 from workloads.tp_fsdp_llama2.files import python_docs
 from workloads.tp_fsdp_llama2.init import initialize
@@ -60,6 +60,7 @@ def test_a_run_reports_what_it_promises(tmp_path: Path) -> None:
     config = make(eval_every=3, sample_tokens=5, eval_windows=9)
     results = run_world(train, config, sizes=(2, 2), run_dir=tmp_path)
     rows = read_metrics(tmp_path)
+    evaluated_last = rows.pop()  # once all is written
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
         assert {"loss", "grad_norm", "lr", "peak_memory_bytes"} <= row.keys()
@@ -72,13 +73,14 @@ def test_a_run_reports_what_it_promises(tmp_path: Path) -> None:
     for row in rows[1:]:
         assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
     assert [row["step"] for row in rows if "evaluation_seconds" in row] == [3, 6]
+    assert rows[-1]["loss_after_update"] < rows[-1]["loss"]
     # The rate that a step was taken with: up to lr in two, then down a half cosine to a tenth.
     cosine = [1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 3)) / 2) for k in range(4)]
     assert [row["lr"] for row in rows] == pytest.approx([5e-4, 1e-3, *cosine])
-    assert [row["step"] for row in rows if "heldout_loss" in row] == [3, 6]
+    assert [row["step"] for row in [*rows, evaluated_last] if "heldout_loss" in row] == [3, 6]
 
     result = results[0]
-    assert result["heldout_loss"] == rows[-1]["heldout_loss"]
+    assert result["heldout_loss"] == evaluated_last["heldout_loss"]
     assert result["heldout_bits_per_byte"] == pytest.approx(result["heldout_loss"] / math.log(2))
     assert result["final_loss"] == rows[-1]["loss"]
     assert result["tokens"] == 6 * 8 * 32
@@ -313,7 +315,53 @@ def test_large_exports_are_written_in_parts_with_an_index_and_replace_an_earlier
         assert torch.equal(load_file(index.parent / weight_map[name])[name], weight.detach())
 
 
-# ---- ends before the last step
+# ---- how a run ends
+
+
+def test_what_was_trained_is_written_before_the_held_out_part_is_read(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(20, size=3000, dtype=np.uint16)
+    ids[-50] = 20
+    np.save(tmp_path / "ids.npy", ids)
+    model = {**make().model.model_dump(), "vocab_size": 20}
+    config = make(model=model, data={"path": str(tmp_path / "ids.npy")}, steps=2, checkpoint={"every_steps": 2})
+    with pytest.raises(WorldFailed, match=r"WorkloadError: token id 20 at offset 2950 of \S+ids.npy is not in 0 .. 19"):
+        run_world(train, config, sizes=(2, 1), run_dir=tmp_path)
+    assert (tmp_path / "export" / "model.safetensors").exists()
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000002\n"
+
+
+def test_a_last_update_that_diverges_fails_the_run_and_is_not_written(tmp_path: Path) -> None:
+    config = make(steps=1, lr=1e38, warmup_steps=0, grad_clip=None, checkpoint={"every_steps": 1})
+    with pytest.raises(WorldFailed, match=r"NonFiniteError: step 1: loss_after_update is nan on rank 0 on"):
+        run_world(train, config, sizes=(2, 1), run_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def with_bad_ends(ctx: RunContext, config: Config) -> tuple[dict[str, Any], str]:
+    """The result where nothing that describes the run can be had; then the error where the held-out loss is NaN."""
+    from workloads.tp_fsdp_llama2 import train as module
+
+    def fail(*_: Any) -> Any:
+        raise OSError("gone")
+
+    Corpus.unigram_entropy_nats = Corpus.window = fail  # type: ignore[method-assign]
+    result = train(ctx, config)
+    module.heldout_loss = lambda *_, **__: math.nan
+    with pytest.raises(NonFiniteError) as diverged:
+        train(ctx, config)
+    return result, str(diverged.value)
+
+
+def test_what_only_describes_a_run_does_not_end_it_but_its_held_out_loss_does(tmp_path: Path) -> None:
+    config = make(steps=1, sample_tokens=2)
+    for rank, (result, error) in enumerate(run_world(with_bad_ends, config, sizes=(2, 1), run_dir=tmp_path)):
+        assert (result["sample"], result["sample_missing"]) == (None, "OSError: gone")
+        assert math.isfinite(result["heldout_loss"])
+        if rank == 0:
+            assert result["heldout_unigram_entropy_nats"] is None
+            assert result["heldout_unigram_entropy_nats_missing"] == "OSError: gone"
+        assert error.startswith("step 1: heldout_loss is nan; ")
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_diverging_run_stops_and_names_step_and_ranks(tmp_path: Path) -> None:

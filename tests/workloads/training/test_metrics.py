@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from workloads.errors import SupersededError
 from workloads.tp_fsdp_llama2.config import ModelConfig, parameter_count
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.model import Transformer
@@ -34,6 +35,17 @@ def test_the_cost_is_what_torch_counts() -> None:
     parameters = parameter_count(config, vocabulary)
     ours = metrics.transformer_flops_per_token(parameters, vocabulary * 128, 2, 4, 32, seq_len) * 2 * seq_len
     assert counter.get_total_flops() == pytest.approx(ours, rel=0.01)
+
+
+def test_what_cannot_be_had_is_null_with_its_reason_but_no_superseded_run_goes_on() -> None:
+    def fail(error: Exception) -> dict[str, float]:
+        raise error
+
+    assert metrics.or_null("speed", lambda: {"speed": 3.0}) == {"speed": 3.0}
+    missing = metrics.or_null("speed", lambda: fail(ValueError("no clock")))
+    assert missing == {"speed": None, "speed_missing": "ValueError: no clock"}
+    with pytest.raises(SupersededError):
+        metrics.or_null("speed", lambda: fail(SupersededError("newer")))
 
 
 @pytest.mark.parametrize(
