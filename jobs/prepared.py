@@ -26,6 +26,7 @@ from typing import Any
 from jobs import secret_values
 from jobs.run_dir import read_json, write_json
 from workloads.base import WorkloadConfig, WorkloadEntry, WorkloadError
+from workloads.errors import reason
 from workloads.input_files import expanded
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def prepare(entry: WorkloadEntry, config: WorkloadConfig, directory: Path) -> st
     try:
         _share(directory, place, key)
     except OSError as error:
-        log.warning("%s: %s; the prepared data is this run's alone", error.filename or place, error.strerror or error)
+        log.warning("%s: %s; the prepared data is this run's alone", error.filename or place, reason(error))
     return line
 
 

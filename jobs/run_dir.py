@@ -66,7 +66,7 @@ from jobs.secret_values import name_of, without_secrets
 from jobs.settings import dump_yaml
 from jobs.spec import JobSpec
 from workloads.base import RunPaths, to_json
-from workloads.errors import first_few
+from workloads.errors import first_few, reason
 from workloads.whole_files import beside, is_there, make_folder, write_durably, written_beside
 from workloads.whole_files import write_text as write_text
 
@@ -259,7 +259,7 @@ class RunDirectory:
             raise RunDirectoryError(f"--run-dir {path}: another job has just taken it; give a new one") from None
         except OSError as mistake:
             raise RunDirectoryError(
-                f"--run-dir {path}: cannot be made: {mistake.strerror}; give another directory"
+                f"--run-dir {path}: cannot be made: {reason(mistake)}; give another directory"
             ) from None
         return run
 
@@ -614,7 +614,7 @@ class RunDirectory:
             write_text(probe, " " * 2**16)  # about what a submission takes
             probe.unlink()
         except OSError as error:
-            return f"{self.path} cannot be written to: {error.strerror or error}"
+            return f"{self.path} cannot be written to: {reason(error)}"
         return ""
 
     def paths(self, attempt: int) -> RunPaths:

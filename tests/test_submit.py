@@ -424,6 +424,26 @@ def test_a_full_disk_is_said_before_anything_is_started(tmp_path: Path, capsys: 
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [("size=16k", ""), ("size=100k", ""), ("size=300k", ""), ("size=9m,nr_inodes=20", "no inodes left on ")],
+)
+def test_a_full_file_system_is_named(
+    options: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is full before the directory is described, while its copy of the code is made, and so on."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "meshrun-test", tmp_path], check=False).returncode:
+        pytest.skip("needs to mount a file system, as root can")
+    try:
+        assert main(["tp_fsdp", "--executor", "local", "--run-dir", str(tmp_path / "run")]) == 2
+        assert tree(tmp_path) == {}
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    [line] = capsys.readouterr().err.splitlines()
+    assert f": No space left on device ({why}file system {tmp_path}); make room there, or " in line
+    assert line.startswith(f"meshrun: error: {tmp_path}/run")
+
+
 def test_a_link_to_nothing_is_no_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     for run_dir in ("link", "link/in"):

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from workloads.errors import NonFiniteError as NonFiniteError
 from workloads.errors import SupersededError as SupersededError
 from workloads.errors import WorkloadError as WorkloadError
-from workloads.errors import in_words, place_of
+from workloads.errors import in_words, place_of, refusal_of
 from workloads.json_values import to_json as to_json
 from workloads.metric import Metric
 from workloads.metric import Reduced as Reduced
@@ -209,8 +209,7 @@ class WorkloadEntry:
             raise
         except (Exception, SystemExit) as error:
             if isinstance(error, OSError) and error.filename:
-                line = f"{error.filename}: {error.strerror or error}; give another path"
-                raise WorkloadError(line) from error
+                raise WorkloadError(refusal_of(error)) from error
             raise WorkloadError(f"workload {self.name}: {name} failed{place_of(error)}: {in_words(error)}") from error
 
     def mesh_spec(self, config: WorkloadConfig, shape: Shape) -> MeshSpec:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import itertools
 import os
 import re
@@ -69,8 +71,47 @@ def message_of(error: BaseException) -> str:
         return f"its message cannot be shown, because its __str__ raised {type(another).__name__}"
 
 
+def is_of_file_system(error: BaseException) -> bool:
+    """Whether a whole file system takes no more: it is full, out of inodes, over its quota, or read-only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def reason(error: OSError) -> str:
+    """Why the operating system refused, without the file; where a whole file system is the reason, with its place.
+
+    Such as `No space left on device (file system /scratch)`.
+    """
+    return f"{error.strerror or error}{_file_system(error)}"
+
+
+def refusal_of(error: OSError) -> str:
+    """`FILE: why; what to do`, for a user's path."""
+    cure = "make room there, or write elsewhere" if is_of_file_system(error) else "give another path"
+    return f"{error.filename2 or error.filename}: {reason(error)}; {cure}"
+
+
+def _file_system(error: OSError) -> str:
+    name = error.filename2 or error.filename  # a copy's error names what was read first
+    if not is_of_file_system(error) or not isinstance(name, (str, os.PathLike)):
+        return ""
+    mount = mount_point(Path(name))
+    no_inodes = False
+    with contextlib.suppress(OSError):
+        system = os.statvfs(mount)
+        no_inodes = error.errno == errno.ENOSPC and system.f_files > 0 and system.f_favail == 0
+    return f" ({'no inodes left on ' if no_inodes else ''}file system {mount})"
+
+
+def mount_point(path: Path) -> Path:
+    """Where the file system of a path, which need not be there, is mounted."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if place.is_mount()), path)
+
+
 def in_words(error: BaseException) -> str:
     """An exception's type and message on one line.
+
+    If a whole file system is the reason, it says which.
 
     Of a traceback within the message only the error at its end is kept: a DataLoader's worker and a spawned process
     put theirs there. Of the frames of C++ code, which torch puts there, nothing is.
@@ -84,7 +125,8 @@ def in_words(error: BaseException) -> str:
         text = "\n".join([before, *at_end])
     elif after and before.strip():
         text = before
-    return ": ".join([type(error).__name__, *filter(None, [" ".join(text.split())])])
+    words = ": ".join([type(error).__name__, *filter(None, [" ".join(text.split())])])
+    return words + (_file_system(error) if isinstance(error, OSError) else "")
 
 
 def spoken_for(error: Exception, speaker: int, rank: int) -> Exception:

@@ -36,6 +36,7 @@ from jobs.blame import Failure
 from jobs.excluded import FAILED_TWICE, NO_SPARE, exclude, is_due
 from jobs.run_dir import TIME_LIMIT, Attempt, RunDirectory
 from jobs.spec import JobSpec
+from workloads.errors import reason
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,7 @@ class Leader:
             attempt = self.run.succeed(self.attempt)
         except OSError as error:
             is_superseded = isinstance(error, FileExistsError)
-            why = "the scheduler has started this job again" if is_superseded else error.strerror or str(error)
+            why = "the scheduler has started this job again" if is_superseded else reason(error)
             with contextlib.suppress(OSError):
                 self.attempt.result.unlink()  # it promises an attempt that there is not
             self.fail(cause, f"attempt {number} cannot be begun: {why}")

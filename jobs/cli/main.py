@@ -23,6 +23,7 @@ from jobs.errors import (
     SubmissionUnknown,
     one_line,
 )
+from workloads.errors import refusal_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,8 +92,9 @@ def _line(mistake: Exception) -> str:
         )
     if isinstance(mistake, OSError):
         # The error has no path if the current directory was removed.
-        path = mistake.filename or ("the current directory" if isinstance(mistake, FileNotFoundError) else "")
-        return f"{path}: {mistake.strerror}; give another path" if path else str(mistake)
+        if mistake.filename is None and isinstance(mistake, FileNotFoundError):
+            mistake.filename = "the current directory"
+        return refusal_of(mistake) if mistake.filename else str(mistake)
     return str(mistake)
 
 

@@ -16,6 +16,7 @@ from jobs.cluster import ClusterConfig
 from jobs.errors import SubmissionUnknown
 from jobs.run_dir import RunDirectory, Submitted
 from jobs.spec import JobSpec
+from workloads.errors import reason
 
 END_S = 10.0
 """Seconds that an interrupted job gets to end its ranks before its agent, and with it the ranks, is killed."""
@@ -88,6 +89,6 @@ def start_slurm(
     except OSError as error:
         raise SubmissionUnknown(
             f"job {job.job_id} is queued but cannot be followed, because its number could not be recorded "
-            f"({error.strerror}); check it with squeue, or end it with scancel {job.job_id}"
+            f"({reason(error)}); check it with squeue, or end it with scancel {job.job_id}"
         ) from error
     return submitted

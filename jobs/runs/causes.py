@@ -280,7 +280,7 @@ def _of_text(facts: Facts, error: str) -> Cause:
     if re.search(r"received SIG\w+ on ", error):
         return Cause("signal", False, (f"{capitalized(said)}.", _BY_WHOM, look, go_on(facts)), **place)
     room = ""
-    if facts.disk_is_full or "cannot be written to: No space left" in error:
+    if facts.disk_is_full or re.search(r"cannot be written to: (No space left|Disk quota)", error):
         room = "The file system of the run directory has no room, which may be why it has no record."
     known = f"What is known: {said}." if said else "It has ended, and left no reason."
     where = "Look at slurm.log and the logs of the agents." if facts.executor == "slurm" else "Look at the agent's log."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 from jobs import blame, processes
@@ -87,12 +88,14 @@ def without_result(run_dir: RunDirectory, code: int | None = None, *, writes: bo
     log = attempt.agent_log()
     headline = last_lines(log, 1).partition(f"{JobFailed.__module__}.{JobFailed.__name__}: ")[2]
     failure = blame.failure_of_agent(code, 0, "host0", time.time(), str(log), end_of(log, 10_000))
+    if fault and not headline and (code is None or code >= 0):
+        failure, fault = replace(failure, message=f"ended without a record, as {fault}"), ""
     error = headline or failure.headline()
     record = {
         "status": "failed",
         "workload": (read_json(run_dir.job) or {}).get("workload", ""),
         "attempt": attempt.number,
-        "error": f"{error}{fault and f'; {fault}'}",
+        "error": error if not fault or "(file system " in error else f"{error}; {fault}",
         "traceback": last_lines(log),
     }
     if writes:

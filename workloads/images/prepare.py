@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from workloads.errors import WorkloadError
+from workloads.errors import WorkloadError, reason
 from workloads.images import idx, sources
 from workloads.images.config import ImageDataConfig
 from workloads.images.sources import FILES, SOURCES, TEST, TRAIN, Source
@@ -140,7 +140,7 @@ def prepare(data: ImageDataConfig, directory: Path, *, download: bool = True) ->
         directory.mkdir(parents=True, exist_ok=True)
         _write(path, values)
     except OSError as error:
-        raise WorkloadError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise WorkloadError(f"{path} cannot be written: {reason(error)}") from None
     return prepared
 
 
@@ -153,18 +153,18 @@ def make_ready(data: ImageDataConfig, *, download: bool = True) -> Prepared:
         try:
             return _ready(SOURCES["mnist"], data, root, download)
         except UnavailableError as error:
-            reason = error.reason
+            why = error.reason
         except OSError as error:
             if not look(SOURCES["digits"], root).complete:
                 raise
-            reason = f"{error.filename2 or error.filename or root}: {error.strerror or error}"
-        return _ready(SOURCES["digits"], data, root, download, f", as MNIST could not be had: {reason}")
+            why = f"{error.filename2 or error.filename or root}: {reason(error)}"
+        return _ready(SOURCES["digits"], data, root, download, f", as MNIST could not be had: {why}")
     except OSError as error:
         place = error.filename2 or error.filename or root
         cure = "give a data.root that can be written to and has room"
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             cure = "a file or directory is in the way: move it, or give another data.root"
-        raise WorkloadError(f"data.root={data.root}: {place}: {error.strerror or error}; {cure}") from None
+        raise WorkloadError(f"data.root={data.root}: {place}: {reason(error)}; {cure}") from None
 
 
 def root_of(data: ImageDataConfig) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -26,6 +25,7 @@ from workloads.pipeline_mlp.schedule import Schedule, make
 from workloads.pipeline_mlp.torch_engine import TorchEngine
 from workloads.training.checkpoint import Checkpoint
 from workloads.training.collectives import gather_objects
+from workloads.training.export import save
 from workloads.training.metrics import or_null, peak_memory_bytes
 from workloads.training.optimizer import adamw
 from workloads.training.precision import parameter_dtype
@@ -288,7 +288,7 @@ def export(modules: nn.ModuleList, wide: list[int], samples: data.Samples, ctx: 
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: torch.from_numpy(value) for part in everyone for name, value in part.items()}
     with written_beside(path) as beside:
-        save_file(weights, beside, metadata={"format": "pt"})
+        save(weights, beside)
     # Not in the file's metadata, whose order differs from one write to the next.
     about = {"model_type": "pipeline_mlp", "widths": wide, "activation": "relu", "data": samples.words}
     with written_beside(path.with_name("config.json")) as beside:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from workloads.errors import in_words
 from workloads.json_values import to_json
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Recorder:
                 _append(self._metrics, "".join(map(_as_text, lines)).encode())
             except OSError as error:
                 if self._unwritten is None:
-                    log.warning("metrics cannot be written, and are kept in memory until they can: %s", error)
+                    log.warning("metrics cannot be written, and are kept in memory until they can: %s", in_words(error))
                 self._unwritten = error
             except Exception as error:
                 self._error = error

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from workloads.base import NonFiniteError, RunContext, SupersededError, WorkloadError, to_json
-from workloads.errors import first_few, in_words, spoken_for
+from workloads.errors import first_few, in_words, is_of_file_system, mount_point, spoken_for
 from workloads.training import checkpoint_files as files
 from workloads.training import checkpoint_index
 from workloads.training.checkpoint_config import ResumableConfig as ResumableConfig
@@ -319,7 +319,10 @@ class Checkpoint:
                 names.append(files.METRICS)
             return _Part(part, {name: files.checksum(folder / name) for name in names})
         except Exception as error:
-            return f"rank {rank}: {in_words(error)}{_little_room(folder)}"
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(folder)
+            little_room = "" if is_of_file_system(error) else _little_room(folder)
+            return f"rank {rank}: {in_words(error)}{little_room}"
 
     def _publish(self, partial: Path, snapshot: _Snapshot, everyone: list[Any], began: float) -> None:
         for part in everyone:
@@ -380,4 +383,6 @@ def _little_room(folder: Path) -> str:
         free = shutil.disk_usage(folder).free
     except OSError:  # the folder is gone
         return ""
-    return f" (only {free / 1e6:.1f} MB are free on that disk)" if free <= LITTLE_ROOM_BYTES else ""
+    if free > LITTLE_ROOM_BYTES:
+        return ""
+    return f" (only {free / 1e6:.1f} MB are free on the file system {mount_point(folder)})"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -57,6 +60,20 @@ def export(
             writer.clean()
 
 
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: with the path, where the library has its own error without one.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+
+
 class _Writer:
     def __init__(self, directory: Path, part_bytes: int) -> None:
         self._directory = directory
@@ -85,7 +102,7 @@ class _Writer:
         return self._partial / f"part-{number}"
 
     def _flush(self) -> None:
-        save_file(self._tensors, self._part(len(self._parts)), metadata={"format": "pt"})
+        save(self._tensors, self._part(len(self._parts)))
         self._parts.append(list(self._tensors))
         self._tensors, self._bytes = {}, 0
 

@@ -20,6 +20,7 @@ from jobs.cli.resolve import Resolved, imported_folders, resolve
 from jobs.errors import CommandLineError, Interrupted, RunDirectoryError, SubmissionError
 from jobs.run_dir import RunDirectory, keep_others_from_writing
 from jobs.runs import index
+from workloads.errors import is_of_file_system, refusal_of
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
 Undo = Callable[[Errors], contextlib.AbstractContextManager[None]]
@@ -238,7 +239,9 @@ def emptied_on(
     """
     try:
         yield
-    except error:
+    except error as mistake:
+        # Now, while the file system is still as full as it was.
+        line = refusal_of(mistake) if isinstance(mistake, OSError) and is_of_file_system(mistake) else ""
         console.facts.pop("run_dir", None)
         with contextlib.suppress(OSError):  # for example if another run uses the directory by now
             for path in run_dir.path.iterdir():
@@ -248,4 +251,6 @@ def emptied_on(
                     path.unlink()
             for path in new:
                 path.rmdir()
+        if line:
+            raise RunDirectoryError(line) from mistake
         raise

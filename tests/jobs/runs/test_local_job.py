@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from jobs import processes
-from jobs.blame import VANISHED
 from jobs.cli.main import main
 from jobs.run_dir import RunDirectory, Submitted, write_json
 from jobs.runs import result
@@ -121,9 +120,10 @@ def test_a_full_disk_does_not_hide_the_failure(
     if not has_log:
         log.unlink()
     assert main(["wait", "run"]) == 1
-    failure = "rank 1 on host0: ValueError: mine" if has_log else f"the leader on host0: {VANISHED} (log: {log})"
-    says = f"the job failed: {failure}; {failed_run.path} cannot be written to: File too large\n"
-    assert capsys.readouterr().err.endswith(says)
+    fault = f"{failed_run.path} cannot be written to: File too large"
+    without = f"the leader on host0: ended without a record, as {fault} (log: {log})"
+    failure = f"rank 1 on host0: ValueError: mine; {fault}" if has_log else without
+    assert capsys.readouterr().err.endswith(f"the job failed: {failure}\n")
     assert not failed_run.attempt(0).result.exists()
 
 

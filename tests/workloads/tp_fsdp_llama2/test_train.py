@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from workloads.tp_fsdp_llama2.files import python_docs
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.model import Output, Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
-from workloads.training.export import export
+from workloads.training.export import export, save
 
 pytestmark = pytest.mark.dist
 
@@ -296,6 +297,16 @@ def export_over_another(ctx: RunContext, config: Config) -> str | None:
     with pytest.raises(FileNotFoundError) if ctx.rank == 0 else nullcontext():
         export(model, ctx.paths.export_dir, {"tokenizer.json": ctx.paths.run_dir / "nowhere"})
     return str(written) if written else None
+
+
+def test_an_export_that_finds_no_room_says_which_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/weights'"):
+            save({"weight": torch.zeros(1000)}, tmp_path / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_large_exports_are_written_in_parts_with_an_index_and_replace_an_earlier_one(tmp_path: Path) -> None:
