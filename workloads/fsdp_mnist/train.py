@@ -137,7 +137,8 @@ def train(
     written = None
     if config.export:
         described = {"model_type": "fsdp_mnist.Net", "source": prepared.source}
-        written = export(model, ctx.paths.export_dir, {"config.json": described})
+        # Not config.json, which transformers would take for one of its own.
+        written = export(model, ctx.paths.export_dir, {"model.json": described})
     if written is not None:
         log.info("weights are in %s", written)
     timing = ctx.timing()

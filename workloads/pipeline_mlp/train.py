@@ -291,7 +291,8 @@ def export(modules: nn.ModuleList, wide: list[int], samples: data.Samples, ctx: 
         save(weights, beside)
     # Not in the file's metadata, whose order differs from one write to the next.
     about = {"model_type": "pipeline_mlp", "widths": wide, "activation": "relu", "data": samples.words}
-    with written_beside(path.with_name("config.json")) as beside:
+    # Not config.json, which transformers would take for one of its own.
+    with written_beside(path.with_name("model.json")) as beside:
         beside.write_text(json.dumps(about, indent=2) + "\n")
     log.info("weights are in %s", path)
     return {"export": str(path)}

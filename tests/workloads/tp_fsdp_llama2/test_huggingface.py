@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -126,11 +127,37 @@ def test_a_tied_checkpoint_of_transformers_gives_the_same_logits(transformers: M
     assert_same(bare_model(config)(TOKENS_BS), tied(TOKENS_BS).logits)
 
 
-def export_initial(ctx: RunContext, config: Config) -> None:
-    model = build(config, ctx.mesh, ctx.device)
+def export_initial(ctx: RunContext, *configs: Config) -> None:
+    """The weights that the first one starts from, as each of them exports them, in `initial` and `initial-1`."""
+    model = build(configs[0], ctx.mesh, ctx.device)
     model.to_empty(device=ctx.device)
-    _initialize(config, model, ctx)
-    _export(config, model, ctx.paths.run_dir / "initial")
+    _initialize(configs[0], model, ctx)
+    for number, config in enumerate(configs):
+        _export(config, model, ctx.paths.run_dir / (f"initial-{number}" if number else "initial"))
+
+
+@pytest.mark.dist
+@torch.no_grad()
+def test_an_export_in_metas_layout_is_no_llama_until_it_is_converted_as_the_docs_say(
+    transformers: ModuleType, tmp_path: Path
+) -> None:
+    run_world(export_initial, make(), make(export_format="meta"), sizes=(1, 1), run_dir=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "initial-1").iterdir()) == ["model.safetensors", "params.json"]
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "initial-1")
+
+    page = (Path(__file__).parents[3] / "docs" / "WEIGHTS.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    code = code.replace("runs/meta/export", str(tmp_path / "initial-1"))
+    exec(code.replace('"converted"', repr(str(tmp_path / "converted"))), {})
+    for name in ("initial", "converted"):
+        described = transformers.LlamaConfig.from_pretrained(tmp_path / name)
+        assert {key: getattr(described, key) for key in LLAMA_SIZES} == LLAMA_SIZES
+        assert (described.rms_norm_eps, described.max_position_embeddings) == (1e-6, 32)
+    exported, converted = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("initial", "converted")
+    )
+    assert torch.equal(converted(TOKENS_BS).logits, exported(TOKENS_BS).logits)
 
 
 def export_initial_and_train(ctx: RunContext, initial: Config, config: Config) -> None:
