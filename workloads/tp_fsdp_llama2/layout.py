@@ -155,11 +155,60 @@ def memory_bytes(config: Config, shape: Shape, device: str = "cpu") -> int:
     - the gathered inputs of the block that computes and the loss's gradient, 3 c B S D; 4 copies of a chunk of logits
       in fp32; and the output's gradient while it is summed up, in fp32;
     - 400 MB for the process: Python, torch, buffers of the collectives.
+
+    On a CPU, `_resident_bytes` adds what malloc keeps.
     """
     spec = mesh(config, shape)
     dp, tp = data_parallel_and_tp(spec)
     last_pass = accumulation_steps(config, dp) > 1 and reduces_last_pass_only(config, shape)
-    return _rank_bytes(config, dp, spec.sizes[-2], tp, precision(config, device), last_pass)
+    of_a_rank = _rank_bytes if device == "cuda" else _resident_bytes
+    return of_a_rank(config, dp, spec.sizes[-2], tp, precision(config, device), last_pass)
+
+
+_PROCESS_BYTES = 350 * 10**6
+_HEAP_BYTES = 2**25
+"""glibc's malloc gives back what is larger as soon as it is freed (M_MMAP_THRESHOLD, mallopt(3)); it keeps the rest."""
+
+
+def _resident_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_pass: bool) -> int:
+    """`_rank_bytes` on a CPU, where a rank's resident memory is measured. With its letters, these differ:
+
+    - malloc keeps freed memory in pieces that do not always fit what is needed next: a fifth more for activations, and
+      the buffers of all collectives, where a GPU holds those of two blocks. With sharded weights these are 4 times what
+      is gathered (received, copied out; the gradient, and what is sent of it); if that is more than malloc keeps, 0.9
+      times a block, and twice the embedding and the output. With tp > 1 a block has 8 collectives of B S D. Of the two
+      kinds the larger one counts, since one takes what the other has left;
+    - 2 copies of a chunk of logits of 2^24;
+    - a checkpoint's copy of the parameters and of AdamW's means, if it is written by a thread.
+
+    In runs of debug and 160m on 1 to 4 ranks, estimates were 1.0 to 1.2 times the peak.
+    """
+
+    def kept(size: int, if_freed: float) -> int:
+        return int(size * (4 if size <= _HEAP_BYTES else if_freed))
+
+    model = config.model
+    vocabulary = model.vocab_size or vocab_size(config)
+    parameters = parameter_count(model, vocabulary)
+    stored = 8 if dtype == "fp64" else 4
+    computed = 2 if dtype == "bf16" else stored
+
+    states = 4 * stored * parameters // (shards * tp)
+    if last_pass:
+        states += stored * parameters // tp
+    if config.checkpoint.mode == "async" and (config.checkpoint.every_steps or config.checkpoint.every_minutes):
+        states += 3 * stored * parameters // (shards * tp)
+    tokens = max(1, microbatch_size(config, dp)) * config.seq_len
+    block = computed * block_parameter_count(model) // tp
+    buffers = 8 * model.n_layers * computed * tokens * model.dim if tp > 1 else 0
+    gathered = 2 * kept(computed * vocabulary * model.dim // tp, 2)
+    if _stays_gathered(config, shards):
+        gathered += computed * parameters // tp
+    else:
+        buffers = max(buffers, model.n_layers * kept(block, 0.9))
+    activations = int(1.2 * _activation_bytes(config, tokens, tp, computed)) + 3 * computed * tokens * model.dim
+    logits = 2 * stored * min(tokens * math.ceil(vocabulary / tp), 2**24)
+    return states + gathered + buffers + activations + logits + _PROCESS_BYTES
 
 
 def _rank_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_pass: bool = False) -> int:
@@ -173,24 +222,32 @@ def _rank_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_
     if last_pass:
         states += stored * parameters // tp
     gathered = computed * (2 * block_parameter_count(model) + 2 * vocabulary * model.dim) // tp
-    if config.reshard_after_forward is False or (config.reshard_after_forward is None and shards == 1):
+    if _stays_gathered(config, shards):
         gathered = computed * parameters // tp
     tokens = max(1, microbatch_size(config, dp)) * config.seq_len
+    activations = _activation_bytes(config, tokens, tp, computed) + 3 * computed * tokens * model.dim
+    rows = math.ceil(vocabulary / tp)
+    loss = 4 * stored * min(tokens * rows, 2**27) + stored * rows * model.dim
+    return states + gathered + activations + loss + 400 * 10**6
+
+
+def _stays_gathered(config: Config, shards: int) -> bool:
+    return config.reshard_after_forward is False or (config.reshard_after_forward is None and shards == 1)
+
+
+def _activation_bytes(config: Config, tokens: int, tp: int, computed: int) -> int:
+    """What the backward pass needs of all blocks."""
+    model = config.model
     qkv_dim = model.dim + 2 * model.n_kv_heads * (model.dim // model.n_heads)
     widths = 8 * model.dim + 4 * qkv_dim + 4 * model.ffn_dim
     if config.compile:
         widths = 3 * model.dim + 4 * qkv_dim + 2 * model.ffn_dim
     block = computed * tokens * widths // tp
     if config.activation_checkpointing == "full":
-        activations = model.n_layers * computed * tokens * model.dim // tp + block
-    elif config.activation_checkpointing == "selective":
-        activations = model.n_layers * block // 2 + block
-    else:
-        activations = model.n_layers * block
-    activations += 3 * computed * tokens * model.dim
-    rows = math.ceil(vocabulary / tp)
-    loss = 4 * stored * min(tokens * rows, 2**27) + stored * rows * model.dim
-    return states + gathered + activations + loss + 400 * 10**6
+        return model.n_layers * computed * tokens * model.dim // tp + block
+    if config.activation_checkpointing == "selective":
+        return model.n_layers * block // 2 + block
+    return model.n_layers * block
 
 
 def largest_divisor(value: int, at_most: int) -> int:

@@ -25,13 +25,14 @@ from tests.workloads.tp_fsdp_llama2.reference import (
     train_reference,
 )
 from tests.workloads.worlds import WorldFailed, run_world
-from workloads.base import NonFiniteError, RunContext
+from workloads.base import NonFiniteError, RunContext, Shape
 from workloads.tp_fsdp_llama2 import data, loss
 from workloads.tp_fsdp_llama2.config import Config, ModelConfig, parameter_count
 from workloads.tp_fsdp_llama2.corpus import Corpus, Split
 from workloads.tp_fsdp_llama2.evaluate import heldout_loss
 from workloads.tp_fsdp_llama2.files import python_docs
 from workloads.tp_fsdp_llama2.init import initialize
+from workloads.tp_fsdp_llama2.layout import memory_bytes
 from workloads.tp_fsdp_llama2.model import Output, Transformer
 from workloads.tp_fsdp_llama2.parallelize import build
 from workloads.training.export import export, save
@@ -100,6 +101,17 @@ def test_a_run_reports_what_it_promises(tmp_path: Path) -> None:
             n: v for n, v in result.items() if "second" not in n and n not in rank_0s
         }
     json.dumps(result, allow_nan=False)
+
+
+def test_the_estimated_memory_is_what_a_rank_takes_or_little_more(tmp_path: Path) -> None:
+    sizes_of_model = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 1536, "vocab_size": 8000}
+    shape = {"seq_len": 128, "global_batch_size": 4, "tp": 1, "checkpoint": {"every_minutes": None}}
+    config = make(model=sizes_of_model, steps=3, export=False, **shape)
+    run_world(train, config, sizes=(2, 1), run_dir=tmp_path)
+    measured = read_metrics(tmp_path)[-1]["peak_memory_bytes"]
+    estimated = memory_bytes(config, Shape(2, 1))
+    print(estimated / measured)
+    assert 0.95 < estimated / measured < 1.25  # about 1.04
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:
