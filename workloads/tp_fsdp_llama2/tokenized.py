@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from workloads.errors import WorkloadError
 from workloads.input_files import expanded, head
@@ -27,7 +27,8 @@ TOKENS_FILE = "tokens.npy"
 TOKENS_INFO_FILE = "tokens.json"
 
 _PIECE_BYTES = 2**18
-"""A piece of text has at least this many bytes, unless the file ends."""
+"""A piece of text has at least this many bytes, unless the file ends, and at most twice as many: it ends with a line,
+before a space if the line is longer, or between characters if there is none."""
 
 _PIECES_AT_ONCE = 32
 """Pieces of text that a tokenizer gets together, for its threads to share; some 10 MB each while it works."""
@@ -250,7 +251,7 @@ def _header(dtype: np.dtype, tokens: int) -> dict[str, Any]:
 
 
 class _Piece(NamedTuple):
-    """Whole lines of a document; a document is a file."""
+    """Whole lines of a document, or whole words where a line is very long; a document is a file."""
 
     text: str
     begins: bool
@@ -267,17 +268,33 @@ def _pieces(data: DataConfig) -> Iterator[_Piece]:
     for path in resolve(data):
         with path.open("rb") as file:
             offset = 0
-            lines = file.readlines(_PIECE_BYTES)
-            while lines:
-                piece, lines = b"".join(lines), file.readlines(_PIECE_BYTES)
+            piece, rest = _next_piece(file, b"")
+            while piece:
+                following, rest = _next_piece(file, rest)
                 try:
-                    yield _Piece(piece.decode(), offset == 0, not lines)
+                    yield _Piece(piece.decode(), offset == 0, not following)
                 except UnicodeDecodeError as error:
                     raise WorkloadError(
                         f"data.path: {path} is not UTF-8 at byte {offset + error.start}: convert it, or leave "
                         "data.tokenizer out to train on bytes"
                     ) from None
                 offset += len(piece)
+                piece = following
+
+
+def _next_piece(file: BinaryIO, rest: bytes) -> tuple[bytes, bytes]:
+    """The next piece, and what was read beyond it.
+
+    Args:
+        rest: what was read beyond the piece before.
+    """
+    text = rest + file.read(2 * _PIECE_BYTES - len(rest))
+    end = len(text)
+    if end > _PIECE_BYTES:
+        end = text.find(b"\n", _PIECE_BYTES - 1) + 1 or max(0, text.find(b" ", _PIECE_BYTES)) or _PIECE_BYTES
+        while end < len(text) and text[end] & 0xC0 == 0x80:  # within a character of UTF-8
+            end += 1
+    return text[:end], text[end:]
 
 
 def _byte_position(data: DataConfig, tokenizer: Any, totals: list[tuple[int, int]], token: int) -> int:

@@ -19,7 +19,7 @@ from workloads.tp_fsdp_llama2.corpus import OPEN_FILES, Corpus, Part, Split
 from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
 from workloads.tp_fsdp_llama2.files import python_docs, resolve
 from workloads.tp_fsdp_llama2.samples import SampleOrder, TrainingSamples
-from workloads.tp_fsdp_llama2.tokenized import _Piece, check_prepared, load_tokenizer, prepare, prepare_key
+from workloads.tp_fsdp_llama2.tokenized import _next_piece, _Piece, check_prepared, load_tokenizer, prepare, prepare_key
 
 NOWHERE = Path("nowhere")
 
@@ -343,6 +343,33 @@ def test_text_in_many_pieces_counts_the_same_bytes(
     cut = Split.of(len(corpus), tokenized.data.holdout_fraction, 64)
     heldout = corpus.window(cut.heldout_start, len(corpus) - cut.heldout_start).tolist()
     assert corpus.heldout_bytes_per_token == pytest.approx(len(corpus.decode(heldout).encode()) / len(heldout))
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a line\n" * 30, "a line\n" * 3),
+        ("word " * 40, "word word word word"),
+        ("äöü€" * 30, "äöü€äöü€"),  # 9 bytes a time: 16 are within a character
+        ("äöü€" * 2, "äöü€äöü€"),
+        (" \n" * 40, " \n" * 8),
+        ("", None),
+    ],
+)
+def test_a_piece_of_text_is_bounded_however_long_a_line_is(
+    text: str, first: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenized_module, "_PIECE_BYTES", 16)
+    (tmp_path / "text.txt").write_text(text)
+    with (tmp_path / "text.txt").open("rb") as file:
+        piece, rest = _next_piece(file, b"")
+        pieces = []
+        while piece:
+            pieces.append(piece.decode())
+            piece, rest = _next_piece(file, rest)
+    assert "".join(pieces) == text
+    assert next(iter(pieces), None) == first
+    assert all(16 <= len(one.encode()) <= 32 for one in pieces[:-1])
 
 
 @pytest.mark.parametrize(
