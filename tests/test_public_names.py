@@ -81,7 +81,8 @@ def test_what_a_workload_imports() -> None:
         *("prepare", "prepare_by_hand", "prepare_key", "prepare_timeout_s", "run", "shown", "summary", "validate"),
     ]
     assert public(workloads.base.RunContext) == [
-        *("attempt", "close", "cpu_group", "device", "end_hooks", "end_step", "go_on_from", "gpu_memory_gb", "host"),
+        *("attempt", "check_last_step", "close", "cpu_group", "device", "end_hooks", "end_step", "go_on_from"),
+        *("gpu_memory_gb", "host"),
         *("hosts", "last_metrics", "local_rank", "local_world_size", "log", "mesh", "metrics_are_written"),
         *(
             "node_rank",
