@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 from workloads.base import Shape
 from workloads.divisors import divisors
 from workloads.errors import WorkloadError
 from workloads.tp_fsdp_llama2 import data
-from workloads.tp_fsdp_llama2.config import Config, warmup_steps
+from workloads.tp_fsdp_llama2.config import Config, microbatch_size, warmup_steps
 from workloads.tp_fsdp_llama2.layout import data_parallel_and_tp, largest_divisor, mesh, rows_for_every_rank
 from workloads.tp_fsdp_llama2.weights import Weights
 
@@ -22,6 +23,8 @@ def validate(config: Config, shape: Shape) -> None:
     dp, tp = data_parallel_and_tp(mesh(config, shape))
     _validate_model(config, tp, shape)
     _validate_batch(config, dp)
+    if config.float8:
+        _validate_float8(config, dp, shards=mesh(config, shape).sizes[-2], tp=tp)
     if config.async_tp and (tp == 1 or not config.compile):
         raise WorkloadError(
             f"async_tp=true with tp={tp} and compile={str(config.compile).lower()}: it is the compiler that overlaps "
@@ -96,6 +99,42 @@ def _validate_batch(config: Config, dp: int) -> None:
         raise WorkloadError(
             f"warmup_steps={config.warmup_steps} is more than steps={config.steps}: the learning rate would never "
             f"reach lr; use warmup_steps={config.steps // 10}"
+        )
+
+
+def _validate_float8(config: Config, dp: int, shards: int, tp: int) -> None:
+    if config.precision in ("fp32", "fp64"):
+        raise WorkloadError(
+            f"float8=true with precision={config.precision}: all but the blocks' matrix products is computed in bf16; "
+            "use precision=bf16, or leave float8 out"
+        )
+    if not config.compile:
+        raise WorkloadError(
+            "float8=true with compile=false: without the compiler, scaling and rounding take more time than float8 "
+            "saves; use compile=true, or leave float8 out"
+        )
+    model = config.model
+    for name, value in (
+        ("model.dim", model.dim),
+        ("model.n_kv_heads x their width", model.n_kv_heads * (model.dim // model.n_heads)),
+        ("model.ffn_dim", model.ffn_dim),
+    ):
+        if (value // tp) % 16 or (value // tp) % shards:
+            raise WorkloadError(
+                f"float8=true with {name}={value}: a rank's part of it ({value // tp} with tp={tp}) must be divisible "
+                f"by 16, and by the {shards} ranks that it is sharded over; use "
+                f"{_next_multiple(value, tp * math.lcm(16, shards))}, or leave float8 out"
+            )
+    tokens = microbatch_size(config, dp) * config.seq_len
+    if tokens % 16:
+        raise WorkloadError(
+            f"float8=true with seq_len={config.seq_len} and {microbatch_size(config, dp)} samples per pass: float8's "
+            f"products need a multiple of 16 tokens; use seq_len={_next_multiple(config.seq_len, math.lcm(16, tp))}"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise WorkloadError(
+            "float8=true needs the package `torchao`: pip install 'meshrun[float8]', or leave float8 out to compute in "
+            "bf16"
         )
 
 

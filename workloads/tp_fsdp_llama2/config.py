@@ -131,6 +131,9 @@ class Config(ResumableConfig):
     results of attention and of every other matrix product, and recompute the rest."""
     compile: bool = False
     """torch.compile, block by block."""
+    float8: bool = False
+    """Compute the blocks' matrix products, and gather their weights, in float8 with one scale per tensor (torchao);
+    all else is as with bf16. Needs compile=true and GPUs of compute capability 8.9 or more, such as L40S and H100."""
     async_tp: bool = False
     """Overlap tensor parallelism's communication with its matrix products (torch's symmetric memory); needs
     compile=true, tp > 1 and GPUs that are linked by NVLink."""

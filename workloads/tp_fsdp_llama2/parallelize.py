@@ -1,4 +1,4 @@
-"""How the model is cut: the tensor-parallel plan, activation checkpointing, torch.compile and FSDP2, in that order.
+"""How the model is cut: float8, the tensor-parallel plan, activation checkpointing, torch.compile and FSDP2, in turn.
 
 The plan is torchtitan's for Llama (torchtitan/models/llama3, `parallelize.py`). Between blocks each rank has its part
 of the sequence, x_BSD of local shape (B, S / tp, D). Before attention and before the feed-forward it is gathered
@@ -49,8 +49,11 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
         for block in model.layers:
             block.attention.kernels = DETERMINISTIC_ATTENTION  # type: ignore[union-attr]
     tp = mesh["tp"].size()
+    if config.float8:
+        _refuse_without_float8(device)
+        _apply_float8(model)
     if tp > 1:
-        _apply_tensor_parallel(model, mesh["tp"])
+        _apply_tensor_parallel(model, mesh["tp"], config.float8)
     if config.activation_checkpointing != "none":
         _apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
@@ -62,7 +65,34 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
     return model
 
 
-def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
+def _refuse_without_float8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    raise WorkloadError(
+        f"float8=true on a {name}: float8's products need a GPU of compute capability 8.9 or more, such as an L40S or "
+        "H100; leave float8 out"
+    )
+
+
+def _apply_float8(model: Transformer) -> None:
+    """Makes the blocks' projections torchao's, which keep fp32 weights under the same names; not the output's.
+
+    The scheme is torchtitan's for tensorwise scaling (`components/quantization/float8.py`).
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(model.layers, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True))
+
+
+def update_float8_scales(model: nn.Module) -> None:
+    """After the optimizer's step: all weights' scales by one all-reduce; FSDP2 would take one for each weight."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, float8: bool) -> None:
     parallelize_module(
         model,
         tp_mesh,
@@ -76,22 +106,28 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
     # outside of autograd, and the embedding's gradient would silently be zero (pytorch/pytorch#179849). Also, FSDP2
     # warns about views, on every rank.
     model.tok_embeddings.register_forward_hook(_clone)
+    prepare, column_wise, row_wise = PrepareModuleInput, ColwiseParallel, RowwiseParallel
+    if float8:  # what is gathered is rounded to float8 before
+        from torchao.float8 import float8_tensor_parallel as styles
+
+        prepare, column_wise = styles.PrepareFloat8ModuleInput, styles.Float8ColwiseParallel
+        row_wise = styles.Float8RowwiseParallel
     for block in model.layers:
         parallelize_module(
             block,
             tp_mesh,
             {
                 "attention_norm": SequenceParallel(),
-                "attention": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-                "attention.wq": ColwiseParallel(),
-                "attention.wk": ColwiseParallel(),
-                "attention.wv": ColwiseParallel(),
-                "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+                "attention": prepare(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+                "attention.wq": column_wise(),
+                "attention.wk": column_wise(),
+                "attention.wv": column_wise(),
+                "attention.wo": row_wise(output_layouts=Shard(1)),
                 "ffn_norm": SequenceParallel(),
-                "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-                "feed_forward.w1": ColwiseParallel(),
-                "feed_forward.w3": ColwiseParallel(),
-                "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+                "feed_forward": prepare(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+                "feed_forward.w1": column_wise(),
+                "feed_forward.w3": column_wise(),
+                "feed_forward.w2": row_wise(output_layouts=Shard(1)),
             },
         )
 

@@ -34,7 +34,7 @@ from workloads.tp_fsdp_llama2.huggingface import is_rotated, llama_config, param
 from workloads.tp_fsdp_llama2.init import initialize
 from workloads.tp_fsdp_llama2.layout import choices, reduces_last_pass_only
 from workloads.tp_fsdp_llama2.model import Transformer
-from workloads.tp_fsdp_llama2.parallelize import build
+from workloads.tp_fsdp_llama2.parallelize import build, update_float8_scales
 from workloads.tp_fsdp_llama2.samples import TrainingSamples
 from workloads.tp_fsdp_llama2.tokenized import token_id
 from workloads.tp_fsdp_llama2.weights import Weights, meta_params
@@ -164,6 +164,8 @@ def run(config: Config, ctx: RunContext) -> dict[str, Any]:
             ctx.phase("optimizer")
             norm, local_norm = clip_by_global_norm_(model.parameters(), config.grad_clip, mesh)
             optimizer.step()
+            if config.float8:
+                update_float8_scales(model)
             schedule.step()
             optimizer.zero_grad()
 

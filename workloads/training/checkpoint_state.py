@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from workloads.base import WorkloadError
 from workloads.errors import first_few
-from workloads.training.parameters import named_parameters, named_state
+from workloads.training.parameters import local, named_parameters, named_state
 
 _OF_THE_DEVICE = ("fused", "foreach", "capturable")
 """A parameter group's settings that say how the optimizer computes here, and not what: they are not restored."""
@@ -170,11 +170,6 @@ class HostBuffers:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return copies
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _keys_by_parameter(names: Iterable[str]) -> dict[str, list[str]]:

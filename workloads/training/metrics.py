@@ -34,7 +34,8 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "RTX 3090": 71e12,
 }
 """Data sheets' dense bf16 (V100: fp16) matrix peak in FLOP/s, without sparsity, by whole words of the device's name;
-the longest match counts. Utilization refers to this peak in fp32 and fp64, too, although their own peaks are lower."""
+the longest match counts. Utilization refers to this peak in any precision, although fp32's own peak is lower and
+float8's twice as high."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -65,7 +66,10 @@ def measured_matmul_flops(device: torch.device) -> float | None:
     return 2 * size**3 * repetitions / (begin.elapsed_time(end) / 1e3)
 
 
-FLOP_RULE = "per token 6 N + 12 L H Q T: N without the embedding, causal attention not halved, no recomputation"
+FLOP_RULE = (
+    "per token 6 N + 12 L H Q T: N without the embedding, causal attention not halved, no recomputation; "
+    "peaks are bf16's, in any precision"
+)
 """What `transformer_flops_per_token` counts, in one line for a run's result."""
 
 

@@ -43,7 +43,14 @@ def gather(parameter: Tensor) -> Tensor:
     for mesh_dim in range(len(placements)):
         placements[mesh_dim] = Replicate()
         parameter = parameter.redistribute(placements=placements)
-    return parameter.to_local()
+    return local(parameter)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or all of one that is not sharded."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # torchao's weights for float8 are shells around plain tensors.
+    return getattr(tensor, "_tensor", tensor)
 
 
 def release_gathered(model: nn.Module) -> None:
@@ -60,7 +67,6 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of memory behind tensors on this rank: each storage whole, padding included, and counted once."""
     storages = {}
     for tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        storage = local.untyped_storage()
-        storages[(local.device, storage.data_ptr())] = storage.nbytes()
+        storage = local(tensor).untyped_storage()
+        storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
     return sum(storages.values())

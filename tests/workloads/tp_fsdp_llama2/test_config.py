@@ -65,6 +65,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 IDS = {"data": {"path": "ids.npy"}, "model": {"vocab_size": 1000}}
+FLOAT8 = {"float8": True, "compile": True}
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     # settings, what the message must say was given, what it must say to do
@@ -83,6 +84,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"dp_replicate": 3}, "dp_replicate=3 does not divide dp=8 (8 ranks / tp=1)", "use dp_replicate=2"),
     ({"async_tp": True, "tp": 2}, "async_tp=true with tp=2 and compile=false", "use compile=true"),
     ({"async_tp": True, "tp": 1, "compile": True}, "async_tp=true with tp=1", "tp of 2 or more"),
+    ({**FLOAT8, "precision": "fp32"}, "float8=true with precision=fp32", "use precision=bf16"),
+    ({**FLOAT8, "compile": False}, "float8=true with compile=false", "use compile=true"),
+    ({**FLOAT8, "model": {"dim": 96}, "tp": 4}, "float8=true with model.dim=96: a rank's part of it (24", "use 128"),
+    ({**FLOAT8, "model": {"n_heads": 16, "n_kv_heads": 1}}, "model.n_kv_heads x their width=8:", "use 16"),
+    ({**FLOAT8, "model": {"ffn_dim": 392}}, "float8=true with model.ffn_dim=392", "use 400"),
+    ({**FLOAT8, "seq_len": 20, "global_batch_size": 8}, "seq_len=20 and 1 samples per pass", "use seq_len=32"),
     ({"model": {"vocab_size": 100}}, "model.vocab_size=100 is too small", "use 256 or more"),
     ({"data": {"path": "nothing.txt"}}, "data.path=nothing.txt matches no file", "glob"),
     ({"data": {"path": "*.nothing"}}, "data.path=*.nothing matches no file", "glob"),
@@ -173,6 +180,18 @@ def test_a_tokenizer_without_its_package_is_refused(files: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(WorkloadError, match=r"needs the package `tokenizers`.*pip install"):
         validate(make(data={"path": "text.txt", "tokenizer": "tokenizer.json"}), TWO_BY_FOUR)
+
+
+def test_float8_shards_matrices_evenly() -> None:
+    with pytest.raises(WorkloadError, match=r"model\.dim=128: .* and by the 3 ranks that it is sharded over; use 144"):
+        validate(make(**FLOAT8, global_batch_size=3), Shape(3, 1))
+    validate(make(**FLOAT8, global_batch_size=3, model={"dim": 96, "n_heads": 4, "n_kv_heads": 2}), Shape(3, 1))
+
+
+def test_float8_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(WorkloadError, match=r"needs the package `torchao`.*pip install"):
+        validate(make(**FLOAT8), TWO_BY_FOUR)
 
 
 @pytest.mark.parametrize(

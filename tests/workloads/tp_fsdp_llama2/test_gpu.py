@@ -100,6 +100,17 @@ def test_compiled_is_close_to_eager(precision: str, tmp_path: Path) -> None:
     assert differences["loss"] <= (1e-4 if precision == "fp32" else 2e-2), differences
 
 
+def test_float8_is_close_and_keeps_fp32_weights(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a device that multiplies float8")
+    got = on_gpu(make(float8=True, compile=True, microbatch_size=4), tmp_path)
+    assert all(weight.dtype == torch.float32 for weight in got.weights.values())
+    differences = largest_differences(got, train_reference(make(precision="fp32"), 2))
+    print(differences)
+    assert 1e-6 < differences["loss"] < 5e-2, differences
+
+
 def kernels_of_two_compiled_steps(ctx: RunContext, config: Config) -> list[set[str]]:
     """The attention operators of a compiled forward pass, first with the kernels preferred and then deterministic."""
     names = []
