@@ -53,7 +53,7 @@ def build(config: Config, mesh: DeviceMesh, device: torch.device) -> Transformer
         _refuse_without_float8(device)
         _apply_float8(model)
     if tp > 1:
-        _apply_tensor_parallel(model, mesh["tp"], config.float8)
+        _apply_tensor_parallel(model, mesh["tp"])
     if config.activation_checkpointing != "none":
         _apply_activation_checkpointing(model, config.activation_checkpointing)
     if config.compile:
@@ -92,7 +92,7 @@ def update_float8_scales(model: nn.Module) -> None:
     precompute_float8_dynamic_scale_for_fsdp(model)
 
 
-def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, float8: bool) -> None:
+def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh) -> None:
     parallelize_module(
         model,
         tp_mesh,
@@ -106,28 +106,22 @@ def _apply_tensor_parallel(model: Transformer, tp_mesh: DeviceMesh, float8: bool
     # outside of autograd, and the embedding's gradient would silently be zero (pytorch/pytorch#179849). Also, FSDP2
     # warns about views, on every rank.
     model.tok_embeddings.register_forward_hook(_clone)
-    prepare, column_wise, row_wise = PrepareModuleInput, ColwiseParallel, RowwiseParallel
-    if float8:  # what is gathered is rounded to float8 before
-        from torchao.float8 import float8_tensor_parallel as styles
-
-        prepare, column_wise = styles.PrepareFloat8ModuleInput, styles.Float8ColwiseParallel
-        row_wise = styles.Float8RowwiseParallel
     for block in model.layers:
         parallelize_module(
             block,
             tp_mesh,
             {
                 "attention_norm": SequenceParallel(),
-                "attention": prepare(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-                "attention.wq": column_wise(),
-                "attention.wk": column_wise(),
-                "attention.wv": column_wise(),
-                "attention.wo": row_wise(output_layouts=Shard(1)),
+                "attention": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+                "attention.wq": ColwiseParallel(),
+                "attention.wk": ColwiseParallel(),
+                "attention.wv": ColwiseParallel(),
+                "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
                 "ffn_norm": SequenceParallel(),
-                "feed_forward": prepare(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-                "feed_forward.w1": column_wise(),
-                "feed_forward.w3": column_wise(),
-                "feed_forward.w2": row_wise(output_layouts=Shard(1)),
+                "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+                "feed_forward.w1": ColwiseParallel(),
+                "feed_forward.w3": ColwiseParallel(),
+                "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
             },
         )
 

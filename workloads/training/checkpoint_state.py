@@ -72,9 +72,12 @@ class TrainingState:
     def not_finite(self) -> str | None:
         """The name of a parameter in which this rank has a NaN or an infinity; None if it has none."""
         for name, parameter in named_parameters(self._model):
-            local = parameter.detach()
-            local = local.to_local() if isinstance(local, DTensor) else local
-            if local.is_floating_point() and local.numel() and not torch.stack(torch.aminmax(local)).isfinite().all():
+            values = local(parameter.detach())
+            if (
+                values.is_floating_point()
+                and values.numel()
+                and not torch.stack(torch.aminmax(values)).isfinite().all()
+            ):
                 return name
         return None
 

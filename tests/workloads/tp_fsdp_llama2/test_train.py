@@ -148,24 +148,10 @@ def test_bf16_keeps_fp32_weights_and_stays_close(tmp_path: Path) -> None:
 
 
 def on_this_cpu() -> None:
-    """torch multiplies float8 on CPUs, too, only slowly; and gloo sends float8 if it is told that these are bytes."""
-    from torchao.float8.float8_ops import FLOAT8_OPS_TABLE
-    from torchao.float8.float8_training_tensor import Float8TrainingTensor
-
+    """torch multiplies float8 on CPUs, too, only slowly."""
     from workloads.tp_fsdp_llama2 import parallelize
 
     parallelize._refuse_without_float8 = lambda device: None
-    ops = torch.ops._c10d_functional
-
-    def gather(op: Any, args: Any, kwargs: Any = None) -> Float8TrainingTensor:
-        float8, *others = args
-        whole = ops.wait_tensor(op(float8._data.contiguous().view(torch.uint8), *others)).view(float8._data.dtype)
-        about = (float8._scale, float8._orig_dtype, float8._linear_mm_config, float8._gemm_input_role)
-        return Float8TrainingTensor(whole, *about)
-
-    FLOAT8_OPS_TABLE[ops.all_gather_into_tensor.default] = gather
-    for op in (ops.wait_tensor.default, ops._wrap_tensor_autograd.default):
-        FLOAT8_OPS_TABLE[op] = lambda op, args, kwargs=None: args[0]
 
 
 def train_float8_each(ctx: RunContext, configs: dict[str, Config]) -> None:
