@@ -305,16 +305,20 @@ def load_cluster(path: Path) -> ClusterConfig:
 
 def _keep_as_written(data: dict[str, Any], path: Path) -> None:
     """Numbers under `env` and `sbatch` become the text that the file has: 1.10 and 010 are a version and a code."""
+    groups = [group for group in ("env", "sbatch") if isinstance(data.get(group), dict)]
+    if not any(_is_number(value) for group in groups for value in data[group].values()):
+        return
     written = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # makes text alone
-    for group in ("env", "sbatch"):
-        if isinstance(data.get(group), dict) and isinstance(written.get(group), dict):
+    for group in groups:
+        if isinstance(written.get(group), dict):
             texts = {str(name): text for name, text in written[group].items()}
             data[group] = {
-                name: texts.get(str(name), value)
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
-                else value
-                for name, value in data[group].items()
+                name: texts.get(str(name), value) if _is_number(value) else value for name, value in data[group].items()
             }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def choose_executor(flag: str | None, cluster: str | None) -> tuple[ExecutorName, Path, ClusterConfig, str]:

@@ -191,7 +191,6 @@ _FOR_A_DOCTOR = (
     *("--nodes", "--gpus-per-node", "--cluster", "--executor", "--time", "--partition", "--account", "--qos"),
     *("--sbatch", "--run-dir"),
 )
-_NO_SCRIPT = ("--config", "--profile", "--profile-ranks", "--profile-memory")
 _NEW_RUNS_ONLY = ("--config", "--run-dir", "--profile", "--profile-ranks", "--profile-memory", "--parallel")
 
 
@@ -206,7 +205,7 @@ SCRIPT = Verb(
     "jobs.cli.verbs.launch",
     "SCRIPT ARGS...  (or -m MODULE ARGS...)",
     "runs a script of your own as torchrun would; all that follows it is the script's",
-    (*(flag for flag in _LAUNCH if flag.name not in _NO_SCRIPT), JSON),
+    (*(flag for flag in _LAUNCH if flag.name != "--config"), JSON),
     most=0,
 )
 VERBS = (

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import CommandLineError
@@ -17,6 +19,8 @@ from workloads.base import RunContext, WorkloadConfig
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEventAvg
+
+    from workloads.script import steps
 
 log = logging.getLogger(__name__)
 
@@ -63,27 +67,49 @@ def from_flags(
 
 def attach(spec: ProfileSpec, ctx: RunContext, attempt: Attempt) -> Profiler:
     """Profiles this rank from now on; the caller closes the profiler when the run has ended, in any way."""
-    profiler = Profiler(spec, ctx, attempt)
+    profiler = Profiler(spec, ctx.rank, ctx.device.type == "cuda", ctx.timed, attempt)
     ctx.step_hooks.append(profiler.step_ended)
     profiler.step_ended(0)
     return profiler
 
 
+def attach_to_script(spec: ProfileSpec, rank: steps.Rank, attempt: Attempt) -> None:
+    """As attach, for a script: its steps end where it calls `log_step`. Shows what it has to say beside its output."""
+    import torch
+
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+    profiler = Profiler(spec, rank.rank, torch.cuda.is_available(), rank.clock.timed, attempt)
+    rank.step_hooks.append(profiler.step_ended)
+    rank.end_hooks.append(profiler.close)
+    profiler.step_ended(0)
+
+
 class Profiler:
     """One rank's profile, driven by the ends of steps. Its errors are logged and do not end the run.
+
+    Args:
+        timed: the context for what must not count as part of a step.
 
     The profiler is prepared one step before the window, so that its own start (CUPTI's takes seconds) is not in the
     window. Step 1 has no step before it: its profile begins where `run` does, and includes the workload's set-up.
     """
 
-    def __init__(self, spec: ProfileSpec, ctx: RunContext, attempt: Attempt) -> None:
+    def __init__(
+        self,
+        spec: ProfileSpec,
+        rank: int,
+        on_cuda: bool,
+        timed: Callable[[str], AbstractContextManager[None]],
+        attempt: Attempt,
+    ) -> None:
         from torch.profiler import ProfilerActivity, profile
 
         self._spec = spec
-        self._rank = ctx.rank
-        self._timed = ctx.timed
+        self._rank = rank
+        self._timed = timed
         self._attempt = attempt
-        self._cuda = ctx.device.type == "cuda"
+        self._cuda = on_cuda
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._profile = profile(activities=activities)
         self._phase = "waiting"

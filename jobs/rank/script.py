@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NoReturn
 
 from jobs import blame, code_copy, processes, secret_values
 from jobs.errors import RendezvousError
-from jobs.rank import network, report, stacks
+from jobs.rank import network, profiling, report, stacks
 from jobs.rank.identity import RankInfo, rank_env
 from jobs.run_dir import RunDirectory
 from jobs.spec import JobSpec
@@ -74,13 +74,15 @@ def run_script(spec: JobSpec, env: MutableMapping[str, str]) -> dict[str, Any] |
             env.update(network.socket_variables(info, address, spec.interface, env))
         slot = Slot.from_env(env) or Slot.unwatched()
         before = [run_dir.attempt(number).metrics for number in range(info.attempt)]
-        steps.attach(info.rank, info.host, slot, run_dir.paths(info.attempt), before)
+        rank = steps.attach(info.rank, info.host, slot, run_dir.paths(info.attempt), before)
         code_copy.import_from_it(spec, env)
         _offer_meshrun()
         entry = registry.load(spec.workload)
         run, config = entry.hook("run"), entry.config.model_validate(spec.settings)
         assert run is not None
         slot.enter(SCRIPT)
+        if spec.profile is not None and info.rank in spec.profile.ranks:
+            profiling.attach_to_script(spec.profile, rank, attempt)
         with report.noting_exits(env):
             processes.as_this_process(lambda: run(config, copy_of=functools.partial(code_copy.copy_of, spec)))
     except BaseException as error:

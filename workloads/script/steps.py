@@ -21,7 +21,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Rank:
+class Rank:
     """This process as a rank of a job."""
 
     rank: int
@@ -53,16 +53,20 @@ class _Rank:
     """The last step, where should_stop has returned True."""
     asked: Any = None
     """The reduction of the last call of should_stop, which the next one reads."""
+    step_hooks: list[Callable[[int], None]] = field(default_factory=list)
+    """Called by log_step with the step's number; none may raise."""
+    end_hooks: list[Callable[[], None]] = field(default_factory=list)
+    """Called when the script has ended, in whatever way Python hears of; none may raise."""
 
     def __post_init__(self) -> None:
         self.clock = StepClock(None)
         self.recorder = Recorder(self.paths.metrics if self.rank == 0 else None, self.paths.refuse_if_superseded)
 
 
-_rank: _Rank | None = None
+_rank: Rank | None = None
 
 
-def attach(rank: int, host: str, slot: Slot, paths: RunPaths, before: Sequence[Path] = ()) -> None:
+def attach(rank: int, host: str, slot: Slot, paths: RunPaths, before: Sequence[Path] = ()) -> Rank:
     """Makes this process a rank for the functions below; whoever runs the script calls it.
 
     Args:
@@ -73,7 +77,8 @@ def attach(rank: int, host: str, slot: Slot, paths: RunPaths, before: Sequence[P
         before: the metrics of earlier attempts, oldest first.
     """
     global _rank
-    _rank = _Rank(rank, host, slot, paths, before)
+    _rank = Rank(rank, host, slot, paths, before)
+    return _rank
 
 
 def finish() -> int | None:
@@ -81,11 +86,13 @@ def finish() -> int | None:
     rank = _here()
     if rank is None:
         return None
+    for hook in rank.end_hooks:
+        hook()
     rank.recorder.close()
     return rank.stopped_at
 
 
-def _here() -> _Rank | None:
+def _here() -> Rank | None:
     """None in a process that is no rank, such as a data worker that a rank has forked."""
     return _rank if _rank is not None and _rank.pid == os.getpid() else None
 
@@ -111,6 +118,8 @@ def log_step(step: int, *, total_steps: int | None = None, finite: bool = True, 
     rank.step = step
     rank.slot.end_step(step)
     rank.recorder.end_step()
+    for hook in rank.step_hooks:
+        hook(step)
     seconds = rank.clock.read(rank.clock.end_step())
     total = {} if total_steps is None else {"total_steps": total_steps}
     rank.recorder.add({"step": step, **total, **values, **seconds})
@@ -122,7 +131,7 @@ def log_step(step: int, *, total_steps: int | None = None, finite: bool = True, 
             )
 
 
-def _take_over(rank: _Rank, first_step: int) -> None:
+def _take_over(rank: Rank, first_step: int) -> None:
     """Begins the metrics with those of earlier attempts, up to the step that this one goes on from: one curve."""
     newest = next((path for path in reversed(rank.before) if path.exists()), None)
     for line in newest.read_text().splitlines() if newest is not None else ():

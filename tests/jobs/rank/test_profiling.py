@@ -38,7 +38,7 @@ def make_context(tmp_path: Path, device: str = "cpu") -> RunContext:
 def profiled(tmp_path: Path, steps: int, device: str = "cpu", **spec: Any) -> Profiler:
     """A run of `steps` steps, each one matrix product, profiled as `spec` says and closed."""
     with closing(make_context(tmp_path, device)) as ctx:
-        profiler = Profiler(ProfileSpec(**spec), ctx, Attempt(tmp_path, 0))
+        profiler = Profiler(ProfileSpec(**spec), ctx.rank, device == "cuda", ctx.timed, Attempt(tmp_path, 0))
         ctx.step_hooks.append(profiler.step_ended)
         profiler.step_ended(0)
         weights = torch.ones(32, 32, device=device)

@@ -13,6 +13,7 @@ import pytest
 
 from jobs.rank.identity import RankInfo
 from jobs.rank.script import _use_own_gpus
+from tests.jobs.rank.test_profiling import products_of, read_trace, steps_of
 from tests.jobs.submitting import Line, wait_until
 
 Submit = Callable[..., Line]
@@ -107,6 +108,30 @@ def test_each_ranks_memory_is_recorded(typed: Submit, tmp_path: Path) -> None:
     assert line.finish()[0] == 0
     none, much = json.loads((line.run_dir / "attempt-0" / "memory.json").read_text())["peak_bytes"]
     assert 250e6 < much - none < 350e6
+
+
+STEPS = """
+import torch
+from meshrun import log_step
+weights = torch.ones(32, 32)
+for step in range(1, 7):
+    weights = weights @ weights
+    log_step(step)
+"""
+
+
+def test_some_steps_of_a_script_are_profiled(typed: Submit, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(STEPS)
+    words = "--executor local --gpus-per-node 2 --profile 3:4 --profile-ranks 1 script train.py"
+    line = typed(*words.split())
+    assert line.finish(120)[0] == 0
+    attempt = line.run_dir / "attempt-0"
+    assert sorted(path.name for path in (attempt / "profile").iterdir()) == ["rank-1.json.gz", "rank-1.txt"]
+    events = read_trace(attempt, rank=1)
+    assert steps_of(events) == [3, 4]
+    assert products_of(events) == 2
+    assert "profile: rank 1, steps 3 to 4," in (attempt / "rank-1.log").read_text()
+    assert (attempt / "rank-0.log").read_text() == ""
 
 
 def test_ranks_are_started_again_with_torchruns_environment(typed: Submit, tmp_path: Path) -> None:
