@@ -19,7 +19,7 @@ from jobs import code_copy, secret_values
 from jobs.cluster import ClusterConfig
 from jobs.errors import SubmissionError, SubmissionUnknown
 from jobs.run_dir import RunDirectory
-from jobs.slurm import environment, query, script
+from jobs.slurm import environment, script
 from jobs.spec import JobSpec
 
 
@@ -89,6 +89,8 @@ def check_slurm(submission: Submission) -> str:
             f"--executor slurm: {' and '.join(missing)} not found on PATH; submit from a login node, "
             "or use --executor local"
         )
+    from jobs.slurm import query  # late: a dry run asks nothing
+
     return query.would_queue(submission.text, submission.parameters["sbatch"], os.environ)
 
 
@@ -136,6 +138,8 @@ def submit(spec: JobSpec, cluster: ClusterConfig, *, owned: bool, array: str = "
     assert spec.executor == "slurm"
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
+
+    from jobs.slurm import query
 
     class _Executor(SlurmExecutor):
         @classmethod
