@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from workloads.base import MeshSpec, Shape
 from workloads.divisors import divisors
@@ -170,6 +171,28 @@ _HEAP_BYTES = 2**25
 """glibc's malloc gives back what is larger as soon as it is freed (M_MMAP_THRESHOLD, mallopt(3)); it keeps the rest."""
 
 
+class _Counts(NamedTuple):
+    """What both estimates begin with."""
+
+    vocabulary: int
+    parameters: int
+    stored: int
+    """Bytes per parameter."""
+    computed: int
+    """Bytes per number that is computed with."""
+
+    @classmethod
+    def of(cls, config: Config, dtype: str) -> _Counts:
+        vocabulary = config.model.vocab_size or vocab_size(config)
+        stored = 8 if dtype == "fp64" else 4
+        return cls(vocabulary, parameter_count(config.model, vocabulary), stored, 2 if dtype == "bf16" else stored)
+
+    def state_bytes(self, shards: int, tp: int, last_pass: bool) -> int:
+        """Parameters, AdamW's two means and the gradients, which are whole until a step's last pass if `last_pass`."""
+        whole = self.stored * self.parameters // tp if last_pass else 0
+        return 4 * self.stored * self.parameters // (shards * tp) + whole
+
+
 def _resident_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_pass: bool) -> int:
     """`_rank_bytes` on a CPU, where a rank's resident memory is measured. With its letters, these differ:
 
@@ -187,15 +210,9 @@ def _resident_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, l
     def kept(size: int, if_freed: float) -> int:
         return int(size * (4 if size <= _HEAP_BYTES else if_freed))
 
-    model = config.model
-    vocabulary = model.vocab_size or vocab_size(config)
-    parameters = parameter_count(model, vocabulary)
-    stored = 8 if dtype == "fp64" else 4
-    computed = 2 if dtype == "bf16" else stored
-
-    states = 4 * stored * parameters // (shards * tp)
-    if last_pass:
-        states += stored * parameters // tp
+    model, counts = config.model, _Counts.of(config, dtype)
+    vocabulary, parameters, stored, computed = counts
+    states = counts.state_bytes(shards, tp, last_pass)
     if config.checkpoint.mode == "async" and (config.checkpoint.every_steps or config.checkpoint.every_minutes):
         states += 3 * stored * parameters // (shards * tp)
     tokens = max(1, microbatch_size(config, dp)) * config.seq_len
@@ -212,15 +229,9 @@ def _resident_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, l
 
 
 def _rank_bytes(config: Config, dp: int, shards: int, tp: int, dtype: str, last_pass: bool = False) -> int:
-    model = config.model
-    vocabulary = model.vocab_size or vocab_size(config)
-    parameters = parameter_count(model, vocabulary)
-    stored = 8 if dtype == "fp64" else 4
-    computed = 2 if dtype == "bf16" else stored
-
-    states = 4 * stored * parameters // (shards * tp)
-    if last_pass:
-        states += stored * parameters // tp
+    model, counts = config.model, _Counts.of(config, dtype)
+    vocabulary, parameters, stored, computed = counts
+    states = counts.state_bytes(shards, tp, last_pass)
     gathered = computed * (2 * block_parameter_count(model) + 2 * vocabulary * model.dim) // tp
     if _stays_gathered(config, shards):
         gathered = computed * parameters // tp
