@@ -224,6 +224,13 @@ BAD = [
         [*tp_fsdp("model=7b", gpus_per_node=8), "--dry-run"],
         ["tp_fsdp needs about", "GiB for 8 ranks", "are available", "smaller"],
     ),
+    *(
+        Bad(
+            ["tp_fsdp", "--executor", "local", "--gpus-per-node", "2", "--env", "MESHRUN_DEVICE=cpu", *words],
+            [f"{words[0]}: needs GPUs, but the ranks run on this machine's CPU; leave it out"],
+        )
+        for words in (["float8=true", "compile=true"], ["async_tp=true", "compile=true", "tp=2"])
+    ),
     # data
     Bad(["tp_fsdp", "data.path=gone.txt"], ["data.path=gone.txt"]),
     Bad(["tp_fsdp", "data.path=*.none"], ["data.path=*.none"]),

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -61,6 +61,9 @@ class WorkloadConfig(StrictModel):
 
     The string under a field is its meaning; `submit.py list WORKLOAD` prints it.
     """
+
+    needs_gpus: ClassVar[frozenset[str]] = frozenset()
+    """Switches that are refused before the job where its ranks are known to run on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,9 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     gpus_here = 0 if no_gpu_reason else machine.gpu_count(os.environ)
     if which in ("local", "debug"):
         on_gpus = gpus_here >= resources.shape.world_size
+        for name in () if on_gpus else sorted(config.needs_gpus):
+            if getattr(config, name):
+                raise WorkloadError(f"{name}=true: needs GPUs, but the ranks run on this machine's CPU; leave it out")
     rank_bytes = fit.rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
     if which in ("local", "debug"):
         announcements.append(fit.check_this_machine(workload, rank_bytes, resources, gpus_here, no_gpu_reason))

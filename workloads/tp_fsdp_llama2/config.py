@@ -90,6 +90,7 @@ class Config(ResumableConfig):
         *("activation_checkpointing", "compile", "async_tp", "deterministic"),
         *("eval_every", "eval_windows", "sample_tokens", "export", "export_format"),
     }
+    needs_gpus: ClassVar[frozenset[str]] = frozenset({"float8", "async_tp"})
 
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
     """The transformer's size; `model=7b` takes a preset."""
@@ -100,7 +101,7 @@ class Config(ResumableConfig):
     """Optimizer steps."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines the initial weights, the order of samples and the generated text."""
-    init_from: str | None = None
+    init_from: str | None = Field(default=None, min_length=1)
     """Weights to start from, in Hugging Face's Llama layout or Meta's: a directory with model.safetensors or
     model.safetensors.index.json, or such a file; `model.*` must match them. null: random weights."""
     seq_len: int = Field(default=128, gt=0, le=10**8)

@@ -118,6 +118,8 @@ class Weights:
                     f"such as init_from={found[0]}"
                 )
             if not found:
+                if (path / "export").is_dir():
+                    advice = f"use init_from={path / 'export'}"
                 raise WorkloadError(f"{self._given} holds neither {SINGLE_FILE} nor {INDEX_FILE}: {advice}")
             path = found[0]
         head(path, self._given, advice)
