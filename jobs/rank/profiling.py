@@ -136,7 +136,8 @@ class Profiler:
                 self._write()
             elif self._phase != "done":
                 window = f"steps {self._spec.first} to {self._spec.last}"
-                log.warning("profile: no trace: the run ended after step %d, before %s", self._ended, window)
+                after = f"after step {self._ended}" if self._ended else "and no step by ctx.end_step or log_step"
+                log.warning("profile: no trace: the run ended %s, before %s", after, window)
         except Exception:
             self._give_up()
 
