@@ -64,7 +64,9 @@ def rank_bytes(
     return estimate
 
 
-def check_rank(workload: str, needed: int | None, resources: ResourceSpec, on_gpus: bool, cluster: Path) -> list[str]:
+def check_rank(
+    workload: str, needed: int | None, config: WorkloadConfig, resources: ResourceSpec, on_gpus: bool, cluster: Path
+) -> list[str]:
     """Warns if a rank's estimated peak memory exceeds what the cluster config gives it.
 
     Estimates were up to 1.4 times the measured peak, so a job is refused only beyond a margin.
@@ -84,7 +86,10 @@ def check_rank(workload: str, needed: int | None, resources: ResourceSpec, on_gp
         f"{getattr(resources, name):g}"
     )
     if needed > 1.5 * limit:
-        raise ResourceError(f"{line}; use more ranks or a smaller model or batch, or correct {name}")
+        known = type(config).model_fields
+        savers = [saver for saver in ("microbatch_size", "activation_checkpointing") if saver in known]
+        smaller = f"a smaller model or batch{''.join(f', {saver}=...' for saver in savers)}"
+        raise ResourceError(f"{line}; use more ranks, {smaller}, or correct {name}")
     return [f"warning: {line}; it may run out of memory"]
 
 

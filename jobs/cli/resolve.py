@@ -162,7 +162,7 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
                 "--profile-memory: needs CUDA, but the ranks run on this machine's CPU; leave it out"
             )
     if on_gpus or which == "slurm":
-        announcements += fit.check_rank(workload, rank_bytes, resources, on_gpus, cluster_path)
+        announcements += fit.check_rank(workload, rank_bytes, config, resources, on_gpus, cluster_path)
     if resources.spares:
         announcements.append(f"{resources.nodes} hosts train, and Slurm is asked for {resources.hosts}: --spares")
     if profile is not None:

@@ -142,8 +142,13 @@ def seat_table(seats: Sequence[Seat], noun: str = "rank") -> str:
     )
 
 
+WIDEST = 150
+
+
 def mesh_table(spec: MeshSpec, hosts: Sequence[str]) -> str:
     """The mesh for people: hosts as rows, one cell a rank with its coordinates; of many, the first few and the last.
+
+    If lines would be longer than WIDEST, coordinates are without the dimensions' names.
 
     Args:
         spec: the mesh.
@@ -151,11 +156,18 @@ def mesh_table(spec: MeshSpec, hosts: Sequence[str]) -> str:
     """
     columns = spec.world_size // len(hosts)
     shown = range(len(hosts)) if len(hosts) <= 8 else (0, 1, len(hosts) - 1)
-    rows: dict[str, list[str]] = {}
-    for node in shown:
-        for rank in range(node * columns, (node + 1) * columns):
-            coordinates = " ".join(f"{n}{c}" for n, c in zip(spec.names, spec.coordinate(rank), strict=True))
-            rows.setdefault(hosts[node], []).append(f"{rank}: {coordinates}")
+
+    def cells_by_host(names: Sequence[str]) -> dict[str, list[str]]:
+        rows: dict[str, list[str]] = {}
+        for node in shown:
+            for rank in range(node * columns, (node + 1) * columns):
+                coordinates = " ".join(f"{n}{c}" for n, c in zip(names, spec.coordinate(rank), strict=True))
+                rows.setdefault(hosts[node], []).append(f"{rank}: {coordinates}")
+        return rows
+
+    rows = cells_by_host(spec.names)
+    if columns * (2 + max(len(cell) for cells in rows.values() for cell in cells)) > WIDEST:
+        rows = cells_by_host([""] * len(spec.names))
     name_width = max(len("host"), *map(len, rows))
     cell_width = max(len(cell) for cells in rows.values() for cell in cells)
     header = f"{'host':<{name_width}}  " + "  ".join(

@@ -213,14 +213,17 @@ class Profiler:
         """The operators that take the most time themselves, per step and in percent of a step's wall time."""
         ms = seconds * 1e3
         last = max(self._ended, self._first)
-        text = f"rank {self._rank}, step{f's {self._first} to' if last > self._first else ''} {last}, {ms:.1f} ms each"
+        window = (
+            f"steps {self._first} to {last}, {ms:.1f} ms each" if last > self._first else f"step {last}, {ms:.1f} ms"
+        )
+        text = f"rank {self._rank}, {window}"
         if last < self._spec.last:
             text += f" (the run ended before step {self._spec.last} did)"
         rows = [(e.self_device_time_total if self._cuda else e.self_cpu_time_total, e) for e in averages]
         if self._cuda:
             # Kernels and copies, without the ranges that torch draws around them; operators have theirs attributed.
             busy = sum(t for t, e in rows if e.device_type.name == "CUDA" and not e.is_user_annotation)
-            text += f", {busy / steps / 1e3:.1f} ms of kernels each"
+            text += f", {busy / steps / 1e3:.1f} ms of kernels per step"
             rows = [(t, e) for t, e in rows if e.device_type.name == "CPU"]
         lines = [f"{'device' if self._cuda else 'CPU':>9} ms  {'%':>5}  {'calls':>7}  operator"]
         for spent, event in sorted(rows, key=lambda row: row[0], reverse=True)[:LOGGED_ROWS]:

@@ -73,7 +73,9 @@ def run(name: str) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join(NAMES)}; default: all of them")
     parser.add_argument("--json", type=Path, default=JSON, help=f"where the rows go as JSON; default: {JSON}")
     arguments = parser.parse_args(argv)

@@ -191,9 +191,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run; default: all of them")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=10, help="steps per row; default: 10")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"rows to run, of {' | '.join(rows_to_run())}; default: all"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the table, logs and profiles")
     parser.add_argument("--request", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
