@@ -24,6 +24,12 @@ _MAGIC = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"SQLite format 3\x00": "an SQLite database",
     b"%PDF-": "a PDF",
+    b"\x89PNG\r\n\x1a\n": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x7fELF": "a program or library (ELF)",
+    b"Obj\x01": "an Avro file",
+    b"\x1f\x9d": "LZW-compressed",
+    **{bytes((0x80, protocol)): "a pickle" for protocol in (2, 3, 4, 5)},
     NPY_MAGIC: "an .npy array",
 }
 """How files begin that are neither text nor bare numbers (https://en.wikipedia.org/wiki/List_of_file_signatures)."""
@@ -67,6 +73,8 @@ def packed(first: bytes) -> str | None:
         return "a tar archive"
     if first[:3] == b"BZh" and first[4:10] == b"1AY&SY":
         return "bzip2-compressed"
+    if first[8:10] == b'{"' and not any(first[4:8]):
+        return "a safetensors file"
     return next((what for magic, what in _MAGIC.items() if first.startswith(magic)), None)
 
 

@@ -135,6 +135,7 @@ def of_failure(facts: Facts, failure: Failure) -> Cause:
     at = f", at {place}" if place else ""
     at += f", after step {step}" if isinstance(step, int) and step >= 0 else ""
     said = quoted(failure.message)
+    is_refusal = False
     if failure.kind in ("lost_peer", "unreachable"):
         words = _of_lost_peer(facts, failure, who, at, said)
     elif failure.kind == "killed":
@@ -148,6 +149,8 @@ def of_failure(facts: Facts, failure: Failure) -> Cause:
         words = _Words("exit", True, f"{who} {said}{at}", f"Nothing raised an error: {advice}.")
     elif sort := _sort_of(failure):
         words = _of_sort(facts, failure, sort, who, at, said)
+    elif is_refusal := failure.message.startswith("WorkloadError:"):
+        words = _Words("exception", True, f"{who} raised {said}", "The message says what to do.")
     else:
         advice = "Correct that line; `--executor debug` runs one rank in your terminal, so that breakpoint() works."
         words = _Words("exception", True, f"{who} raised {said}{at}", advice)
@@ -155,6 +158,8 @@ def of_failure(facts: Facts, failure: Failure) -> Cause:
     if str(frame) != failure.place:  # the traceback is another rank's, which lost this one
         frame = None
     named = re.match(r"(.+\.py):(\d+)", failure.place)
+    if is_refusal:  # the line that refused it has no mistake
+        frame = named = None
     file, line = (frame.file, frame.line) if frame else (named[1], int(named[2])) if named else (None, None)
     log = facts.marks.get("fatal") or facts.marks.get("ends") or facts.marks.get("log")
     log_line = (log.line or None) if log else None

@@ -31,6 +31,13 @@ OPEN_FILES = 128
 """A corpus may have more files than a process may open."""
 
 
+def out_of_range(token: int, vocab_size: int) -> str:
+    """The rule that an id breaks, and what to do."""
+    larger = "raise model.vocab_size, " if token >= 0 else ""
+    dtype = "set the data.dtype that a .bin file was written with"
+    return f"not in 0 .. {vocab_size - 1}: {larger}correct the file, or {dtype}"
+
+
 @dataclass(frozen=True)
 class Part:
     """One array of a corpus, in memory, and where it came from."""
@@ -161,11 +168,9 @@ class Corpus:
         # As unsigned numbers the negative ones are too large as well.
         if windows.size and int(windows.view(np.uint64).max()) >= self.vocab_size:
             row_number, column = np.argwhere(windows.view(np.uint64) >= self.vocab_size)[0].tolist()
-            raise WorkloadError(
-                f"token id {windows[row_number, column]} at {self.where(starts[row_number] + column)} is not in "
-                f"0 .. {self.vocab_size - 1}: raise model.vocab_size, or set the data.dtype that the file was written "
-                "with"
-            )
+            token = windows[row_number, column]
+            place = self.where(starts[row_number] + column)
+            raise WorkloadError(f"token id {token} at {place} is {out_of_range(token, self.vocab_size)}")
         return windows
 
     def where(self, position: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from workloads.errors import WorkloadError
 from workloads.input_files import NPY_MAGIC, expanded, head, packed, unpacking
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
-from workloads.tp_fsdp_llama2.corpus import FilePart, Part, Split
+from workloads.tp_fsdp_llama2.corpus import FilePart, Part, Split, out_of_range
 from workloads.whole_files import write_text
 
 FILES_FILE = "files.json"
@@ -275,6 +275,6 @@ def check_ids(part: Part | FilePart, vocab_size: int) -> None:
         if high >= vocab_size or low < 0:
             bad = int(np.argmax(chunk)) if high >= vocab_size else int(np.argmin(chunk))
             raise WorkloadError(
-                f"data.path={part.source} holds token id {int(chunk[bad])} at offset {begin + bad}: ids must be in "
-                f"0 .. {vocab_size - 1}; raise model.vocab_size, or set the data.dtype it was written with"
+                f"data.path={part.source} holds token id {int(chunk[bad])} at offset {begin + bad}, which is "
+                f"{out_of_range(int(chunk[bad]), vocab_size)}"
             )

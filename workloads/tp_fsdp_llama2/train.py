@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -347,10 +348,12 @@ def _sample(config: Config, ctx: RunContext, model: nn.Module, corpus: Corpus, s
 
 def _export(config: Config, model: nn.Module, directory: Path) -> Path | None:
     """Writes the weights in the layout `export_format`, with what is needed to build the model."""
-    beside: dict[str, dict[str, Any] | Path] = {}
+    beside: dict[str, dict[str, Any]] = {}
     tokenizer = config.data.tokenizer
     if tokenizer is not None:
-        beside["tokenizer.json"] = expanded(tokenizer)
+        # As it was used: without what cuts or fills single inputs.
+        document = json.loads(expanded(tokenizer).read_text(encoding="utf-8"))
+        beside["tokenizer.json"] = {**document, "truncation": None, "padding": None}
     if config.export_format == "meta":
         return export(model, directory, {**beside, "params.json": meta_params(config)})
     document_tokens = {"bos_token": config.data.bos_token, "eos_token": config.data.eos_token}

@@ -211,6 +211,12 @@ class Checkpoint:
 
     def close(self) -> None:
         """Waits for a save that is under way; called by itself once the workload has returned."""
+        self._finish_save()
+        if self._failed and self._ctx.rank == 0:
+            newest = next(iter(files.published(self._ctx.paths.checkpoint_dir)), None)
+            log.warning("the newest checkpoint is %s: the last save has failed", newest or "none")
+
+    def _finish_save(self) -> None:
         if self._thread is not None:
             self._thread.join(SAVE_WITHIN_S)
             if self._thread.is_alive():
@@ -248,7 +254,7 @@ class Checkpoint:
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
             self._thread.start()
             if must:
-                self.close()
+                self._finish_save()
 
     def _snapshot(self, step: int, samples: int) -> _Snapshot:
         tensors, values = self._state.get()

@@ -28,7 +28,7 @@ PART_BYTES = 5 * 10**9
 def export(
     model: nn.Module,
     directory: Path,
-    beside: Mapping[str, dict[str, Any] | Path],
+    beside: Mapping[str, dict[str, Any]],
     *,
     translate: Callable[[str, Tensor], tuple[str, Tensor]] | None = None,
     part_bytes: int = PART_BYTES,
@@ -40,7 +40,7 @@ def export(
     then replaces `directory` as a whole, so no reader sees files of two exports.
 
     Args:
-        beside: the other files by name; each is an object to write as JSON, or a file to copy.
+        beside: the other files by name; each is an object to write as JSON.
         translate: maps a parameter's name and whole value to the name and value to write.
 
     Returns:
@@ -106,7 +106,7 @@ class _Writer:
         self._parts.append(list(self._tensors))
         self._tensors, self._bytes = {}, 0
 
-    def finish(self, beside: Mapping[str, dict[str, Any] | Path]) -> Path:
+    def finish(self, beside: Mapping[str, dict[str, Any]]) -> Path:
         self._flush()
         count = len(self._parts)
         names = [
@@ -120,10 +120,7 @@ class _Writer:
             weight_map = {parameter: names[i] for i, part in enumerate(self._parts) for parameter in part}
             beside = {**beside, first: {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}}
         for name, content in beside.items():
-            if isinstance(content, Path):
-                shutil.copyfile(content, self._partial / name)
-            else:
-                (self._partial / name).write_text(json.dumps(content, indent=2) + "\n")
+            (self._partial / name).write_text(json.dumps(content, indent=2) + "\n")
         with contextlib.suppress(FileNotFoundError):  # not asked for before, since a cache may say that it isn't there
             self._directory.rename(self._replaced)
         self._partial.rename(self._directory)

@@ -17,6 +17,7 @@ from jobs.blame import Failure, LastSeen
 from jobs.runs.cause import KINDS, Cause, Facts, Mark, duration, size
 from jobs.runs.causes import cause_of
 from jobs.slurm.query import JobState, limit_in_words, meaning
+from workloads.errors import WorkloadError
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "causes.json").read_text())
 """The facts of failures that really happened, as `python -m tests.benchmarks.explain --record FILE` leaves them."""
@@ -109,6 +110,12 @@ def test_an_exception_has_its_kind(error: BaseException, kind: str) -> None:
     cause = of_error(error)
     assert (cause.kind, cause.is_known) == (kind, True)
     assert (cause.rank, cause.host) == (3, "node1")
+
+
+def test_a_refusal_of_ours_points_at_no_line() -> None:
+    cause = of_error(WorkloadError("sample 3: a.txt was cut short while it was read; put the rest back"))
+    assert (cause.kind, cause.file, cause.line) == ("exception", None, None)
+    assert cause.sentences[-1] == "The message says what to do."
 
 
 def test_a_file_that_one_host_lacks() -> None:

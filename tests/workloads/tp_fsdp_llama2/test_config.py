@@ -127,7 +127,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"data": {"path": "not.npy"}}, "not.npy is not an .npy array", "numpy.save, or give a file of text another name"),
     ({**IDS, "data": {"path": "negative.npy"}}, "token id -5 at offset 77777", "data.dtype"),
     ({**IDS, "data": {"path": "odd.bin", "dtype": "uint16"}}, "3 bytes, not a multiple of 2", "data.dtype"),
-    ({"data": {"path": "ids.npy"}, "model": {"vocab_size": 900}}, "ids must be in 0 .. 899", "raise model.vocab_size"),
+    ({"data": {"path": "ids.npy"}, "model": {"vocab_size": 900}}, "not in 0 .. 899", "raise model.vocab_size"),
     ({"data": {"tokenizer": "none.json"}}, "data.tokenizer=none.json does not exist", "tokenizer.json"),
     ({"data": {"tokenizer": "pipe"}}, "data.tokenizer=pipe is not a regular file", "tokenizer.json"),
     ({"data": {"tokenizer": "directory"}}, "data.tokenizer=directory is a directory", "tokenizer.json"),

@@ -210,7 +210,9 @@ def test_an_exported_tokenizer_is_loaded_beside_the_model(transformers: ModuleTy
         [str(text)],
         tokenizers.trainers.BpeTrainer(vocab_size=259, show_progress=False, special_tokens=["<pad>", "</s>"]),
     )
+    tokenizer.enable_truncation(4)  # which training does not use
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.no_truncation()
     config = make(data={"path": str(text), "tokenizer": str(tmp_path / "tokenizer.json"), "eos_token": "</s>"})
     run_world(export_initial, config, sizes=(1, 1), run_dir=tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "initial")
