@@ -226,7 +226,7 @@ BAD = [
     ),
     *(
         Bad(
-            ["tp_fsdp", "--executor", "local", "--gpus-per-node", "2", "--env", "MESHRUN_DEVICE=cpu", *words],
+            ["tp_fsdp", *words, "--executor", "local", "--gpus-per-node", "2", "--env", "MESHRUN_DEVICE=cpu"],
             [f"{words[0]}: needs GPUs, but the ranks run on this machine's CPU; leave it out"],
         )
         for words in (["float8=true", "compile=true"], ["async_tp=true", "compile=true", "tp=2"])

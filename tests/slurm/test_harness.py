@@ -49,7 +49,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_two_hosts_of_four_gpus_are_ready_soon(slurm: Cluster) -> None:
-    assert slurm.seconds_to_start < 10
+    assert slurm.seconds_to_start < 60
     assert slurm.states() == {"node0": "idle", "node1": "idle"}
     shown = slurm.run("srun", "-N2", "--gpus-per-node=4", "bash", "-c", "echo $(hostname) $CUDA_VISIBLE_DEVICES")
     assert sorted(shown.splitlines()) == ["node0 0,1,2,3", "node1 0,1,2,3"]
@@ -203,7 +203,7 @@ def test_two_at_the_same_time_do_not_meet(slurm: Cluster, make_cluster: Callable
 
 
 def test_accounting_remembers_jobs_and_refuses_other_accounts(slurm_accounting: Cluster) -> None:
-    assert slurm_accounting.seconds_to_start < 10
+    assert slurm_accounting.seconds_to_start < 60
     job = submit(slurm_accounting, "exit 3", "--account=my-project", "--qos=normal")
     words = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=Account,State,ExitCode"]
     wait_until(lambda: slurm_accounting.run(*words).strip() == "my-project|FAILED|3:0", 20, "sacct tells its end")
