@@ -679,7 +679,7 @@ def test_a_dry_run_of_2048_hosts_is_a_screenful(capsys: pytest.CaptureFixture[st
     assert main([*line, "--executor", "slurm", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") <= 92  # however many hosts
-    for words in ("tp 8, on 2048 x 8 ranks", "... 2,045 more hosts", "16383: dp", "#SBATCH --nodes=2048"):
+    for words in ("tp 8, on 2048 x 8 ranks", "... 2,045 more hosts", "16383: 31 63 7", "#SBATCH --nodes=2048"):
         assert words in out
 
 

@@ -49,7 +49,8 @@ def test_the_life_of_an_array(slurm: Cluster, tmp_path: Path) -> None:
 
     # An element that waits is a run like any other.
     assert states()[2:] == ["PENDING", "PENDING"]
-    assert "as many jobs of its array run as may run at once" in typed("explain", f"{job}_3")
+    limited = "as many jobs of its array run as may run at once"  # Slurm says so once it has looked at the job
+    wait_until(lambda: limited in typed("explain", f"{job}_3"), 60, "Slurm says why the last one waits")
     assert f"'{job}' is a sweep of 4 points; name one of them, sweep/0 to sweep/3" in typed("explain", job, code=2)
     assert "sweep/2: cancelled job" in typed("cancel", f"{job}_2")
     assert "sweep/2 has ended and is not done (CANCELLED)" in typed("mine:ENTRY", "--after", job, code=2)

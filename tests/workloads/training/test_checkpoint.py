@@ -359,7 +359,8 @@ def test_a_full_disk_is_reported_and_the_last_good_one_stays(mode: str, tmp_path
         assert found["later"] == [1, 3]
         assert found["good"] is None
         if rank == 0:
-            [warning] = found["warnings"]
+            warning, at_end = found["warnings"]
+            assert at_end.endswith(f"{tmp_path / 'checkpoints' / 'step-00000001'}: the last save has failed")
             assert "the checkpoint of step 2 is not saved: rank 1: OSError: " in warning
             assert warning.endswith(f"{tmp_path / 'checkpoints' / 'step-00000001'} stays")
 
