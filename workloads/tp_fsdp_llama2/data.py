@@ -15,6 +15,7 @@ from workloads.tp_fsdp_llama2.files import (
     is_text,
     npy_part,
     parts,
+    resolve,
     text_bytes,
     token_parts,
 )
@@ -36,6 +37,7 @@ def vocab_size(config: Config) -> int:
     elif is_text(config.data):
         needed, what = BYTES_VOCABULARY, "text read as bytes"
     elif given is None:
+        resolve(config.data)  # a file that holds no ids, whatever its name, is refused for that
         raise WorkloadError(
             f"data.path={config.data.path} holds token ids: give model.vocab_size, a number above the largest of them"
         )

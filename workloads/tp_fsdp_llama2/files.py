@@ -22,21 +22,33 @@ _END_BYTES = 4096
 
 
 def is_text(data: DataConfig) -> bool:
-    """Whether the corpus is text, not token ids.
+    """Whether the corpus is text, not token ids; by the files' names alone, as it is asked often.
 
     Raises:
-        WorkloadError: data.path names no readable file, or files of different kinds.
+        WorkloadError: data.path names no file.
     """
-    return data.path is None or _kind(resolve(data)[0]) == "text"
+    return data.path is None or _kind(_named(data)[0]) == "text"
 
 
 def resolve(data: DataConfig) -> list[Path]:
-    """The files that data.path names, each once, sorted.
+    """The files that data.path names, each once, sorted; looks into each.
 
     Raises:
         WorkloadError: a pattern matches none, one cannot be read or is empty, or they are of different kinds, or of
             none that can be trained on.
     """
+    paths = _named(data)
+    for path in paths:
+        _check(path)
+    if len(kinds := {_kind(path) for path in paths}) > 1:
+        raise WorkloadError(
+            f"data.path mixes {' and '.join(sorted(kinds))} files ({paths[0].name} .. {paths[-1].name}): give files "
+            "of one kind"
+        )
+    return paths
+
+
+def _named(data: DataConfig) -> list[Path]:
     patterns = [data.path] if isinstance(data.path, str) else list(data.path or ())
     if not all(patterns) or not patterns:
         given = data.path if isinstance(data.path, str) else patterns
@@ -55,15 +67,7 @@ def resolve(data: DataConfig) -> list[Path]:
         found.update(m for m in matches if len(matches) == 1 or not m.is_dir())
     if not found:
         raise WorkloadError(f"data.path={list(patterns)} matches directories only: give files, such as DIRECTORY/*.txt")
-    paths = sorted(found)
-    for path in paths:
-        _check(path)
-    if len(kinds := {_kind(path) for path in paths}) > 1:
-        raise WorkloadError(
-            f"data.path mixes {' and '.join(sorted(kinds))} files ({paths[0].name} .. {paths[-1].name}): give files "
-            "of one kind"
-        )
-    return paths
+    return sorted(found)
 
 
 def _check(path: Path) -> None:

@@ -97,15 +97,16 @@ def _smallest_tp_that_fits(config: Config, shape: Shape) -> int:
 
 def _possible_tp(config: Config, shape: Shape) -> list[int]:
     """The numbers of ranks of a host that can share a sample's computation, smallest first."""
-    return [tp for tp in divisors(shape.gpus_per_node) if _can_split(config, tp, shape.world_size // tp)]
+    rows = config.model.vocab_size or vocab_size(config)
+    return [tp for tp in divisors(shape.gpus_per_node) if _can_split(config, rows, tp, shape.world_size // tp)]
 
 
-def _can_split(config: Config, tp: int, dp: int) -> bool:
+def _can_split(config: Config, vocabulary: int, tp: int, dp: int) -> bool:
     model = config.model
     return (
         not any(value % tp for value in (model.n_heads, model.n_kv_heads, model.ffn_dim, config.seq_len))
         and config.global_batch_size % (dp * (config.microbatch_size or 1)) == 0
-        and rows_for_every_rank(model.vocab_size or vocab_size(config), tp)
+        and rows_for_every_rank(vocabulary, tp)
     )
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -40,6 +41,13 @@ def tokenizer_size(path: str) -> int:
     Raises:
         WorkloadError: as `load_tokenizer`.
     """
+    file = expanded(path)
+    return _size_of(path, tuple(file_stamp(file)) if file.is_file() else ())
+
+
+@lru_cache(8)
+def _size_of(path: str, stamp: tuple[str | int, ...]) -> int:
+    """Loading a large tokenizer takes a second, and the size is asked for often."""
     return max(load_tokenizer(path).get_vocab(with_added_tokens=True).values()) + 1
 
 

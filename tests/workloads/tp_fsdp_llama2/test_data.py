@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from workloads.base import WorkloadError
-from workloads.tp_fsdp_llama2 import data
+from workloads.base import Shape, WorkloadError
+from workloads.tp_fsdp_llama2 import data, files, layout
 from workloads.tp_fsdp_llama2 import tokenized as tokenized_module
+from workloads.tp_fsdp_llama2.checks import validate
 from workloads.tp_fsdp_llama2.config import Config, DataConfig
 from workloads.tp_fsdp_llama2.corpus import OPEN_FILES, Corpus, Part, Split
 from workloads.tp_fsdp_llama2.data import open_corpus, vocab_size
@@ -178,6 +179,21 @@ def test_a_file_that_is_not_what_the_run_began_with_is_refused(
     change(tmp_path / "b.txt")
     with pytest.raises(WorkloadError, match=f"^data.path={message}"):
         open_corpus(begun, tmp_path / "data")
+
+
+def test_each_file_is_looked_into_once_before_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus may have thousands of them, on a file system that many share."""
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_bytes(b"some text\n" * 1000)
+    looked, head = [], files.head
+    monkeypatch.setattr(files, "head", lambda path, *words: looked.append(path.name) or head(path, *words))
+    config = make(data={"path": str(tmp_path / "*.txt")})
+    shape = Shape(2, 4)
+    layout.mesh(config, shape)
+    layout.memory_bytes(config, shape)
+    assert looked == []
+    validate(config, shape)
+    assert looked == ["a.txt", "b.txt", "c.txt"]
 
 
 def test_a_corpus_may_have_more_files_than_are_open(tmp_path: Path) -> None:
