@@ -12,6 +12,7 @@ from jobs.excluded import REQUEUED_WITH
 from jobs.frames import frames_in, own_frame
 from jobs.runs.cause import SKIPPED, Cause, Facts, Mark, asked_memory, capitalized, go_on, name_of, of, quoted, size
 from workloads.errors import first_few
+from workloads.registry import BUILT_IN
 
 
 class Sort(NamedTuple):
@@ -149,7 +150,7 @@ def of_failure(facts: Facts, failure: Failure) -> Cause:
         words = _Words("exit", True, f"{who} {said}{at}", f"Nothing raised an error: {advice}.")
     elif sort := _sort_of(failure):
         words = _of_sort(facts, failure, sort, who, at, said)
-    elif is_refusal := failure.message.startswith("WorkloadError:"):
+    elif is_refusal := failure.message.startswith("WorkloadError:") and facts.record.get("workload") in BUILT_IN:
         words = _Words("exception", True, f"{who} raised {said}", "The message says what to do.")
     else:
         advice = "Correct that line; `--executor debug` runs one rank in your terminal, so that breakpoint() works."
@@ -158,7 +159,7 @@ def of_failure(facts: Facts, failure: Failure) -> Cause:
     if str(frame) != failure.place:  # the traceback is another rank's, which lost this one
         frame = None
     named = re.match(r"(.+\.py):(\d+)", failure.place)
-    if is_refusal:  # the line that refused it has no mistake
+    if is_refusal:  # the line of ours that refused it has no mistake
         frame = named = None
     file, line = (frame.file, frame.line) if frame else (named[1], int(named[2])) if named else (None, None)
     log = facts.marks.get("fatal") or facts.marks.get("ends") or facts.marks.get("log")

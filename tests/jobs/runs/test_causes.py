@@ -39,7 +39,8 @@ def restored(known: dict[str, Any]) -> Facts:
 
 
 def of_failure(failure: Failure, **known: Any) -> Cause:
-    return cause_of(Facts("ended", ranks=4, hosts=2, record={"status": "failed"}, failure=failure, **known))
+    record = {"status": "failed", **known.pop("record", {})}
+    return cause_of(Facts("ended", ranks=4, hosts=2, record=record, failure=failure, **known))
 
 
 def of_error(error: BaseException, **known: Any) -> Cause:
@@ -113,9 +114,12 @@ def test_an_exception_has_its_kind(error: BaseException, kind: str) -> None:
 
 
 def test_a_refusal_of_ours_points_at_no_line() -> None:
-    cause = of_error(WorkloadError("sample 3: a.txt was cut short while it was read; put the rest back"))
+    error = WorkloadError("sample 3: a.txt was cut short while it was read; put the rest back")
+    cause = of_error(error, record={"workload": "tp_fsdp"})
     assert (cause.kind, cause.file, cause.line) == ("exception", None, None)
     assert cause.sentences[-1] == "The message says what to do."
+    own = of_error(error, record={"workload": "mine:ENTRY"})
+    assert "Correct that line" in own.sentences[-1]
 
 
 def test_a_file_that_one_host_lacks() -> None:
