@@ -134,6 +134,15 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     tracked, document, overrides = track.take(entry.config, document, settings.parse_overrides(words), help_line)
     tracks = track.choose(given, cluster, tracked, which)
     config, announcements = settings.build(entry.config, document, overrides, help_line=help_line)
+    env = {**cluster.env, **_env(given)}
+    no_gpu_reason = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
+    on_gpus = cluster.gpu_request != "none" and not no_gpu_reason
+    gpus_here = 0 if no_gpu_reason else machine.gpu_count(os.environ)
+    if which in ("local", "debug"):
+        on_gpus = gpus_here >= resources.shape.world_size
+        for name in () if on_gpus else sorted(config.needs_gpus):
+            if getattr(config, name):
+                raise WorkloadError(f"{name}=true: needs GPUs, but the ranks run on this machine's CPU; leave it out")
     mesh = entry.mesh_spec(config, resources.shape)
     entry.call("validate", config if before is None else _in_the_copy(config, before), resources.shape)
     if isinstance(config, ResumableConfig) and going_on is None and (folder := config.check_resume()) is not None:
@@ -145,15 +154,6 @@ def resolve(given: Options, going_on: JobSpec | None = None, before: Before | No
     )
 
     announcements.insert(0, f"executor {which} ({why}), cluster config {fit.shown(cluster_path)}")
-    env = {**cluster.env, **_env(given)}
-    no_gpu_reason = "MESHRUN_DEVICE=cpu" if {**os.environ, **env}.get("MESHRUN_DEVICE") == "cpu" else ""
-    on_gpus = cluster.gpu_request != "none" and not no_gpu_reason
-    gpus_here = 0 if no_gpu_reason else machine.gpu_count(os.environ)
-    if which in ("local", "debug"):
-        on_gpus = gpus_here >= resources.shape.world_size
-        for name in () if on_gpus else sorted(config.needs_gpus):
-            if getattr(config, name):
-                raise WorkloadError(f"{name}=true: needs GPUs, but the ranks run on this machine's CPU; leave it out")
     rank_bytes = fit.rank_bytes(workload, entry, config, resources, "cuda" if on_gpus else "cpu")
     if which in ("local", "debug"):
         announcements.append(fit.check_this_machine(workload, rank_bytes, resources, gpus_here, no_gpu_reason))
