@@ -143,6 +143,7 @@ def seat_table(seats: Sequence[Seat], noun: str = "rank") -> str:
 
 
 WIDEST = 150
+"""Characters of a line of the mesh's table."""
 
 
 def mesh_table(spec: MeshSpec, hosts: Sequence[str]) -> str:

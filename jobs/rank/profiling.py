@@ -88,11 +88,11 @@ def attach_to_script(spec: ProfileSpec, rank: steps.Rank, attempt: Attempt) -> N
 class Profiler:
     """One rank's profile, driven by the ends of steps. Its errors are logged and do not end the run.
 
-    Args:
-        timed: the context for what must not count as part of a step.
-
     The profiler is prepared one step before the window, so that its own start (CUPTI's takes seconds) is not in the
     window. Step 1 has no step before it: its profile begins where `run` does, and includes the workload's set-up.
+
+    Args:
+        timed: a context for what must not count as part of a step.
     """
 
     def __init__(

@@ -71,15 +71,14 @@ class TrainingState:
 
     def not_finite(self) -> str | None:
         """The name of a parameter in which this rank has a NaN or an infinity; None if it has none."""
-        for name, parameter in named_parameters(self._model):
-            values = local(parameter.detach())
-            if (
-                values.is_floating_point()
-                and values.numel()
-                and not torch.stack(torch.aminmax(values)).isfinite().all()
-            ):
-                return name
-        return None
+        shards = {name: local(parameter.detach()) for name, parameter in named_parameters(self._model)}
+        extremes = {
+            name: torch.stack(torch.aminmax(shard)).double().sum()
+            for name, shard in shards.items()
+            if shard.is_floating_point() and shard.numel()
+        }
+        # Looked at when all are under way: the first look waits for a GPU, the others find it done.
+        return next((name for name, total in extremes.items() if not total.isfinite()), None)
 
     def targets(self, saved: Mapping[str, Any], values: Mapping[str, Any], same_layout: bool) -> dict[str, Tensor]:
         """The tensors to load into: the model's own, and new ones for the rest.
